@@ -1,0 +1,1 @@
+"""Adapters: small modules added to a frozen policy. CLARE's layers and their PEFT configuration."""

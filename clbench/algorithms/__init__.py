@@ -1,0 +1,1 @@
+"""Continual-learning algorithms: the protocol in hooks.py, one file per algorithm."""

@@ -1,0 +1,374 @@
+"""CLARE: autonomous adapter routing and expansion (Römer, Zhang, Schoellig 2026, arXiv 2601.09512).
+
+The pretrained base is frozen. Each visit has three phases:
+
+    detect          forward only. Per layer, z_j = mean (e_j(x) - μ_j) / σ_j of every discriminator on the new data.
+                    First task: every layer expands. Later, a layer expands iff all its z_j > γ. If fewer than
+                    `at_least_expand` layers do, more are forced; `maximum_expand` bounds how many may.
+    adapters        the policy's loss trains the new adapters alone. A layer that did not expand uses the adapter of
+                    its most similar discriminator (least mean error), which is not trained again.
+    discriminators  every layer gets a new discriminator, linked to its new or its most similar adapter, and trained
+                    to reconstruct the layer's input.
+
+Acting needs no task label: per layer and sample, the discriminator with the least error picks the adapter.
+Layers, errors and routing are in clbench/adapters/clare.py.
+
+Departures from the paper: γ is compared with signed z-scores, as in the paper (its released code takes absolute
+values); adapter width and steps follow the policy's size (see configs/recipes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clbench.adapters.clare import (
+    ClareConfig,
+    ClareLayer,
+    capturing,
+    clare_layers,
+    inject,
+    load_adapter,
+    save_adapter,
+    update_config,
+    z_scores,
+)
+from clbench.algorithms.hooks import CLAlgorithm, Context, Phase, training_phase
+from clbench.config.schema import OptimizerConfig
+from clbench.data.frames import Batch
+from clbench.errors import UserError
+from clbench.io import read_json
+from clbench.seeding import seeded
+
+# Where each policy's layers are: the paper's placements (encoder side), for our policies and, by name, for others.
+DEFAULT_TARGETS = {
+    "dit_dec": r".*(obs_encoder\.layers\.\d+\.ffn|velocity_net\.cond_proj)",
+    "dit_encdec": r".*obs_encoder\.layers\.\d+\.ffn",
+    "smolvla": r".*vlm.*text_model\.layers\.\d+\.mlp",
+}
+
+
+def decide_expansion(z: Sequence[Tensor], gamma: float, at_least: int, at_most: int | None, force: str) -> list[bool]:
+    """Which layers expand. `z[l]` holds one signed z-score per discriminator of layer l (empty: first task).
+
+    A layer wants to expand iff it has no discriminator or all z > γ. Fewer than `at_least` wanting layers: more are
+    forced, the shallowest first (`force` = "shallowest") or those with the largest least z ("most_novel"). More than
+    `at_most`: those with the largest least z stay.
+    """
+    novelty = [float(v.min()) if len(v) else float("inf") for v in z]
+    expand = [n > gamma for n in novelty]
+    by_novelty = sorted(range(len(z)), key=lambda i: -novelty[i])
+    order = range(len(z)) if force == "shallowest" else by_novelty
+    for i in order:
+        if sum(expand) >= min(at_least, len(z)):
+            break
+        expand[i] = True
+    first_task = all(len(v) == 0 for v in z)
+    if at_most is not None and not first_task:
+        for i in reversed(by_novelty):
+            if sum(expand) <= at_most:
+                break
+            expand[i] = False
+    return expand
+
+
+class CLARE(CLAlgorithm):
+    """Expanding, routed adapters on a frozen base."""
+
+    name = "clare"
+    claims = frozenset({"phases", "structure", "eval_view"})
+
+    @dataclass
+    class Config:
+        """Keys of `algorithm`.
+
+        Attributes:
+            target_modules: regular expression of the layers that may expand; null = a default for known policies.
+            peft_cfg_path: a CLARE JSON as in the paper's repository; its sizes and targets replace the keys here.
+            adapter_hidden: hidden width of an adapter.
+            adapter_lora, adapter_lora_rank, adapter_lora_alpha: low-rank adapters instead.
+            discriminator_hidden, discriminator_latent: widths of the autoencoders.
+            discriminator_momentum, max_batches_tracked: of the running μ and σ.
+            expand_threshold: γ.
+            at_least_expand, maximum_expand: least and most layers that expand on a task (null = no bound).
+            force_expand: shallowest | most_novel, which layers are forced.
+            detect_steps, detect_batch_size: batches of the detection phase; null batch size = train.batch_size.
+            adapter_steps, adapter_lr: of the adapters phase; null = train.steps, train.optimizer.lr.
+            discriminator_steps, discriminator_batch_size, discriminator_lr, discriminator_weight_decay,
+            discriminator_grad_clip: of the discriminators phase.
+            detect_log_every, discriminator_log_every: steps between log lines.
+        """
+
+        target_modules: str | None = None
+        peft_cfg_path: str | None = None
+        adapter_hidden: int = 1024
+        adapter_lora: bool = False
+        adapter_lora_rank: int = 32
+        adapter_lora_alpha: int = 32
+        discriminator_hidden: int = 256
+        discriminator_latent: int = 128
+        discriminator_momentum: float = 0.1
+        max_batches_tracked: int = 2000
+        expand_threshold: float = 2.5
+        at_least_expand: int = 1
+        maximum_expand: int | None = None
+        force_expand: str = "shallowest"
+        detect_steps: int = 200
+        detect_batch_size: int | None = None
+        adapter_steps: int | None = None
+        adapter_lr: float | None = None
+        discriminator_steps: int = 2000
+        discriminator_batch_size: int | None = None
+        discriminator_lr: float = 5e-4
+        discriminator_weight_decay: float = 0.01
+        discriminator_grad_clip: float = 10.0
+        detect_log_every: int = 10
+        discriminator_log_every: int = 50
+
+    @dataclass
+    class _Detection:
+        """Sums over the detection batches: per layer, z (J,) and mean error (J,)."""
+
+        batches: int = 0
+        z: list[Tensor] = field(default_factory=list)
+        error: list[Tensor] = field(default_factory=list)
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.learned = 0
+        self._peft: ClareConfig | None = None
+        self._layers: list[ClareLayer] = []
+        self._found = self._Detection()
+        self._expanded: list[bool] = []
+
+    def check(self, config: Any) -> None:
+        c = self.config
+        for name in ("detect_steps", "discriminator_steps", "adapter_hidden", "adapter_lora_rank"):
+            if getattr(c, name) < 1:
+                raise UserError(f"algorithm.{name} must be at least 1, is {getattr(c, name)}.")
+        if c.at_least_expand < 0 or (c.maximum_expand is not None and c.maximum_expand < c.at_least_expand):
+            raise UserError(
+                f"algorithm.at_least_expand ({c.at_least_expand}) must be at least 0 and at most "
+                f"algorithm.maximum_expand ({c.maximum_expand})."
+            )
+        if c.force_expand not in ("shallowest", "most_novel"):
+            raise UserError(f"algorithm.force_expand is '{c.force_expand}', must be shallowest or most_novel.")
+        if config.train.optimizer_across_tasks == "carried":
+            raise UserError("clare trains new parameters for every task: train.optimizer_across_tasks must be fresh.")
+        self._peft = self._peft_config(str(config.policy.get("type", "")))
+
+    def _peft_config(self, policy_type: str) -> ClareConfig:
+        c = self.config
+        if c.peft_cfg_path is not None:
+            values = read_json(c.peft_cfg_path)
+            if not isinstance(values, dict) or values.get("peft_type") != "CLARE":
+                raise UserError(f'{c.peft_cfg_path} is no CLARE configuration ("peft_type": "CLARE").')
+            known = set(ClareConfig.__dataclass_fields__)
+            unknown = sorted(set(values) - known - {"peft_version"})
+            if unknown:
+                raise UserError(f"{c.peft_cfg_path}: unknown key '{unknown[0]}'.")
+            # The structure in such a file describes somebody's finished run; ours starts with none.
+            values.update(structure={}, links={}, num_learned_task=0, auto_mapping=None)
+            return ClareConfig(**{k: v for k, v in values.items() if k in known})
+        target = c.target_modules or DEFAULT_TARGETS.get(policy_type)
+        if target is None:
+            raise UserError(
+                f"clare has no default layers for policy '{policy_type}': set algorithm.target_modules to a regular "
+                f"expression over module names. Known: {', '.join(DEFAULT_TARGETS)}."
+            )
+        return ClareConfig(
+            target_modules=target,
+            discriminator_cfg={
+                "hidden_dim": c.discriminator_hidden,
+                "latent_dim": c.discriminator_latent,
+                "momentum": c.discriminator_momentum,
+                "max_batches_tracked": c.max_batches_tracked,
+            },
+            func_adapter_cfg={
+                "hidden_dim": c.adapter_hidden,
+                "use_lora": c.adapter_lora,
+                "lora_rank": c.adapter_lora_rank,
+                "lora_alpha": c.adapter_lora_alpha,
+            },
+        )
+
+    # ---- training -------------------------------------------------------------------------------
+    def on_task_start(self, ctx: Context) -> None:
+        if not self._layers:
+            assert self._peft is not None  # made by check
+            self._layers = inject(ctx.policy, self._peft)
+        self._found = self._Detection()
+
+    def phases(self, ctx: Context) -> Sequence[Phase]:
+        c = self.config
+        train = training_phase(ctx)
+        assert train.optimizer is not None
+        adapters = replace(
+            train,
+            name="adapters",
+            steps=c.adapter_steps or train.steps,
+            optimizer=replace(train.optimizer, lr=c.adapter_lr or train.optimizer.lr),
+            parameters=lambda: self._new_parameters("adapters"),
+            on_enter=self._expand,
+        )
+        discriminators = Phase(
+            "discriminators",
+            c.discriminator_steps,
+            c.discriminator_batch_size or train.batch_size,
+            OptimizerConfig(
+                lr=c.discriminator_lr,
+                weight_decay=c.discriminator_weight_decay,
+                grad_clip=c.discriminator_grad_clip,
+                schedule="constant",
+                warmup_steps=0,
+            ),
+            policy_training=False,
+            loss=self._reconstruction,
+            parameters=lambda: self._new_parameters("discriminators"),
+            on_enter=self._add_discriminators,
+            on_exit=self._finish,
+            log_every=c.discriminator_log_every,
+        )
+        if ctx.k == 0 and not any(layer.discriminators for layer in self._layers):
+            return [adapters, discriminators]  # nothing to compare the first task with
+        detect = Phase(
+            "detect",
+            c.detect_steps,
+            c.detect_batch_size or train.batch_size,
+            None,
+            policy_training=False,
+            on_batch=self._detect,
+            log_every=c.detect_log_every,
+        )
+        return [detect, adapters, discriminators]
+
+    def _inputs(self, ctx: Context, batch: Batch, draw: dict[str, Tensor]) -> dict[str, Tensor]:
+        with torch.no_grad(), capturing(self._layers) as capture:
+            ctx.forward(batch, draw)
+        return capture.inputs
+
+    def _detect(self, ctx: Context, batch: Batch, draw: dict[str, Tensor]) -> None:
+        inputs = self._inputs(ctx, batch, draw)
+        found = self._found
+        for i, layer in enumerate(self._layers):
+            errors_JB = layer.errors(inputs[layer.name])
+            mean = torch.stack([d.mean for d in layer.discriminators])  # type: ignore[misc]
+            std = torch.stack([d.std for d in layer.discriminators])  # type: ignore[misc]
+            z, error = z_scores(errors_JB, mean, std), errors_JB.mean(1)
+            if found.batches == 0:
+                found.z.append(z)
+                found.error.append(error)
+            else:
+                found.z[i] += z
+                found.error[i] += error
+        found.batches += 1
+
+    def _expand(self, ctx: Context) -> None:
+        c, found, layers = self.config, self._found, self._layers
+        n = max(found.batches, 1)
+        z = [v / n for v in found.z] if found.batches else [torch.empty(0) for _ in layers]
+        self._expanded = decide_expansion(z, c.expand_threshold, c.at_least_expand, c.maximum_expand, c.force_expand)
+        with seeded(ctx.seed, ctx.k, "clare-adapters"):
+            for i, layer in enumerate(layers):
+                if self._expanded[i]:
+                    layer.add_adapter()
+                    layer.forced = len(layer.adapters) - 1
+                else:
+                    layer.forced = layer.links[int(found.error[i].argmin())]
+        ctx.log(
+            "clare_expansion",
+            z={layer.name: v.tolist() for layer, v in zip(layers, z, strict=True)},
+            expanded={layer.name: e for layer, e in zip(layers, self._expanded, strict=True)},
+            adapter={layer.name: layer.forced for layer in layers},
+        )
+
+    def _add_discriminators(self, ctx: Context) -> None:
+        with seeded(ctx.seed, ctx.k, "clare-discriminators"):
+            for layer in self._layers:
+                assert layer.forced is not None  # set by _expand
+                layer.add_discriminator(layer.forced)
+
+    def _new_parameters(self, kind: str) -> dict[str, nn.Parameter]:
+        found: dict[str, nn.Parameter] = {}
+        for i, layer in enumerate(self._layers):
+            if kind == "adapters" and not self._expanded[i]:
+                continue
+            newest = getattr(layer, kind)[-1]
+            found |= {f"{layer.name}.{kind}.{n}": p for n, p in newest.named_parameters()}
+        return found
+
+    def _reconstruction(self, ctx: Context, batch: Batch, draw: dict[str, Tensor]) -> Tensor:
+        """Σ over layers of the new discriminator's error, per sample (B,); folds the errors into its μ and σ."""
+        inputs = self._inputs(ctx, batch, draw)
+        total: Tensor | None = None
+        for layer in self._layers:
+            newest: Any = layer.discriminators[-1]
+            error_B = newest.error(inputs[layer.name].float())
+            newest.track(error_B.detach())
+            total = error_B if total is None else total + error_B
+        assert total is not None
+        return total
+
+    def _finish(self, ctx: Context) -> None:
+        for layer in self._layers:
+            layer.forced = None
+
+    def on_task_end(self, ctx: Context) -> None:
+        self.learned += 1
+        ctx.policy.requires_grad_(False)
+        ctx.log(
+            "clare_structure",
+            adapters={layer.name: len(layer.adapters) for layer in self._layers},
+            discriminators={layer.name: len(layer.discriminators) for layer in self._layers},
+            links={layer.name: list(layer.links) for layer in self._layers},
+            error_mean={
+                layer.name: [float(d.mean) for d in layer.discriminators]  # type: ignore[arg-type]
+                for layer in self._layers
+            },
+            error_std={
+                layer.name: [float(d.std) for d in layer.discriminators]  # type: ignore[arg-type]
+                for layer in self._layers
+            },
+        )
+
+    # ---- checkpoints and evaluation -------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        return {"learned": self.learned}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if set(state) != {"learned"}:
+            raise UserError(f"the checkpoint's state of clare should hold 'learned', holds {sorted(state)}.")
+        self.learned = int(state["learned"])
+
+    def save_policy(self, policy: nn.Module, folder: Any, base_path: str) -> bool:
+        if not self._layers or self._peft is None:
+            return False
+        update_config(self._peft, self._layers, self.learned)
+        save_adapter(policy, self._peft, Path(folder), base_path)
+        return True
+
+    def restore_structure(self, policy: nn.Module, folder: Any) -> None:
+        if (Path(folder) / "adapter_config.json").is_file():
+            if not clare_layers(policy):
+                self._peft = load_adapter(policy, Path(folder))
+            self._layers = clare_layers(policy)
+
+    @contextmanager
+    def eval_view(self, policy: nn.Module, task_id: int) -> Iterator[None]:
+        forced = [layer.forced for layer in self._layers]
+        for layer in self._layers:
+            layer.forced = None
+        try:
+            yield
+        finally:
+            for layer, f in zip(self._layers, forced, strict=True):
+                layer.forced = f
+
+    def eval_diagnostics(self, policy: nn.Module) -> dict[str, Tensor]:
+        return {layer.name: layer.route for layer in clare_layers(policy) if layer.route is not None}

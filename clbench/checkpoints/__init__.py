@@ -1,0 +1,1 @@
+"""What is saved and how it is read back: policies with their processors, algorithm state, whole checkpoints."""

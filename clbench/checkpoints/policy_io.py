@@ -1,0 +1,122 @@
+"""Policies with their processors, as LeRobot checkpoint folders: full weights, or an adapter over a base folder."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies import PreTrainedPolicy, make_pre_post_processors
+from lerobot.policies.factory import get_policy_class
+from safetensors import SafetensorError
+
+import clbench.policies  # noqa: F401 (registers our policies)
+from clbench.adapters import clare
+from clbench.errors import UserError, nearest
+
+
+@dataclass
+class LoadedPolicy:
+    """A policy and the pipelines around it. `path` is the folder it came from."""
+
+    policy: PreTrainedPolicy
+    preprocessor: Any
+    postprocessor: Any
+    path: str
+
+
+def policy_config(section: dict[str, Any], device: str) -> PreTrainedConfig:
+    """Build a LeRobot policy configuration from the `policy` section; raises UserError for unknown types and keys."""
+    values = dict(section)
+    kind = values.pop("type", None)
+    known = PreTrainedConfig.get_known_choices()
+    if kind not in known:
+        raise UserError(f"unknown policy type '{kind}'.{nearest(str(kind), known)}")
+    cls = PreTrainedConfig.get_choice_class(kind)
+    names = {f.name for f in fields(cls)}
+    for key in values:
+        if key not in names:
+            raise UserError(f"unknown key 'policy.{key}' for {kind}.{nearest(key, names)}")
+    values.update(device=device, push_to_hub=False)
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as e:
+        raise UserError(f"the policy section is not valid: {e}") from e
+
+
+def save_policy(loaded: LoadedPolicy, folder: Path, *, adapter_only: bool = False) -> None:
+    """Write configuration, processors and (unless an adapter was already written there) all weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = loaded.policy.config
+    before = config.use_peft, config.pretrained_path
+    config.use_peft, config.pretrained_path = adapter_only, None
+    try:
+        if adapter_only:
+            config._save_pretrained(folder)
+        else:
+            loaded.policy.save_pretrained(folder)
+    finally:
+        config.use_peft, config.pretrained_path = before
+    loaded.preprocessor.save_pretrained(folder)
+    loaded.postprocessor.save_pretrained(folder)
+
+
+def load_policy(folder: Path | str, device: str = "cpu", overrides: dict[str, Any] | None = None) -> LoadedPolicy:
+    """Load a LeRobot checkpoint folder, with CLARE or PEFT adapters where it has them.
+
+    Raises:
+        UserError: the folder is missing, incomplete or damaged, or of an unknown policy type.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is no LeRobot checkpoint folder: it has no config.json.")
+    try:
+        config = PreTrainedConfig.from_pretrained(folder, cli_overrides=[f"--device={device}"])
+        for key, value in (overrides or {}).items():
+            if key not in {f.name for f in fields(config)}:
+                raise UserError(f"unknown key 'policy.{key}' for {config.type}.")
+            setattr(config, key, value)
+        adapter = folder / "adapter_config.json"
+        policy = _load_weights(config, folder) if not adapter.is_file() else _load_adapter(config, folder)
+        pre, post = make_pre_post_processors(
+            config,
+            pretrained_path=str(folder),
+            preprocessor_overrides={"device_processor": {"device": device}},
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
+        if isinstance(e, UserError):
+            raise
+        raise UserError(f"cannot load the policy in {folder}: {e}") from e
+    return LoadedPolicy(policy, pre, post, str(folder))
+
+
+def _load_weights(config: PreTrainedConfig, folder: Path) -> PreTrainedPolicy:
+    with contextlib.redirect_stdout(io.StringIO()):  # LeRobot prints where it loads from
+        return get_policy_class(config.type).from_pretrained(folder, config=config, strict=True)
+
+
+def _load_adapter(config: PreTrainedConfig, folder: Path) -> PreTrainedPolicy:
+    described = json.loads((folder / "adapter_config.json").read_text())
+    base = described.get("base_model_name_or_path")
+    if not base or not (Path(base) / "config.json").is_file():
+        raise UserError(
+            f"{folder} is an adapter over the base '{base}', which is not there. Make it again with "
+            "`clbench pretrain`, or put the base's folder back."
+        )
+    policy = _load_weights(config, Path(base))
+    if described.get("peft_type") == "CLARE":
+        clare.load_adapter(policy, folder)
+        return policy
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(policy, str(folder))  # type: ignore[return-value]
+
+
+def pick_device(name: str) -> str:
+    """Turn "auto" into what there is."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name

@@ -1,0 +1,190 @@
+"""The run folder: configuration, manifest, checkpoints after each visit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import clbench
+from clbench.config.compose import to_dict, to_yaml
+from clbench.config.schema import Config
+from clbench.errors import UserError, nearest
+from clbench.io import read_json, write_json, write_text
+from clbench.paths import PROJECT_ROOT, results_root
+from clbench.streams.stream import TaskStream
+
+PACKAGES = ("torch", "lerobot", "accelerate", "peft", "transformers", "numpy", "metaworld", "mujoco", "hf-libero",
+            "robosuite", "deepspeed")  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that numbers depend on."""
+    found = {"clbench": clbench.__version__}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def git_revision() -> str | None:
+    """The project's revision, "+" when the tree has changes, or None outside a repository."""
+    try:
+        run = subprocess.run(
+            ["git", "-C", str(PROJECT_ROOT), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
+            capture_output=True, text=True, timeout=10, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return run.stdout.strip() or None
+
+
+def run_folder(run: str | Path) -> Path:
+    """Find an existing run by id (under the results root) or by path."""
+    path = Path(run)
+    if not (path / "manifest.json").is_file():
+        path = results_root() / str(run)
+    if not (path / "manifest.json").is_file():
+        root = results_root()
+        known = [p.parent.name for p in root.glob("*/manifest.json")]
+        raise UserError(f"there is no run '{run}' under {root}.{nearest(str(run), known)}")
+    return path
+
+
+def new_run_folder(run_id: str, output_dir: str | None, resume: bool) -> tuple[Path, bool]:
+    """Return the folder of a run to be trained and whether there is something to resume in it."""
+    if not run_id or run_id in (".", "..") or "/" in run_id or "\\" in run_id:
+        raise UserError(f"run id '{run_id}' must be a plain folder name.")
+    root = Path(output_dir).expanduser() if output_dir else results_root()
+    folder = root / run_id
+    exists = folder.exists() and any(folder.iterdir())
+    if exists and not resume:
+        raise UserError(
+            f"run '{run_id}' exists already ({folder}). Continue it with --resume, or choose another --run-id."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise UserError(f"cannot write into {folder}: {e.strerror}. Choose another output_dir.") from e
+    return folder, exists
+
+
+def write_description(
+    folder: Path,
+    run_id: str,
+    config: Config,
+    stream: TaskStream,
+    *,
+    base: dict[str, Any],
+    command: list[str],
+    files: list[str],
+) -> None:
+    """Write config.yaml and manifest.json."""
+    columns = [
+        {
+            "k": j,
+            "task": t.name,
+            "instruction": t.instruction,
+            "data": str(t.root),
+            "episodes": len(t.episodes),
+            "env": {**t.env, "max_steps": t.max_steps},
+            "expert_success": t.expert_success,
+        }
+        for j, t in enumerate(stream.columns)
+    ]
+    algorithm = config.algorithm["name"]
+    write_text(folder / "config.yaml", to_yaml(config))
+    write_json(
+        folder / "manifest.json",
+        {
+            "format": 1,
+            "run_id": run_id,
+            "algorithm": algorithm if isinstance(algorithm, str) else "+".join(algorithm),
+            "algorithm_config": {k: v for k, v in to_dict(config)["algorithm"].items() if k != "name"},
+            "policy": config.model,
+            "dataset": stream.name,
+            "seed": config.seed,
+            "mode": stream.mode,
+            "visits": columns,
+            "checkpoints": [v.task for v in stream.visits],
+            "data_fingerprint": stream.fingerprint,
+            "base": base,
+            "versions": versions(),
+            "git_revision": git_revision(),
+            "command": command,
+            "config_files": files,
+        },
+    )
+
+
+def checkpoint_folder(folder: Path, k: int) -> Path:
+    return folder / "checkpoints" / f"task_{k:02d}"
+
+
+def finished_visits(folder: Path) -> int:
+    """How many visits, counted from the first, have a whole checkpoint."""
+    k = 0
+    while (checkpoint_folder(folder, k) / "checkpoint.json").is_file():
+        k += 1
+    return k
+
+
+def save_checkpoint(folder: Path, k: int, fill: Callable[[Path], dict[str, Any]]) -> None:
+    """Let `fill` write a checkpoint into a temporary folder, then rename it into place whole."""
+    final = checkpoint_folder(folder, k)
+    temporary = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        description = fill(temporary)
+        write_json(temporary / "checkpoint.json", {"k": k, **description})
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+    except OSError as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"cannot save the checkpoint of task {k} in {final.parent}: {e.strerror or e}. What was saved before is "
+            "whole; free some space and continue with --resume."
+        ) from e
+
+
+def changed_keys(folder: Path, config: Config, ignore: tuple[str, ...]) -> list[str]:
+    """Keys whose values differ between the run's config.yaml and `config`, without sections in `ignore`."""
+    from omegaconf import OmegaConf
+
+    from clbench.config.compose import load_yaml
+
+    old = OmegaConf.to_container(load_yaml(folder / "config.yaml"))
+    assert isinstance(old, dict)
+    flat_old, flat_new = _flatten(old), _flatten(to_dict(config))
+    return sorted(
+        k
+        for k in flat_old.keys() | flat_new.keys()
+        if k.split(".")[0] not in ignore and flat_old.get(k) != flat_new.get(k)
+    )
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix.rstrip("."): value}
+    out: dict[str, Any] = {}
+    for k, v in value.items():
+        out.update(_flatten(v, f"{prefix}{k}."))
+    return out
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    manifest = read_json(folder / "manifest.json")
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("visits"), list):
+        raise UserError(f"{folder / 'manifest.json'} is damaged: it has no list of visits.")
+    return manifest

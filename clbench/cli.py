@@ -1,0 +1,307 @@
+"""The `clbench` command. Heavy imports happen inside the commands, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clbench import __version__
+from clbench.errors import UserError
+
+if TYPE_CHECKING:
+    from clbench.config.schema import Config
+
+OVERRIDES = "after --: overrides as key=value, e.g. -- train.steps=500 algorithm.expand_threshold=4"
+
+
+def parser() -> argparse.ArgumentParser:
+    """Build the argument parser of all commands."""
+    p = argparse.ArgumentParser(
+        prog="clbench",
+        description="Continual learning of robot policies: train, evaluate in simulators, compare.",
+    )
+    p.add_argument("--version", action="version", version=f"clbench {__version__}")
+    sub = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = _command(sub, "train", "train a run: one checkpoint per task")
+    _axes(train)
+    train.add_argument("--seed", type=int, help="the run's seed (default 0)")
+    train.add_argument("--run-id", help="name of the run's folder (default MODEL_ALGO_DATASET_sSEED)")
+    train.add_argument("--resume", nargs="?", const=True, default=False, metavar="RUN",
+                       help="continue a run after its last whole checkpoint; starts it when there is none")  # fmt: skip
+    train.add_argument("--init-from", metavar="RUN[:K]", help="start from another run's checkpoint K (default: last)")
+    train.add_argument("--gpus", help="GPU id, or a count (one process so far)")
+    train.add_argument("--nproc", type=int, default=1, help="processes (one so far)")
+    train.add_argument("--strategy", choices=("ddp", "zero2"), help="how several processes train (one process so far)")
+    train.add_argument("--port", type=int, help="port of the launcher (several processes)")
+
+    pre = _command(sub, "pretrain", "train and cache the base of a stream, unless it is there")
+    _axes(pre, algo=False)
+
+    ev = _command(sub, "eval", "evaluate a run: the T×T success matrix, in simulators")
+    ev.add_argument("--run-id", required=True, help="the run, by id or folder")
+    ev.add_argument("--trials", type=int, help="episodes per cell (default: the run's eval.episodes)")
+    ev.add_argument("--cells", choices=("full", "lower", "last", "diagonal"), help="which cells (default: full)")
+    ev.add_argument("--last-only", action="store_true", help="the last checkpoint only, as --cells last")
+    ev.add_argument("--base", action="store_true", help="also evaluate the base before the stream")
+    ev.add_argument("--random", action="store_true", help="also evaluate uniformly random actions")
+    ev.add_argument("--workers", type=int, help="processes (default: one a core, at most 2)")
+    ev.add_argument("--gpus", help="GPU id the policy runs on")
+    ev.add_argument("--output-base", metavar="DIR", help="write DIR/RUN/eval instead of into the run's folder")
+
+    from clbench.metrics import cli as metrics_cli
+    from clbench.report import cli as report_cli
+
+    metrics_cli.add_arguments(_command(sub, "metrics", "print every metric of a run or matrix"))
+    report_cli.add_arguments(_command(sub, "report", "tables and pictures of one run, or of several beside each other"))
+
+    data = _command(sub, "data", "make demonstrations")
+    kinds = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+    make = _command(kinds, "make", "make the demonstrations of a stream and of its pretraining tasks")
+    make.add_argument("name", help="a stream (see: clbench list)")
+    make.add_argument("--force", action="store_true", help="replace data made with other settings")
+    make.add_argument("--workers", type=int, default=2, help="simulator processes (default 2)")
+
+    _command(sub, "list", "names of models, algorithms and streams")
+
+    sweep = _command(sub, "sweep", "train, evaluate and compare the runs of an experiment file; finished ones are kept")
+    sweep.add_argument("experiment", help="a name under configs/experiments, or a YAML file")
+    sweep.add_argument("--dry-run", action="store_true", help="only say what is done and what is left")
+    return p
+
+
+def _command(sub: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str) -> argparse.ArgumentParser:
+    p = sub.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    p.add_argument("--debug", action="store_true", help="show tracebacks")
+    return p
+
+
+def _axes(p: argparse.ArgumentParser, algo: bool = True) -> None:
+    p.add_argument("--model", default="dit_dec_tiny", help="a name under configs/models (default dit_dec_tiny)")
+    p.add_argument("--dataset", default="metaworld_quick",
+                   help="a stream: a name under configs/datasets (default metaworld_quick)")  # fmt: skip
+    if algo:
+        p.add_argument("--algo", default="clare", help="one algorithm or several joined by commas (default clare)")
+    p.add_argument("--yaml", nargs="+", metavar="FILE", help="merge these files left to right instead of the axes")
+    p.add_argument("--smoke", action="store_true", help="a few steps per task: proves that it runs, measures nothing")
+    p.epilog = OVERRIDES
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. 0: done; 2: the user can mend it (one message); 130: interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    overrides: list[str] = []
+    if "--" in argv:
+        at = argv.index("--")
+        argv, overrides = argv[:at], argv[at + 1 :]
+    args = parser().parse_args(argv)
+    debug = getattr(args, "debug", False) or bool(os.environ.get("CLBENCH_DEBUG"))
+    if debug:
+        os.environ["CLBENCH_DEBUG"] = "1"
+    try:
+        return _run(args, overrides, argv)
+    except UserError as e:
+        if debug:
+            traceback.print_exc()
+        print(f"clbench: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("clbench: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 141
+
+
+def _run(args: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
+    if overrides and args.command not in ("train", "pretrain", "eval", "data"):
+        raise UserError(f"`clbench {args.command}` takes no overrides after --.")
+    commands = {
+        "train": _train,
+        "pretrain": _pretrain,
+        "eval": _eval,
+        "data": _data,
+        "list": _list,
+        "sweep": _sweep,
+    }
+    if args.command in commands:
+        return commands[args.command](args, overrides)
+    if args.command == "metrics":
+        from clbench.metrics.cli import run
+    else:
+        from clbench.report.cli import run
+    return run(args)
+
+
+def _compose(args: argparse.Namespace, overrides: Sequence[str], algo: str) -> tuple[Config, list[str]]:
+    from clbench.config.compose import compose, compose_files
+    from clbench.registry import algorithm_names
+
+    if args.yaml:
+        return compose_files(args.yaml, overrides, args.smoke)
+    return compose(
+        model=args.model,
+        algorithms=[a for a in algo.split(",") if a],
+        dataset=args.dataset,
+        registered=algorithm_names(),
+        overrides=overrides,
+        smoke=args.smoke,
+    )
+
+
+def default_run_id(config: Config, dataset: str, smoke: bool) -> str:
+    """{model}_{algo}_{dataset}_s{seed}, with "_smoke" behind a smoke run's."""
+    name = config.algorithm["name"]
+    algo = name if isinstance(name, str) else "+".join(name)
+    return f"{config.model}_{algo}_{dataset}_s{config.seed}" + ("_smoke" if smoke else "")
+
+
+def _train(args: argparse.Namespace, overrides: list[str]) -> int:
+    if args.nproc != 1 or (args.gpus and ("," in args.gpus or not args.gpus.isdigit())):
+        raise UserError("this version trains in one process: use --nproc 1 and one GPU id with --gpus.")
+    if args.strategy == "zero2":
+        raise UserError("--strategy zero2 needs several processes, and this version trains in one.")
+    if args.gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = args.gpus
+    if args.seed is not None:
+        overrides = [f"seed={args.seed}", *overrides]
+    if isinstance(args.resume, str):
+        from clbench.checkpoints.run_folder import run_folder
+        from clbench.evaluation.evaluate import run_config
+
+        folder = run_folder(args.resume)
+        config, files, run_id = run_config(folder), [str(folder / "config.yaml")], folder.name
+        if folder.parent.resolve() != _results(config):
+            config.output_dir = str(folder.parent)
+    else:
+        if args.init_from:
+            overrides = [f"policy.path={_init_from(args.init_from)}", *overrides]
+        config, files = _compose(args, overrides, args.algo)
+        run_id = args.run_id or default_run_id(config, config.dataset.name, args.smoke)
+    print(f"configuration: {' ← '.join(files)}{' ← overrides' if overrides else ''}", file=sys.stderr)
+    from clbench.training.trainer import train
+
+    train(config, run_id, resume=bool(args.resume), command=["clbench", *sys.argv[1:]], files=files)
+    return 0
+
+
+def _results(config: Config) -> Path:
+    from clbench.paths import results_root
+
+    return Path(config.output_dir).resolve() if config.output_dir else results_root().resolve()
+
+
+def _init_from(text: str) -> str:
+    from clbench.checkpoints.run_folder import checkpoint_folder, finished_visits, run_folder
+
+    run, _, k = text.partition(":")
+    folder = run_folder(run)
+    done = finished_visits(folder)
+    number = int(k) if k.isdigit() else done - 1
+    if (k and not k.isdigit()) or not 0 <= number < done:
+        raise UserError(f"--init-from {text}: run {run} has checkpoints 0 to {done - 1}.")
+    policy = checkpoint_folder(folder, number) / "policy"
+    if (policy / "adapter_config.json").is_file():
+        raise UserError(f"--init-from {text}: that checkpoint is an adapter; only whole policies can be a base.")
+    return str(policy.resolve())
+
+
+def _pretrain(args: argparse.Namespace, overrides: list[str]) -> int:
+    config, _ = _compose(args, overrides, "seqfft")
+    from clbench.training.backend import Backend
+    from clbench.training.pretrain import ensure_base
+
+    folder, _ = ensure_base(config, Backend(config.train), config.log.progress)
+    print(folder)
+    return 0
+
+
+def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
+    from clbench.checkpoints.run_folder import run_folder
+    from clbench.config.compose import override
+    from clbench.evaluation.evaluate import evaluate, run_config
+
+    folder = run_folder(args.run_id)
+    if args.gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = args.gpus
+        overrides = ["train.device=cuda", *overrides]
+    for flag, key in (("trials", "episodes"), ("workers", "workers")):
+        if getattr(args, flag) is not None:
+            overrides = [f"eval.{key}={getattr(args, flag)}", *overrides]
+    cells = "last" if args.last_only else args.cells
+    overrides = [
+        *([f"eval.cells={cells}"] if cells else []),
+        *(["eval.base_row=true"] if args.base else []),
+        *(["eval.random_row=true"] if args.random else []),
+        *overrides,
+    ]
+    config = override(run_config(folder), overrides)
+    output = Path(args.output_base) / folder.name if args.output_base else None
+    matrix = evaluate(folder, config, output, progress=config.log.progress != "off")
+    _print_matrix(matrix)
+    print(f"matrix: {(output or folder) / 'eval' / 'matrix.json'}")
+    return 0
+
+
+def _print_matrix(matrix: dict[str, object]) -> None:
+    tasks = matrix["tasks"]
+    assert isinstance(tasks, list)
+    print("success rate after task k (rows) on task j (columns): " + ", ".join(f"{j}={t}" for j, t in enumerate(tasks)))
+    rows = [(name, matrix[name]) for name in ("random", "base") if matrix[name]]
+    success = matrix["success"]
+    assert isinstance(success, list)
+    rows += [(f"k={k}", row) for k, row in enumerate(success)]
+    for name, row in rows:
+        assert isinstance(row, list)
+        print(f"{name:>7} " + " ".join("   – " if v is None else f"{v:5.2f}" for v in row))
+
+
+def _data(args: argparse.Namespace, overrides: list[str]) -> int:
+    from clbench.config.compose import compose
+    from clbench.data.make import make_dataset
+    from clbench.streams.stream import data_folder
+
+    config, _ = compose(
+        model="dit_dec_tiny",
+        algorithms=["seqfft"],
+        dataset=args.name,
+        registered=["seqfft"],
+        overrides=overrides,
+    )
+    d = config.dataset
+    sets = [(d.data, list(d.tasks), d.make)]
+    if d.pretrain is not None:
+        sets.append((d.pretrain.data, list(d.pretrain.tasks), d.pretrain.make))
+    for data, tasks, make in sets:
+        root = data_folder(data)
+        make_dataset(
+            root, name=root.name, env_type=d.env.type, tasks=tasks, demos_per_task=make.demos_per_task, seed=make.seed,
+            action_noise=make.action_noise, tail_steps=make.tail_steps, workers=args.workers, force=args.force,
+            progress=config.log.progress != "off",
+        )  # fmt: skip
+    return 0
+
+
+def _list(args: argparse.Namespace, overrides: list[str]) -> int:
+    from clbench.config.compose import available
+    from clbench.registry import algorithm_names
+
+    print("models:     " + ", ".join(available("models")))
+    print("algorithms: " + ", ".join(algorithm_names()))
+    print("streams:    " + ", ".join(available("datasets")))
+    print("experiments: " + ", ".join(available("experiments")))
+    return 0
+
+
+def _sweep(args: argparse.Namespace, overrides: list[str]) -> int:
+    from clbench.sweep import run_sweep
+
+    return run_sweep(args.experiment, dry_run=args.dry_run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

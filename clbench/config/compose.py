@@ -1,0 +1,281 @@
+"""From names, files and overrides to one checked configuration.
+
+    base.yaml ← models/M ← datasets/D ← algorithms/A… ← recipes/{A}_{D} ← --yaml files ← smoke ← dotlist overrides
+
+Later wins. A key that nobody defined is an error that names the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from clbench.config.schema import Config
+from clbench.errors import UserError, nearest
+from clbench.paths import CONFIG_ROOT
+
+SECRET = re.compile(r"(key|token|secret|passw|credential)", re.IGNORECASE)
+MAX_YAML_BYTES = 1024 * 1024
+
+
+def available(kind: str) -> list[str]:
+    """Names of the YAML files under configs/KIND."""
+    return sorted(p.stem for p in (CONFIG_ROOT / kind).glob("*.yaml"))
+
+
+def load_yaml(path: Path | str) -> DictConfig:
+    """Read one YAML mapping (no tags that construct objects)."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise UserError(f"{path} is larger than {MAX_YAML_BYTES} bytes; that is no configuration file.")
+        value = OmegaConf.create(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise UserError(f"configuration file {path} does not exist.") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"cannot read configuration file {path}: {e}.") from e
+    except (yaml.YAMLError, OmegaConfBaseException, RecursionError) as e:
+        raise UserError(f"{path} is not valid YAML: {_one_line(e)}") from e
+    if not isinstance(value, DictConfig):
+        raise UserError(f"{path} must hold a mapping of keys to values.")
+    return value
+
+
+def _one_line(e: BaseException) -> str:
+    return " ".join(str(e).split("full_key:")[0].split())
+
+
+def find(kind: str, name: str, known: Iterable[str] = ()) -> Path | None:
+    """Return the YAML of `name` (a name under configs/KIND or a path), None if only the registry knows it."""
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    path = CONFIG_ROOT / kind / f"{name}.yaml"
+    if path.parent == CONFIG_ROOT / kind and path.is_file():
+        return path
+    if name in set(known):
+        return None
+    label = {"models": "model", "algorithms": "algorithm", "datasets": "dataset"}[kind]
+    raise UserError(f"unknown {label} '{name}'.{nearest(name, {*available(kind), *known})}")
+
+
+def compose(
+    *,
+    model: str,
+    algorithms: Sequence[str],
+    dataset: str,
+    registered: Iterable[str] = (),
+    overrides: Sequence[str] = (),
+    smoke: bool = False,
+) -> tuple[Config, list[str]]:
+    """Compose a run's configuration from the three axes; returns it and the names of the files that made it."""
+    files = [CONFIG_ROOT / "base.yaml"]
+    for kind, names, known in (
+        ("models", [model], ()),
+        ("datasets", [dataset], ()),
+        ("algorithms", algorithms, registered),
+    ):
+        files += [p for p in (find(kind, n, known) for n in names) if p is not None]
+    recipe = CONFIG_ROOT / "recipes" / f"{'+'.join(algorithms)}_{Path(dataset).stem}.yaml"
+    if recipe.is_file():
+        files.append(recipe)
+    head = {"model": Path(model).stem, "algorithm": {"name": _name(algorithms)}}
+    return _merge(files, head, overrides, smoke), [_short(f) for f in files]
+
+
+def compose_files(paths: Sequence[str], overrides: Sequence[str] = (), smoke: bool = False) -> tuple[Config, list[str]]:
+    """Merge explicit YAML files left to right over base.yaml; the three axes play no part."""
+    files = [CONFIG_ROOT / "base.yaml", *map(Path, paths)]
+    return _merge(files, {}, overrides, smoke), [_short(f) for f in files]
+
+
+def _short(path: Path) -> str:
+    return str(path.relative_to(CONFIG_ROOT.parent)) if path.is_relative_to(CONFIG_ROOT.parent) else str(path)
+
+
+def _name(algorithms: Sequence[str]) -> str | list[str]:
+    stems = [Path(a).stem for a in algorithms]
+    return stems[0] if len(stems) == 1 else stems
+
+
+def _merge(files: Sequence[Path], head: dict[str, Any], overrides: Sequence[str], smoke: bool) -> Config:
+    layers: list[tuple[str, DictConfig]] = [(_short(f), load_yaml(f)) for f in files]
+    layers.append(("the command line", OmegaConf.create(head)))
+    if smoke:
+        merged: Any = OmegaConf.merge(*(layer for _, layer in layers))
+        named = merged.get("algorithm", {}).get("name", [])
+        for name in ["base", *([named] if isinstance(named, str) else named)]:
+            path = CONFIG_ROOT / "smoke" / f"{name}.yaml"
+            if path.is_file():
+                layers.append((_short(path), load_yaml(path)))
+    layers.append(("the command line", _dotlist(overrides)))
+    config: Any = OmegaConf.structured(Config)
+    for source, layer in layers:
+        check_keys(OmegaConf.structured(Config), layer, source)
+        try:
+            config = OmegaConf.merge(config, layer)
+        except OmegaConfBaseException as e:
+            key = getattr(e, "full_key", None)
+            raise UserError(f"{source}: {key}: {_one_line(e)}") from e
+    return to_config(config)
+
+
+def override(config: Config, overrides: Sequence[str]) -> Config:
+    """Apply dotlist overrides to a composed configuration."""
+    layer = _dotlist(overrides)
+    check_keys(OmegaConf.structured(Config), layer, "the command line")
+    try:
+        return to_config(OmegaConf.merge(OmegaConf.structured(config), layer))
+    except OmegaConfBaseException as e:
+        raise UserError(f"the command line: {getattr(e, 'full_key', None)}: {_one_line(e)}") from e
+
+
+def _dotlist(overrides: Sequence[str]) -> DictConfig:
+    items = []
+    for item in overrides:
+        text = item.removeprefix("--")
+        if "=" not in text:
+            raise UserError(f"override '{item}' is not of the form key=value (for example train.steps=500).")
+        items.append(text)
+    try:
+        return OmegaConf.from_dotlist(items)
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as e:
+        raise UserError(f"cannot read the overrides {items}: {_one_line(e)}") from e
+
+
+def check_keys(schema: Any, value: Any, source: str, prefix: str = "") -> None:
+    """Raise UserError for a key that the schema lacks, naming the nearest one it has."""
+    if not isinstance(value, DictConfig) or not isinstance(schema, DictConfig):
+        return
+    if OmegaConf.get_type(schema) is dict:  # an open mapping: checked by whoever owns it
+        return
+    known = [str(k) for k in schema]
+    for key in value:
+        name = str(key)
+        if name not in known:
+            raise UserError(f"{source}: unknown key '{prefix}{name}'.{nearest(name, known)}")
+        try:
+            child = schema[key] if not OmegaConf.is_missing(schema, key) else None
+        except OmegaConfBaseException:
+            child = None
+        if child is None:
+            from clbench.config.schema import PretrainDataConfig
+
+            child = OmegaConf.structured(PretrainDataConfig) if f"{prefix}{name}" == "dataset.pretrain" else None
+        check_keys(child, value._get_node(key), source, f"{prefix}{name}.")
+
+
+def to_config(config: Any) -> Config:
+    """Resolve interpolations, check ranges, and return the dataclass."""
+    try:
+        missing = [k for k in sorted(map(str, OmegaConf.missing_keys(config))) if k != "model"]
+        if missing:
+            raise UserError(f"the configuration lacks {', '.join(missing)}.")
+        if OmegaConf.is_missing(config, "model"):
+            config.model = str(config.policy.get("type", "policy"))
+        OmegaConf.resolve(config)
+        obj = OmegaConf.to_object(config)
+    except OmegaConfBaseException as e:
+        raise UserError(f"the configuration is not valid: {_one_line(e)}") from e
+    assert isinstance(obj, Config)
+    check_values(obj)
+    return obj
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain containers; values of keys that look like secrets are replaced."""
+    plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+    redacted = redact(plain)
+    assert isinstance(redacted, dict)
+    return redacted
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def redact(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            k: "<redacted>" if SECRET.search(str(k)) and isinstance(v, str) and v else redact(v)
+            for k, v in value.items()
+        }
+    return [redact(v) for v in value] if isinstance(value, list) else value
+
+
+def check_values(c: Config) -> None:
+    """Raise UserError for values out of range; everything a configuration alone can show."""
+    problems: list[str] = []
+
+    def need(ok: bool, message: str) -> None:
+        if not ok:
+            problems.append(message)
+
+    for label, section in (("train", c.train), ("pretrain", c.pretrain)):
+        o = section.optimizer
+        need(section.steps >= 1, f"{label}.steps must be at least 1, is {section.steps}")
+        need(section.batch_size >= 1, f"{label}.batch_size must be at least 1, is {section.batch_size}")
+        need(section.log_every >= 1, f"{label}.log_every must be at least 1, is {section.log_every}")
+        _choice(problems, f"{label}.optimizer.name", o.name, ("adamw", "sgd"))
+        _choice(problems, f"{label}.optimizer.schedule", o.schedule, ("cosine", "constant"))
+        need(o.lr > 0, f"{label}.optimizer.lr must be positive, is {o.lr}")
+        need(o.weight_decay >= 0, f"{label}.optimizer.weight_decay must not be negative")
+        need(
+            len(o.betas) == 2 and all(0 <= b < 1 for b in o.betas),
+            f"{label}.optimizer.betas must be 2 in [0, 1)",
+        )
+        need(0 <= o.momentum < 1, f"{label}.optimizer.momentum must be in [0, 1)")
+        need(o.warmup_steps >= 0, f"{label}.optimizer.warmup_steps must not be negative")
+        need(0 <= o.final_lr_ratio <= 1, f"{label}.optimizer.final_lr_ratio must be in [0, 1]")
+        need(o.grad_clip >= 0, f"{label}.optimizer.grad_clip must not be negative (0 = off)")
+    t, e, d = c.train, c.eval, c.dataset
+    need(t.gradient_accumulation >= 1, "train.gradient_accumulation must be at least 1")
+    if t.gradient_accumulation >= 1:
+        need(
+            t.batch_size % t.gradient_accumulation == 0,
+            f"train.batch_size ({t.batch_size}) must be a multiple of "
+            f"train.gradient_accumulation ({t.gradient_accumulation})",
+        )
+    _choice(problems, "train.optimizer_across_tasks", t.optimizer_across_tasks, ("fresh", "carried"))
+    _choice(problems, "train.mixed_precision", t.mixed_precision, ("no", "bf16"))
+    _choice(problems, "train.device", t.device, ("auto", "cpu", "cuda"))
+    _choice(problems, "eval.cells", e.cells, ("full", "lower", "last", "diagonal"))
+    _choice(problems, "log.progress", c.log.progress, ("auto", "bar", "lines", "off"))
+    need(t.num_workers >= 0, "train.num_workers must not be negative")
+    need(t.threads is None or t.threads >= 1, "train.threads must be at least 1 (or null)")
+    need(1 <= e.episodes <= 100_000, f"eval.episodes must be between 1 and 100000, is {e.episodes}")
+    need(0 <= e.seed < 1_000_000_000, "eval.seed must be in [0, 1e9)")
+    need(e.slots >= 1, "eval.slots must be at least 1")
+    need(e.workers is None or e.workers >= 1, "eval.workers must be at least 1 (or null)")
+    need(e.steps_after_success >= 0, "eval.steps_after_success must not be negative")
+    need(d.env.max_steps >= 1, "dataset.env.max_steps must be at least 1")
+    need(0 <= c.seed < 2**31, f"seed must be in [0, 2^31), is {c.seed}")
+    makes = [("dataset.make", d.make)]
+    if d.pretrain is not None:
+        makes.append(("dataset.pretrain.make", d.pretrain.make))
+        overlap = sorted(set(d.tasks) & set(d.pretrain.tasks))
+        need(
+            not overlap,
+            f"dataset.pretrain.tasks must be disjoint from the stream; both have {', '.join(overlap)}",
+        )
+        need(len(d.pretrain.tasks) >= 1, "dataset.pretrain.tasks is empty")
+    for label, m in makes:
+        need(m.demos_per_task >= 1, f"{label}.demos_per_task must be at least 1")
+        need(m.action_noise >= 0, f"{label}.action_noise must not be negative")
+        need(m.tail_steps >= 0, f"{label}.tail_steps must not be negative")
+    if "name" not in c.algorithm:
+        problems.append("algorithm.name is missing (for example --algo clare)")
+    if "type" not in c.policy and "path" not in c.policy:
+        problems.append("policy.type (or policy.path, a checkpoint folder) is missing")
+    if problems:
+        raise UserError("the configuration is not valid: " + "; ".join(problems) + ".")
+
+
+def _choice(problems: list[str], key: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        problems.append(f"{key} is '{value}', must be one of {', '.join(known)}")

@@ -1,0 +1,182 @@
+"""Every key a configuration may have, with its type, default and meaning.
+
+`policy` and `algorithm` are open here: their keys are the fields of the chosen policy's and algorithms' own
+configuration dataclasses, and are checked against those when the run is built.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from omegaconf import MISSING
+
+
+@dataclass
+class OptimizerConfig:
+    """How a phase steps.
+
+    Attributes:
+        name: adamw | sgd.
+        lr: peak learning rate.
+        weight_decay: decoupled weight decay (adamw) or L2 (sgd).
+        betas: AdamW's moment decays.
+        momentum: SGD's.
+        schedule: cosine | constant, over the steps of one task (or phase).
+        warmup_steps: linear warm-up from 0.
+        final_lr_ratio: the cosine ends at this share of `lr`.
+        grad_clip: clip the global gradient norm to this; 0 = off.
+    """
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    momentum: float = 0.0
+    schedule: str = "cosine"
+    warmup_steps: int = 20
+    final_lr_ratio: float = 0.0
+    grad_clip: float = 1.0
+
+
+@dataclass
+class TrainConfig:
+    """Training of one task.
+
+    Attributes:
+        steps: optimizer steps per task.
+        batch_size: samples per optimizer step, over all ranks and micro-batches.
+        gradient_accumulation: micro-batches a step is split into.
+        optimizer_across_tasks: fresh | carried (moments live on from task to task).
+        mixed_precision: no | bf16.
+        log_every: steps between log lines.
+        num_workers: loader processes, for data that has to be decoded (images).
+        threads: torch threads; null = torch's default.
+        device: cpu | cuda | auto.
+    """
+
+    steps: int = 300
+    batch_size: int = 128
+    gradient_accumulation: int = 1
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer_across_tasks: str = "fresh"
+    mixed_precision: str = "no"
+    log_every: int = 25
+    num_workers: int = 2
+    threads: Optional[int] = None  # noqa: UP045 (OmegaConf reads this form)
+    device: str = "auto"
+
+
+@dataclass
+class PretrainConfig:
+    """Training of the base, once, on tasks outside the stream. Its seed is its own: all runs share the base."""
+
+    steps: int = 2500
+    batch_size: int = 256
+    seed: int = 0
+    log_every: int = 100
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(warmup_steps=100))
+
+
+@dataclass
+class MakeConfig:
+    """How demonstrations are made (see docs/data.md)."""
+
+    demos_per_task: int = 20
+    seed: int = 0
+    action_noise: float = 0.1
+    tail_steps: int = 10
+
+
+@dataclass
+class PretrainDataConfig:
+    """The tasks that a base is trained on: disjoint from the stream's."""
+
+    data: str = MISSING
+    tasks: list[str] = MISSING
+    make: MakeConfig = field(default_factory=MakeConfig)
+
+
+@dataclass
+class EnvConfig:
+    """The simulator: its type, and after how many steps an episode has failed."""
+
+    type: str = MISSING
+    max_steps: int = 200
+
+
+@dataclass
+class DatasetConfig:
+    """A task stream.
+
+    Attributes:
+        name: shown in reports.
+        data: data set folder: a name under the data root, or a path.
+        tasks: the stream's tasks, in order.
+        task_order: null, or names or indices into `tasks`; may leave out, reorder and repeat tasks.
+        fresh_on_revisit: a task's visits share its demonstrations out among them instead of seeing all each time.
+        make: how `clbench data make` makes the data.
+        pretrain: the base's tasks and data; null = the stream has no base of its own.
+    """
+
+    name: str = MISSING
+    data: str = MISSING
+    env: EnvConfig = field(default_factory=EnvConfig)
+    tasks: list[str] = MISSING
+    task_order: Optional[list[Any]] = None  # noqa: UP045
+    fresh_on_revisit: bool = False
+    make: MakeConfig = field(default_factory=MakeConfig)
+    pretrain: Optional[PretrainDataConfig] = None  # noqa: UP045
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation in the simulator.
+
+    Attributes:
+        episodes: episodes per cell.
+        seed: first of the consecutive episode seeds, counted from the evaluation range's start; the same for
+            every algorithm, never used for demonstrations.
+        cells: full (T×T) | lower (k ≥ j) | last (final row) | diagonal.
+        steps_after_success: an episode goes on for this many steps after its first success (or to the step
+            limit); success at the end is judged there.
+        workers: processes; null = one a core, at most 2 on a small machine.
+        slots: episodes that one process steps together (the policy's fixed batch size).
+        base_row, random_row: also evaluate the base before the stream / uniformly random actions.
+    """
+
+    episodes: int = 20
+    seed: int = 0
+    cells: str = "full"
+    steps_after_success: int = 10
+    workers: Optional[int] = None  # noqa: UP045
+    slots: int = 32
+    base_row: bool = False
+    random_row: bool = False
+
+
+@dataclass
+class LogConfig:
+    """log.jsonl is always written; these are beside it. Each `project` is the logger's project name."""
+
+    tensorboard: bool = False
+    wandb: bool = False
+    trackio: bool = False
+    project: str = "clbench"
+    progress: str = "auto"  # auto | bar | lines | off
+
+
+@dataclass
+class Config:
+    """A whole run. `policy.type` names a LeRobot policy, `policy.path` a LeRobot checkpoint folder to start from."""
+
+    seed: int = 0
+    model: str = MISSING
+    output_dir: Optional[str] = None  # noqa: UP045
+    policy: dict[str, Any] = field(default_factory=dict)
+    algorithm: dict[str, Any] = field(default_factory=dict)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)

@@ -1,0 +1,1 @@
+"""Task data: making demonstrations, describing them, and reading them for training."""

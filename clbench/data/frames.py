@@ -1,0 +1,279 @@
+"""Training samples of tasks: the same dictionaries LeRobotDataset gives, fetched a batch at a time.
+
+A sample is one frame with its action chunk. Data without cameras is held as tensors and indexed (about 100 times
+faster than per-item reads); data with cameras goes through LeRobotDataset's own item access, in loader workers.
+Batches are raw: LeRobot keys, not normalised, with `task` texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lerobot.configs import PreTrainedConfig
+from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from clbench.errors import UserError
+from clbench.seeding import generator
+from clbench.streams.stream import Task
+
+Batch = dict[str, Any]
+Deltas = dict[str, list[int]]  # feature → frame offsets, e.g. {"action": [0, …, 7]}
+
+BOOKKEEPING = ("index", "episode_index", "frame_index", "timestamp", "task_index")
+
+
+def frame_deltas(policy: PreTrainedConfig, features: dict[str, Any]) -> Deltas:
+    """Return the frame offsets that a policy wants of each feature (its history and its action chunk)."""
+    deltas: Deltas = {}
+    for key in features:
+        if key == "action" and policy.action_delta_indices is not None:
+            deltas[key] = list(policy.action_delta_indices)
+        elif key.startswith("observation.") and policy.observation_delta_indices is not None:
+            deltas[key] = list(policy.observation_delta_indices)
+    return deltas
+
+
+@dataclass
+class FrameTable:
+    """All low-dimensional columns of one data set as tensors, with each frame's episode bounds."""
+
+    columns: dict[str, Tensor]
+    episode_from: Tensor  # (N,) first frame of the frame's episode
+    episode_to: Tensor  # (N,) one past its last frame
+    episode_start: dict[int, tuple[int, int]]
+
+    @staticmethod
+    def load(root: Path) -> FrameTable:
+        dataset = LeRobotDataset(repo_id=root.name, root=root, video_backend="pyav")  # no video is decoded
+        table = dataset.hf_dataset.with_format("numpy")
+        columns: dict[str, Tensor] = {}
+        for key, feature in dataset.features.items():
+            if feature["dtype"] in ("string", "language"):
+                continue
+            array = np.asarray(table[key][:])
+            if feature["dtype"] == "float64":
+                array = array.astype(np.float32)
+            columns[key] = torch.from_numpy(np.ascontiguousarray(array)).reshape(len(array), *_shape(feature))
+        episode_from = torch.zeros(len(table), dtype=torch.int64)
+        episode_to = torch.zeros(len(table), dtype=torch.int64)
+        start: dict[int, tuple[int, int]] = {}
+        episodes = dataset.meta.episodes
+        for e, a, b in zip(
+            episodes["episode_index"],
+            episodes["dataset_from_index"],
+            episodes["dataset_to_index"],
+            strict=True,
+        ):
+            episode_from[a:b], episode_to[a:b] = int(a), int(b)
+            start[int(e)] = (int(a), int(b))
+        return FrameTable(columns, episode_from, episode_to, start)
+
+    def window(self, key: str, frames: Tensor, offsets: list[int]) -> tuple[Tensor, Tensor]:
+        """Return values (n, len(offsets), …) and padding (n, len(offsets)): outside its episode the edge repeats."""
+        want = frames[:, None] + torch.tensor(offsets)
+        low, high = self.episode_from[frames][:, None], self.episode_to[frames][:, None] - 1
+        return self.columns[key][want.clamp(low, high)], (want < low) | (want > high)
+
+
+def _shape(feature: dict[str, Any]) -> tuple[int, ...]:
+    shape = tuple(feature["shape"])
+    return () if shape == (1,) else shape
+
+
+class TaskFrames:
+    """The samples of one task. `len` counts frames; `fetch(indices)` returns a raw batch."""
+
+    def __init__(self, task: Task, policy: PreTrainedConfig, tables: dict[Path, FrameTable]) -> None:
+        self.task = task
+        self._policy = policy
+        self._tables = tables
+        if not (task.root / "meta" / "info.json").is_file():
+            raise UserError(f"there is no LeRobot data set in {task.root}: run `clbench data make {task.root.name}`.")
+        self.meta = LeRobotDatasetMetadata(repo_id=task.root.name, root=task.root)
+        self.decoded = bool(self.meta.camera_keys)
+        self.deltas = frame_deltas(policy, self.meta.features)
+
+    @property
+    def table(self) -> FrameTable:
+        if self.task.root not in self._tables:
+            self._tables[self.task.root] = FrameTable.load(self.task.root)
+        return self._tables[self.task.root]
+
+    @cached_property
+    def _lerobot(self) -> LeRobotDataset:
+        seconds = {k: [d / self.meta.fps for d in v] for k, v in self.deltas.items()}
+        return LeRobotDataset(
+            repo_id=self.task.root.name,
+            root=self.task.root,
+            episodes=list(self.task.episodes),
+            delta_timestamps=seconds or None,
+        )
+
+    @cached_property
+    def frames(self) -> Tensor:
+        """(n,) frame numbers of the task's episodes in the whole data set."""
+        starts = self.table.episode_start if not self.decoded else self._episode_bounds()
+        missing = [e for e in self.task.episodes if e not in starts]
+        if missing:
+            raise UserError(f"{self.task.root} has no episode {missing[0]}, which its own record lists. Make it anew.")
+        parts = [torch.arange(*starts[e]) for e in self.task.episodes]
+        return torch.cat(parts)
+
+    def _episode_bounds(self) -> dict[int, tuple[int, int]]:
+        e = self.meta.episodes
+        rows = zip(e["episode_index"], e["dataset_from_index"], e["dataset_to_index"], strict=True)
+        return {int(i): (int(a), int(b)) for i, a, b in rows}
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    @cached_property
+    def episode_of(self) -> Tensor:
+        """(n,) which of the task's episodes (0-based) each sample belongs to."""
+        bounds = self.table.episode_start if not self.decoded else self._episode_bounds()
+        lengths = torch.tensor([bounds[e][1] - bounds[e][0] for e in self.task.episodes])
+        return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+
+    def sample_bytes(self) -> int:
+        """Bytes of one stored sample: every feature the policy is given, with its history or chunk, uncompressed."""
+        total = 0
+        for key, feature in self.meta.features.items():
+            if key in BOOKKEEPING:
+                continue
+            size = 1 if feature["dtype"] in ("image", "video", "bool") else 4
+            total += size * int(np.prod(feature["shape"])) * len(self.deltas.get(key, [0]))
+        return total
+
+    def fetch(self, indices: Tensor) -> Batch:
+        """Return the samples at `indices` (n,), each in [0, len)."""
+        if self.decoded:
+            return default_collate([self._item(int(i)) for i in indices])
+        frames = self.frames[indices]
+        table = self.table
+        batch: Batch = {}
+        for key, column in table.columns.items():
+            if key in self.deltas:
+                batch[key], batch[f"{key}_is_pad"] = table.window(key, frames, self.deltas[key])
+            else:
+                batch[key] = column[frames]
+        batch["task"] = [self.task.instruction] * len(frames)
+        return batch
+
+    def _item(self, i: int) -> dict[str, Any]:
+        item = self._lerobot[i]
+        item["task"] = self.task.instruction
+        return item
+
+
+class StreamFrames:
+    """The samples of several visits. A reference is a row (visit, index) of an int64 tensor (n, 2)."""
+
+    def __init__(self, visits: Sequence[tuple[Task, ...]], policy: PreTrainedConfig) -> None:
+        self._tables: dict[Path, FrameTable] = {}
+        self._parts = [[TaskFrames(t, policy, self._tables) for t in tasks] for tasks in visits]
+
+    @property
+    def decoded(self) -> bool:
+        return any(f.decoded for parts in self._parts for f in parts)
+
+    def parts(self, k: int) -> list[TaskFrames]:
+        """The tasks of visit k (one, except under joint training)."""
+        return self._parts[k]
+
+    def length(self, k: int) -> int:
+        return sum(len(p) for p in self._parts[k])
+
+    def fetch(self, refs: Tensor) -> Batch:
+        """Return the referenced samples, in the order of `refs`."""
+        groups: list[Batch] = []
+        order: list[Tensor] = []
+        for k in refs[:, 0].unique().tolist():
+            rows = (refs[:, 0] == k).nonzero()[:, 0]
+            index = refs[rows, 1]
+            offset = 0
+            for part in self._parts[k]:
+                inside = (index >= offset) & (index < offset + len(part))
+                if inside.any():
+                    groups.append(part.fetch(index[inside] - offset))
+                    order.append(rows[inside])
+                offset += len(part)
+        if len(groups) == 1 and torch.equal(order[0], torch.arange(len(refs))):
+            return groups[0]
+        return select(concat(groups), torch.cat(order).argsort())
+
+
+def concat(batches: Sequence[Batch]) -> Batch:
+    """Join batches with the same keys along the batch dimension."""
+    if len(batches) == 1:
+        return batches[0]
+    keys = batches[0].keys()
+    for b in batches[1:]:
+        if b.keys() != keys:
+            raise UserError(
+                f"the tasks' data differ in their features: {sorted(set(b) ^ set(keys))}. A stream needs one schema."
+            )
+    return {
+        k: torch.cat([b[k] for b in batches]) if torch.is_tensor(batches[0][k]) else [v for b in batches for v in b[k]]
+        for k in keys
+    }
+
+
+def select(batch: Batch, rows: Tensor) -> Batch:
+    """Return the rows of a batch."""
+    listed = rows.tolist()
+    return {k: v[rows] if torch.is_tensor(v) else [v[i] for i in listed] for k, v in batch.items()}
+
+
+def batch_size(batch: Batch) -> int:
+    """The number of samples in a batch."""
+    return next(len(v) for v in batch.values())
+
+
+class SampleOrder:
+    """Shuffled epochs as one endless sequence: a pure function of (seed, visit, epoch), so any step can be had."""
+
+    def __init__(self, n: int, *key: int | str) -> None:
+        self.n, self.key = n, key
+        self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64)
+
+    def permutation(self, epoch: int) -> Tensor:
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._permutation = torch.randperm(self.n, generator=generator("order", *self.key, epoch))
+        return self._permutation
+
+    def take(self, start: int, count: int) -> Tensor:
+        """Return positions start … start + count of the endless sequence."""
+        parts = []
+        while count > 0:
+            epoch, offset = divmod(start, self.n)
+            part = self.permutation(epoch)[offset : offset + count]
+            parts.append(part)
+            start, count = start + len(part), count - len(part)
+        return torch.cat(parts)
+
+
+class _Referenced(Dataset[Batch]):
+    """Adapts StreamFrames to a loader whose sampler yields reference tensors."""
+
+    def __init__(self, frames: StreamFrames) -> None:
+        self.frames = frames
+
+    def __getitem__(self, refs: Tensor) -> Batch:
+        return self.frames.fetch(refs)
+
+
+def load_batches(frames: StreamFrames, refs: Iterator[Tensor], workers: int) -> Iterator[Batch]:
+    """Yield the batch of every reference tensor, in order. Data that must be decoded is read ahead by `workers`."""
+    if not frames.decoded or workers == 0:
+        yield from map(frames.fetch, refs)
+        return
+    yield from DataLoader(_Referenced(frames), batch_size=None, sampler=refs, num_workers=workers)  # type: ignore[arg-type]

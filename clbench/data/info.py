@@ -1,0 +1,150 @@
+"""What a made data set says of itself: `meta/clbench.json` beside LeRobot's own metadata.
+
+Standard library and numpy only, so that listing data sets costs nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clbench.errors import UserError, nearest
+from clbench.io import read_json
+
+FORMAT = 1
+INFO_FILE = "meta/clbench.json"
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """One task's part of a data set.
+
+    `expert_*` were measured without noise on episodes of their own: the rate is the ceiling for a policy that
+    imitates the expert. `demo_*` count the noisy attempts behind the demonstrations.
+    """
+
+    name: str
+    instruction: str
+    task_index: int
+    episodes: tuple[int, ...]
+    frames: int
+    expert_attempts: int
+    expert_successes: int
+    expert_success_rate: float | None  # None where no ceiling was measured
+    demo_attempts: int
+    demo_successes: int
+    demo_success_rate: float
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """A whole data set: how it was made, its tasks in order, and a fingerprint of its contents."""
+
+    root: Path
+    format: int
+    name: str
+    env_type: str
+    seed: int
+    action_noise: float
+    tail_steps: int
+    max_steps: int
+    demos_per_task: int
+    ceiling_episodes: int
+    tasks: tuple[TaskInfo, ...]
+    fingerprint: str
+    versions: dict[str, str]
+
+    @property
+    def episodes(self) -> int:
+        """The number of episodes of all tasks."""
+        return sum(len(t.episodes) for t in self.tasks)
+
+    @property
+    def frames(self) -> int:
+        """The number of frames of all tasks."""
+        return sum(t.frames for t in self.tasks)
+
+    def task(self, name: str) -> TaskInfo:
+        """Return the task of that name; UserError when the data set has none."""
+        for t in self.tasks:
+            if t.name == name:
+                return t
+        names = [t.name for t in self.tasks]
+        raise UserError(f"data set '{self.name}' has no task '{name}'.{nearest(name, names)}")
+
+
+def load_info(root: Path | str) -> DataInfo:
+    """Read the description of the data set in folder `root`.
+
+    Raises UserError when there is none, when it cannot be read, and when a newer clbench wrote it.
+    """
+    root = Path(root)
+    path = root / INFO_FILE
+    if not path.is_file():
+        if (root / "meta").is_dir():
+            raise UserError(f"{root} is a data set that clbench did not make: it has no {INFO_FILE}.")
+        raise UserError(f"there is no data set in {root}. Make it with: clbench data make {root.name}")
+    raw = read_json(path)
+    found = raw.get("format") if isinstance(raw, dict) else None
+    if not isinstance(found, int):
+        raise UserError(f"{path} has no 'format': it is damaged. Make the set again with --force.")
+    if found > FORMAT:
+        raise UserError(f"{path} has format {found}, this clbench reads up to {FORMAT}. Use a newer clbench.")
+    try:
+        return _parse(root, raw)
+    except (KeyError, TypeError, ValueError) as e:
+        what = f"'{e.args[0]}' is missing" if isinstance(e, KeyError) else str(e)
+        raise UserError(f"{path} is damaged: {what}. Make the set again with --force.") from e
+
+
+def fingerprint(state: np.ndarray, action: np.ndarray, episode_index: np.ndarray, task_index: np.ndarray) -> str:
+    """Return the sha256 of a data set's contents in order, as hex.
+
+    Args: state (frames, S) and action (frames, A), taken as little-endian float32; episode_index and
+    task_index (frames,), taken as little-endian int64.
+    """
+    digest = hashlib.sha256()
+    for array, dtype in ((state, "<f4"), (action, "<f4"), (episode_index, "<i8"), (task_index, "<i8")):
+        digest.update(np.ascontiguousarray(array, dtype=dtype).tobytes())
+    return digest.hexdigest()
+
+
+def _parse(root: Path, raw: dict[str, Any]) -> DataInfo:
+    return DataInfo(
+        root=root,
+        format=raw["format"],
+        name=str(raw["name"]),
+        env_type=str(raw["env_type"]),
+        seed=int(raw["seed"]),
+        action_noise=float(raw["action_noise"]),
+        tail_steps=int(raw["tail_steps"]),
+        max_steps=int(raw["max_steps"]),
+        demos_per_task=int(raw["demos_per_task"]),
+        ceiling_episodes=int(raw["ceiling_episodes"]),
+        tasks=tuple(
+            TaskInfo(
+                name=str(t["name"]),
+                instruction=str(t["instruction"]),
+                task_index=int(t["task_index"]),
+                episodes=tuple(int(e) for e in t["episodes"]),
+                frames=int(t["frames"]),
+                expert_attempts=int(t["expert_attempts"]),
+                expert_successes=int(t["expert_successes"]),
+                expert_success_rate=_number_or_none(t["expert_success_rate"]),
+                demo_attempts=int(t["demo_attempts"]),
+                demo_successes=int(t["demo_successes"]),
+                demo_success_rate=float(t["demo_success_rate"]),
+            )
+            for t in raw["tasks"]
+        ),
+        fingerprint=str(raw["fingerprint"]),
+        versions={str(k): str(v) for k, v in raw["versions"].items()},
+    )
+
+
+def _number_or_none(value: Any) -> float | None:
+    return None if value is None else float(value)

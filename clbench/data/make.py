@@ -1,0 +1,509 @@
+"""Making demonstrations: scripted experts act in a simulator, and LeRobot's format keeps what they did.
+
+For each task, attempt i runs the episode of seed `episode_seed(seed, env_type, task, "demo", i)`:
+
+    label    = clip(expert(observation), -1, 1)                  recorded beside the observation it answers
+    executed = clip(expert(observation) + N(0, action_noise²))   what the simulator is given
+
+The noise shows the policy states slightly off the expert's path together with the way back. An attempt that
+succeeds within `max_steps` is kept, up to `tail_steps` steps after its first success; others are dropped.
+Attempts go on until there are `demos_per_task`.
+
+The contents are a pure function of the parameters: worker processes collect whole tasks, and this process
+writes them in the order given. All is written beside the final folder and renamed into place at the end, so a
+folder of the set's name is always a whole set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import glob
+import hashlib
+import logging
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from clbench.data.info import FORMAT, INFO_FILE, DataInfo, fingerprint, load_info
+from clbench.envs.base import (
+    EVAL_SEED_BASE,
+    STATE_KEY,
+    Expert,
+    Simulator,
+    backend,
+    check_task,
+    instruction,
+    make_expert,
+    make_simulator,
+)
+from clbench.errors import UserError
+from clbench.io import write_json
+
+ACTION_KEY = "action"
+ATTEMPTS_PER_DEMO = 10  # give up on a task after this many attempts for each demonstration wanted
+ROLES = ("demo", "ceiling")
+_SEEDS_PER_ROLE = EVAL_SEED_BASE // len(ROLES)
+_ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one worker needs to collect one task."""
+
+    env_type: str
+    task: str
+    seed: int
+    demos: int
+    action_noise: float
+    tail_steps: int
+    max_steps: int
+    ceiling_episodes: int
+
+
+@dataclass
+class Collected:
+    """One task's demonstrations: per episode states (T, S) and labels (T, A), both float32."""
+
+    episodes: list[tuple[np.ndarray, np.ndarray]]
+    attempts: int
+    ceiling_successes: int
+
+
+def episode_seed(seed: int, env_type: str, task: str, role: str, attempt: int) -> int:
+    """Return the simulator seed of one attempt, in [0, EVAL_SEED_BASE).
+
+    An affine permutation of the range, drawn from (seed, env_type, task): within a task no two attempts, of
+    either role ("demo", "ceiling"), share a seed, and evaluation's seeds are out of reach.
+    """
+    if not 0 <= attempt < _SEEDS_PER_ROLE:
+        raise ValueError(f"attempt {attempt} is outside [0, {_SEEDS_PER_ROLE}).")
+    digest = hashlib.sha256(f"{seed}/{env_type}/{task}".encode()).digest()
+    offset = int.from_bytes(digest[:8], "little")
+    factor = 10 * int.from_bytes(digest[8:16], "little") + 7  # prime to 10, hence to EVAL_SEED_BASE
+    return (factor * (ROLES.index(role) * _SEEDS_PER_ROLE + attempt) + offset) % EVAL_SEED_BASE
+
+
+def run_episode(
+    simulator: Simulator,
+    expert: Expert,
+    seed: int,
+    max_steps: int,
+    tail_steps: int,
+    action_noise: float,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Let the expert act through one episode.
+
+    Returns states (T, S) and clean clipped labels (T, A), both float32, and whether it succeeded. T is at
+    most `max_steps`, and at most `tail_steps` more than the first success took.
+    """
+    observation = simulator.reset(seed)
+    states: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    last = max_steps
+    success = False
+    while len(states) < last:
+        action = expert(observation)
+        states.append(observation[STATE_KEY])
+        labels.append(np.clip(action, -1.0, 1.0).astype(np.float32))
+        if action_noise > 0:
+            action = action + rng.normal(0.0, action_noise, action.shape)
+        observation, _, succeeded = simulator.step(np.clip(action, -1.0, 1.0))
+        if succeeded and not success:
+            success = True
+            last = min(max_steps, len(states) + tail_steps)
+    return np.stack(states), np.stack(labels), success
+
+
+def collect_task(job: Job) -> Collected:
+    """Collect one task's demonstrations and measure its expert; a pure function of `job`.
+
+    Raises UserError when too few attempts succeed.
+    """
+    spec = {"type": job.env_type, "task": job.task}
+    simulator = make_simulator(spec)
+    expert = make_expert(spec)
+
+    def attempt(role: str, i: int, tail_steps: int, noise: float) -> tuple[np.ndarray, np.ndarray, bool]:
+        seed = episode_seed(job.seed, job.env_type, job.task, role, i)
+        rng = np.random.default_rng((job.seed, seed))
+        return run_episode(simulator, expert, seed, job.max_steps, tail_steps, noise, rng)
+
+    try:
+        episodes: list[tuple[np.ndarray, np.ndarray]] = []
+        attempts = 0
+        while len(episodes) < job.demos:
+            if attempts == ATTEMPTS_PER_DEMO * job.demos:
+                raise UserError(
+                    f"the expert of '{job.task}' succeeded in {len(episodes)} of {attempts} attempts "
+                    f"({len(episodes) / attempts:.0%}), too few for {job.demos} demonstrations. "
+                    f"Raise max_steps (now {job.max_steps}), lower action_noise (now {job.action_noise}), "
+                    "or leave the task out."
+                )
+            states, labels, success = attempt("demo", attempts, job.tail_steps, job.action_noise)
+            attempts += 1
+            if success:
+                episodes.append((states, labels))
+        successes = sum(attempt("ceiling", i, 0, 0.0)[2] for i in range(job.ceiling_episodes))
+    finally:
+        simulator.close()
+    return Collected(episodes, attempts, successes)
+
+
+def make_dataset(
+    root: Path,
+    *,
+    name: str,
+    env_type: str,
+    tasks: list[str],
+    demos_per_task: int,
+    seed: int,
+    action_noise: float = 0.1,
+    tail_steps: int = 10,
+    max_steps: int = 200,
+    ceiling_episodes: int = 20,
+    workers: int = 2,
+    progress: bool = True,
+    force: bool = False,
+) -> Path:
+    """Make the data set `name` in folder `root`, as one LeRobotDataset v3, and return `root`.
+
+    Args:
+        root: the data set's own folder; its parent is made where missing.
+        name: what the set is called; its LeRobot `repo_id`.
+        env_type, tasks: the simulator and its tasks, in the order that numbers them (task_index).
+        demos_per_task: successful episodes kept per task.
+        seed: with the task's name decides every episode; the number of workers decides nothing.
+        action_noise: standard deviation of the noise on executed actions (actions span [-1, 1]).
+        tail_steps: steps kept after the first success.
+        max_steps: the longest episode, in control steps.
+        ceiling_episodes: noiseless episodes per task that measure the expert; 0 measures none.
+        workers: processes; never more than there are tasks.
+        progress: report on stderr, a bar on a terminal and else a line per task.
+        force: replace an existing set that differs, or is damaged.
+
+    An existing set with the same parameters is left as it is. Raises UserError for a bad parameter, an
+    existing set with other parameters, a folder that is not clbench's to replace, and a task that its expert
+    cannot do.
+    """
+    root = Path(root)
+    module = backend(env_type)
+    jobs = [
+        Job(env_type, task, seed, demos_per_task, float(action_noise), tail_steps, max_steps, ceiling_episodes)
+        for task in tasks
+    ]
+    _check(jobs, workers, module.MAX_STEPS)
+    wanted = {
+        "name": name,
+        "env_type": env_type,
+        "seed": seed,
+        "action_noise": float(action_noise),
+        "tail_steps": tail_steps,
+        "max_steps": max_steps,
+        "demos_per_task": demos_per_task,
+        "ceiling_episodes": ceiling_episodes,
+        "tasks": list(tasks),
+    }
+    with _working_folder(root) as folder:
+        if _is_made(root, wanted, force):
+            _say(progress, f"{root} already holds '{name}' with these parameters; nothing to do.")
+            return root
+        collected = _collect(jobs, workers, progress)
+        new = folder / "dataset"
+        with _quiet_libraries():
+            _write(new, name, module, jobs, collected, wanted)
+            info = _verify(new)
+        if root.exists():
+            os.replace(root, folder / "replaced")
+        os.replace(new, root)
+    _say(progress, f"{root}: {len(jobs)} tasks, {info.episodes} episodes, {info.frames} frames.")
+    return root
+
+
+def _check(jobs: list[Job], workers: int, longest: int) -> None:
+    if not jobs:
+        raise UserError("a data set needs at least one task.")
+    names = [job.task for job in jobs]
+    repeated = sorted({task for task in names if names.count(task) > 1})
+    if repeated:
+        raise UserError(f"tasks named more than once: {', '.join(repeated)}.")
+    for job in jobs:
+        check_task(job.env_type, job.task)
+    job = jobs[0]
+    limits = (
+        ("demos_per_task", job.demos, 1, _SEEDS_PER_ROLE // ATTEMPTS_PER_DEMO),
+        ("seed", job.seed, 0, 2**63 - 1),
+        ("tail_steps", job.tail_steps, 0, longest),
+        ("max_steps", job.max_steps, 1, longest),
+        ("ceiling_episodes", job.ceiling_episodes, 0, _SEEDS_PER_ROLE),
+        ("workers", workers, 1, 1024),
+    )
+    for key, value, low, high in limits:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise UserError(f"{key} must be a whole number from {low} to {high}, not {value!r}.")
+    if not (math.isfinite(job.action_noise) and job.action_noise >= 0):
+        raise UserError(f"action_noise must be 0 or more, not {job.action_noise!r}.")
+
+
+def _is_made(root: Path, wanted: dict[str, Any], force: bool) -> bool:
+    """Whether `root` holds the wanted set; False: it is to be made there; UserError: it must not be."""
+    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+        return False
+    if not (root / INFO_FILE).is_file():
+        raise UserError(f"{root} exists and was not made by clbench. Move it away, or choose another name.")
+    try:
+        info = load_info(root)
+    except UserError:
+        if force:
+            return False
+        raise
+    found = {key: getattr(info, key) for key in wanted} | {"tasks": [t.name for t in info.tasks]}
+    differing = [f"{key} is {found[key]}, wanted {wanted[key]}" for key in wanted if found[key] != wanted[key]]
+    if differing and not force:
+        raise UserError(
+            f"{root} already holds a data set with other parameters: {'; '.join(differing)}. "
+            "Use another name, or --force to replace it."
+        )
+    return not differing
+
+
+@contextlib.contextmanager
+def _working_folder(root: Path) -> Iterator[Path]:
+    """A working folder beside `root`, gone afterwards, whatever happens.
+
+    It is locked while in use; folders of makes that were killed hold no lock, and are removed first.
+    """
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        for stale in sorted(root.parent.glob(f".{glob.escape(root.name)}.partial-*")):
+            with _lock(stale) as free:
+                if not free:
+                    raise UserError(f"another process is making {root} (in {stale}). Wait for it to end.")
+                shutil.rmtree(stale)
+        folder = root.parent / f".{root.name}.partial-{os.getpid()}"
+        folder.mkdir()
+    except OSError as e:
+        raise UserError(f"cannot write beside {root}: {e.strerror}. Choose a writable folder.") from e
+    try:
+        with _lock(folder) as free:
+            if not free:  # another make took it for stale before it was locked
+                raise UserError(f"another process is making {root}. Wait for it to end.")
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # what remains is removed by the next make
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[bool]:
+    """Hold `folder`'s lock if it is free, and yield whether it was. A dead process holds none."""
+    file: IO[str]
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def _collect(jobs: list[Job], workers: int, progress: bool) -> list[Collected]:
+    """Collect all jobs in worker processes; results in the order of `jobs`."""
+    with _one_thread():
+        pool = ProcessPoolExecutor(
+            min(workers, len(jobs)),
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_start_worker,
+        )
+        try:
+            futures = [pool.submit(collect_task, job) for job in jobs]
+            with _reporting(jobs, futures, progress):
+                wait(futures, return_when=FIRST_EXCEPTION)
+                failed = [future for future in futures if future.done() and future.exception() is not None]
+                return [future.result() for future in failed or futures]
+        except BaseException:
+            for process in list((pool._processes or {}).values()):
+                process.kill()
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """In a worker: leave Ctrl-C to the parent, and end when the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Have processes started meanwhile compute with one thread each."""
+    before = {key: os.environ.get(key) for key in _ONE_THREAD}
+    os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
+
+
+@contextlib.contextmanager
+def _reporting(jobs: list[Job], futures: list[Future[Collected]], progress: bool) -> Iterator[None]:
+    """Report tasks as they end: a bar on a terminal, a line each elsewhere."""
+    from tqdm import tqdm
+
+    on_terminal = progress and sys.stderr.isatty()
+    done = 0
+    with tqdm(total=len(jobs), unit="task", desc="demonstrations", disable=not on_terminal) as bar:
+
+        def ended(job: Job, future: Future[Collected]) -> None:
+            nonlocal done
+            if future.cancelled() or future.exception() is not None:
+                return
+            result = future.result()
+            done += 1
+            bar.update()
+            if not on_terminal:
+                frames = sum(len(states) for states, _ in result.episodes)
+                _say(
+                    progress,
+                    f"[{done}/{len(jobs)}] {job.task}: {len(result.episodes)} of {result.attempts} attempts "
+                    f"kept, {frames} frames; without noise {result.ceiling_successes}/{job.ceiling_episodes}",
+                )
+
+        for job, future in zip(jobs, futures, strict=True):
+            future.add_done_callback(partial(ended, job))
+        yield
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Hold back a progress bar per episode, and a page on video decoders (there are no videos here)."""
+    import datasets
+
+    logger = logging.getLogger("lerobot.utils.import_utils")
+    level, bars = logger.level, datasets.are_progress_bars_disabled()
+    logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def _write(
+    folder: Path, name: str, module: Any, jobs: list[Job], collected: list[Collected], wanted: dict[str, Any]
+) -> None:
+    """Write the episodes, task by task, and the description."""
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    features = {
+        STATE_KEY: {"dtype": "float32", "shape": (module.STATE_DIM,), "names": None},
+        ACTION_KEY: {"dtype": "float32", "shape": (module.ACTION_DIM,), "names": None},
+    }
+    dataset = LeRobotDataset.create(
+        repo_id=name,
+        fps=module.FPS,
+        features=features,
+        root=folder,
+        robot_type=module.ROBOT_TYPE,
+        use_videos=False,
+    )
+    described = []
+    episode = 0
+    for task_index, (job, result) in enumerate(zip(jobs, collected, strict=True)):
+        sentence = instruction({"type": job.env_type, "task": job.task})
+        for states, labels in result.episodes:
+            for state, label in zip(states, labels, strict=True):
+                dataset.add_frame({STATE_KEY: state, ACTION_KEY: label, "task": sentence})
+            dataset.save_episode()
+        measured = job.ceiling_episodes
+        described.append(
+            {
+                "name": job.task,
+                "instruction": sentence,
+                "task_index": task_index,
+                "episodes": list(range(episode, episode + len(result.episodes))),
+                "frames": sum(len(states) for states, _ in result.episodes),
+                "expert_attempts": measured,
+                "expert_successes": result.ceiling_successes,
+                "expert_success_rate": result.ceiling_successes / measured if measured else None,
+                "demo_attempts": result.attempts,
+                "demo_successes": len(result.episodes),
+                "demo_success_rate": len(result.episodes) / result.attempts,
+            }
+        )
+        episode += len(result.episodes)
+    dataset.finalize()
+    info = {
+        "format": FORMAT,
+        **wanted,
+        "tasks": described,
+        "fingerprint": _fingerprint_of(collected),
+        "versions": module.versions() | {"numpy": version("numpy"), "lerobot": version("lerobot")},
+    }
+    write_json(folder / INFO_FILE, info)
+
+
+def _fingerprint_of(collected: list[Collected]) -> str:
+    episodes = [(k, states, labels) for k, c in enumerate(collected) for states, labels in c.episodes]
+    lengths = [len(states) for _, states, _ in episodes]
+    return fingerprint(
+        np.concatenate([states for _, states, _ in episodes]),
+        np.concatenate([labels for _, _, labels in episodes]),
+        np.repeat(np.arange(len(episodes)), lengths),
+        np.repeat([k for k, _, _ in episodes], lengths),
+    )
+
+
+def _verify(folder: Path) -> DataInfo:
+    """Read a written set back and compare it with its description; RuntimeError when they disagree."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+
+    info = load_info(folder)
+    table = pa.concat_tables([pq.read_table(path) for path in sorted((folder / "data").glob("*/*.parquet"))])
+    meta = LeRobotDatasetMetadata(info.name, root=folder)
+    if (meta.total_episodes, meta.total_frames, table.num_rows) != (info.episodes, info.frames, info.frames):
+        raise RuntimeError(
+            f"{folder}: wrote {info.episodes} episodes and {info.frames} frames, "
+            f"read back {meta.total_episodes} and {meta.total_frames} ({table.num_rows} rows)."
+        )
+    written = {str(sentence): int(row["task_index"]) for sentence, row in meta.tasks.iterrows()}
+    if written != {t.instruction: t.task_index for t in info.tasks}:
+        raise RuntimeError(f"{folder}: LeRobot numbered the tasks differently: {written}.")
+    columns = [np.asarray(table[key].to_pylist()) for key in (STATE_KEY, ACTION_KEY, "episode_index", "task_index")]
+    if fingerprint(*columns) != info.fingerprint:
+        raise RuntimeError(f"{folder}: the frames read back are not those written.")
+    return info
+
+
+def _say(progress: bool, line: str) -> None:
+    if progress:
+        print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,120 @@
+"""The simulator protocol, and the one place that knows which simulators exist.
+
+Only the standard library and numpy are imported here, so that a worker under another interpreter can use it.
+A backend is a module of this package, named in `BACKENDS`, that offers
+
+    make(task: str) -> Simulator          a simulator for one task
+    tasks() -> list[str]                  the names it knows, sorted; imports no simulator
+    instruction(task: str) -> str         the sentence a policy is given; imports no simulator
+    expert(task: str) -> Expert           optional: a scripted expert
+    versions() -> dict[str, str]          the versions of the packages that decide its physics
+    FPS, ROBOT_TYPE, STATE_DIM, ACTION_DIM, MAX_STEPS
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from clbench.errors import UserError, nearest
+
+# Episodes that evaluate a policy have seeds from here on; demonstrations have seeds below it. So no policy is
+# ever tested on an initial state that it was shown.
+EVAL_SEED_BASE = 1_000_000
+
+STATE_KEY = "observation.state"  # LeRobot's name for the robot's (low-dimensional) state
+
+BACKENDS: dict[str, str] = {"metaworld": "clbench.envs.metaworld"}
+
+Observation = dict[str, np.ndarray]
+Expert = Callable[[Observation], np.ndarray]
+
+
+class Step(NamedTuple):
+    """What one action led to. `observation` has LeRobot's keys; "observation.state" is float32."""
+
+    observation: Observation
+    reward: float
+    success: bool
+
+
+class Simulator(Protocol):
+    """One task in one simulator. `reset(seed)` alone decides an episode, whatever was done before it."""
+
+    def reset(self, seed: int) -> Observation:
+        """Start the episode that `seed` names and return its first observation."""
+        ...
+
+    def step(self, action: np.ndarray) -> Step:
+        """Apply `action` (ACTION_DIM,), clipped to [-1, 1]; ValueError for a wrong shape, NaN or inf."""
+        ...
+
+    def render(self, width: int, height: int) -> np.ndarray:
+        """Return the scene as uint8 (height, width, 3). Optional: NotImplementedError where it is missing."""
+        ...
+
+    def close(self) -> None:
+        """Free what the simulator holds. It cannot be used afterwards; closing twice is harmless."""
+        ...
+
+
+def backend(env_type: str) -> ModuleType:
+    """Return the module behind an environment type; UserError for an unknown one."""
+    if env_type not in BACKENDS:
+        raise UserError(f"unknown environment type '{env_type}'.{nearest(env_type, BACKENDS)}")
+    return importlib.import_module(BACKENDS[env_type])
+
+
+def check_task(env_type: str, task: str) -> None:
+    """Raise UserError when `env_type` has no task of that name."""
+    known = backend(env_type).tasks()
+    if task not in known:
+        raise UserError(f"{env_type} has no task '{task}'.{nearest(task, known)}")
+
+
+def available_tasks(env_type: str) -> list[str]:
+    """Return the names of all tasks of an environment type, sorted, without importing its simulator."""
+    return list(backend(env_type).tasks())
+
+
+def make_simulator(spec: Mapping[str, Any]) -> Simulator:
+    """Build the simulator that `spec`, e.g. {"type": "metaworld", "task": "push-v3"}, describes.
+
+    Raises UserError for a missing or unknown key, an unknown type, or an unknown task.
+    """
+    env_type, task = _split(spec)
+    return backend(env_type).make(task)
+
+
+def make_expert(spec: Mapping[str, Any]) -> Expert:
+    """Return the scripted expert of a task, a pure function from an observation to an action (not clipped).
+
+    Raises UserError for a bad `spec` (as `make_simulator`) and where the type has no experts.
+    """
+    env_type, task = _split(spec)
+    module = backend(env_type)
+    if not hasattr(module, "expert"):
+        raise UserError(f"environment type '{env_type}' has no scripted experts.")
+    return module.expert(task)
+
+
+def instruction(spec: Mapping[str, Any]) -> str:
+    """Return the instruction of a task in words, without importing its simulator."""
+    env_type, task = _split(spec)
+    return backend(env_type).instruction(task)
+
+
+def _split(spec: Mapping[str, Any]) -> tuple[str, str]:
+    for key in spec:
+        if key not in ("type", "task"):
+            raise UserError(f"unknown environment key '{key}'.{nearest(key, ('type', 'task'))}")
+    for key in ("type", "task"):
+        if key not in spec:
+            raise UserError(f"an environment needs '{key}', e.g. {{type: metaworld, task: push-v3}}.")
+    env_type, task = str(spec["type"]), str(spec["task"])
+    check_task(env_type, task)
+    return env_type, task

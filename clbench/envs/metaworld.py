@@ -1,0 +1,202 @@
+"""Meta-World (v3 tasks) on states: 39 numbers in, 4 out, the goal observable.
+
+Environments are built directly rather than through `gym.make`, which costs ten times as much. Observations
+are those of Meta-World's own multi-task benchmarks (the goal observable); the random vector that places
+objects and goal is drawn from the seed, out of the task's whole space instead of fifty fixed vectors.
+
+State (39,), metres: hand xyz, gripper opening in [0, 1], object 1 xyz + quaternion, object 2 xyz + quaternion
+(zeros where there is none); the same 18 numbers one step earlier; goal xyz.
+Action (4,) in [-1, 1]: hand displacement xyz (1 is a centimetre), gripper effort (1 closes).
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from clbench.envs.base import STATE_KEY, Expert, Observation, Step, check_task
+from clbench.errors import UserError
+
+FPS = 80  # control steps per simulated second
+ROBOT_TYPE = "sawyer"
+STATE_DIM = 39
+ACTION_DIM = 4
+MAX_STEPS = 500  # the environments refuse to go further without a reset
+
+# LeRobot's wording, except for push-back: there it reads as push does, and two tasks of a benchmark must
+# never share an instruction.
+INSTRUCTIONS: dict[str, str] = {
+    "assembly-v3": "Pick up a nut and place it onto a peg",
+    "basketball-v3": "Dunk the basketball into the basket",
+    "bin-picking-v3": "Grasp the puck from one bin and place it into another bin",
+    "box-close-v3": "Grasp the cover and close the box with it",
+    "button-press-topdown-v3": "Press a button from the top",
+    "button-press-topdown-wall-v3": "Bypass a wall and press a button from the top",
+    "button-press-v3": "Press a button",
+    "button-press-wall-v3": "Bypass a wall and press a button",
+    "coffee-button-v3": "Push a button on the coffee machine",
+    "coffee-pull-v3": "Pull a mug from a coffee machine",
+    "coffee-push-v3": "Push a mug under a coffee machine",
+    "dial-turn-v3": "Rotate a dial 180 degrees",
+    "disassemble-v3": "Pick a nut out of a peg",
+    "door-close-v3": "Close a door with a revolving joint",
+    "door-lock-v3": "Lock the door by rotating the lock clockwise",
+    "door-open-v3": "Open a door with a revolving joint",
+    "door-unlock-v3": "Unlock the door by rotating the lock counter-clockwise",
+    "drawer-close-v3": "Push and close a drawer",
+    "drawer-open-v3": "Open a drawer",
+    "faucet-close-v3": "Rotate the faucet clockwise",
+    "faucet-open-v3": "Rotate the faucet counter-clockwise",
+    "hammer-v3": "Hammer a screw on the wall",
+    "hand-insert-v3": "Insert the gripper into a hole",
+    "handle-press-side-v3": "Press a handle down sideways",
+    "handle-press-v3": "Press a handle down",
+    "handle-pull-side-v3": "Pull a handle up sideways",
+    "handle-pull-v3": "Pull a handle up",
+    "lever-pull-v3": "Pull a lever down 90 degrees",
+    "peg-insert-side-v3": "Insert a peg sideways",
+    "peg-unplug-side-v3": "Unplug a peg sideways",
+    "pick-out-of-hole-v3": "Pick up a puck from a hole",
+    "pick-place-v3": "Pick and place a puck to a goal",
+    "pick-place-wall-v3": "Pick a puck, bypass a wall and place the puck",
+    "plate-slide-back-side-v3": "Get a plate from the cabinet sideways",
+    "plate-slide-back-v3": "Get a plate from the cabinet",
+    "plate-slide-side-v3": "Slide a plate into a cabinet sideways",
+    "plate-slide-v3": "Slide a plate into a cabinet",
+    "push-back-v3": "Pull the puck back to a goal",
+    "push-v3": "Push the puck to a goal",
+    "push-wall-v3": "Bypass a wall and push a puck to a goal",
+    "reach-v3": "Reach a goal position",
+    "reach-wall-v3": "Bypass a wall and reach a goal",
+    "shelf-place-v3": "Pick and place a puck onto a shelf",
+    "soccer-v3": "Kick a soccer into the goal",
+    "stick-pull-v3": "Grasp a stick and pull a box with the stick",
+    "stick-push-v3": "Grasp a stick and push a box using the stick",
+    "sweep-into-v3": "Sweep a puck into a hole",
+    "sweep-v3": "Sweep a puck off the table",
+    "window-close-v3": "Push and close a window",
+    "window-open-v3": "Push and open a window",
+}
+
+
+def tasks() -> list[str]:
+    """Return the names of the fifty tasks, sorted."""
+    return sorted(INSTRUCTIONS)
+
+
+def instruction(task: str) -> str:
+    """Return the instruction of `task`; UserError when there is no such task."""
+    check_task("metaworld", task)
+    return INSTRUCTIONS[task]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that decide the physics."""
+    return {name: version(name) for name in ("metaworld", "mujoco", "gymnasium")}
+
+
+def make(task: str) -> MetaworldSimulator:
+    """Return a simulator for `task`; UserError when there is no such task."""
+    check_task("metaworld", task)
+    return MetaworldSimulator(task)
+
+
+def expert(task: str) -> Expert:
+    """Return the scripted expert of `task`: observation -> action (4,) float32, not clipped, no memory."""
+    check_task("metaworld", task)
+    policy = _import("metaworld.policies").ENV_POLICY_MAP[task]()
+
+    def act(observation: Observation) -> np.ndarray:
+        with warnings.catch_warnings():  # "Constant(s) may be too high": the actions are clipped anyway
+            warnings.simplefilter("ignore", UserWarning)
+            return np.asarray(policy.get_action(observation[STATE_KEY]), dtype=np.float32)
+
+    return act
+
+
+def expert_action(task: str, observation: Observation) -> np.ndarray:
+    """Return the expert's action (4,) float32 for one observation. In a loop, keep `expert(task)` instead."""
+    return expert(task)(observation)
+
+
+def _import(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise UserError(
+            f"Meta-World cannot be imported ({e}). Install it with: pip install 'clbench[metaworld]'"
+        ) from e
+
+
+class MetaworldSimulator:
+    """One Meta-World task as a `Simulator`; `success` is the task's own criterion at this very step."""
+
+    def __init__(self, task: str) -> None:
+        env = _import("metaworld.env_dict").ALL_V3_ENVIRONMENTS[task]()
+        env._partially_observable = False
+        del env.sawyer_observation_space  # step() clips to it; the constructor cached it with the goal hidden
+        env._freeze_rand_vec = False
+        env.seeded_rand_vec = True
+        env._set_task_called = True
+        self.task = task
+        self._env: Any = env
+        self._renderer: Any = None
+
+    def reset(self, seed: int) -> Observation:
+        """Start the episode of `seed` (0 or more); nothing done before it in this simulator matters."""
+        self._env.seed(int(seed))
+        state, _ = self._env.reset()
+        return {STATE_KEY: state.astype(np.float32)}
+
+    def step(self, action: np.ndarray) -> Step:
+        """Apply `action` (4,), clipped to [-1, 1].
+
+        Raises ValueError for a wrong shape, for NaN or infinity, and after `MAX_STEPS` steps without a reset.
+        """
+        action = np.asarray(action, dtype=np.float32)
+        if action.shape != (ACTION_DIM,):
+            raise ValueError(f"{self.task}: an action has shape ({ACTION_DIM},), not {action.shape}.")
+        if not np.isfinite(action).all():
+            raise ValueError(f"{self.task}: the action {action.tolist()} is not finite.")
+        state, reward, _, _, info = self._env.step(np.clip(action, -1.0, 1.0))
+        return Step({STATE_KEY: state.astype(np.float32)}, float(reward), bool(info["success"]))
+
+    def render(self, width: int, height: int) -> np.ndarray:
+        """Return the scene from LeRobot's viewpoint for these tasks, uint8 (height, width, 3).
+
+        Needs OpenGL: without a display set MUJOCO_GL=egl before anything imports mujoco; UserError where it
+        is missing. Shadows, reflections and multisampling are off: nine tenths of the time on a CPU.
+        """
+        mujoco = _import("mujoco")
+        model = self._env.model
+        if self._renderer is None or (self._renderer.width, self._renderer.height) != (width, height):
+            self._close_renderer()
+            model.cam("corner2").pos = (0.75, 0.075, 0.7)
+            model.vis.quality.shadowsize = 0
+            model.vis.quality.offsamples = 0
+            model.vis.global_.offwidth = max(model.vis.global_.offwidth, width)
+            model.vis.global_.offheight = max(model.vis.global_.offheight, height)
+            try:
+                self._renderer = mujoco.Renderer(model, height, width)
+            except mujoco.FatalError as e:
+                raise UserError(f"cannot render: {e}. Set MUJOCO_GL=egl (or osmesa) before starting.") from e
+            for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+                self._renderer.scene.flags[flag] = 0
+        self._renderer.update_scene(self._env.data, camera="corner2")
+        return self._renderer.render()[::-1, ::-1].copy()  # this camera is mounted upside down
+
+    def close(self) -> None:
+        """Free the model and the renderer."""
+        self._close_renderer()
+        if self._env is not None:
+            self._env.close()
+            self._env = None
+
+    def _close_renderer(self) -> None:
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None

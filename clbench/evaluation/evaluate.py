@@ -1,0 +1,224 @@
+"""The T×T success matrix: which cells and episodes are missing, played by worker processes, recorded by this one."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import queue
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from clbench.checkpoints.run_folder import checkpoint_folder, finished_visits, read_manifest
+from clbench.config.compose import load_yaml, to_config
+from clbench.config.schema import Config
+from clbench.envs.base import EVAL_SEED_BASE
+from clbench.errors import UserError
+from clbench.evaluation.records import BASE, RANDOM, CellFile, build_matrix
+from clbench.evaluation.worker import Job, Settings, work
+from clbench.io import read_json, write_json
+
+
+def run_config(folder: Path) -> Config:
+    """The configuration of a finished or running run."""
+    from omegaconf import OmegaConf
+
+    return to_config(OmegaConf.merge(OmegaConf.structured(Config), load_yaml(folder / "config.yaml")))
+
+
+def wanted_cells(mode: str, cells: str, rows: int, columns: int) -> list[tuple[int, int]]:
+    """(k, j) pairs to evaluate. Independent single-task policies are evaluated on their own task alone."""
+    if mode == "singletask":
+        return [(k, k) for k in range(rows)]
+    pairs = [(k, j) for k in range(rows) for j in range(columns)]
+    if mode == "multitask" or cells == "full":
+        return pairs
+    if cells == "lower":
+        return [(k, j) for k, j in pairs if j <= k]
+    if cells == "diagonal":
+        return [(k, j) for k, j in pairs if j == k]
+    return [(k, j) for k, j in pairs if k == rows - 1]
+
+
+def evaluate(folder: Path, config: Config, output: Path | None = None, progress: bool = True) -> dict[str, Any]:
+    """Play the missing episodes of a run and write its records and matrix.
+
+    Args:
+        folder: the run folder.
+        config: its configuration; the `eval` section says how.
+        output: where the `eval` folder goes; null = into the run folder.
+
+    Returns:
+        The matrix, as in matrix.json.
+
+    Raises:
+        UserError: no checkpoint yet, records of another setting in the way, or a worker that failed.
+    """
+    manifest = read_manifest(folder)
+    e = config.eval
+    out = (output or folder) / "eval"
+    rows = finished_visits(folder)
+    if rows == 0:
+        raise UserError(f"run {folder.name} has no whole checkpoint yet: train it first (--resume continues it).")
+    if rows < len(manifest["checkpoints"]):
+        print(
+            f"warning: run {folder.name} has {rows} of {len(manifest['checkpoints'])} checkpoints; evaluating those.",
+            file=sys.stderr,
+        )
+    columns = manifest["visits"]
+    _check_settings(out, e.steps_after_success, [c["env"]["max_steps"] for c in columns], e.seed)
+    cells = wanted_cells(manifest["mode"], e.cells, rows, len(columns))
+    cells += [(BASE, j) for j in range(len(columns))] if e.base_row else []
+    cells += [(RANDOM, j) for j in range(len(columns))] if e.random_row else []
+    files = {(k, j): CellFile(out, k, j) for k, j in cells}
+    first = {c["task"]: i for i, c in reversed(list(enumerate(columns)))}  # a repeated task's first column
+    missing: dict[int, list[dict[str, Any]]] = {}
+    for k, j in cells:
+        source = first[columns[j]["task"]] if (k, first[columns[j]["task"]]) in files else j
+        if source != j:
+            continue  # copied below
+        env = {n: v for n, v in columns[j]["env"].items() if n != "max_steps"}
+        for episode in range(e.episodes):
+            if episode not in files[k, j].rows:
+                missing.setdefault(k, []).append(
+                    {
+                        "j": j,
+                        "episode": episode,
+                        "seed": EVAL_SEED_BASE + e.seed + episode,
+                        "env": env,
+                        "instruction": columns[j]["instruction"],
+                        "max_steps": columns[j]["env"]["max_steps"],
+                    }
+                )
+    workers = e.workers or max(1, min(2, os.cpu_count() or 1))
+    jobs = _jobs(missing, folder, manifest, workers)
+    total = sum(len(job.episodes) for job in jobs)
+    started = time.monotonic()
+    if total:
+        print(f"evaluating {total} episodes in {workers} processes → {out}", file=sys.stderr, flush=True)
+        device = config.train.device
+        settings = Settings(config, e.slots, e.steps_after_success, "cpu" if device == "auto" else device, 1)
+        _play(jobs, settings, workers, files, total, progress)
+    for k, j in cells:
+        source = first[columns[j]["task"]]
+        if source != j and (k, source) in files:
+            files[k, j].rows = {n: {**r, "j": j} for n, r in files[k, source].rows.items()}
+        files[k, j].sort()
+    matrix = build_matrix(out, [c["task"] for c in columns], rows)
+    complete = rows == len(manifest["checkpoints"])
+    if complete:  # for `clbench sweep`: what was asked for is there
+        write_json(out / "complete.json", {"cells": e.cells, "episodes": e.episodes})
+    if total:
+        _add_summary(out, time.monotonic() - started, total, workers)
+    return matrix
+
+
+def _check_settings(out: Path, steps_after_success: int, max_steps: list[int], seed: int) -> None:
+    """Records of other settings must not mix with new ones."""
+    path = out / "settings.json"
+    now = {"steps_after_success": steps_after_success, "max_steps": max_steps, "seed": seed}
+    if path.is_file():
+        before = read_json(path)
+        differing = [k for k, v in now.items() if not isinstance(before, dict) or before.get(k) != v]
+        if differing:
+            raise UserError(
+                f"{out} holds episodes evaluated with other settings ({', '.join(differing)}). Use the old ones, or "
+                "write elsewhere with --output-base."
+            )
+    else:
+        write_json(path, now)
+
+
+def _jobs(missing: dict[int, list[dict[str, Any]]], folder: Path, manifest: dict[str, Any], workers: int) -> list[Job]:
+    """Rows as jobs; few rows are split so that every worker has something to do."""
+    jobs: list[Job] = []
+    for k, episodes in sorted(missing.items()):
+        checkpoint = None if k < 0 else str(checkpoint_folder(folder, k))
+        policy = {RANDOM: None, BASE: manifest["base"].get("path")}.get(k, f"{checkpoint}/policy")
+        parts = max(1, min(len(episodes), -(-2 * workers // len(missing)))) if workers > 1 else 1
+        for i in range(parts):
+            jobs.append(Job(k, policy, checkpoint, tuple(episodes[i::parts])))
+    return sorted(jobs, key=lambda job: -len(job.episodes))
+
+
+def _play(
+    jobs: list[Job],
+    settings: Settings,
+    workers: int,
+    files: dict[tuple[int, int], CellFile],
+    total: int,
+    progress: bool,
+) -> None:
+    context = mp.get_context("spawn")
+    todo, results = context.Queue(), context.Queue()
+    for job in jobs:
+        todo.put(job)
+    count = min(workers, len(jobs))
+    for _ in range(count):
+        todo.put(None)
+    processes = [context.Process(target=work, args=(todo, results, settings), daemon=True) for _ in range(count)]
+    previous = {n: os.environ.get(n) for n in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    os.environ.update(OMP_NUM_THREADS=str(settings.threads), MKL_NUM_THREADS=str(settings.threads))
+    bar = tqdm(
+        total=total,
+        desc="episodes",
+        unit="ep",
+        disable=not progress,
+        mininterval=1 if sys.stderr.isatty() else 15,
+    )
+    ended = successes = 0
+    try:
+        for p in processes:
+            p.start()
+        while ended < count:
+            try:
+                message = results.get(timeout=1.0)
+            except queue.Empty:
+                dead = [p for p in processes if p.exitcode not in (None, 0)]
+                if dead:
+                    raise UserError(
+                        f"an evaluation process died (exit status {dead[0].exitcode}; -9 often means out of memory). "
+                        "Finished episodes are kept: run the same command again, with --workers 1 if memory is short."
+                    ) from None
+                continue
+            if message[0] == "episode":
+                row = message[1]
+                files[row["k"], row["j"]].append(row)
+                successes += row["success_once"]
+                bar.update()
+                bar.set_postfix_str(f"success {successes / bar.n:.2f}" if bar.n else "", refresh=False)
+            elif message[0] == "error":
+                if os.environ.get("CLBENCH_DEBUG"):
+                    print(message[2], file=sys.stderr)
+                raise UserError(f"an evaluation process failed: {message[1]}. Finished episodes are kept.")
+            elif message[0] == "end":
+                ended += 1
+    finally:
+        bar.close()
+        for p in processes:
+            if p.is_alive():
+                p.join(timeout=2 if ended == count else 0)
+            if p.is_alive():
+                p.terminate()
+        for name, value in previous.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _add_summary(out: Path, seconds: float, episodes: int, workers: int) -> None:
+    """Add this evaluation's time to eval/summary.json."""
+    path = out / "summary.json"
+    before = read_json(path) if path.is_file() else {"seconds": 0.0, "episodes": 0}
+    write_json(
+        path,
+        {
+            "seconds": round(before["seconds"] + seconds, 2),
+            "episodes": before["episodes"] + episodes,
+            "workers": workers,
+        },
+    )

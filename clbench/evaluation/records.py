@@ -1,0 +1,83 @@
+"""Episode records on disk, and the matrix derived from them. Standard library only.
+
+eval/cells/k00_j03.jsonl holds the episodes of checkpoint k on task j; base_j03 and random_j03 those of the base and
+of random actions. A file has one writer; it is appended to while episodes end and sorted when its cell is done.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from clbench.errors import UserError
+from clbench.io import read_jsonl, write_json, write_jsonl
+
+BASE, RANDOM = -1, -2  # row numbers of the base and of random actions
+
+
+def cell_name(k: int, j: int) -> str:
+    row = {BASE: "base", RANDOM: "random"}.get(k, f"k{k:02d}")
+    return f"{row}_j{j:02d}"
+
+
+class CellFile:
+    """The records of one cell: what is there, and appending to it."""
+
+    def __init__(self, folder: Path, k: int, j: int) -> None:
+        self.k, self.j = k, j
+        self.path = folder / "cells" / f"{cell_name(k, j)}.jsonl"
+        self.rows: dict[int, dict[str, Any]] = {}
+        self._repaired = False
+        if self.path.is_file():
+            text = self.path.read_text(encoding="utf-8")
+            self._repaired = bool(text) and not text.endswith("\n")
+            for row in read_jsonl(self.path):
+                if not isinstance(row, dict) or not isinstance(row.get("episode"), int):
+                    raise UserError(f"{self.path} holds a line that is no episode record; move the file away.")
+                self.rows[row["episode"]] = row
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add one episode."""
+        self.rows[row["episode"]] = row
+        if self._repaired:  # a torn last line: rewrite instead of appending behind it
+            self.sort()
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as f:
+                f.write(json.dumps(row, allow_nan=False) + "\n")
+        except OSError as e:
+            raise UserError(f"cannot write {self.path}: {e.strerror}. Finished episodes are kept.") from e
+
+    def sort(self) -> None:
+        """Rewrite the file in the order of episodes."""
+        self._repaired = False
+        write_jsonl(self.path, [self.rows[e] for e in sorted(self.rows)])
+
+
+def build_matrix(folder: Path, tasks: list[str], rows: int, criterion: str = "success_once") -> dict[str, Any]:
+    """Write eval/matrix.json from the cells; a cell without episodes is null."""
+
+    def rate(k: int, j: int) -> tuple[float | None, int]:
+        values = [bool(r[criterion]) for r in CellFile(folder, k, j).rows.values()]
+        return (sum(values) / len(values) if values else None), len(values)
+
+    def row(k: int) -> list[tuple[float | None, int]]:
+        return [rate(k, j) for j in range(len(tasks))]
+
+    def optional(k: int) -> list[float | None] | None:
+        values = [v for v, _ in row(k)]
+        return None if all(v is None for v in values) else values
+
+    cells = [row(k) for k in range(rows)]
+    matrix = {
+        "tasks": tasks,
+        "criterion": criterion,
+        "success": [[v for v, _ in r] for r in cells],
+        "episodes": [[n for _, n in r] for r in cells],
+        "base": optional(BASE),
+        "random": optional(RANDOM),
+    }
+    write_json(folder / "matrix.json", matrix)
+    return matrix

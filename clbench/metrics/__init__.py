@@ -1,0 +1,20 @@
+"""Metrics of continual learning: one raw record (success matrix and its episodes), many named formulas."""
+
+from __future__ import annotations
+
+from clbench.metrics.compute import aggregate, bootstrap_draws, compute_metrics, wilson
+from clbench.metrics.definitions import METRICS, Metric, Missing
+from clbench.metrics.record import Curve, Record, load_record
+
+__all__ = [
+    "METRICS",
+    "Curve",
+    "Metric",
+    "Missing",
+    "Record",
+    "aggregate",
+    "bootstrap_draws",
+    "compute_metrics",
+    "load_record",
+    "wilson",
+]

@@ -1,0 +1,167 @@
+"""`clbench metrics PATH`: print every metric of a run or of any success matrix."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from clbench.errors import UserError
+from clbench.metrics.compute import compute_metrics, wilson
+from clbench.metrics.definitions import METRICS
+from clbench.metrics.record import CRITERIA, Record, load_record
+from clbench.paths import results_root
+
+NOT_COMPARABLE = (
+    "auc_*, fwt_* and nbt_* of CLARE, LIBERO and GEM are different quantities under like names and not "
+    "comparable across papers: compare a number only where the definition is the same. LIBERO also reports "
+    "each task's best epoch; here every cell is the checkpoint at the end of a task."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of `clbench metrics`."""
+    parser.add_argument("path", metavar="PATH", help="a run, its eval folder, or a matrix as JSON or CSV")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--joint", metavar="RUN", help="multitask run on the same tasks, for intransigence")
+    parser.add_argument("--single", metavar="RUN", help="single-task run on the same tasks, for ft_cw")
+    parser.add_argument(
+        "--assume-zero-base", action="store_true", help="fwt_gem: success before any learning is 0 if unknown"
+    )
+    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamplings (0: none)")
+    parser.add_argument(
+        "--at-end", action="store_true", help="count success in the last state, not success at any time"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the metrics of `args.path`; raises UserError."""
+    criterion = CRITERIA[1] if args.at_end else None
+    record = load_record(default_run(args.path), criterion=criterion)
+    metrics = compute_metrics(
+        record,
+        joint=load_record(default_run(args.joint), criterion=criterion) if args.joint else None,
+        single=load_record(default_run(args.single)) if args.single else None,
+        assume_zero_base=args.assume_zero_base,
+        bootstrap=args.bootstrap,
+    )
+    if args.json:
+        print(json.dumps({"metrics": metrics}, indent=1, allow_nan=False))
+    else:
+        print(format_text(record, metrics, str(args.path)))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of scripts/compute_cl_matrix_metrics.py; 2 and one line on stderr for a user's mistake."""
+    parser = argparse.ArgumentParser(
+        prog="compute_cl_matrix_metrics.py",
+        description="Print every continual-learning metric of a run, its eval folder, or a success matrix "
+        "(rows: after each task; columns: tasks; rates in [0, 1]; null or empty: not evaluated).",
+    )
+    add_arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(argv)
+    try:
+        status = run(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader (head, less) has seen enough; Python must not flush again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except UserError as e:
+        if args.debug:
+            raise
+        print("error: " + " ".join(str(e).split()), file=sys.stderr)
+        return 2
+
+
+# ------------------------------------------------------------------------------------------------ text
+
+
+def format_text(record: Record, metrics: dict[str, dict[str, Any]], title: str) -> str:
+    """The matrix, an aligned table of metrics, and what to know about them."""
+    lines = [f"{title}: {_facts(record)}", "", *_matrix_lines(record), ""]
+    rows = [("metric", "value", "95 % interval", "better", "definition (source)")]
+    for name, m in metrics.items():
+        better = "higher" if METRICS[name].higher_is_better else "lower"
+        about = f"{m['definition']} ({m['source']})"
+        if m["value"] is None:
+            rows.append((name, "-", "-", better, f"missing: {m['missing']} | {about}"))
+        else:
+            interval = "-" if m["low"] is None else f"[{m['low']:.3f}, {m['high']:.3f}]"
+            rows.append((name, f"{m['value']:.3f}", interval, better, about))
+    widths = [max(len(r[i]) for r in rows) for i in range(4)]
+    lines += ["  ".join([*(c.ljust(w) for c, w in zip(r, widths, strict=False)), r[4]]).rstrip() for r in rows]
+    lines += ["", *(f"note: {n}" for n in [NOT_COMPARABLE, *width_notes(record, metrics), *record.notes])]
+    return "\n".join(_printable(line) for line in lines)
+
+
+def width_notes(record: Record, metrics: dict[str, dict[str, Any]]) -> list[str]:
+    """How much the numbers can be trusted, in words."""
+    notes = []
+    counts = evaluated_counts(record)
+    if counts:
+        low, high = min(counts), max(counts)
+        lower, upper = wilson(low / 2, low)
+        span = f"{low}" if low == high else f"{low} to {high}"
+        notes.append(
+            f"{span} episodes a cell: a success rate near 0.5 is known to about "
+            f"±{100 * (upper - lower) / 2:.0f} points (95 % Wilson, {low} episodes)"
+        )
+    reasons = {m["no_interval"] for m in metrics.values() if m.get("no_interval")}
+    notes += [f"some or all intervals are left out: {r}" for r in sorted(reasons)]
+    if any(m.get("low") is not None for m in metrics.values()):
+        notes.append(
+            "intervals resample the episodes of this run, the same ones in every row; they leave out the "
+            "spread between training seeds, and a cell at exactly 0 or 1 adds no width, so with few episodes "
+            "they are too narrow"
+        )
+    return notes
+
+
+def evaluated_counts(record: Record) -> list[int]:
+    """Episode counts of the evaluated cells whose count is known."""
+    if record.episodes is None:
+        return []
+    pairs = zip(record.success.ravel(), record.episodes.ravel(), strict=True)
+    return [int(n) for rate, n in pairs if not math.isnan(rate) and n > 0]
+
+
+def _facts(record: Record) -> str:
+    m = record.manifest
+    known = [str(m[key]) for key in ("policy", "algorithm", "dataset") if m.get(key)]
+    if m.get("seed") is not None:
+        known.append(f"seed {m['seed']}")
+    return ", ".join([*known, f"{len(record.rows)} x {len(record.tasks)}, success = {record.criterion}"])
+
+
+def _matrix_lines(record: Record) -> list[str]:
+    rows = [("random", record.random), ("base", record.base)]
+    label = "joint" if record.one_row else "after {}"
+    rows += [(label.format(k), r) for k, r in zip(record.rows, record.success, strict=True)]
+    names = [f"{j}:{name if len(name) <= 12 else name[:11] + '…'}" for j, name in enumerate(record.tasks)]
+    widths = [max(len(n), 5) for n in names]
+    lines = ["success".ljust(10) + "  ".join(n.rjust(w) for n, w in zip(names, widths, strict=True))]
+    for name, rates in rows:
+        if rates is not None:
+            cells = ["-" if math.isnan(v) else f"{v:.2f}" for v in rates]
+            lines.append(name.ljust(10) + "  ".join(c.rjust(w) for c, w in zip(cells, widths, strict=True)))
+    return lines
+
+
+def _printable(text: str) -> str:
+    """Without control characters, so that a task's name cannot steer the terminal."""
+    return "".join(c if c.isprintable() else "�" for c in text)
+
+
+def default_run(path: str | Path) -> Path:
+    """`path` itself, or the run of that name among the results when only that exists."""
+    path = Path(path)
+    run = results_root() / path
+    return run if not path.exists() and run.is_dir() else path

@@ -1,0 +1,249 @@
+"""Every summary metric as one pure function of the success matrix, under the name of its definition.
+
+Shapes: `success` is (..., K, N), row k = after visit k, column j = evaluated task; NaN = not evaluated.
+Leading axes are bootstrap draws, so the same function serves a single matrix and a thousand resampled ones.
+Curves are (N, E): the success on task k at E points of its own training.
+
+Published papers use "FWT" and "NBT" for different quantities, hence the suffix in each name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+LIBERO_POINTS = 11  # learning curves at 0, 0.1, …, 1 of a task's training
+
+
+class Missing(Exception):
+    """The record lacks what a metric needs; the message says what."""
+
+
+# ---------------------------------------------------------------------------------------------- checks
+
+
+def _tasks(success: FloatArray, at_least: int = 1) -> int:
+    """Return N of an N x N matrix; raises Missing when it is not square or has too few tasks."""
+    n_rows, n = success.shape[-2:]
+    if n_rows == 1 and n > 1:
+        raise Missing(f"one row for {n} tasks: there is no sequence of checkpoints to compare")
+    if n_rows != n:
+        raise Missing(f"{n_rows} of {n} checkpoints have a row")
+    if n < at_least:
+        raise Missing("one task: nothing comes before or after it")
+    return n
+
+
+def _need(cells: FloatArray, used: npt.NDArray[np.bool_], prefix: str = "success") -> None:
+    """Raise Missing naming the first cells marked in `used` that were not evaluated."""
+    unknown = np.isnan(cells).reshape(-1, *used.shape).any(axis=0) & used
+    if not unknown.any():
+        return
+    where = [tuple(int(i) for i in index) for index in np.argwhere(unknown)]
+    axes = ("k", "j") if used.ndim == 2 else ("j",)
+    first = "; ".join(" ".join(f"{a}={i}" for a, i in zip(axes, index, strict=True)) for index in where[:3])
+    more = f" and {len(where) - 3} more" if len(where) > 3 else ""
+    raise Missing(f"{prefix} not evaluated at {first}{more}")
+
+
+def _lower(n: int) -> npt.NDArray[np.bool_]:
+    return np.tri(n, dtype=bool)  # diagonal included
+
+
+def _last_and_diagonal(n: int) -> npt.NDArray[np.bool_]:
+    used = np.eye(n, dtype=bool)
+    used[-1] = True
+    return used
+
+
+def _curve_means(curves: FloatArray, fractions: FloatArray) -> FloatArray:
+    """Mean of each learning curve (N,), each held at its best value from the point that reached it."""
+    even = np.linspace(0.0, 1.0, LIBERO_POINTS)
+    if fractions.shape != even.shape or not np.allclose(fractions, even, atol=1e-6):
+        raise Missing(f"the learning curves are not at {LIBERO_POINTS} equal steps from 0 to 1")
+    _need_curves(curves)
+    held = np.array(curves, dtype=float)
+    for curve in held:
+        best = int(np.argmax(curve))
+        curve[best:] = curve[best]
+    return np.asarray(held.mean(axis=-1))
+
+
+def _need_curves(curves: FloatArray) -> None:
+    unknown = np.flatnonzero(np.isnan(curves).any(axis=-1))
+    if unknown.size:
+        raise Missing(f"learning curve of task k={int(unknown[0])} has points that were not evaluated")
+
+
+# --------------------------------------------------------------------------------------------- metrics
+
+
+def auc_clare(success: FloatArray) -> Any:
+    """1/N Σ_n mean_{m≥n} R[m, n]: success on each task since it was learned. CLARE, 2601.09512."""
+    n = _tasks(success)
+    _need(success, _lower(n))
+    return np.mean([success[..., j:, j].mean(axis=-1) for j in range(n)], axis=0)
+
+
+def fwt_clare(success: FloatArray) -> Any:
+    """1/N Σ_n R[n, n]: success when a task has just been learned; no transfer. CLARE, 2601.09512."""
+    n = _tasks(success)
+    _need(success, np.eye(n, dtype=bool))
+    return np.mean([success[..., j, j] for j in range(n)], axis=0)
+
+
+def nbt_clare(success: FloatArray) -> Any:
+    """1/(N−1) Σ_{n<N−1} mean_{m>n} (R[n, n] − R[m, n]): loss since learning. CLARE, 2601.09512."""
+    n = _tasks(success, at_least=2)
+    _need(success, _lower(n))
+    return np.mean([success[..., j, j] - success[..., j + 1 :, j].mean(axis=-1) for j in range(n - 1)], axis=0)
+
+
+def nbt_libero(success: FloatArray) -> Any:
+    """`nbt_clare`·(N−1)/N: the last task counts as a loss of 0. LIBERO, arXiv 2306.03310.
+
+    Deviation: the paper's R[k, k] is the best epoch's success, chosen on the states it reports; here it is
+    the checkpoint at the end of the task.
+    """
+    n = _tasks(success, at_least=2)
+    return nbt_clare(success) * (n - 1) / n
+
+
+def fwt_libero(curves: FloatArray, fractions: FloatArray) -> Any:
+    """Mean of each task's learning curve at 11 equal steps, held at its best. LIBERO, 2306.03310."""
+    return np.mean(_curve_means(curves, fractions))
+
+
+def auc_libero(success: FloatArray, curves: FloatArray, fractions: FloatArray) -> Any:
+    """Mean over k of (FWT_k + Σ_{m>k} R[m, k])/(N−k), FWT_k the mean of k's curve. LIBERO, 2306.03310."""
+    n = _tasks(success)
+    means = _curve_means(curves, fractions)
+    _need(success, _lower(n) & ~np.eye(n, dtype=bool))
+    return np.mean([(means[k] + success[..., k + 1 :, k].sum(axis=-1)) / (n - k) for k in range(n)], axis=0)
+
+
+def asr(final: FloatArray) -> Any:
+    """mean_j R[N−1, j]: success of the last checkpoint over all tasks ("ACC" in Lopez-Paz & Ranzato 2017)."""
+    _need(final, np.ones(final.shape[-1], dtype=bool), "final success")
+    return final.mean(axis=-1)
+
+
+def bwt_gem(success: FloatArray) -> Any:
+    """1/(N−1) Σ_{j<N−1} (R[N−1, j] − R[j, j]); negative = forgetting. Lopez-Paz & Ranzato 2017 (GEM)."""
+    n = _tasks(success, at_least=2)
+    _need(success, _last_and_diagonal(n))
+    return np.mean([success[..., -1, j] - success[..., j, j] for j in range(n - 1)], axis=0)
+
+
+def nbt_final(success: FloatArray) -> Any:
+    """−`bwt_gem`: the loss seen by the last checkpoint alone. NBT in Hu et al. 2026, arXiv 2603.11653."""
+    return -bwt_gem(success)
+
+
+def fwt_gem(success: FloatArray, base: FloatArray) -> Any:
+    """1/(N−1) Σ_{j≥1} (R[j−1, j] − b[j]), b = success before any learning. Lopez-Paz & Ranzato 2017 (GEM).
+
+    Deviation: b is the pretrained base's success; GEM starts from a random initialisation.
+    """
+    n = _tasks(success, at_least=2)
+    _need(success, np.eye(n, k=1, dtype=bool))
+    used = np.ones(n, dtype=bool)
+    used[0] = False
+    _need(base, used, "base success")
+    return np.mean([success[..., j - 1, j] - base[..., j] for j in range(1, n)], axis=0)
+
+
+def forgetting(success: FloatArray) -> Any:
+    """1/(N−1) Σ_{j<N−1} (max_{l<N−1} R[l, j] − R[N−1, j]), over evaluated cells. Chaudhry et al. 2018."""
+    n = _tasks(success, at_least=2)
+    used = np.zeros((n, n), dtype=bool)
+    used[-1, :-1] = True
+    _need(success, used)
+    earlier = success[..., :-1, :-1]
+    empty = np.isnan(earlier).all(axis=-2).reshape(-1, n - 1).any(axis=0)
+    if empty.any():
+        raise Missing(f"task j={int(np.flatnonzero(empty)[0])} was not evaluated before the last checkpoint")
+    return (np.nanmax(earlier, axis=-2) - success[..., -1, :-1]).mean(axis=-1)
+
+
+def zero_shot(success: FloatArray) -> Any:
+    """Mean of R[k, j] over j > k: success on tasks not yet learned. Hu et al. 2026, arXiv 2603.11653."""
+    n = _tasks(success, at_least=2)
+    used = np.triu(np.ones((n, n), dtype=bool), k=1)
+    _need(success, used)
+    return success[..., used].mean(axis=-1)
+
+
+def zero_shot_heldout(heldout: FloatArray) -> Any:
+    """Mean success of the last checkpoint on tasks outside the stream. Hu et al. 2026, arXiv 2603.11653."""
+    _need(heldout, np.ones(heldout.shape[-1], dtype=bool), "held-out success")
+    return heldout.mean(axis=-1)
+
+
+def intransigence(success: FloatArray, joint: FloatArray) -> Any:
+    """mean_k (R_joint[k] − R[k, k]): the cost of learning in sequence. Chaudhry et al. 2018."""
+    n = _tasks(success)
+    _need(success, np.eye(n, dtype=bool))
+    _need(joint, np.ones(n, dtype=bool), "the joint run's success")
+    return np.mean([joint[..., k] - success[..., k, k] for k in range(n)], axis=0)
+
+
+def ft_cw(curves: FloatArray, fractions: FloatArray, single: FloatArray) -> Any:
+    """mean_k (A_k − A_k^single)/(1 − A_k^single), A = area under a curve. Continual World, 2105.10919."""
+    if fractions.size < 2 or not np.isclose(fractions[0], 0.0) or not np.isclose(fractions[-1], 1.0):
+        raise Missing("the learning curves do not span the whole of each task's training")
+    _need_curves(curves)
+    _need_curves(single)
+    steps = np.diff(fractions)  # trapezoidal rule
+    area, area_single = (((c[:, 1:] + c[:, :-1]) / 2 * steps).sum(axis=-1) for c in (curves, single))
+    if (area_single >= 1.0 - 1e-12).any():
+        raise Missing("a single-task curve is 1 throughout: nothing is left to transfer (division by zero)")
+    return np.mean((area - area_single) / (1.0 - area_single))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric's function, the names of the inputs it takes in order, and how to print it."""
+
+    function: Callable[..., Any]
+    inputs: tuple[str, ...]
+    definition: str
+    source: str
+    higher_is_better: bool
+
+
+_CLARE, _LIBERO = "CLARE, arXiv 2601.09512", "LIBERO, arXiv 2306.03310"
+_GEM, _CHAUDHRY = "Lopez-Paz & Ranzato 2017 (GEM)", "Chaudhry et al. 2018"
+_HU, _CW = "Hu et al. 2026, arXiv 2603.11653", "Continual World, arXiv 2105.10919"
+_S, _C = ("success",), ("curves", "fractions")
+
+METRICS: dict[str, Metric] = {
+    "auc_clare": Metric(auc_clare, _S, "mean over tasks n of mean R[m][n], m >= n", _CLARE, True),
+    "fwt_clare": Metric(fwt_clare, _S, "mean R[n][n] (diagonal: ability to learn, not transfer)", _CLARE, True),
+    "nbt_clare": Metric(nbt_clare, _S, "mean over n < N-1 of mean (R[n][n] - R[m][n]), m > n", _CLARE, False),
+    "fwt_libero": Metric(
+        fwt_libero, _C, "mean of each task's 11-point learning curve, held at its best", _LIBERO, True
+    ),
+    "nbt_libero": Metric(nbt_libero, _S, "nbt_clare * (N-1)/N (the last task counts as 0)", _LIBERO, False),
+    "auc_libero": Metric(
+        auc_libero, (*_S, *_C), "mean over k of (curve mean of k + sum R[m][k], m > k) / (N-k)", _LIBERO, True
+    ),
+    "asr": Metric(asr, ("final",), "mean of the last row (ACC in GEM)", "AlphaBrain; " + _GEM, True),
+    "bwt_gem": Metric(bwt_gem, _S, "mean (R[N-1][j] - R[j][j]), j < N-1; negative = forgetting", _GEM, True),
+    "fwt_gem": Metric(fwt_gem, (*_S, "base"), "mean over j >= 1 of (R[j-1][j] - base[j])", _GEM, True),
+    "forgetting": Metric(
+        forgetting, _S, "mean over j < N-1 of (max R[l][j] - R[N-1][j]), evaluated l < N-1", _CHAUDHRY, False
+    ),
+    "nbt_final": Metric(nbt_final, _S, "-bwt_gem (loss at the last checkpoint)", _HU, False),
+    "zero_shot": Metric(zero_shot, _S, "mean R[k][j], j > k (tasks not yet learned)", _HU, True),
+    "zero_shot_heldout": Metric(
+        zero_shot_heldout, ("heldout",), "mean last-checkpoint success on tasks outside the stream", _HU, True
+    ),
+    "intransigence": Metric(intransigence, (*_S, "joint"), "mean (R_joint[k] - R[k][k])", _CHAUDHRY, False),
+    "ft_cw": Metric(ft_cw, (*_C, "single"), "mean (A[k] - A1[k]) / (1 - A1[k]), areas under curves", _CW, True),
+}

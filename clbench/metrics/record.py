@@ -1,0 +1,399 @@
+"""The raw record every metric is computed from, read from a run, an eval folder or a bare matrix."""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from clbench.errors import UserError
+from clbench.io import MAX_JSON_BYTES, read_json, read_jsonl
+from clbench.metrics.definitions import FloatArray
+
+BASE_ROW = -1
+NOT_EVALUATED = {"", "null", "none", "nan", "na", "n/a", "-"}
+LABEL_HEADERS = {"", "k", "row", "task", "after", "visit", "checkpoint"}
+CRITERIA = ("success_once", "success_at_end")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Success on a task after fractions 0…1 of its own training; both (E,)."""
+
+    fractions: FloatArray
+    success: FloatArray
+
+
+@dataclass
+class Record:
+    """What was measured. NaN = not evaluated.
+
+    Attributes:
+        tasks: names of the N columns, in visiting order; a task visited twice has two columns.
+        success: (K, N) success rates in [0, 1].
+        rows: the visit k behind each row.
+        episodes: (K, N) episode counts, or None where they are unknown.
+        base: (N,) success of the pretrained base before the stream, or None.
+        random: (N,) success of a random policy, or None.
+        outcomes: (k, j) → {episode seed: success}; k = -1 is the base.
+        curves: k → learning curve of task k.
+        heldout: the record on tasks outside the stream, or None.
+        criterion: "success_once" or "success_at_end".
+        mode: "sequential", "multitask", "singletask", or None when unknown (a bare matrix).
+        named: whether the column names came from the file.
+        manifest: the run's manifest, {} without one.
+        notes: what a reader of the numbers should know.
+    """
+
+    tasks: list[str]
+    success: FloatArray
+    rows: list[int]
+    episodes: npt.NDArray[np.int64] | None = None
+    base: FloatArray | None = None
+    random: FloatArray | None = None
+    outcomes: dict[tuple[int, int], dict[int, float]] = field(default_factory=dict)
+    curves: dict[int, Curve] = field(default_factory=dict)
+    heldout: Record | None = None
+    criterion: str = "success_once"
+    mode: str | None = None
+    named: bool = True
+    manifest: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    source: Path | None = None
+
+    @property
+    def one_row(self) -> bool:
+        """Whether the row is that of one jointly trained policy rather than of a sequence."""
+        return self.mode == "multitask" or (self.mode is None and len(self.rows) == 1 and len(self.tasks) > 1)
+
+
+def load_record(path: Path | str, *, criterion: str | None = None) -> Record:
+    """Read the record behind `path`: a run, its eval folder, a matrix.json, or any matrix as JSON or CSV.
+
+    Args:
+        criterion: "success_once" or "success_at_end" to recompute the rates from the episode records; by
+            default the matrix's own.
+
+    Raises:
+        UserError: `path` is missing or holds no matrix of rates in [0, 1].
+    """
+    path = Path(path)
+    if path.is_dir():
+        for folder in (path / "eval", path):
+            if (folder / "matrix.json").is_file():
+                return _load_eval(folder, criterion)
+        raise UserError(
+            f"{path} holds no eval/matrix.json: nothing has been evaluated there yet; "
+            "scripts/run_cl_eval.sh evaluates a run."
+        )
+    if not path.exists():
+        raise UserError(f"{path} does not exist. Give a run, its eval folder, or a matrix as JSON or CSV.")
+    if path.name == "matrix.json" and (path.parent / "cells").is_dir():
+        return _load_eval(path.parent, criterion)
+    if path.suffix.lower() == ".json" or _looks_like_json(path):
+        record = _from_json(read_json(path), str(path))
+    else:
+        record = _from_csv(path)
+    record.source = path
+    if criterion is not None and criterion != record.criterion:
+        raise UserError(f"{path} keeps no episode records, so its rates cannot be recomputed by {criterion}.")
+    return record
+
+
+# ----------------------------------------------------------------------------------- cells of a matrix
+
+
+def _cell(value: Any, where: str) -> float:
+    """A rate in [0, 1], or NaN for None; raises UserError for anything else."""
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{where} is {value!r}, not a number (null = not evaluated).")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where} is {value}, not a rate; write null for a cell that was not evaluated.")
+    if not 0 <= value <= 1:
+        hint = " This looks like percent; divide by 100." if 1 < value <= 100 else ""
+        raise UserError(f"{where} is {value}, outside [0, 1].{hint}")
+    return float(value)
+
+
+def _row(values: Any, where: str, n: int | None = None) -> FloatArray:
+    if not isinstance(values, list):
+        raise UserError(f"{where} is not a list of rates.")
+    if n is not None and len(values) != n:
+        raise UserError(f"{where} has {len(values)} cells where {n} were expected: the matrix is ragged.")
+    return np.array([_cell(v, f"{where}, column {j}") for j, v in enumerate(values)], dtype=float)
+
+
+def _matrix(rows: Any, where: str, n: int | None = None) -> FloatArray:
+    """(K, N) rates from a list of lists; raises UserError naming the place that is wrong."""
+    if not isinstance(rows, list):
+        raise UserError(f"{where} is not a matrix: expected a list of rows.")
+    if rows and not any(isinstance(r, list) for r in rows):
+        raise UserError(f"{where} is not a matrix: its rows are not lists. A single row is written [[…]].")
+    if not rows or rows[0] == []:
+        raise UserError(f"{where} is empty.")
+    width = n if n is not None else len(rows[0]) if isinstance(rows[0], list) else None
+    matrix = np.stack([_row(r, f"{where}, row {k}", width) for k, r in enumerate(rows)])
+    if len(matrix) > matrix.shape[1]:
+        raise UserError(
+            f"{where} has {len(matrix)} rows for {matrix.shape[1]} tasks; there is one row per visited task. "
+            'A row measured before the stream is given apart, as "base".'
+        )
+    return matrix
+
+
+def _default_names(n: int) -> list[str]:
+    return [f"task_{j}" for j in range(n)]
+
+
+# --------------------------------------------------------------------------------------- bare matrices
+
+
+def _from_json(data: Any, where: str) -> Record:
+    """A record from parsed JSON: a list of lists, or an object with "success"."""
+    if isinstance(data, list):
+        success = _matrix(data, where)
+        return Record(_default_names(success.shape[1]), success, list(range(len(success))), named=False)
+    if not isinstance(data, dict) or "success" not in data:
+        raise UserError(f'{where} is not a matrix: expected a list of rows, or an object with "success".')
+    tasks = data.get("tasks")
+    if tasks is not None and not (isinstance(tasks, list) and all(isinstance(t, str) for t in tasks)):
+        raise UserError(f'{where}: "tasks" is not a list of names.')
+    success = _matrix(data["success"], f'{where}: "success"', len(tasks) if tasks is not None else None)
+    n = success.shape[1]
+    extra = {
+        name: None if data.get(name) is None else _row(data[name], f'{where}: "{name}"', n)
+        for name in ("base", "random")
+    }
+    criterion = data.get("criterion", CRITERIA[0])
+    if criterion not in CRITERIA:
+        raise UserError(f'{where}: "criterion" is {criterion!r}; known: {", ".join(CRITERIA)}.')
+    return Record(
+        tasks=tasks if tasks is not None else _default_names(n),
+        success=success,
+        rows=list(range(len(success))),
+        episodes=_counts(data.get("episodes"), success, where),
+        base=extra["base"],
+        random=extra["random"],
+        criterion=criterion,
+        named=tasks is not None,
+    )
+
+
+def _counts(counts: Any, success: FloatArray, where: str) -> npt.NDArray[np.int64] | None:
+    """(K, N) episode counts (null = 0), or None when the file has none."""
+    if counts is None:
+        return None
+    good = isinstance(counts, list) and len(counts) == len(success)
+    good = good and all(isinstance(row, list) and len(row) == success.shape[1] for row in counts)
+    if not good:
+        raise UserError(f'{where}: "episodes" does not have the shape of "success".')
+    for row in counts:
+        for n in row:
+            if n is not None and (isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < 2**53):
+                raise UserError(f'{where}: "episodes" holds {n!r}, not a count.')
+    return np.array([[n or 0 for n in row] for row in counts], dtype=np.int64)
+
+
+def _looks_like_json(path: Path) -> bool:
+    try:
+        with path.open("rb") as f:
+            return f.read(256).lstrip()[:1] in (b"[", b"{")
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}.") from e
+
+
+def _from_csv(path: Path) -> Record:
+    """A record from CSV (also ; or tab): an optional row of task names, an optional first column of labels.
+
+    Rows labelled "base" or "random" are taken as such; an empty cell, null or nan means not evaluated.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise UserError(f"{path} is larger than {MAX_JSON_BYTES} bytes; refusing to parse it.")
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"cannot read {path} as text: {e}.") from e
+    delimiter = next((d for d in (",", "\t", ";") if d in text), ",")
+    try:
+        table = [[c.strip() for c in row] for row in csv.reader(text.splitlines(), delimiter=delimiter) if row]
+    except csv.Error as e:
+        raise UserError(f"{path} is not CSV: {e}.") from e
+    table = [row for row in table if any(row) or len(row) > 1]
+    if not table:
+        raise UserError(f"{path} is empty.")
+
+    header: list[str] | None = None
+    first = table[0]
+    if all(_is_text(c) for c in first[1:]) and (_is_text(first[0]) or (len(first) > 1 and not first[0])):
+        header, table = first, table[1:]
+    if not table:
+        raise UserError(f"{path} is not a matrix: it has no row of numbers.")
+    labels: list[str] = []
+    by_name = header is not None and len(header) > 1 and header[0].lower() in LABEL_HEADERS
+    by_width = header is not None and all(len(row) == len(header) + 1 for row in table)
+    if by_name or by_width or all(_is_text(row[0]) and len(row) > 1 for row in table):
+        labels = [row[0].lower() for row in table]
+        table = [row[1:] for row in table]
+        if header is not None and not by_width:
+            header = header[1:]
+
+    rows: list[Any] = []
+    extra: dict[str, FloatArray] = {}
+    for k, row in enumerate(table):
+        values = [_number(c, f"{path}, row {k}, column {j}") for j, c in enumerate(row)]
+        if labels and labels[k] in ("base", "random"):
+            extra[labels[k]] = _row(values, f'{path}: row "{labels[k]}"', len(header) if header else None)
+        else:
+            rows.append(values)
+    success = _matrix(rows, str(path), len(header) if header else None)
+    if any(row.shape[0] != success.shape[1] for row in extra.values()):
+        raise UserError(f"{path}: the base or random row has another length than the others.")
+    return Record(
+        tasks=header if header is not None else _default_names(success.shape[1]),
+        success=success,
+        rows=list(range(len(success))),
+        base=extra.get("base"),
+        random=extra.get("random"),
+        named=header is not None,
+    )
+
+
+def _is_text(cell: str) -> bool:
+    if cell.lower() in NOT_EVALUATED:
+        return False
+    try:
+        float(cell)
+    except ValueError:
+        return True
+    return False
+
+
+def _number(cell: str, where: str) -> float | None:
+    if cell.lower() in NOT_EVALUATED:
+        return None
+    try:
+        return float(cell)
+    except ValueError:
+        hint = " Write the rate as a fraction in [0, 1]." if cell.endswith("%") else ""
+        raise UserError(f"{where} is {cell!r}, not a number.{hint}") from None
+
+
+# ---------------------------------------------------------------------------------------- eval folders
+
+
+def _load_eval(folder: Path, criterion: str | None, final_k: int | None = None) -> Record:
+    """The record of an eval folder: matrix.json with the records, curves and held-out tasks beside it.
+
+    `final_k` is the visit behind the one row of held-out tasks, whose episode files may be named by it.
+    """
+    if criterion is not None and criterion not in CRITERIA:
+        raise UserError(f"unknown criterion {criterion!r}; known: {', '.join(CRITERIA)}.")
+    where = str(folder / "matrix.json")
+    record = _from_json(read_json(folder / "matrix.json"), where)
+    record.source = folder
+    record.manifest = _manifest(folder)
+    mode = record.manifest.get("mode")
+    record.mode = mode if isinstance(mode, str) else None
+    recompute = criterion is not None and criterion != record.criterion
+    record.criterion = criterion or record.criterion
+    if final_k is not None and len(record.rows) == 1 and any((folder / "cells").glob(f"k{final_k:02d}_*")):
+        record.rows = [final_k]
+    _add_outcomes(record, folder / "cells", recompute)
+    if not recompute:  # learning curves are kept by the matrix's own criterion alone
+        _add_curves(record, folder / "curves")
+    heldout = folder / "heldout"
+    if (heldout / "matrix.json").is_file() and (not recompute or (heldout / "cells").is_dir()):
+        record.heldout = _load_eval(heldout, criterion, final_k=record.rows[-1])
+    return record
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of the run an eval folder (or a view or the held-out tasks inside it) belongs to."""
+    for parent in list(folder.resolve().parents)[:3]:
+        if (parent / "manifest.json").is_file():
+            manifest = read_json(parent / "manifest.json")
+            if not isinstance(manifest, dict):
+                raise UserError(f"{parent / 'manifest.json'} is not a JSON object.")
+            return manifest
+    return {}
+
+
+def read_cell(cells: Path, tasks: list[str], k: int, j: int) -> list[dict[str, Any]]:
+    """Episode records of one cell; columns of the same task share their episodes, so either file will do."""
+    same = [j] + [i for i, name in enumerate(tasks) if name == tasks[j] and i != j]
+    for i in same:
+        path = cells / (f"base_j{i:02d}.jsonl" if k == BASE_ROW else f"k{k:02d}_j{i:02d}.jsonl")
+        if path.is_file():
+            episodes = read_jsonl(path)
+            if not all(isinstance(e, dict) for e in episodes):
+                raise UserError(f"{path} holds lines that are not JSON objects.")
+            return episodes
+    return []
+
+
+def _outcomes(episodes: list[dict[str, Any]], criterion: str, where: str) -> dict[int, float]:
+    """{episode seed: success}; raises UserError for a record without either or a seed with two outcomes."""
+    result: dict[int, float] = {}
+    for e in episodes:
+        seed, success = e.get("seed"), e.get(criterion)
+        if not isinstance(seed, int) or not isinstance(success, bool | int | float) or not 0 <= success <= 1:
+            raise UserError(f'{where}: an episode record lacks a whole "seed" or a "{criterion}" in [0, 1].')
+        if result.setdefault(seed, float(success)) != float(success):
+            raise UserError(f"{where}: episode seed {seed} is recorded twice with different outcomes.")
+    return result
+
+
+def _add_outcomes(record: Record, cells: Path, recompute: bool) -> None:
+    """Attach the episode records of every evaluated cell; they are the truth where the matrix disagrees."""
+    stale = 0
+    n = len(record.tasks)
+    episodes = np.zeros(record.success.shape, dtype=np.int64) if record.episodes is None else record.episodes
+    for k, rates in [*zip(record.rows, record.success, strict=True), (BASE_ROW, record.base)]:
+        if rates is None:
+            continue
+        for j in range(n):
+            if math.isnan(rates[j]):  # it may have records already, but the matrix says it is not done
+                continue
+            outcomes = _outcomes(read_cell(cells, record.tasks, k, j), record.criterion, f"{cells} (k={k}, j={j})")
+            if not outcomes:
+                if recompute:
+                    rates[j] = math.nan
+                continue
+            mean = float(np.mean(list(outcomes.values())))
+            stale += not recompute and abs(mean - rates[j]) > 1e-3
+            rates[j] = mean
+            record.outcomes[k, j] = outcomes
+            if k != BASE_ROW:
+                episodes[record.rows.index(k), j] = len(outcomes)
+    if recompute and not record.outcomes:
+        raise UserError(f"{cells} holds no episode records, so rates cannot be recomputed by {record.criterion}.")
+    record.episodes = episodes if record.episodes is not None or record.outcomes else None
+    if recompute:
+        record.random = None
+    if stale:
+        record.notes.append(
+            f"{stale} cells of matrix.json differ from their episode records, which were used; "
+            "running the evaluation again rebuilds the matrix"
+        )
+
+
+def _add_curves(record: Record, folder: Path) -> None:
+    for k in record.rows:
+        path = folder / f"k{k:02d}.json"
+        if not path.is_file():
+            continue
+        data = read_json(path)
+        if not isinstance(data, dict) or "fractions" not in data or "success" not in data:
+            raise UserError(f'{path} is not a learning curve: expected "fractions" and "success".')
+        fractions = _row(data["fractions"], f'{path}: "fractions"')
+        success = _row(data["success"], f'{path}: "success"', len(fractions))
+        if np.isnan(fractions).any() or (np.diff(fractions) <= 0).any():
+            raise UserError(f'{path}: "fractions" do not increase from 0 to 1.')
+        record.curves[k] = Curve(fractions, success)

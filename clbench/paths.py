@@ -1,0 +1,29 @@
+"""Where things are: the project's configs, and the data, results and cache roots (environment variables move them)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+CONFIG_ROOT = PROJECT_ROOT / "configs"
+
+
+def _root(variable: str, default: str) -> Path:
+    value = os.environ.get(variable)
+    return Path(value).expanduser() if value else PROJECT_ROOT / default
+
+
+def data_root() -> Path:
+    """Demonstrations: $CLBENCH_DATA_ROOT, else data/ in the project."""
+    return _root("CLBENCH_DATA_ROOT", "data")
+
+
+def results_root() -> Path:
+    """Runs and reports: $CLBENCH_RESULTS_ROOT, else results/ in the project."""
+    return _root("CLBENCH_RESULTS_ROOT", "results")
+
+
+def cache_root() -> Path:
+    """Pretrained bases: $CLBENCH_CACHE_ROOT, else .cache/ in the project."""
+    return _root("CLBENCH_CACHE_ROOT", ".cache")

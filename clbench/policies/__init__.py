@@ -1,0 +1,9 @@
+"""Policies. Importing this package registers clbench's own policies with LeRobot.
+
+LeRobot's command lines find them with `--policy.discover_packages_path=clbench.policies`.
+"""
+
+from clbench.policies.dit_dec.configuration_dit_dec import DitDecConfig
+from clbench.policies.dit_encdec.configuration_dit_encdec import DitEncDecConfig
+
+__all__ = ["DitDecConfig", "DitEncDecConfig"]

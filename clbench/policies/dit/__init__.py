@@ -1,0 +1,1 @@
+"""What the two flow-matching diffusion-transformer policies share: configuration, tokens, blocks, text, processors."""

@@ -1,0 +1,125 @@
+"""Flow matching over action chunks (Lipman et al. 2023), as a LeRobot policy.
+
+With actions a (normalised), noise ε ~ N(0, I) and time t ~ U(0, 1):
+
+    x_t = (1 - t) ε + t a          target velocity  u = a - ε
+    ℓ(θ; x) = mean over unpadded chunk steps and action dimensions of (v_θ(x_t, t | o) - u)²
+
+Acting integrates dx/dt = v_θ from noise at t = 0 to an action chunk at t = 1 with Euler steps.
+Shape suffixes: B batch, H chunk, A action dimension.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies import PreTrainedPolicy
+from lerobot.utils.constants import ACTION
+from torch import Tensor, nn
+
+from clbench.policies.dit.configuration import DitConfig
+
+
+class FlowMatchingModel(nn.Module):
+    """What a flow policy needs of its network: observation → context once, then velocities from it."""
+
+    def encode(self, batch: dict[str, Tensor]) -> Any:
+        raise NotImplementedError
+
+    def velocity(self, x_BHA: Tensor, t_B: Tensor, context: Any) -> Tensor:
+        raise NotImplementedError
+
+
+class FlowMatchingPolicy(PreTrainedPolicy):
+    """LeRobot policy around a FlowMatchingModel. Batches are processed (normalised, on device)."""
+
+    config_class = DitConfig
+    name = "dit"
+    config: DitConfig
+
+    def __init__(self, config: PreTrainedConfig, **kwargs: Any) -> None:
+        super().__init__(config)
+        config.validate_features()
+        self.config = config  # type: ignore[assignment]
+        self.model = self.build_model()
+        self.reset()
+
+    def build_model(self) -> FlowMatchingModel:
+        raise NotImplementedError
+
+    @property
+    def action_dim(self) -> int:
+        feature = self.config.action_feature
+        assert feature is not None  # validate_features checked it
+        return feature.shape[0]
+
+    # ---- training -------------------------------------------------------------------------------
+    def sample_draw(self, n: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Draw what the loss of `n` samples needs: noise (n, H, A) ~ N(0, 1) and time (n,) ~ U(0, 1), on CPU."""
+        noise = torch.randn(n, self.config.chunk_size, self.action_dim, generator=generator)
+        return {"noise": noise, "time": torch.rand(n, generator=generator)}
+
+    def per_sample_loss(self, batch: dict[str, Tensor], draw: dict[str, Tensor]) -> Tensor:
+        """Return ℓ(θ; x) per sample, (B,), for the given draw."""
+        action_BHA = batch[ACTION]
+        device = action_BHA.device
+        noise_BHA = draw["noise"].to(device, non_blocking=True)
+        t_B = draw["time"].to(device, non_blocking=True)
+        t_B11 = t_B[:, None, None]
+        x_BHA = (1 - t_B11) * noise_BHA + t_B11 * action_BHA
+        v_BHA = self.model.velocity(x_BHA, t_B, self.model.encode(batch))
+        error_BH = (v_BHA.float() - (action_BHA - noise_BHA)).square().mean(-1)
+        pad_BH = batch.get(f"{ACTION}_is_pad")
+        if pad_BH is None:
+            return error_BH.mean(-1)
+        keep_BH = (~pad_BH).to(error_BH.dtype)
+        return (error_BH * keep_BH).sum(-1) / keep_BH.sum(-1).clamp(min=1)
+
+    def forward(
+        self, batch: dict[str, Tensor], reduction: str = "mean", draw: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Any] | None]:
+        """LeRobot's training entry: the loss under a fresh draw of the global generator, or under `draw`."""
+        if draw is None:
+            draw = self.sample_draw(batch[ACTION].shape[0])
+        loss_B = self.per_sample_loss(batch, draw)
+        return (loss_B if reduction == "none" else loss_B.mean()), None
+
+    # ---- acting ---------------------------------------------------------------------------------
+    def reset(self) -> None:
+        self._queue: deque[Tensor] = deque(maxlen=self.config.n_action_steps)
+
+    @torch.no_grad()
+    def predict_action_chunk(self, batch: dict[str, Tensor], noise: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Return a normalised action chunk (B, H, A). `noise` (B, H, A) makes it a pure function of its input."""
+        self.eval()
+        context = self.model.encode(batch)
+        reference = next(v for k, v in batch.items() if k.startswith("observation.") and torch.is_tensor(v))
+        if noise is None:
+            noise = self.sample_draw(reference.shape[0])["noise"]
+        x_BHA = noise.to(reference.device)
+        n = self.config.num_inference_steps
+        for i in range(n):
+            t_B = torch.full((x_BHA.shape[0],), i / n, device=x_BHA.device)
+            x_BHA = x_BHA + self.model.velocity(x_BHA, t_B, context).float() / n
+        return x_BHA
+
+    @torch.no_grad()
+    def select_action(self, batch: dict[str, Tensor], noise: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Return one normalised action (B, A); predicts a new chunk every `n_action_steps` calls."""
+        if not self._queue:
+            chunk = self.predict_action_chunk(batch, noise=noise)
+            self._queue.extend(chunk[:, : self.config.n_action_steps].transpose(0, 1))
+        return self._queue.popleft()
+
+    # ---- LeRobot --------------------------------------------------------------------------------
+    def get_optim_params(self) -> Any:
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def _get_default_peft_targets(self) -> dict[str, Any]:
+        return {"target_modules": r".*\.(q|kv|out|up|down|cond_proj)"}
+
+    def _validate_peft_config(self, peft_config: Any) -> None:
+        """Any PEFT configuration is accepted, also on a policy that was built in memory."""

@@ -1,0 +1,235 @@
+"""Transformer pieces. Shape suffixes: B batch, L tokens, D model width, H action chunk, A action dimension,
+P action tokens (H / action_patch).
+
+Every layer keeps rows of the batch independent (no batch statistics), so an episode's actions do not depend
+on what else is evaluated beside it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lerobot.utils.constants import OBS_ENV_STATE, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
+from torch import Tensor, nn
+
+from clbench.policies.dit.configuration import DitConfig
+from clbench.policies.dit.text import frozen_word_table
+
+
+class FeedForward(nn.Module):
+    """Linear → GELU → Linear. `in_features` and `out_features` let adapters read its shape like a Linear's."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.in_features = self.out_features = dim
+        self.up = nn.Linear(dim, hidden)
+        self.down = nn.Linear(hidden, dim)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x_BLD), approximate="tanh"))
+
+
+class Attention(nn.Module):
+    """Multi-head attention of queries over `context` (itself by default); `mask_BL` is True where attended."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x_BLD: Tensor, context_BMD: Tensor | None = None, mask_BM: Tensor | None = None) -> Tensor:
+        context = x_BLD if context_BMD is None else context_BMD
+        B, L, D = x_BLD.shape
+        q = self.q(x_BLD).view(B, L, self.heads, -1).transpose(1, 2)
+        k, v = self.kv(context).view(B, context.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mask = None if mask_BM is None else mask_BM[:, None, None, :]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(out.transpose(1, 2).reshape(B, L, D))
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm transformer encoder layer."""
+
+    def __init__(self, dim: int, heads: int, ffn_mult: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attention = Attention(dim, heads)
+        self.ffn = FeedForward(dim, ffn_mult * dim)
+
+    def forward(self, x_BLD: Tensor, mask_BL: Tensor | None = None) -> Tensor:
+        x_BLD = x_BLD + self.attention(self.norm1(x_BLD), mask_BM=mask_BL)
+        return x_BLD + self.ffn(self.norm2(x_BLD))
+
+
+class AdaLNBlock(nn.Module):
+    """Transformer block whose norms are shifted, scaled and gated by a condition (AdaLN-zero, Peebles & Xie 2023).
+
+    With `cross=True` a cross-attention over encoder tokens stands between self-attention and feed-forward.
+    """
+
+    def __init__(self, dim: int, heads: int, ffn_mult: int, cross: bool = False) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False)
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False)
+        self.attention = Attention(dim, heads)
+        self.cross_norm = nn.LayerNorm(dim) if cross else None
+        self.cross_attention = Attention(dim, heads) if cross else None
+        self.ffn = FeedForward(dim, ffn_mult * dim)
+        self.modulation = nn.Linear(dim, 6 * dim)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(
+        self, x_BPD: Tensor, c_BD: Tensor, context_BLD: Tensor | None = None, mask_BL: Tensor | None = None
+    ) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(c_BD))[:, None].chunk(6, dim=-1)
+        x_BPD = x_BPD + gate1 * self.attention(self.norm1(x_BPD) * (1 + scale1) + shift1)
+        if self.cross_attention is not None and self.cross_norm is not None:
+            x_BPD = x_BPD + self.cross_attention(self.cross_norm(x_BPD), context_BLD, mask_BL)
+        return x_BPD + gate2 * self.ffn(self.norm2(x_BPD) * (1 + scale2) + shift2)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoidal embedding of the flow time t in [0, 1], then a two-layer MLP: (B,) → (B, D)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, t_B: Tensor) -> Tensor:
+        half = self.dim // 2
+        freqs = torch.exp(torch.arange(half, device=t_B.device) * (-math.log(1e4) / half))
+        angles = 1e3 * t_B[:, None].float() * freqs
+        return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=-1))
+
+
+class ActionTokens(nn.Module):
+    """Action chunk (B, H, A) ↔ decoder tokens (B, P, D): `action_patch` consecutive actions share a token."""
+
+    def __init__(self, config: DitConfig, action_dim: int) -> None:
+        super().__init__()
+        width = config.action_patch * action_dim
+        n_tokens = config.chunk_size // config.action_patch
+        self.proj_in = nn.Linear(width, config.d_model)
+        self.position = nn.Parameter(torch.randn(n_tokens, config.d_model) * 0.02)
+        self.norm = nn.LayerNorm(config.d_model)
+        self.proj_out = nn.Linear(config.d_model, width)
+        self.action_dim, self.n_tokens = action_dim, n_tokens
+
+    def embed(self, x_BHA: Tensor) -> Tensor:
+        return self.proj_in(x_BHA.reshape(x_BHA.shape[0], self.n_tokens, -1)) + self.position
+
+    def predict(self, x_BPD: Tensor) -> Tensor:
+        return self.proj_out(self.norm(x_BPD)).reshape(x_BPD.shape[0], -1, self.action_dim)
+
+
+class StateTokens(nn.Module):
+    """A low-dimensional observation → one token."""
+
+    def __init__(self, key: str, dim_in: int, dim: int, clip: float) -> None:
+        super().__init__()
+        self.key, self.clip = key, clip
+        self.proj = nn.Linear(dim_in, dim)
+        self.n_tokens = 1
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        state = batch[self.key]
+        if state.ndim == 3:  # (B, 1, S): one observation step
+            state = state[:, -1]
+        token = self.proj(state.clamp(-self.clip, self.clip))[:, None]
+        return token, torch.ones(token.shape[:2], dtype=torch.bool, device=token.device)
+
+
+class LanguageTokens(nn.Module):
+    """Hashed words → frozen random embedding → linear: one token a word, or their mean as one token (`pooled`)."""
+
+    def __init__(self, config: DitConfig, pooled: bool) -> None:
+        super().__init__()
+        self.pooled = pooled
+        self.n_tokens = 1 if pooled else config.text_max_words
+        table = frozen_word_table(config.text_vocab_size, config.text_dim)
+        self.register_buffer("table", table, persistent=False)  # a function of its shape: not saved
+        self.proj = nn.Linear(config.text_dim, config.d_model)
+        self.position = None if pooled else nn.Parameter(torch.randn(config.text_max_words, config.d_model) * 0.02)
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        ids_BL, mask_BL = batch[OBS_LANGUAGE_TOKENS], batch[OBS_LANGUAGE_ATTENTION_MASK]
+        words_BLT = self.get_buffer("table")[ids_BL]
+        if self.pooled:
+            count = mask_BL.sum(1, keepdim=True).clamp(min=1)
+            tokens = self.proj(words_BLT.sum(1) / count.sqrt())[:, None]
+            return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return self.proj(words_BLT) + self.position, mask_BL
+
+
+class ImageTokens(nn.Module):
+    """One camera image (B, C, height, width) in [0, 1] → `side`² tokens by strided convolutions and pooling."""
+
+    def __init__(self, key: str, channels: int, dim: int, side: int) -> None:
+        super().__init__()
+        self.key, self.n_tokens = key, side * side
+        widths = [channels, dim // 4, dim // 2, dim]
+        layers: list[nn.Module] = []
+        for a, b in itertools.pairwise(widths):
+            layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(4, b), nn.SiLU()]
+        self.stem = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(side))
+        self.position = nn.Parameter(torch.randn(side * side, dim) * 0.02)
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        image = batch[self.key]
+        if image.ndim == 5:  # (B, 1, C, h, w): one observation step
+            image = image[:, -1]
+        tokens = self.stem(image - 0.5).flatten(2).transpose(1, 2) + self.position
+        return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+
+
+class ObservationEncoder(nn.Module):
+    """Every input becomes tokens (B, n, D) with a mask; a transformer encoder mixes them.
+
+    A new kind of input is one more tokeniser with this interface: `forward(batch) -> (tokens, mask)`, `n_tokens`.
+    """
+
+    def __init__(self, config: DitConfig, pooled_text: bool) -> None:
+        super().__init__()
+        d = config.d_model
+        self.tokenizers = nn.ModuleDict()
+        if config.robot_state_feature is not None:
+            n = config.robot_state_feature.shape[0]
+            self.tokenizers["state"] = StateTokens(OBS_STATE, n, d, config.state_clip)
+        if config.env_state_feature is not None:
+            n = config.env_state_feature.shape[0]
+            self.tokenizers["env_state"] = StateTokens(OBS_ENV_STATE, n, d, config.state_clip)
+        for key, feature in config.image_features.items():
+            name = key.replace(".", "_")
+            self.tokenizers[name] = ImageTokens(key, feature.shape[0], d, config.image_tokens_side)
+        self.tokenizers["language"] = LanguageTokens(config, pooled_text)
+        self.kind = nn.Parameter(torch.randn(len(self.tokenizers), d) * 0.02)
+        self.layers = nn.ModuleList(
+            EncoderLayer(d, config.n_heads, config.ffn_mult) for _ in range(config.encoder_layers)
+        )
+        self.norm = nn.LayerNorm(d)
+
+    @property
+    def n_tokens(self) -> int:
+        counts: list[Any] = [t.n_tokens for t in self.tokenizers.values()]
+        return sum(counts)
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return tokens (B, L, D) and their mask (B, L), True where there is something."""
+        parts, masks = [], []
+        for i, tokenizer in enumerate(self.tokenizers.values()):
+            tokens, mask = tokenizer(batch)
+            parts.append(tokens + self.kind[i])
+            masks.append(mask)
+        x_BLD, mask_BL = torch.cat(parts, 1), torch.cat(masks, 1)
+        attention_mask = None if self.n_tokens == len(self.tokenizers) else mask_BL
+        for layer in self.layers:
+            x_BLD = layer(x_BLD, attention_mask)
+        return self.norm(x_BLD), mask_BL

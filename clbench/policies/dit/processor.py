@@ -1,0 +1,59 @@
+"""Pre- and post-processing of the DiT policies: hashed words, device, causal normalisation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lerobot.configs import FeatureType
+from lerobot.processor import (
+    PolicyAction,
+    PolicyProcessorPipeline,
+    make_default_policy_processor_steps,
+    make_policy_processor_pipelines,
+)
+
+from clbench.policies.dit.configuration import DitConfig
+from clbench.policies.dit.text import HashedWordsProcessorStep
+
+
+def stable_stats(
+    stats: dict[str, dict[str, Any]] | None, config: DitConfig
+) -> dict[str, dict[str, torch.Tensor]] | None:
+    """Return statistics that do not explode on data they were not computed from.
+
+    A dimension with std < `raw_below` (constant in the data) passes through raw: mean 0, std 1.
+    Any other std is at least `std_floor`. Together with the model's clipping at ± `state_clip`, a base's
+    statistics stay usable for every later task; they are computed once, from the pretraining tasks only,
+    so no statistic ever sees a task before it is learned.
+    """
+    if stats is None:
+        return None
+    features = {**(config.input_features or {}), **(config.output_features or {})}
+    out: dict[str, dict[str, torch.Tensor]] = {}
+    for key, feature in features.items():
+        if key not in stats:
+            continue
+        values = {n: torch.as_tensor(v, dtype=torch.float32).clone() for n, v in stats[key].items()}
+        if feature.type is not FeatureType.VISUAL and "std" in values:
+            raw = values["std"] < config.raw_below
+            values["mean"] = torch.where(raw, torch.zeros_like(values["mean"]), values["mean"])
+            floored = values["std"].clamp(min=config.std_floor)
+            values["std"] = torch.where(raw, torch.ones_like(floored), floored)
+        out[key] = values
+    return out
+
+
+def make_dit_pre_post_processors(
+    config: DitConfig, dataset_stats: dict[str, dict[str, torch.Tensor]] | None = None
+) -> tuple[
+    PolicyProcessorPipeline[dict[str, Any], dict[str, Any]],
+    PolicyProcessorPipeline[PolicyAction, PolicyAction],
+]:
+    """Build the two pipelines: rename → batch → words → device → normalise, and unnormalise → cpu."""
+    steps = make_default_policy_processor_steps(config, stable_stats(dataset_stats, config))
+    words = HashedWordsProcessorStep(vocab_size=config.text_vocab_size, max_words=config.text_max_words)
+    return make_policy_processor_pipelines(
+        input_steps=[steps.rename_observations, steps.add_batch_dim, words, steps.to_device, steps.normalize],
+        output_steps=[steps.unnormalize, steps.to_cpu],
+    )

@@ -1,0 +1,1 @@
+"""DiT-Dec: the observation encoding conditions AdaLN blocks through one projection."""

@@ -1,0 +1,139 @@
+"""Put a report together: read the runs, draw, write the page and the files beside it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from clbench.errors import UserError
+from clbench.io import write_bytes, write_json, write_text
+from clbench.report import figures, tables
+from clbench.report.page import Image, page
+from clbench.report.runs import Group, Run, group_runs, load_runs
+
+
+def build_report(
+    runs: Sequence[Path],
+    out: Path | None = None,
+    *,
+    name: str | None = None,
+    bootstrap: int = 1000,
+    command: str | None = None,
+) -> Path:
+    """Write the report of one run, or of several side by side, and return its index.html.
+
+    Args:
+        runs: run folders, evaluated.
+        out: folder to write to; by default RUN/report, or reports/NAME beside the runs for several.
+        name: NAME of a report of several runs; by default their data set.
+        bootstrap: resamplings behind each interval; 0 for none.
+        command: the command to print as provenance; by default this process's.
+
+    Raises:
+        UserError: no run, a run without an evaluation, or runs that learned different tasks.
+    """
+    if not runs:
+        raise UserError("name at least one run.")
+    loaded = load_runs([Path(r) for r in runs], bootstrap)
+    groups, notes = group_runs(loaded)
+    several = len(loaded) > 1
+    if several and name is None:
+        name = loaded[0].dataset or "comparison"
+    folder = out or (
+        loaded[0].path.parent / "reports" / _file_name(name or "") if several else loaded[0].path / "report"
+    )
+
+    title = f"Continual learning: {name}" if several else f"Continual learning: {loaded[0].name}"
+    matrices = [_matrix_image(run) for run in loaded]
+    drawn, absent = _draw(loaded, groups)
+    for file_name, _, png in [*matrices, *drawn]:
+        write_bytes(folder / file_name, png)
+    write_json(folder / "metrics.json", _metrics(loaded, groups))
+    head, body = tables.header(), tables.rows(groups)
+    write_text(folder / "table.tex", tables.to_latex(head, body))
+    write_text(folder / "table.md", tables.to_markdown(head, body))
+    command = command if command is not None else shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    write_text(folder / "index.html", page(title, loaded, groups, drawn, matrices, absent, notes, command))
+    return folder / "index.html"
+
+
+def _metrics(runs: Sequence[Run], groups: Sequence[Group]) -> dict[str, object]:
+    """One run: {"metrics": …} as `clbench metrics --json` prints it; several: that per run and per group."""
+    if len(runs) == 1:
+        return {"metrics": runs[0].metrics}
+    return {
+        "runs": {run.path.name: {"path": str(run.path), "metrics": run.metrics} for run in runs},
+        "groups": [{"label": g.label, "runs": [r.name for r in g.runs], "metrics": g.metrics} for g in groups],
+    }
+
+
+def _file_name(text: str) -> str:
+    """`text` as a file name: no separators, never empty, never hidden."""
+    return re.sub(r"[^A-Za-z0-9_.+-]+", "_", text).strip("._") or "report"
+
+
+def _matrix_image(run: Run) -> Image:
+    label = f"{run.algorithm}, seed {run.seed}" if run.manifest else run.name
+    png = figures.to_png(figures.success_matrix(run.record, label))
+    caption = f"{run.name}: success after each task. Hatched: not evaluated."
+    return f"matrix_{_file_name(run.name)}.png", caption, png
+
+
+def _draw(runs: Sequence[Run], groups: Sequence[Group]) -> tuple[list[Image], list[str]]:
+    """The figures that the records allow, and what is left out."""
+    drawn: list[Image] = []
+    absent: list[str] = []
+
+    def add(file_name: str, caption: str, fig: object, why_not: str) -> None:
+        if fig is None:
+            absent.append(why_not)
+        else:
+            drawn.append((file_name, caption, figures.to_png(fig)))  # type: ignore[arg-type]
+
+    if len(runs) > 1:
+        caption = (
+            "Mean success on the tasks seen so far; band: range over seeds; dashed: joint training; "
+            "dotted: one policy per task."
+        )
+        add("success.png", caption, figures.comparison(groups), "")
+    elif runs[0].record.mode == "singletask":
+        absent.append("success over tasks: one independent policy was trained per task")
+    elif runs[0].record.one_row:
+        absent.append("success over tasks: one policy was trained on all tasks at once")
+    else:
+        caption = (
+            "Each task's success after every visit (grey: not yet learned; bars: 95 % Wilson intervals), "
+            "and the mean over the tasks seen so far."
+        )
+        add("success.png", caption, figures.success_over_tasks(runs[0].record, runs[0].name), "")
+    add(
+        "parameters.png",
+        "Parameters added to the base after each task.",
+        figures.parameter_growth(groups),
+        "parameter growth: nothing was added to the base, or no log tells",
+    )
+    add(
+        "cost.png",
+        "Wall time and peak memory, mean over seeds.",
+        figures.cost(groups),
+        "time and memory: no log or eval/summary.json tells them",
+    )
+    for run in runs:
+        suffix = f"_{_file_name(run.name)}" if len(runs) > 1 else ""
+        if run.routing or len(runs) == 1:
+            add(
+                f"routing{suffix}.png",
+                f"{run.name}: the adapters chosen while acting on each task with the last checkpoint.",
+                figures.routing_confusion(run.routing, run.record.tasks, run.name),
+                "routing: the episodes record no choice of adapters",
+            )
+        add(
+            f"loss{suffix}.png",
+            f"{run.name}: training loss of each task.",
+            figures.losses(run),
+            f"training loss of {run.name}: no log of its steps",
+        )
+    return drawn, absent

@@ -1,0 +1,24 @@
+"""`clbench report RUN [RUN ...]`: write the report of one run, or compare several."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from clbench.metrics.cli import default_run
+from clbench.report.build import build_report
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of `clbench report`."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders (or names under results/)")
+    parser.add_argument("--name", help="name of a report of several runs (default: the data set)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write to")
+    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamplings (0: none)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the report and print where it is; raises UserError."""
+    runs = [default_run(r) for r in args.runs]
+    print(build_report(runs, args.out, name=args.name, bootstrap=args.bootstrap))
+    return 0

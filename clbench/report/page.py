@@ -1,0 +1,196 @@
+"""The report as one HTML page that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from clbench.metrics import wilson
+from clbench.metrics.cli import NOT_COMPARABLE, evaluated_counts, width_notes
+from clbench.metrics.definitions import METRICS
+from clbench.report import tables
+from clbench.report.runs import Group, Run
+
+CSS = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222 }
+body { max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
+.sub, figcaption, .note { color: #555; font-size: .9rem }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
+th, td { padding: .3rem .7rem; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd }
+thead th { border-bottom: 2px solid #888; white-space: nowrap }
+.summary td { white-space: nowrap }
+figure { margin: 1.2rem 0 } img { max-width: 100%; height: auto }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1rem }
+pre { background: #f6f6f6; padding: .7rem; overflow-x: auto; font-size: .8rem }
+"""
+
+Image = tuple[str, str, bytes]  # file name, caption, PNG
+
+
+def page(
+    title: str,
+    runs: Sequence[Run],
+    groups: Sequence[Group],
+    figures: Sequence[Image],
+    matrices: Sequence[Image],
+    absent: Sequence[str],
+    notes: Sequence[str],
+    command: str,
+) -> str:
+    """The whole page: table and pictures, definitions with intervals, how wide they are, provenance."""
+    body = [
+        f"<h1>{html.escape(title)}</h1>",
+        f'<p class="sub">{html.escape(_subtitle(runs))}</p>',
+        f'<div class="wide summary">{tables.to_html(tables.header(), tables.rows(groups))}</div>',
+        f'<p class="note">{html.escape(tables.CAPTION)}</p>',
+        *(_paragraph(n) for n in notes),
+        "<h2>Success</h2>" if matrices else "",
+        f'<div class="{"grid" if len(matrices) > 1 else ""}">{"".join(map(_image, matrices))}</div>',
+        *map(_image, figures),
+        _list("Left out, for want of records", absent),
+        "<h2>Every metric with its definition</h2>",
+        _paragraph(NOT_COMPARABLE),
+        f'<div class="wide">{_metrics_table(groups)}</div>',
+        "<h2>How wide the intervals are</h2>",
+        *(_width(run) for run in runs),
+        "<h2>Where this comes from</h2>",
+        f"<pre>{html.escape(command)}</pre>",
+        *(_provenance(run) for run in runs),
+    ]
+    # No script, no request: a hostile name that slipped through escaping could still do nothing.
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(title)}</title><style>{CSS}</style></head>\n<body>\n"
+        + "\n".join(b for b in body if b)
+        + "\n</body></html>\n"
+    )
+
+
+def _subtitle(runs: Sequence[Run]) -> str:
+    record = runs[0].record
+    counts = [n for r in runs for n in evaluated_counts(r.record)]
+    episodes = "" if not counts else f", {_span(counts)} episodes a cell"
+    seeds = sorted({str(r.seed) for r in runs if r.seed is not None})
+    parts = [
+        ", ".join(sorted({r.policy for r in runs} - {""})),
+        ", ".join(sorted({r.dataset for r in runs} - {""})),
+        f"{len(record.tasks)} tasks",
+        f"seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}" if seeds else "",
+        f"an episode succeeds by {record.criterion}{episodes}",
+    ]
+    return " · ".join(p for p in parts if p)
+
+
+def _span(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _paragraph(text: str) -> str:
+    return f'<p class="note">{html.escape(text)}</p>'
+
+
+def _list(title: str, items: Sequence[str]) -> str:
+    if not items:
+        return ""
+    return f"<h2>{html.escape(title)}</h2><ul>{''.join(f'<li>{html.escape(i)}</li>' for i in items)}</ul>"
+
+
+def _image(image: Image) -> str:
+    name, caption, png = image
+    data = base64.b64encode(png).decode("ascii")
+    return (
+        f'<figure><img alt="{html.escape(caption)}" title="{html.escape(name)}" '
+        f'src="data:image/png;base64,{data}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+    )
+
+
+def _metrics_table(groups: Sequence[Group]) -> str:
+    head = ["metric", *(g.label for g in groups), "better", "definition", "source"]
+    body = []
+    for name, metric in METRICS.items():
+        entries = [g.metrics[name] for g in groups]
+        definition = entries[0]["definition"]
+        better = "higher" if metric.higher_is_better else "lower"
+        body.append([name, *(_full(m, len(groups) == 1) for m in entries), better, definition, metric.source])
+    return tables.to_html(head, body) + _reasons(groups)
+
+
+def _reasons(groups: Sequence[Group]) -> str:
+    """Why metrics are missing, for tables of several groups, whose cells have no room for it."""
+    reasons: dict[str, list[str]] = {}
+    for g in groups if len(groups) > 1 else ():
+        by_reason: dict[str, list[str]] = {}
+        for name, m in g.metrics.items():
+            if m["value"] is None:
+                by_reason.setdefault(m["missing"], []).append(name)
+        for reason, names in by_reason.items():
+            reasons.setdefault(f"{', '.join(names)}: {reason}", []).append(g.label)
+    items = [f"{', '.join(labels)} lacks {what}" for what, labels in reasons.items()]
+    return "".join(["<ul>", *(f"<li>{html.escape(i)}</li>" for i in items), "</ul>"]) if items else ""
+
+
+def _full(m: dict[str, Any], reason: bool) -> str:
+    if m["value"] is None:
+        return f"missing: {m['missing']}" if reason else tables.NONE
+    text = f"{m['value']:.3f}"
+    if m.get("se") is not None:
+        text += f" ± {m['se']:.3f}"
+    if m.get("low") is not None:
+        text += f" [{m['low']:.3f}, {m['high']:.3f}]"
+    return text + (f" (n={m['n']})" if m.get("missing_in") else "")
+
+
+def _width(run: Run) -> str:
+    """What is known about the widths, and every cell with its Wilson interval."""
+    record = run.record
+    items = "".join(f"<li>{html.escape(n)}</li>" for n in width_notes(record, run.metrics))
+    text = f"<p><b>{html.escape(run.name)}</b></p><ul>{items}</ul>"
+    if record.episodes is None:
+        return text
+    body = []
+    for k, rates, counts in zip(record.rows, record.success, record.episodes, strict=True):
+        label = "joint" if record.one_row else f"after {k}"
+        body.append([label, *(_cell(float(r), int(n)) for r, n in zip(rates, counts, strict=True))])
+    table = tables.to_html(["", *(f"{j}: {t}" for j, t in enumerate(record.tasks))], body)
+    summary = "every cell with its 95 % Wilson interval and number of episodes"
+    return f'{text}<details><summary>{summary}</summary><div class="wide">{table}</div></details>'
+
+
+def _cell(rate: float, n: int) -> str:
+    if math.isnan(rate):
+        return tables.NONE
+    if n <= 0:
+        return f"{rate:.2f}"
+    low, high = wilson(rate * n, n)
+    return f"{rate:.2f} [{low:.2f}, {high:.2f}] ({n})"
+
+
+def _provenance(run: Run) -> str:
+    m = run.manifest
+    about: dict[str, Any] = {
+        "run": str(run.path),
+        **{key: m[key] for key in ("run_id", "algorithm", "policy", "dataset", "mode", "seed") if key in m},
+        **{key: m[key] for key in ("command", "git_revision", "base", "versions") if key in m},
+    }
+    rows = [[key, v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)] for key, v in about.items()]
+    rows += [["note", n] for n in run.notes]
+    visits = m.get("visits")
+    if isinstance(visits, list):
+        for v in visits:
+            if isinstance(v, dict):
+                rows.append([f"visit {v.get('k')}", f"{v.get('task')}: {v.get('instruction') or ''}"])
+    return (
+        f"<details{' open' if run.notes else ''}><summary>{html.escape(run.name)}</summary>"
+        f"{tables.to_html(['', ''], rows)}</details>"
+    )

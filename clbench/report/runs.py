@@ -1,0 +1,246 @@
+"""What a report reads from run folders, and how runs are put side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clbench.errors import UserError
+from clbench.io import read_json, read_jsonl
+from clbench.metrics import Record, aggregate, bootstrap_draws, compute_metrics, load_record
+from clbench.metrics.definitions import FloatArray
+from clbench.metrics.record import read_cell
+
+Routing = dict[str, list[dict[int, int]]]  # layer → per task j, {adapter: count}
+
+
+@dataclass
+class Run:
+    """One run folder: its record, metrics, training log and costs. None or empty = not recorded."""
+
+    path: Path
+    record: Record
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    draws: dict[str, FloatArray] = field(default_factory=dict)
+    task_ends: list[dict[str, Any]] = field(default_factory=list)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    train_seconds: float | None = None
+    eval_seconds: float | None = None
+    routing: Routing = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return self.record.manifest
+
+    @property
+    def algorithm(self) -> str:
+        value = self.manifest.get("algorithm") or self.name
+        return "+".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    @property
+    def policy(self) -> str:
+        return str(self.manifest.get("policy") or "")
+
+    @property
+    def dataset(self) -> str:
+        return str(self.manifest.get("dataset") or "")
+
+    @property
+    def seed(self) -> Any:
+        return self.manifest.get("seed")
+
+    def last(self, key: str) -> float | None:
+        """`key` at the end of the last task that recorded it."""
+        values = [v for e in self.task_ends if (v := _number(e.get(key))) is not None]
+        return values[-1] if values else None
+
+    @property
+    def growth(self) -> list[tuple[int, float]]:
+        """(k, parameters added to the base up to visit k, included); a visit logs its own addition."""
+        points: list[tuple[int, float]] = []
+        for e in self.task_ends:
+            added = _number(e.get("parameters_added"))
+            if added is not None:
+                points.append((e["k"], added + (points[-1][1] if points else 0.0)))
+        return points
+
+    @property
+    def peak_memory_mb(self) -> float | None:
+        values = [v for e in self.task_ends if (v := _number(e.get("peak_memory_mb"))) is not None]
+        return max(values) if values else None
+
+
+@dataclass
+class Group:
+    """Runs that differ in their seed alone."""
+
+    label: str
+    runs: list[Run]
+    metrics: dict[str, dict[str, Any]]
+
+    @property
+    def multitask(self) -> bool:
+        return all(r.record.one_row for r in self.runs)
+
+    @property
+    def singletask(self) -> bool:
+        return all(r.record.mode == "singletask" for r in self.runs)
+
+    def mean(self, values: Sequence[float | None]) -> float | None:
+        """Mean over the runs that have a value."""
+        have = [v for v in values if v is not None]
+        return sum(have) / len(have) if have else None
+
+
+def load_run(path: Path) -> Run:
+    """Read a run folder; what is absent stays empty. Raises UserError when there is no evaluated matrix."""
+    if not path.is_dir():
+        raise UserError(f"{path} is not a run folder.")
+    run = Run(path=path.resolve(), record=load_record(path))
+    run.notes += run.record.notes
+    if not run.manifest:
+        run.notes.append("no manifest.json: algorithm, seed and versions are unknown")
+    _read_log(run)
+    summary = path / "eval" / "summary.json"
+    if summary.is_file():
+        data = read_json(summary)
+        run.eval_seconds = _number(data.get("seconds")) if isinstance(data, dict) else None
+    run.routing = _read_routing(run)
+    return run
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _read_log(run: Run) -> None:
+    """Fill steps, task_ends and train_seconds. A resumed run logs steps twice: the later entry counts."""
+    path = run.path / "log.jsonl"
+    if not path.is_file():
+        run.notes.append("no log.jsonl: no training curves, times or sizes")
+        return
+    try:
+        events = [e for e in read_jsonl(path) if isinstance(e, dict)]
+    except UserError as error:  # results are still worth reporting when the log of a crashed run is damaged
+        run.notes.append(f"the training log is left out: {error}")
+        return
+    steps: dict[tuple[int, str, int], dict[str, Any]] = {}
+    ends: dict[int, dict[str, Any]] = {}
+    for e in events:
+        k, step = e.get("k"), e.get("step")
+        if e.get("event") == "step" and isinstance(k, int) and isinstance(step, int):
+            steps[k, str(e.get("phase", "train")), step] = e
+        elif e.get("event") == "task_end" and isinstance(k, int):
+            ends[k] = e
+    run.steps = list(steps.values())
+    run.task_ends = [ends[k] for k in sorted(ends)]
+    seconds = [s for e in run.task_ends if (s := _number(e.get("seconds"))) is not None]
+    if not seconds:
+        seconds = [s for e in events if e.get("event") == "run_end" if (s := _number(e.get("seconds"))) is not None]
+    run.train_seconds = sum(seconds) if seconds else None
+
+
+def _read_routing(run: Run) -> Routing:
+    """Which adapter each layer chose, per evaluated task, in the episodes of the last checkpoint."""
+    record = run.record
+    routing: Routing = {}
+    for j in range(len(record.tasks)):
+        for episode in read_cell(run.path / "eval" / "cells", record.tasks, record.rows[-1], j):
+            chosen = episode.get("routing")
+            for layer, counts in chosen.items() if isinstance(chosen, dict) else ():
+                if not isinstance(counts, dict):
+                    raise UserError(f"{run.path}: the routing of an episode (j={j}) is not counts per adapter.")
+                per_task = routing.setdefault(str(layer), [{} for _ in record.tasks])[j]
+                for adapter, count in counts.items():
+                    if not str(adapter).isdecimal() or _number(count) is None:
+                        raise UserError(f"{run.path}: the routing of an episode (j={j}) is not counts per adapter.")
+                    per_task[int(adapter)] = per_task.get(int(adapter), 0) + int(count)
+    return routing
+
+
+# --------------------------------------------------------------------------------------- side by side
+
+
+def load_runs(paths: Sequence[Path], bootstrap: int = 1000) -> list[Run]:
+    """Read the runs and compute their metrics, with joint and single-task runs among them as references.
+
+    Raises:
+        UserError: a run is given twice, is not evaluated, or the runs learned different tasks.
+    """
+    if len({p.resolve() for p in paths}) != len(paths):
+        raise UserError("a run is given twice.")
+    if len({p.resolve().name for p in paths}) != len(paths):
+        raise UserError("two runs have the same folder name; rename one, so that the report can tell them apart.")
+    runs = [load_run(p) for p in paths]
+    _check_same_tasks(runs)
+    for run in runs:
+        joint = _reference(run, runs, "multitask")
+        single = _reference(run, runs, "singletask")
+        joint_record = joint.record if joint else None
+        run.metrics = compute_metrics(
+            run.record, joint=joint_record, single=single.record if single else None, bootstrap=bootstrap
+        )
+        run.draws = bootstrap_draws(run.record, joint=joint_record, bootstrap=bootstrap)
+    return runs
+
+
+def _check_same_tasks(runs: Sequence[Run]) -> None:
+    first = runs[0]
+    for run in runs[1:]:
+        # A joint run has no order, and may have one column for a task that the stream visits twice.
+        unordered = first.record.one_row or run.record.one_row
+        ours, theirs = first.record.tasks, run.record.tasks
+        same = set(ours) == set(theirs) if unordered else ours == theirs
+        if not same or first.record.criterion != run.record.criterion:
+            what = "tasks, or tasks in another order" if not same else "success criteria"
+            raise UserError(f"{first.name} and {run.name} have different {what}; report them apart.")
+
+
+def _reference(run: Run, runs: Sequence[Run], mode: str) -> Run | None:
+    """The run of that mode with the same policy, data and seed (of the only such seed, if there is one)."""
+    if run.record.mode != "sequential":
+        return None
+    same = [r for r in runs if r.record.mode == mode and (r.policy, r.dataset) == (run.policy, run.dataset)]
+    return next((r for r in same if r.seed == run.seed), same[0] if len(same) == 1 else None)
+
+
+def _why_not_seeds(runs: Sequence[Run]) -> str:
+    """Why runs of one algorithm differ in more than their seed; "" when they do not."""
+    if len({r.seed for r in runs}) < len(runs):
+        return "several runs share a seed"
+    for key, what in (("algorithm_config", "settings of the algorithm"), ("data_fingerprint", "data")):
+        if any(r.manifest.get(key) != runs[0].manifest.get(key) for r in runs):
+            return f"the {what} differ between runs"
+    return ""
+
+
+def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
+    """Group runs by algorithm, policy and data set over seeds; also returns what a reader should know.
+
+    Runs that differ in more than their seed are not averaged.
+    """
+    by_key: dict[tuple[str, str, str], list[Run]] = {}
+    for run in runs:
+        by_key.setdefault((run.algorithm, run.policy, run.dataset), []).append(run)
+    several_policies = len({k[1] for k in by_key}) > 1
+    several_datasets = len({k[2] for k in by_key}) > 1
+    groups, notes = [], []
+    for (algorithm, policy, dataset), members in by_key.items():
+        extra = [x for x, shown in ((policy, several_policies), (dataset, several_datasets)) if shown and x]
+        label = algorithm + (f" ({', '.join(extra)})" if extra else "")
+        members = sorted(members, key=lambda r: (str(r.seed).zfill(8), r.name))
+        why_not = _why_not_seeds(members)
+        if why_not:
+            notes.append(f"{label}: {why_not}, so its runs are listed one by one and not averaged")
+        parts = [(f"{label} [{r.name}]", [r]) for r in members] if why_not else [(label, members)]
+        for name, part in parts:
+            groups.append(Group(name, part, aggregate([r.metrics for r in part], [r.draws for r in part])))
+    groups.sort(key=lambda g: (g.multitask, g.singletask))  # references last
+    return groups, notes

@@ -1,0 +1,135 @@
+"""The comparison table as HTML, LaTeX (booktabs) and Markdown."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import Any
+
+from clbench.report.runs import Group
+
+NONE = "–"
+METRIC_COLUMNS = {"AUC": "auc_clare", "FWT": "fwt_clare", "NBT": "nbt_clare", "ASR": "asr", "BWT": "bwt_gem"}
+COST_COLUMNS = ("added params", "exemplars", "train min", "eval min", "peak memory")
+CAPTION = (
+    "AUC, FWT and NBT as in CLARE (FWT is the diagonal), ASR: mean of the last row, BWT as in GEM; "
+    "mean ± standard error over seeds, or the 95 % bootstrap interval of one seed."
+)
+
+
+def header() -> list[str]:
+    """Column titles."""
+    return ["algorithm", "seeds", *METRIC_COLUMNS, *COST_COLUMNS]
+
+
+def rows(groups: Sequence[Group]) -> list[list[str]]:
+    """One row of plain text per group."""
+    table = []
+    for g in groups:
+        runs = g.runs
+        minutes = (
+            None if v is None else v / 60
+            for v in (g.mean([r.train_seconds for r in runs]), g.mean([r.eval_seconds for r in runs]))
+        )
+        table.append(
+            [
+                g.label,
+                str(len(runs)),
+                *(metric_text(g.metrics[name]) for name in METRIC_COLUMNS.values()),
+                count_text(g.mean([r.growth[-1][1] if r.growth else None for r in runs])),
+                bytes_text(g.mean([r.last("exemplar_bytes") for r in runs])),
+                *(NONE if m is None else f"{m:.1f}" for m in minutes),
+                bytes_text(_mb(g.mean([r.peak_memory_mb for r in runs]))),
+            ]
+        )
+    return table
+
+
+def metric_text(m: dict[str, Any]) -> str:
+    """mean ± s.e., or value [low, high], or –; (n) after a mean that lacks some seeds."""
+    if m["value"] is None:
+        return NONE
+    text = f"{m['value']:.3f}"
+    if m.get("se") is not None:
+        text += f" ± {m['se']:.3f}"
+    elif m.get("low") is not None:
+        text += f" [{m['low']:.2f}, {m['high']:.2f}]"
+    return text + (f" (n={m['n']})" if m.get("missing_in") else "")
+
+
+def count_text(n: float | None) -> str:
+    """1234567 → 1.23 M."""
+    if n is None:
+        return NONE
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(n) >= size:
+            return f"{n / size:.3g} {unit}"
+    return f"{n:.0f}"
+
+
+def bytes_text(n: float | None) -> str:
+    """1234567 → 1.23 MB (powers of 1000)."""
+    if n is None:
+        return NONE
+    return "0" if n == 0 else f"{count_text(n)}B" if abs(n) >= 1e3 else f"{n:.0f} B"
+
+
+def _mb(value: float | None) -> float | None:
+    return None if value is None else value * 1e6
+
+
+def to_html(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """An escaped HTML table; the first column is a row header."""
+    lines = ["<table><thead><tr>", *(f"<th>{html.escape(h)}</th>" for h in head), "</tr></thead><tbody>"]
+    for row in body:
+        cells = [f"<th>{html.escape(row[0])}</th>", *(f"<td>{html.escape(c)}</td>" for c in row[1:])]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return "\n".join([*lines, "</tbody></table>"])
+
+
+def to_markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    rows = [[_escape_markdown(row[0]), *row[1:]] for row in body]  # the other cells are numbers
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def to_latex(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    r"""A LaTeX tabular for \usepackage{booktabs}."""
+    columns = "lr" + "c" * len(METRIC_COLUMNS) + "r" * len(COST_COLUMNS)
+    lines = [
+        r"% \usepackage{booktabs}",
+        "% " + CAPTION,
+        rf"\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+        " & ".join(map(escape_latex, head)) + r" \\",
+        r"\midrule",
+        *(" & ".join(map(escape_latex, row)) + r" \\" for row in body),
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+_LATEX = {
+    **{c: "\\" + c for c in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "–": "--",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "[": "{[}",  # a row that begins with [ would be read as an option of \\
+    "]": "{]}",
+}
+
+
+def escape_latex(text: str) -> str:
+    """Text as LaTeX prints it."""
+    return "".join(_LATEX.get(c, c if c.isprintable() else " ") for c in text)
+
+
+def _escape_markdown(text: str) -> str:
+    plain = "".join(c if c.isprintable() else " " for c in html.escape(text, quote=False))
+    return "".join("\\" + c if c in "\\|`*_[]" else c for c in plain)

@@ -1,0 +1,1 @@
+"""Acting: a policy in many simulators at once. Knows nothing of training or matrices."""

@@ -1,0 +1,155 @@
+"""Many episodes at once in one process: every round, one batched policy call serves all running episodes.
+
+A round asks the actor for the next few actions of every slot, plays them in each slot's simulator, and gives slots
+whose episode ended a new one. Simulators are kept from episode to episode (`SimulatorPool`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from clbench.envs.base import Observation, Simulator, make_simulator
+from clbench.rollout.actors import Actor
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One episode to be played. `key` identifies it for the caller."""
+
+    key: tuple[Any, ...]
+    seed: int
+    env: dict[str, Any]
+    instruction: str
+    max_steps: int
+
+
+@dataclass
+class Outcome:
+    """What happened. `length`: steps to the first success, else all steps. `diagnostics`: name → value → count."""
+
+    episode: Episode
+    success_once: bool
+    success_at_end: bool
+    length: int
+    total_reward: float
+    seconds: float
+    diagnostics: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+class SimulatorPool:
+    """Idle simulators by task, so that building one (tens of milliseconds) is not paid per episode."""
+
+    def __init__(self, make: Callable[[dict[str, Any]], Simulator] = make_simulator) -> None:
+        self._make = make
+        self._idle: dict[str, list[Simulator]] = {}
+
+    def take(self, spec: dict[str, Any]) -> Simulator:
+        idle = self._idle.get(repr(sorted(spec.items())), [])
+        return idle.pop() if idle else self._make(spec)
+
+    def give_back(self, spec: dict[str, Any], simulator: Simulator) -> None:
+        self._idle.setdefault(repr(sorted(spec.items())), []).append(simulator)
+
+    def close(self) -> None:
+        for idle in self._idle.values():
+            for simulator in idle:
+                simulator.close()
+        self._idle.clear()
+
+
+class _Slot:
+    """A running episode."""
+
+    def __init__(self, episode: Episode, simulator: Simulator) -> None:
+        self.episode, self.simulator = episode, simulator
+        self.start = time.monotonic()
+        self.observation: Observation = simulator.reset(episode.seed)
+        self.calls = self.steps = 0
+        self.first_success: int | None = None
+        self.success = self.done = False
+        self.total_reward = 0.0
+        self.counts: dict[str, Counter[str]] = {}
+
+    def play(self, actions: np.ndarray, steps_after_success: int) -> None:
+        """Play actions (steps, A) until they or the episode end."""
+        self.calls += 1
+        for action in actions:
+            if self.done:
+                return
+            step = self.simulator.step(action)
+            self.observation = step.observation
+            self.steps += 1
+            self.total_reward += float(step.reward)
+            self.success = bool(step.success)
+            if self.success and self.first_success is None:
+                self.first_success = self.steps
+            solved = self.first_success is not None and self.steps >= self.first_success + steps_after_success
+            self.done = solved or self.steps >= self.episode.max_steps
+
+    def outcome(self) -> Outcome:
+        once = self.first_success is not None
+        return Outcome(
+            episode=self.episode,
+            success_once=once,
+            success_at_end=self.success,
+            length=self.first_success if self.first_success is not None else self.steps,
+            total_reward=self.total_reward,
+            seconds=time.monotonic() - self.start,
+            diagnostics={name: dict(sorted(c.items())) for name, c in self.counts.items()},
+        )
+
+
+def run_episodes(
+    actor: Actor, episodes: Iterable[Episode], pool: SimulatorPool, slots: int, steps_after_success: int = 0
+) -> Iterator[Outcome]:
+    """Play all episodes, at most `slots` at a time, and yield each outcome as it ends."""
+    queues: dict[str, deque[Episode]] = {}
+    for e in episodes:
+        queues.setdefault(repr(sorted(e.env.items())), deque()).append(e)
+    running: list[_Slot] = []
+    preferred: deque[str] = deque()  # tasks whose simulators just became free
+    while queues or running:
+        if not (actor.stateful and running):
+            if actor.stateful:
+                actor.reset()
+            while queues and len(running) < slots:
+                task = preferred.popleft() if preferred else ""
+                if task not in queues:
+                    busy = Counter(repr(sorted(s.episode.env.items())) for s in running)
+                    task = max(queues, key=lambda t: len(queues[t]) / (1 + busy[t]))
+                episode = queues[task].popleft()
+                if not queues[task]:
+                    del queues[task]
+                running.append(_Slot(episode, pool.take(episode.env)))
+        _round(actor, running, steps_after_success)
+        still: list[_Slot] = []
+        keep_all = actor.stateful and not all(s.done for s in running)
+        for slot in running:
+            if keep_all or not slot.done:
+                still.append(slot)
+                continue
+            pool.give_back(slot.episode.env, slot.simulator)
+            preferred.append(repr(sorted(slot.episode.env.items())))
+            yield slot.outcome()
+        running = still
+
+
+def _round(actor: Actor, running: Sequence[_Slot], steps_after_success: int) -> None:
+    actions, diagnostics = actor.act(
+        [s.observation for s in running],
+        [s.episode.instruction for s in running],
+        [s.episode.seed for s in running],
+        [s.calls for s in running],
+    )
+    for i, slot in enumerate(running):
+        if slot.done:  # a stateful actor's companions are still running
+            continue
+        for name, values in diagnostics.items():
+            slot.counts.setdefault(name, Counter())[str(int(values[i]))] += 1
+        slot.play(actions[i], steps_after_success)

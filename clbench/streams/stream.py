@@ -1,0 +1,175 @@
+"""Task, Visit and TaskStream, and how a configuration becomes one. Imports no torch.
+
+A stream is a list of visits. Visit k trains on the data of its tasks; evaluation columns j are the visits too, so
+a task visited twice has two columns. Two transforms serve as references for the sequence: `joint` (one visit
+with the data of all tasks) and `independent` (every visit starts from the base again).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from clbench.config.schema import DatasetConfig
+from clbench.data.info import DataInfo, load_info
+from clbench.errors import UserError, nearest
+from clbench.paths import data_root
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: its text, its demonstrations (episodes of a LeRobot data set) and its simulator.
+
+    Attributes:
+        name: unique within a stream, e.g. "push-v3".
+        instruction: what the policy reads.
+        root: the LeRobot data set's folder.
+        episodes: indices of this task's episodes in it.
+        env: simulator spec, {"type": ..., "task": ...}.
+        max_steps: an episode not solved after this many steps has failed.
+        expert_success: the scripted expert's own success rate in [0, 1], the demonstrations' ceiling.
+    """
+
+    name: str
+    instruction: str
+    root: Path
+    episodes: tuple[int, ...]
+    env: dict[str, Any]
+    max_steps: int
+    expert_success: float | None = None
+
+
+@dataclass(frozen=True)
+class Visit:
+    """Training on the data of `tasks` (one, except under joint training). `task` names it."""
+
+    k: int
+    task: str
+    tasks: tuple[Task, ...]
+
+
+@dataclass(frozen=True)
+class TaskStream:
+    """The visits in order, and the tasks evaluated (`columns`, index j).
+
+    `mode`: sequential | multitask (one joint visit) | singletask (each visit starts from the base).
+    """
+
+    name: str
+    visits: tuple[Visit, ...]
+    columns: tuple[Task, ...]
+    mode: str = "sequential"
+    fingerprint: str = ""
+
+    def joint(self) -> TaskStream:
+        """One visit with the data of all distinct tasks; the columns stay."""
+        distinct = tuple({t.name: t for t in _union_episodes(self.columns)}.values())
+        return replace(self, visits=(Visit(0, "joint", distinct),), mode="multitask")
+
+    def independent(self) -> TaskStream:
+        """The same visits, each from the base."""
+        return replace(self, mode="singletask")
+
+
+def _union_episodes(tasks: Sequence[Task]) -> list[Task]:
+    """Tasks whose episodes are all those that any visit of theirs has."""
+    episodes: dict[str, set[int]] = {}
+    for t in tasks:
+        episodes.setdefault(t.name, set()).update(t.episodes)
+    return [replace(t, episodes=tuple(sorted(episodes[t.name]))) for t in tasks]
+
+
+def visit_order(config: DatasetConfig) -> list[str]:
+    """Return the task names in visiting order; raises UserError for an unknown, empty or impossible order."""
+    tasks = list(config.tasks)
+    if len(set(tasks)) != len(tasks):
+        twice = [t for t, n in Counter(tasks).items() if n > 1]
+        raise UserError(
+            f"dataset.tasks lists {', '.join(twice)} more than once; repeat tasks with dataset.task_order instead."
+        )
+    if not tasks:
+        raise UserError("dataset.tasks is empty: a stream needs tasks.")
+    if config.task_order is None:
+        order = tasks
+    else:
+        order = []
+        for item in config.task_order:
+            if isinstance(item, int) and not isinstance(item, bool):
+                if not 0 <= item < len(tasks):
+                    raise UserError(
+                        f"dataset.task_order has index {item}, but the stream's tasks have indices 0 to "
+                        f"{len(tasks) - 1}."
+                    )
+                order.append(tasks[item])
+            elif str(item) in tasks:
+                order.append(str(item))
+            else:
+                raise UserError(f"dataset.task_order names '{item}'.{nearest(str(item), tasks)}")
+    if not order:
+        raise UserError("dataset.task_order is empty: a stream needs tasks.")
+    return order
+
+
+def data_folder(data: str) -> Path:
+    """A bare name is a folder under the data root; anything with a slash is a path."""
+    return Path(data).expanduser() if "/" in data else data_root() / data
+
+
+def build_stream(config: DatasetConfig, *, sequential: bool = True) -> TaskStream:
+    """Build the stream from its configuration and its data set's own record.
+
+    Raises:
+        UserError: the order is impossible, a sequence of one task is asked for, or the data set is missing or
+            lacks a task.
+    """
+    order = visit_order(config)
+    if sequential and len(order) < 2:
+        raise UserError(
+            f"stream '{config.name}' has one task ({order[0]}): continual learning needs at least two. "
+            "Add tasks (dataset.tasks, dataset.task_order) or use --algo singletask."
+        )
+    info = load_info(data_folder(config.data))
+    seen: Counter[str] = Counter()
+    totals = Counter(order)
+    tasks = []
+    for name in order:
+        task = make_task(config, info, name)
+        if config.fresh_on_revisit and totals[name] > 1:
+            share = task.episodes[seen[name] :: totals[name]]
+            if not share:
+                raise UserError(
+                    f"dataset.fresh_on_revisit: {name} is visited {totals[name]} times but has only "
+                    f"{len(task.episodes)} demonstrations."
+                )
+            task = replace(task, episodes=tuple(share))
+        seen[name] += 1
+        tasks.append(task)
+    visits = tuple(Visit(k, t.name, (t,)) for k, t in enumerate(tasks))
+    return TaskStream(config.name, visits, tuple(tasks), fingerprint=info.fingerprint)
+
+
+def make_task(config: DatasetConfig, info: DataInfo, name: str) -> Task:
+    """Build one Task from a data set's record."""
+    entry = info.task(name)
+    return Task(
+        name=name,
+        instruction=entry.instruction,
+        root=info.root,
+        episodes=tuple(entry.episodes),
+        env={"type": config.env.type, "task": name},
+        max_steps=config.env.max_steps,
+        expert_success=entry.expert_success_rate,
+    )
+
+
+def pretraining_tasks(config: DatasetConfig) -> tuple[list[Task], str]:
+    """Return the base's tasks and their data's fingerprint."""
+    if config.pretrain is None:
+        raise UserError(
+            f"stream '{config.name}' names no pretraining tasks (dataset.pretrain): give a base with policy.path=DIR."
+        )
+    info = load_info(data_folder(config.pretrain.data))
+    return [make_task(config, info, n) for n in config.pretrain.tasks], info.fingerprint

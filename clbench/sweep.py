@@ -1,0 +1,160 @@
+"""`clbench sweep`: the runs of an experiment file, trained, evaluated and compared. Finished runs are not run again.
+
+name: cw10                          # the report goes to results/reports/cw10
+model: dit_dec_tiny
+dataset: metaworld_cw10
+seeds: [0, 1, 2]
+algorithms: [seqfft, er, clare]     # names, or {algo: er, label: er_lr3, overrides: [train.optimizer.lr=3e-4]}
+overrides: [eval.episodes=20]       # for all runs
+parallel: 2                         # runs at once, each with one thread
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from clbench.config.compose import check_keys, find, load_yaml
+from clbench.errors import UserError, nearest
+from clbench.paths import CONFIG_ROOT, results_root
+
+
+@dataclass
+class Experiment:
+    """The keys of an experiment file."""
+
+    name: str = ""
+    model: str = "dit_dec_tiny"
+    dataset: str = "metaworld_quick"
+    seeds: list[int] = field(default_factory=lambda: [0])
+    algorithms: list[Any] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=list)
+    parallel: int = 1
+    smoke: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of an experiment."""
+
+    run_id: str
+    train: tuple[str, ...]
+
+
+def load_experiment(name: str) -> tuple[Experiment, list[Run]]:
+    """Read an experiment file and list its runs; raises UserError for unknown keys and names."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIG_ROOT / "experiments" / f"{name}.yaml"
+    if not path.is_file():
+        known = [p.stem for p in (CONFIG_ROOT / "experiments").glob("*.yaml")]
+        raise UserError(f"there is no experiment '{name}'.{nearest(name, known)}")
+    values = load_yaml(path)
+    schema = OmegaConf.structured(Experiment)
+    check_keys(schema, values, str(path))
+    try:
+        experiment = OmegaConf.to_object(OmegaConf.merge(schema, values))
+    except OmegaConfBaseException as e:
+        raise UserError(f"{path}: {' '.join(str(e).split())}") from e
+    assert isinstance(experiment, Experiment)
+    if not experiment.algorithms or not experiment.seeds:
+        raise UserError(f"{path}: algorithms and seeds must not be empty.")
+    experiment.name = experiment.name or path.stem
+    find("models", experiment.model)
+    find("datasets", experiment.dataset)
+    runs = []
+    for entry in experiment.algorithms:
+        entry = {"algo": entry} if isinstance(entry, str) else dict(entry)
+        unknown = set(entry) - {"algo", "label", "overrides"}
+        if unknown or "algo" not in entry:
+            raise UserError(f"{path}: an algorithm is a name or {{algo, label, overrides}}, not {entry}.")
+        label = entry.get("label", entry["algo"])
+        for seed in experiment.seeds:
+            run_id = f"{experiment.name}_{label}_s{seed}"
+            own = ("--algo", str(entry["algo"]), "--seed", str(seed), "--run-id", run_id, "--resume")
+            overrides = (*_overrides(experiment), *map(str, entry.get("overrides", ())))
+            runs.append(Run(run_id, (*_axes(experiment), *own, "--", *overrides)))
+    return experiment, runs
+
+
+def _axes(experiment: Experiment) -> tuple[str, ...]:
+    smoke = ("--smoke",) if experiment.smoke else ()
+    return ("--model", experiment.model, "--dataset", experiment.dataset, *smoke)
+
+
+def _overrides(experiment: Experiment) -> tuple[str, ...]:
+    threads = (f"train.threads={max(1, (os.cpu_count() or 1) // max(1, experiment.parallel))}",)
+    return (*threads, *experiment.overrides)
+
+
+def finished(run_id: str) -> bool:
+    """Whether a run is trained and evaluated: its last event and its matrix say so."""
+    from clbench.checkpoints.run_folder import finished_visits, read_manifest
+
+    folder = results_root() / run_id
+    if not (folder / "manifest.json").is_file():
+        return False
+    visits = len(read_manifest(folder)["checkpoints"])
+    return finished_visits(folder) == visits and (folder / "eval" / "complete.json").is_file()
+
+
+def run_sweep(name: str, dry_run: bool = False) -> int:
+    """Run what is left of an experiment; returns 1 when a run failed, after the others have finished."""
+    experiment, runs = load_experiment(name)
+    left = [r for r in runs if not finished(r.run_id)]
+    print(f"experiment {experiment.name}: {len(runs) - len(left)} of {len(runs)} runs are finished", flush=True)
+    if dry_run:
+        for r in runs:
+            print(f"  {'left' if r in left else 'done'}  {r.run_id}")
+        return 0
+    logs = results_root() / "sweeps" / experiment.name
+    logs.mkdir(parents=True, exist_ok=True)
+    # The base is shared: it is made before runs race for it.
+    base = ("pretrain", *_axes(experiment), "--", *experiment.overrides)
+    if left and not _call(base, logs / "pretrain.log"):
+        print(f"failed: the base; see {logs / 'pretrain.log'}", file=sys.stderr)
+        return 1
+    with ThreadPoolExecutor(max_workers=max(1, experiment.parallel)) as pool:
+        results = list(pool.map(lambda r: _one(r, logs, experiment.parallel), left))
+    failed = [r.run_id for r, ok in zip(left, results, strict=True) if not ok]
+    for run_id in failed:
+        print(f"failed: {run_id}; see {logs / run_id}.log", file=sys.stderr)
+    done = [r.run_id for r in runs if finished(r.run_id)]
+    if done:
+        from clbench.report import build_report
+
+        page = build_report([results_root() / r for r in done], name=experiment.name, command=f"clbench sweep {name}")
+        print(f"report of {len(done)} of {len(runs)} runs: {page}")
+    return 1 if failed else 0
+
+
+def _one(run: Run, logs: Path, parallel: int) -> bool:
+    began = time.monotonic()
+    log = logs / f"{run.run_id}.log"
+    ok = _call(("train", *run.train), log)
+    ok = ok and _call(("eval", "--run-id", run.run_id, *(("--workers", "1") if parallel > 1 else ())), log)
+    print(f"{'done' if ok else 'FAILED'}: {run.run_id} in {(time.monotonic() - began) / 60:.1f} min", flush=True)
+    return ok
+
+
+def _call(arguments: Sequence[str], log: Path) -> bool:
+    """Run one clbench command with its output in `log`."""
+    with log.open("a", encoding="utf-8") as f:
+        run = subprocess.run(
+            [sys.executable, "-m", "clbench.cli", *arguments],
+            stdout=f,
+            stderr=subprocess.STDOUT,
+            env=env,
+            check=False,
+        )
+    if run.returncode == 130:
+        raise KeyboardInterrupt
+    return run.returncode == 0

@@ -1,0 +1,212 @@
+"""The training loop of one phase: batches → hooks → loss → backward → hooks → step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from clbench.algorithms.build import ComposedAlgorithm
+from clbench.algorithms.hooks import CLAlgorithm, Context, Phase, Plan, iterate_named
+from clbench.config.schema import OptimizerConfig
+from clbench.data.frames import Batch, SampleOrder, batch_size, load_batches, select
+from clbench.errors import UserError
+from clbench.policies.loss import PolicyLoss
+from clbench.training.backend import Backend
+from clbench.training.log import RunLog
+from clbench.training.progress import Progress
+
+
+class NonFiniteLossError(UserError):
+    """The loss or gradient is NaN or infinite."""
+
+
+def build_optimizer(
+    config: OptimizerConfig, groups: list[tuple[dict[str, nn.Parameter], float]]
+) -> torch.optim.Optimizer:
+    """Optimizer over groups of (parameters, factor on the learning rate)."""
+    settings = [{"params": list(p.values()), "lr": config.lr * f, "factor": f} for p, f in groups]
+    if config.name == "adamw":
+        betas = (config.betas[0], config.betas[1])
+        return torch.optim.AdamW(settings, lr=config.lr, betas=betas, weight_decay=config.weight_decay)
+    return torch.optim.SGD(settings, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+def schedule_factor(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Factor on the learning rate at `step` of `steps`: linear warm-up, then cosine (or constant)."""
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    if config.schedule == "constant":
+        return 1.0
+    progress = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    return config.final_lr_ratio + (1 - config.final_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class PhaseRunner:
+    """Runs phases; keeps the optimizer from task to task where that is asked for."""
+
+    def __init__(self, ctx: Context, algorithm: CLAlgorithm, backend: Backend, loss: PolicyLoss, log: RunLog) -> None:
+        self.ctx, self.algorithm, self.backend, self.loss, self.log = ctx, algorithm, backend, loss, log
+        self.carried: torch.optim.Optimizer | None = None
+        self._carried_names: list[str] = []
+        self.carried_state: dict[str, object] | None = None  # of a resumed run, until its optimizer is built
+        self.total_steps = 0
+        self.progress_mode = "auto"
+
+    # ---- what a phase trains ----------------------------------------------------------------------
+    def _select_parameters(self, phase: Phase) -> list[tuple[dict[str, nn.Parameter], float]]:
+        policy = self.ctx.policy
+        if phase.parameters is not None:
+            chosen = phase.parameters()
+            policy.requires_grad_(False)
+            for p in chosen.values():
+                p.requires_grad_(True)
+            return [(chosen, 1.0)]
+        groups = self.algorithm.parameter_groups(self.ctx) if phase.policy_training else None
+        return groups or [(dict(iterate_named(policy)), 1.0)]
+
+    def _optimizer(self, phase: Phase) -> torch.optim.Optimizer | None:
+        assert phase.optimizer is not None
+        groups = self._select_parameters(phase)
+        names = [n for g, _ in groups for n in g]
+        self.backend.own({n: p for g, _ in groups for n, p in g.items()})
+        if not names:
+            return None  # nothing to train (e.g. no layer expanded)
+        if self.ctx.train.optimizer_across_tasks == "carried" and phase.name == "train":
+            if self.carried is None:
+                self.carried, self._carried_names = build_optimizer(phase.optimizer, groups), names
+                if self.carried_state is not None:
+                    self.carried.load_state_dict(self.carried_state)
+                    self.carried_state = None
+            elif names != self._carried_names:
+                raise UserError(
+                    "train.optimizer_across_tasks is carried, but the trained parameters change between tasks: "
+                    "use fresh."
+                )
+            return self.carried
+        return build_optimizer(phase.optimizer, groups)
+
+    # ---- data -------------------------------------------------------------------------------------
+    def _references(self, phase: Phase, plans: list[Plan | None]) -> Iterator[Tensor]:
+        """References of every step: the current batch, then the planned samples. Fills `plans` as it goes."""
+        ctx, k = self.ctx, self.ctx.k
+        order = SampleOrder(ctx.frames.length(k), ctx.seed, k, phase.name)
+        for step in range(phase.steps):
+            index = order.take(step * phase.batch_size, phase.batch_size)
+            refs = torch.stack([torch.full_like(index, k), index], 1)
+            plan = self.algorithm.plan_batch(ctx, step) if phase.policy_training else None
+            plans.append(plan)
+            yield refs if plan is None else torch.cat([refs, plan.refs])
+
+    # ---- the loop ---------------------------------------------------------------------------------
+    def run(self, phase: Phase) -> None:
+        """Run one phase of the current visit."""
+        ctx = self.ctx
+        ctx.phase, ctx.step = phase.name, 0
+        phase.on_enter(ctx)
+        optimizer = None if phase.optimizer is None else self._optimizer(phase)
+        progress = Progress(f"task {ctx.k + 1}/{len(ctx.stream.visits)} {ctx.visit.task} · {phase.name}", phase.steps,
+                            self.progress_mode)  # fmt: skip
+        last: float | None = None
+        ctx.policy.train()
+        if phase.optimizer is None or optimizer is not None:
+            plans: list[Plan | None] = []
+            batches = load_batches(ctx.frames, self._references(phase, plans), ctx.train.num_workers)
+            log_every = phase.log_every or ctx.train.log_every
+            for step, batch in enumerate(batches):
+                ctx.step = step
+                plan = plans[step] if len(plans) > step else None
+                draw = self.loss.draw(batch_size(batch), ctx.generator("draw", step))
+                if optimizer is None:
+                    self._forward_only(phase, batch, draw)
+                    numbers: dict[str, float] = {}
+                else:
+                    numbers = self._train_step(phase, optimizer, batch, plan, draw)
+                    last = numbers["loss"]
+                self.total_steps += 1
+                if numbers and (step % log_every == 0 or step == phase.steps - 1):
+                    self.log.event("step", k=ctx.k, task=ctx.visit.task, phase=phase.name, step=step, **numbers,
+                                   total=self.total_steps)  # fmt: skip
+                progress.update(step + 1, last)
+        phase.on_exit(ctx)
+        progress.close(last)
+
+    def _forward_only(self, phase: Phase, batch: Batch, draw: dict[str, Tensor]) -> None:
+        assert phase.on_batch is not None
+        self.ctx.policy.eval()
+        with torch.no_grad():
+            phase.on_batch(self.ctx, batch, draw)
+
+    def _train_step(
+        self,
+        phase: Phase,
+        optimizer: torch.optim.Optimizer,
+        batch: Batch,
+        plan: Plan | None,
+        draw: dict[str, Tensor],
+    ) -> dict[str, float]:
+        ctx, algorithm = self.ctx, self.algorithm
+        B = phase.batch_size
+        planned = 0 if plan is None else len(plan.refs)
+        # A planned sample that replaces a current one takes over its slot of the draw; an appended one has its own.
+        denominator = B + planned if plan is not None and plan.appended else B
+        parts = ctx.train.gradient_accumulation if phase.policy_training else 1
+        ctx.global_batch, ctx.planned_total = B, planned
+        factor = schedule_factor(phase.optimizer, ctx.step, phase.steps)  # type: ignore[arg-type]
+        for group in optimizer.param_groups:
+            group["lr"] = phase.optimizer.lr * group["factor"] * factor  # type: ignore[union-attr]
+        policy_loss, penalties = 0.0, dict[str, float]()
+        for i in range(parts):
+            low, high = B * i // parts, B * (i + 1) // parts
+            ctx.positions = torch.arange(low, high)
+            micro = select(batch, ctx.positions)
+            micro["slot"] = ctx.positions
+            rows = torch.arange(B + planned * low // B, B + planned * high // B)
+            ctx.planned = {**select(batch, rows), "slot": rows} if len(rows) else None
+            if phase.policy_training:
+                algorithm.observe(micro, ctx.k)
+                micro = algorithm.modify_batch(micro, ctx.k)
+            slots = micro.pop("slot")
+            micro_draw = {name: value[slots] for name, value in draw.items()}
+            if phase.loss is None:
+                loss = self.loss.total(micro, micro_draw) / denominator
+            else:
+                with self.backend.autocast():
+                    loss = phase.loss(ctx, micro, micro_draw).sum() / denominator
+            policy_loss += float(loss.detach())
+            if phase.policy_training and i == parts - 1:
+                for name, value in self._penalties().items():
+                    penalties[name] = float(value.detach())
+                    loss = loss + value
+            self._check_finite(float(loss.detach()), phase, "loss")
+            self.backend.backward(loss)
+        ctx.planned = None
+        if phase.policy_training:
+            algorithm.after_backward(ctx.policy, self.backend.gradients())
+        norm = self.backend.clip(phase.optimizer.grad_clip)  # type: ignore[union-attr]
+        self._check_finite(norm, phase, "gradient")
+        self.backend.step(optimizer)
+        if phase.policy_training:
+            algorithm.after_step(ctx.policy, self.backend.weights())
+        return {
+            "loss": policy_loss + sum(penalties.values()),
+            "lr": float(optimizer.param_groups[0]["lr"]),
+            "grad_norm": norm,
+            **{f"loss/{n}": v for n, v in ({"policy": policy_loss, **penalties} if penalties else {}).items()},
+        }
+
+    def _penalties(self) -> dict[str, Tensor]:
+        if isinstance(self.algorithm, ComposedAlgorithm):
+            return self.algorithm.penalties(self.ctx.policy)
+        value = self.algorithm.compute_penalty(self.ctx.policy)
+        return {} if value is None else {self.algorithm.name: value}
+
+    def _check_finite(self, value: float, phase: Phase, what: str) -> None:
+        if not math.isfinite(value):
+            ctx = self.ctx
+            raise NonFiniteLossError(
+                f"the {what} is {value} at task {ctx.k + 1} ({ctx.visit.task}), phase {phase.name}, step {ctx.step}. "
+                "Lower the learning rate (train.optimizer.lr) or clip harder (train.optimizer.grad_clip)."
+            )

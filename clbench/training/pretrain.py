@@ -1,0 +1,169 @@
+"""The base: a policy trained once on tasks outside the stream, cached and shared by all algorithms and seeds.
+
+A base's folder is named by a hash of everything it depends on: policy section, pretraining section, tasks, and
+the data's fingerprint. A base made with other settings (a smoke run's, say) can never be taken for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.configs import FeatureType
+from lerobot.policies import make_pre_post_processors
+from lerobot.policies.factory import get_policy_class
+from lerobot.utils.feature_utils import dataset_to_policy_features
+
+from clbench.algorithms.hooks import CLAlgorithm, Context, training_phase
+from clbench.checkpoints.policy_io import LoadedPolicy, load_policy, pick_device, policy_config, save_policy
+from clbench.checkpoints.run_folder import versions
+from clbench.config.schema import Config, TrainConfig
+from clbench.data.frames import StreamFrames
+from clbench.errors import UserError
+from clbench.io import write_json
+from clbench.paths import cache_root
+from clbench.policies.loss import PolicyLoss
+from clbench.seeding import seeded
+from clbench.streams.stream import Task, TaskStream, Visit, pretraining_tasks
+from clbench.training.backend import Backend
+from clbench.training.log import RunLog
+from clbench.training.loop import PhaseRunner
+
+
+def base_key(config: Config, fingerprint: str) -> dict[str, Any]:
+    """Everything a base depends on."""
+    assert config.dataset.pretrain is not None
+    policy = {k: v for k, v in config.policy.items() if k != "path"}
+    return {
+        "policy": policy,
+        "pretrain": asdict(config.pretrain),
+        "tasks": list(config.dataset.pretrain.tasks),
+        "data_fingerprint": fingerprint,
+        "mixed_precision": config.train.mixed_precision,
+    }
+
+
+def base_folder(config: Config, fingerprint: str) -> Path:
+    key = json.dumps(base_key(config, fingerprint), sort_keys=True)
+    digest = hashlib.sha256(key.encode()).hexdigest()[:12]
+    assert config.dataset.pretrain is not None
+    data = Path(config.dataset.pretrain.data).name
+    return cache_root() / "bases" / f"{config.policy.get('type')}-{data}-{digest}"
+
+
+def ensure_base(config: Config, backend: Backend, progress: str = "auto") -> tuple[Path, dict[str, Any]]:
+    """Return the base's folder, training it first when it is not there; and its description for the manifest."""
+    if config.policy.get("path"):
+        path = Path(str(config.policy["path"])).expanduser()
+        if not (path / "config.json").is_file():
+            raise UserError(
+                f"policy.path={path} is no LeRobot checkpoint folder (it has no config.json). A model on a hub has to "
+                "be downloaded first; then give its local folder."
+            )
+        return path.resolve(), {"path": str(path.resolve()), "kind": "given"}
+    tasks, fingerprint = pretraining_tasks(config.dataset)
+    folder = base_folder(config, fingerprint)
+    if not (folder / "base.json").is_file():
+        _pretrain(config, tasks, fingerprint, folder, backend, progress)
+    return folder, {"path": str(folder), "kind": "pretrained", **base_key(config, fingerprint)}
+
+
+def new_policy(section: dict[str, Any], frames: StreamFrames, device: str, seed: int) -> LoadedPolicy:
+    """A fresh policy for the data's features; normalisation statistics come from exactly these frames."""
+    config = policy_config(section, device)
+    parts = frames.parts(0)
+    features = dataset_to_policy_features(parts[0].meta.features)
+    config.output_features = {k: f for k, f in features.items() if f.type is FeatureType.ACTION}
+    config.input_features = {k: f for k, f in features.items() if k not in config.output_features}
+    with seeded("policy-init", seed):
+        policy = get_policy_class(config.type)(config)  # type: ignore[call-arg]
+    policy.to(device)
+    pre, post = make_pre_post_processors(config, dataset_stats=frame_statistics(frames))
+    return LoadedPolicy(policy, pre, post, "")
+
+
+def frame_statistics(frames: StreamFrames) -> dict[str, dict[str, torch.Tensor]]:
+    """Mean, std, min and max of every low-dimensional feature over the frames of visit 0."""
+    stats: dict[str, dict[str, torch.Tensor]] = {}
+    parts = frames.parts(0)
+    for key, feature in parts[0].meta.features.items():
+        if feature["dtype"] not in ("float32", "float64"):
+            continue
+        values = torch.cat([p.table.columns[key][p.frames] for p in parts]).double()
+        stats[key] = {
+            "mean": values.mean(0).float(),
+            "std": values.std(0).float(),
+            "min": values.amin(0).float(),
+            "max": values.amax(0).float(),
+        }
+    return stats
+
+
+def _pretrain(
+    config: Config, tasks: list[Task], fingerprint: str, folder: Path, backend: Backend, progress: str
+) -> None:
+    start = time.monotonic()
+    print(f"pretraining a base on {len(tasks)} tasks → {folder}", flush=True)
+    section = {k: v for k, v in config.policy.items() if k != "path"}
+    device = pick_device(config.train.device)
+    kind = policy_config(section, device)
+    frames = StreamFrames([tuple(tasks)], kind)
+    loaded = new_policy(section, frames, device, config.pretrain.seed)
+    p = config.pretrain
+    train = TrainConfig(
+        steps=p.steps,
+        batch_size=p.batch_size,
+        optimizer=p.optimizer,
+        log_every=p.log_every,
+        mixed_precision=config.train.mixed_precision,
+        num_workers=config.train.num_workers,
+        device=config.train.device,
+    )
+    visit = Visit(0, "pretraining", tuple(tasks))
+    stream = TaskStream(f"pretraining of {config.dataset.name}", (visit,), tuple(tasks), "multitask")
+    temporary = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    log = RunLog(temporary, config.log.__class__(), folder.name, backend.is_main)
+    try:
+        policy_loss = PolicyLoss(loaded.policy, loaded.policy, loaded.preprocessor, backend.autocast)
+        ctx = Context(
+            stream=stream, policy=loaded.policy, frames=frames, train=train, seed=p.seed, device=backend.device,
+            loss_function=policy_loss.per_sample, forward_function=policy_loss.total, draw_function=policy_loss.draw,
+            log=log.event, rank=backend.rank, world_size=backend.world_size,
+        )  # fmt: skip
+        algorithm = CLAlgorithm(None)
+        algorithm.bind(ctx)
+        runner = PhaseRunner(ctx, algorithm, backend, policy_loss, log)
+        runner.progress_mode = progress
+        runner.run(training_phase(ctx))
+        save_policy(loaded, temporary)
+        write_json(
+            temporary / "base.json",
+            {
+                **base_key(config, fingerprint),
+                "seconds": round(time.monotonic() - start, 1),
+                "parameters": sum(q.numel() for q in loaded.policy.parameters()),
+                "versions": versions(),
+            },
+        )
+        log.close()
+        os.replace(temporary, folder)
+    except BaseException:
+        log.close()
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def load_base(path: Path, config: Config) -> LoadedPolicy:
+    """Load the base onto the training device; for a given `policy.path`, other policy keys override its settings."""
+    overrides = {}
+    if config.policy.get("path"):
+        overrides = {k: v for k, v in config.policy.items() if k not in ("path", "type")}
+    return load_policy(path, pick_device(config.train.device), overrides)

@@ -1,0 +1,47 @@
+"""A live line that names task, phase, step, loss and time left: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Progress of one phase. `mode`: auto | bar | lines | off."""
+
+    SECONDS = 10.0  # between lines
+
+    def __init__(self, title: str, steps: int, mode: str = "auto") -> None:
+        if mode == "auto":
+            mode = "bar" if sys.stderr.isatty() else "lines"
+        self.title, self.steps, self.mode = title, steps, mode
+        self.start = self.last = time.monotonic()
+        self.done = 0
+        self._bar = tqdm(total=steps, desc=title, unit="step", leave=False) if mode == "bar" else None
+
+    def update(self, step: int, loss: float | None) -> None:
+        """Say that `step` steps are done."""
+        text = "" if loss is None else f"loss {loss:.4f}"
+        if self._bar is not None:
+            self._bar.update(step - self.done)
+            self._bar.set_postfix_str(text, refresh=False)
+        self.done = step
+        now = time.monotonic()
+        if self.mode == "lines" and now - self.last >= self.SECONDS:
+            self.last = now
+            left = (now - self.start) / max(step, 1) * (self.steps - step)
+            print(
+                f"{self.title}: step {step}/{self.steps} {text} ({left:.0f} s left)",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def close(self, loss: float | None) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self.mode != "off":
+            seconds = time.monotonic() - self.start
+            text = "" if loss is None else f", loss {loss:.4f}"
+            print(f"{self.title}: {self.done} steps in {seconds:.1f} s{text}", file=sys.stderr, flush=True)

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Evaluates a run in its simulators: the T×T matrix of success rates. Finished episodes are never run again.
+#
+#   scripts/run_cl_eval.sh --run-id dit_dec_tiny_clare_metaworld_quick_s0
+#
+#   --run-id RUN     the run, by id or folder
+#   --trials N       episodes per cell (default: the run's eval.episodes, 20; use 50 for a paper)
+#   --cells C        full (T×T, the default), lower (k >= j), last (final row), diagonal
+#   --last-only      the same as --cells last
+#   --base           also evaluate the base before the stream (needed for fwt_gem)
+#   --random         also evaluate uniformly random actions
+#   --workers N      processes (default: one a core, at most 2)
+#   --gpus ID        the GPU the policy runs on
+#   --output-base D  write D/RUN/eval instead of into the run's folder
+#   --debug          show tracebacks
+#   -- key=value ... overrides of the eval section, e.g. -- eval.slots=16
+#   -h, --help       this text
+#
+# Next: scripts/compute_cl_matrix_metrics.py results/RUN, and clbench report RUN [RUN ...]
+set -euo pipefail
+
+for argument in "$@"; do
+    case $argument in
+        --) break ;;
+        -h | --help)
+            sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+            exit 0
+            ;;
+    esac
+done
+
+# shellcheck source=scripts/bootstrap.sh
+source "$(dirname "${BASH_SOURCE[0]}")/bootstrap.sh"
+clbench_bootstrap
+exec "$CLBENCH_PYTHON" -m clbench.cli eval "$@"

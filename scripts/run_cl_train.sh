@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Trains a run: one checkpoint per task of a stream.
+#
+#   scripts/run_cl_train.sh --model dit_dec_tiny --algo clare --dataset metaworld_quick
+#
+#   --model M        a name under configs/models          (default dit_dec_tiny)
+#   --algo A[,B]     one algorithm, or several joined by commas; names: clbench list   (default clare)
+#   --dataset D      a stream under configs/datasets      (default metaworld_quick)
+#   --seed N         the run's seed                       (default 0)
+#   --run-id ID      the run's folder under results/      (default M_A_D_sN)
+#   --resume         continue after the last whole checkpoint; starts afresh, saying so, when there is none
+#   --init-from RUN[:K]   start from another run's checkpoint K instead of the stream's base
+#   --smoke          a few steps per task: proves that the pipeline runs, measures nothing
+#   --yaml A B ...   merge these YAML files left to right instead of the three axes
+#   --gpus ID, --nproc 1, --strategy ddp, --port P   this version trains in one process
+#   --debug          show tracebacks
+#   -- key=value ... overrides, each with or without leading dashes, e.g. -- train.steps=500 eval.episodes=50
+#   -h, --help       this text
+#
+# The run's folder holds config.yaml, manifest.json, log.jsonl and checkpoints/. Next: scripts/run_cl_eval.sh
+set -euo pipefail
+
+for argument in "$@"; do
+    case $argument in
+        --) break ;;
+        -h | --help)
+            sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+            exit 0
+            ;;
+    esac
+done
+
+# shellcheck source=scripts/bootstrap.sh
+source "$(dirname "${BASH_SOURCE[0]}")/bootstrap.sh"
+clbench_bootstrap
+exec "$CLBENCH_PYTHON" -m clbench.cli train "$@"

@@ -1,0 +1,61 @@
+"""What every test gets: no network, no trackers, one thread, and folders for data, runs and bases."""
+
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+# Before torch, the Hugging Face libraries and matplotlib are imported, which read these once.
+for _name, _value in {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "WANDB_MODE": "disabled",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MPLBACKEND": "Agg",
+}.items():
+    os.environ[_name] = _value
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+
+
+def libero_is_ready() -> bool:
+    """Whether LIBERO is installed with its assets; importing it to ask could block on `input()`."""
+    spec = find_spec("libero")
+    config = Path(os.environ.get("LIBERO_CONFIG_PATH", "~/.libero")).expanduser() / "config.yaml"
+    if spec is None or not config.is_file():
+        return False
+    for line in config.read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "assets":
+            return Path(value.strip().strip("'\"")).is_dir()
+    return False
+
+
+def gpu_is_ready() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need what this machine lacks are skipped with the reason."""
+    needs = {
+        "libero": (libero_is_ready, "LIBERO and its assets are not installed"),
+        "gpu": (gpu_is_ready, "no CUDA device"),
+    }
+    for marker, (is_ready, reason) in needs.items():
+        marked = [item for item in items if item.get_closest_marker(marker) is not None]
+        if marked and not is_ready():
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Data, runs and cached bases of tests go to temporary folders, whatever .env says."""
+    root = tmp_path_factory.mktemp("clbench")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("DATA", "RESULTS", "CACHE"):
+            patch.setenv(f"CLBENCH_{name}_ROOT", str(root / name.lower()))
+        yield

@@ -1,0 +1,302 @@
+"""Making demonstrations: what decides their contents, what an interruption leaves, what is refused."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from clbench.data.info import fingerprint, load_info
+from clbench.data.make import ROLES, episode_seed, make_dataset, run_episode
+from clbench.envs.base import EVAL_SEED_BASE, STATE_KEY, Observation, Step
+from clbench.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+TASKS = ["reach-v3", "handle-press-side-v3"]
+
+
+def make(root: Path, **changes: Any) -> Path:
+    parameters: dict[str, Any] = {
+        "name": "tiny",
+        "env_type": "metaworld",
+        "tasks": TASKS,
+        "demos_per_task": 2,
+        "seed": 3,
+        "ceiling_episodes": 2,
+        "workers": 2,
+        "progress": False,
+    }
+    return make_dataset(root, **(parameters | changes))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("made") / "tiny")
+
+
+@pytest.fixture
+def copied(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "tiny"))
+
+
+def columns(root: Path) -> dict[str, np.ndarray]:
+    table = pq.read_table(next(root.glob("data/*/*.parquet")))
+    return {key: np.asarray(table[key].to_pylist()) for key in table.column_names}
+
+
+def partials(root: Path) -> list[Path]:
+    return sorted(root.parent.glob(f".{root.name}.partial-*"))
+
+
+# What is made
+
+
+def test_the_description_tells_what_is_there(made: Path) -> None:
+    info = load_info(made)
+    data = columns(made)
+    assert [t.name for t in info.tasks] == TASKS and [t.task_index for t in info.tasks] == [0, 1]
+    assert [t.episodes for t in info.tasks] == [(0, 1), (2, 3)]
+    assert info.task("reach-v3").instruction == "Reach a goal position"
+    for task in info.tasks:
+        mine = data["task_index"] == task.task_index
+        assert mine.sum() == task.frames and set(data["episode_index"][mine]) == set(task.episodes)
+        assert task.demo_successes == 2 <= task.demo_attempts
+        assert task.expert_attempts == 2 and task.expert_success_rate == task.expert_successes / 2
+    assert info.frames == len(data["index"]) and info.episodes == 4
+    assert set(info.versions) >= {"metaworld", "mujoco", "numpy", "lerobot"}
+    found = fingerprint(data[STATE_KEY], data["action"], data["episode_index"], data["task_index"])
+    assert found == info.fingerprint
+    assert np.abs(data["action"]).max() <= 1
+    assert partials(made) == []
+
+
+def test_the_contents_depend_on_the_seed_and_not_on_the_workers(made: Path, tmp_path: Path) -> None:
+    alone = make(tmp_path / "alone", workers=1)
+    a, b = columns(made), columns(alone)
+    assert a.keys() == b.keys()
+    for key in a:
+        np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+    assert (made / "meta/clbench.json").read_text() == (alone / "meta/clbench.json").read_text()
+    # A task's demonstrations are its own, whatever is made beside it; another seed gives others.
+    single = make(tmp_path / "single", tasks=TASKS[1:], ceiling_episodes=0)
+    mine = a["task_index"] == 1
+    np.testing.assert_array_equal(columns(single)[STATE_KEY], a[STATE_KEY][mine])
+    other = make(tmp_path / "other", tasks=TASKS[1:], ceiling_episodes=0, seed=4)
+    assert load_info(other).fingerprint != load_info(single).fingerprint
+
+
+def test_lerobot_loads_it(made: Path) -> None:
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    dataset = LeRobotDataset("tiny", root=made, delta_timestamps={"action": [i / 80 for i in range(4)]})
+    info = load_info(made)
+    assert (dataset.num_episodes, dataset.num_frames, dataset.fps) == (4, info.frames, 80)
+    assert dataset.meta.robot_type == "sawyer" and dataset.meta.camera_keys == []
+    first, last = dataset[0], dataset[len(dataset) - 1]
+    assert tuple(first[STATE_KEY].shape) == (39,) and tuple(first["action"].shape) == (4, 4)
+    assert first["task"] == "Reach a goal position" and last["task"] == "Press a handle down sideways"
+    assert first["action_is_pad"].tolist() == [False] * 4
+    assert last["action_is_pad"].tolist() == [False, True, True, True]
+    np.testing.assert_array_equal(first["action"].numpy(), columns(made)["action"][:4].astype(np.float32))
+
+
+# Seeds and episodes
+
+
+def test_seeds_are_distinct_and_out_of_evaluations_reach() -> None:
+    seeds = [episode_seed(0, "metaworld", "push-v3", role, i) for role in ROLES for i in range(20_000)]
+    assert len(set(seeds)) == len(seeds)
+    assert min(seeds) >= 0 and max(seeds) < EVAL_SEED_BASE
+    others = {episode_seed(1, "metaworld", "push-v3", "demo", i) for i in range(200)}
+    assert len(others & set(seeds[:200])) < 5, "another data set shows other episodes"
+    assert episode_seed(0, "metaworld", "push-v3", "demo", 0) == 986946, "a change makes old sets irreproducible"
+
+
+class Counting:
+    """A simulator that succeeds at its third step, for one step, and remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.actions: list[np.ndarray] = []
+
+    def reset(self, seed: int) -> Observation:
+        return {STATE_KEY: np.full(2, seed, np.float32)}
+
+    def step(self, action: np.ndarray) -> Step:
+        self.actions.append(action)
+        n = len(self.actions)
+        return Step({STATE_KEY: np.full(2, n, np.float32)}, 0.0, n == 3)
+
+    def render(self, width: int, height: int) -> np.ndarray:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "tail", "length", "success"),
+    [(100, 10, 13, True), (100, 0, 3, True), (8, 10, 8, True), (2, 10, 2, False)],
+)
+def test_an_episode_keeps_a_tail_after_its_first_success(max_steps: int, tail: int, length: int, success: bool) -> None:
+    simulator = Counting()
+    states, labels, succeeded = run_episode(
+        simulator, lambda _: np.array([5.0, 0.5]), 7, max_steps, tail, 0.1, np.random.default_rng(0)
+    )
+    assert (len(states), len(labels), len(simulator.actions), succeeded) == (length, length, length, success)
+    assert states[:, 0].tolist() == [7, *range(1, length)], "a label stands beside the state it answers"
+    assert (labels == np.array([1.0, 0.5], np.float32)).all(), "labels are the expert's, clipped, without noise"
+    executed = np.stack(simulator.actions)
+    assert np.abs(executed).max() <= 1 and np.unique(executed[:, 1]).size == length, "executed with noise"
+
+
+# What is already there
+
+
+def test_the_same_set_is_left_as_it_is(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {p: p.stat().st_mtime_ns for p in copied.rglob("*")}
+    make(copied, progress=True, workers=1)
+    assert "nothing to do" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in copied.rglob("*")} == before
+
+
+def test_another_set_is_not_overwritten_unless_forced(copied: Path) -> None:
+    with pytest.raises(UserError, match=r"demos_per_task is 2, wanted 1; .*--force") as error:
+        make(copied, demos_per_task=1, tasks=TASKS[:1])
+    assert "tasks is" in str(error.value) and "seed" not in str(error.value)
+    make(copied, demos_per_task=1, tasks=TASKS[:1], ceiling_episodes=0, force=True)
+    info = load_info(copied)
+    assert info.episodes == 1 and info.tasks[0].expert_success_rate is None
+    assert partials(copied) == []
+
+
+def test_a_folder_that_is_not_ours_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("!")
+    with pytest.raises(UserError, match="not made by clbench"):
+        make(tmp_path / "thesis", force=True)
+    assert (tmp_path / "thesis" / "chapter.tex").exists()
+
+
+def test_two_makes_of_one_set_do_not_mix(tmp_path: Path) -> None:
+    other = tmp_path / ".tiny.partial-1"
+    other.mkdir()
+    with open(other / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is making"):
+            make(tmp_path / "tiny")
+    assert other.exists()
+
+
+# What goes wrong
+
+
+def test_bad_parameters_are_named(tmp_path: Path) -> None:
+    root = tmp_path / "tiny"
+    for changes, message in (
+        ({"tasks": ["reach-v3", "reech-v3"]}, "no task 'reech-v3'. Did you mean 'reach-v3'"),
+        ({"tasks": []}, "at least one task"),
+        ({"tasks": ["reach-v3", "reach-v3"]}, "more than once: reach-v3"),
+        ({"env_type": "metawrld"}, "Did you mean 'metaworld'"),
+        ({"demos_per_task": 0}, "demos_per_task must be"),
+        ({"demos_per_task": 2.5}, "demos_per_task must be"),
+        ({"seed": -1}, "seed must be"),
+        ({"max_steps": 501}, "max_steps must be a whole number from 1 to 500"),
+        ({"action_noise": -0.1}, "action_noise must be 0 or more"),
+        ({"action_noise": float("nan")}, "action_noise must be 0 or more"),
+        ({"workers": 0}, "workers must be"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make(root, **changes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_task_that_its_expert_cannot_do_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'hammer-v3' succeeded in 0 of 10 attempts \(0%\).*max_steps \(now 5\)"):
+        make(tmp_path / "tiny", tasks=["hammer-v3"], demos_per_task=1, max_steps=5)
+    assert list(tmp_path.iterdir()) == []
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from clbench.data.make import make_dataset
+if __name__ == "__main__":
+    make_dataset(Path(sys.argv[1]), name="tiny", env_type="metaworld", demos_per_task=5000, seed=3,
+                 tasks=["reach-v3", "push-v3", "hammer-v3"])
+"""
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds children in /proc")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_an_interrupted_make_leaves_nothing_taken_for_whole(how: signal.Signals, tmp_path: Path) -> None:
+    root = tmp_path / "tiny"
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, str(script), str(root)], env=environment, stderr=subprocess.PIPE)
+    children: list[int] = []
+    deadline = time.monotonic() + 60
+    while len(children) < 3:  # two workers and multiprocessing's resource tracker
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+        listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+        children = [int(pid) for pid in listed.split()]
+    time.sleep(1.0)
+    assert all(running(pid) for pid in children), "it is at work"
+    process.send_signal(how)
+    process.communicate(timeout=30)
+    assert process.returncode != 0
+    while any(running(pid) for pid in children):
+        assert time.monotonic() < deadline, "workers end with their parent"
+        time.sleep(0.05)
+    assert not root.exists()
+    assert len(partials(root)) == (1 if how == signal.SIGKILL else 0)
+    if how == signal.SIGKILL:
+        make(root, demos_per_task=1, ceiling_episodes=0)
+        assert load_info(root).episodes == 2
+        assert partials(root) == []
+
+
+# Reading descriptions
+
+
+def test_what_cannot_be_read_is_explained(copied: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Make it with: clbench data make absent"):
+        load_info(tmp_path / "absent")
+    with pytest.raises(UserError, match=r"has no task 'reech-v3'. Did you mean 'reach-v3'"):
+        load_info(copied).task("reech-v3")
+    path = copied / "meta" / "clbench.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps(raw | {"format": 2}))
+    with pytest.raises(UserError, match=r"has format 2.*newer clbench"):
+        load_info(copied)
+    path.write_text(json.dumps({k: v for k, v in raw.items() if k != "fingerprint"}))
+    with pytest.raises(UserError, match=r"damaged: 'fingerprint' is missing.*--force"):
+        load_info(copied)
+    path.write_text(json.dumps(raw)[:100])
+    with pytest.raises(UserError, match="not valid JSON"):
+        load_info(copied)
+    path.write_text("[]")
+    with pytest.raises(UserError, match="no 'format'"):
+        load_info(copied)
+    path.unlink()
+    with pytest.raises(UserError, match="did not make"):
+        load_info(copied)

@@ -1,0 +1,272 @@
+"""Reading records: run folders, matrices as JSON and CSV, what is refused, and the command lines."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clbench.errors import UserError
+from clbench.metrics import compute_metrics, load_record
+from clbench.metrics.cli import add_arguments, main, run
+
+EXAMPLE = [[0.8, 0.1, 0.0], [0.6, 0.9, 0.2], [0.4, 0.5, 0.7]]
+SCRIPT = Path(__file__).parents[1] / "scripts" / "compute_cl_matrix_metrics.py"
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def make_run(root: Path, outcomes: np.ndarray, tasks: list[str], base: np.ndarray | None = None) -> Path:
+    """A run folder whose cells hold outcomes (K, N, S); at the end of an episode nothing succeeds."""
+
+    def cell(name: str, k: int, j: int, values: np.ndarray) -> None:
+        rows = [
+            {"k": k, "j": j, "episode": i, "seed": 1000 + i, "success_once": bool(v), "success_at_end": False}
+            for i, v in enumerate(values)
+        ]
+        write(root / "eval/cells" / name, "".join(json.dumps(r) + "\n" for r in rows))
+
+    for k, j in np.ndindex(outcomes.shape[:2]):
+        cell(f"k{k:02d}_j{j:02d}.jsonl", k, j, outcomes[k, j])
+    for j, values in enumerate(base if base is not None else []):
+        cell(f"base_j{j:02d}.jsonl", -1, j, values)
+    matrix = {
+        "tasks": tasks,
+        "success": outcomes.mean(axis=-1).tolist(),
+        "episodes": np.full(outcomes.shape[:2], outcomes.shape[2]).tolist(),
+        "base": base.mean(axis=-1).tolist() if base is not None else None,
+        "criterion": "success_once",
+    }
+    write(root / "eval/matrix.json", json.dumps(matrix))
+    write(root / "manifest.json", json.dumps({"algorithm": "er", "seed": 0, "mode": "sequential"}))
+    return root
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    return make_run(tmp_path / "run", rng.integers(0, 2, (3, 3, 8)), ["a", "b", "c"], base=rng.integers(0, 2, (3, 8)))
+
+
+# --------------------------------------------------------------------------------------- what is read
+
+
+@pytest.mark.parametrize("part", ["", "eval", "eval/matrix.json"])
+def test_run_folder_eval_folder_and_matrix_are_the_same_record(run_folder: Path, part: str) -> None:
+    r = load_record(run_folder / part)
+    assert r.tasks == ["a", "b", "c"] and r.mode == "sequential" and r.manifest["algorithm"] == "er"
+    assert len(r.outcomes) == 12 and (r.episodes == 8).all() and r.base is not None
+    assert compute_metrics(r)["fwt_gem"]["low"] is not None
+
+
+def test_episode_records_win_over_a_stale_matrix(run_folder: Path) -> None:
+    path = run_folder / "eval/matrix.json"
+    matrix = json.loads(path.read_text())
+    true, matrix["success"][0][0] = matrix["success"][0][0], 0.01
+    path.write_text(json.dumps(matrix))
+    r = load_record(run_folder)
+    assert r.success[0, 0] == pytest.approx(true) and "differ from their episode records" in r.notes[0]
+
+
+def test_null_in_the_matrix_stays_not_evaluated(run_folder: Path) -> None:
+    path = run_folder / "eval/matrix.json"
+    matrix = json.loads(path.read_text())
+    matrix["success"][2][1] = None
+    path.write_text(json.dumps(matrix))
+    r = load_record(run_folder)
+    assert math.isnan(r.success[2, 1]) and (2, 1) not in r.outcomes
+    assert compute_metrics(r)["asr"]["missing"]
+
+
+def test_at_end_recomputes_from_the_episodes(run_folder: Path, tmp_path: Path) -> None:
+    r = load_record(run_folder, criterion="success_at_end")
+    assert (r.success == 0).all() and r.criterion == "success_at_end"
+    with pytest.raises(UserError, match="no episode records"):
+        load_record(write(tmp_path / "m.json", json.dumps(EXAMPLE)), criterion="success_at_end")
+
+
+def test_repeated_task_shares_its_episode_file(tmp_path: Path) -> None:
+    root = make_run(tmp_path / "run", np.random.default_rng(0).integers(0, 2, (2, 2, 6)), ["a", "a"])
+    (root / "eval/cells/k01_j01.jsonl").unlink()
+    r = load_record(root)
+    assert r.outcomes[1, 1] == r.outcomes[1, 0]
+
+
+def test_curves_and_heldout_tasks(run_folder: Path) -> None:
+    steps = np.linspace(0, 1, 11)
+    for k in range(3):
+        curve = {"k": k, "fractions": steps.tolist(), "success": (steps / 2).tolist()}
+        write(run_folder / f"eval/curves/k{k:02d}.json", json.dumps(curve))
+    write(run_folder / "eval/heldout/matrix.json", json.dumps({"tasks": ["x", "y"], "success": [[0.2, 0.4]]}))
+    m = compute_metrics(load_record(run_folder))
+    assert m["fwt_libero"]["value"] == pytest.approx(0.25) and m["fwt_libero"]["low"] is None
+    assert m["zero_shot_heldout"]["value"] == pytest.approx(0.3)
+    assert compute_metrics(load_record(run_folder, criterion="success_at_end"))["fwt_libero"]["value"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "tasks"),
+    [
+        ("0.8,0.1,0.0\n0.6,0.9,0.2\n0.4,0.5,0.7\n", ["task_0", "task_1", "task_2"]),
+        ("a,b,c\n0.8,0.1,0.0\n0.6,0.9,0.2\n0.4,0.5,0.7", ["a", "b", "c"]),
+        (",a,b,c\n0,0.8,0.1,0.0\n1,0.6,0.9,0.2\n2,0.4,0.5,0.7", ["a", "b", "c"]),
+        ("after a,0.8,0.1,0.0\nafter b,0.6,0.9,0.2\nafter c,0.4,0.5,0.7", ["task_0", "task_1", "task_2"]),
+        ("a,b,c\nx,0.8,0.1,0.0\ny,0.6,0.9,0.2\nz,0.4,0.5,0.7", ["a", "b", "c"]),
+        ("\ufeffk;a;b;c\nx;0.8;0.1;0.0\n\ny;0.6;0.9;0.2\nz;0.4;0.5;0.7\n", ["a", "b", "c"]),
+        ("a\tb\tc\r\n0.8\t0.1\t0.0\r\n0.6\t0.9\t0.2\r\n0.4\t0.5\t0.7\r\n", ["a", "b", "c"]),
+    ],
+)
+def test_csv(tmp_path: Path, text: str, tasks: list[str]) -> None:
+    r = load_record(write(tmp_path / "m.csv", text))
+    assert r.success.tolist() == EXAMPLE and r.tasks == tasks
+
+
+def test_csv_base_row_and_unevaluated_cells(tmp_path: Path) -> None:
+    text = "k,a,b\nbase,0.1,0.2\nrandom,0,0\n0,0.5,\n1,null,NaN\n"
+    r = load_record(write(tmp_path / "m.csv", text))
+    assert r.base is not None and r.base.tolist() == [0.1, 0.2] and r.random is not None
+    assert r.success[0, 0] == 0.5 and np.isnan(r.success).sum() == 3
+    assert load_record(write(tmp_path / "one.csv", "0.5")).success.tolist() == [[0.5]]
+
+
+def test_json_forms(tmp_path: Path) -> None:
+    for data in (EXAMPLE, {"success": EXAMPLE}, {"tasks": list("abc"), "success": EXAMPLE}):
+        assert load_record(write(tmp_path / "m.txt", json.dumps(data))).success.tolist() == EXAMPLE
+    assert load_record(write(tmp_path / "m.json", "[[1, null]]")).one_row
+
+
+# ------------------------------------------------------------------------------------ what is refused
+
+BAD = {
+    "ragged.json": ("[[0.1, 0.2], [0.3]]", "ragged"),
+    "ragged.csv": ("0.1,0.2\n0.3\n", "ragged"),
+    "text.json": ('[[0.1, "x"], [0.3, 0.4]]', "not a number"),
+    "bool.json": ("[[true]]", "not a number"),
+    "text.csv": ("0.1,x\n0.3,0.4\n0.5,y", "'x', not a number"),
+    "percent.json": ("[[80, 10], [60, 90]]", "divide by 100"),
+    "percent.csv": ("80,10\n60,90\n", "divide by 100"),
+    "sign.csv": ("80%,10%\n60%,90%\n", "not a matrix|not a number"),
+    "negative.json": ("[[-0.1]]", r"outside \[0, 1\]"),
+    "large.json": ("[[1e300]]", r"outside \[0, 1\]"),
+    "huge.json": ("[[1" + "0" * 400 + "]]", r"outside \[0, 1\]"),
+    "nan.json": ("[[NaN]]", "null for a cell"),
+    "inf.json": ("[[Infinity]]", "null for a cell"),
+    "empty.json": ("[]", "empty"),
+    "empty_row.json": ("[[]]", "empty"),
+    "empty.csv": ("\n\n", "empty"),
+    "header.csv": ("a,b\n", "no row of numbers"),
+    "flat.json": ("[0.1, 0.2]", "not a matrix"),
+    "scalar.json": ("3", "not a matrix"),
+    "object.json": ('{"rates": [[1]]}', "not a matrix"),
+    "success.json": ('{"success": 3}', "not a matrix"),
+    "broken.json": ("[[0.1,", "not valid JSON"),
+    "deep.json": ("[" * 100_000, "not valid JSON"),
+    "tall.json": ("[[0.1, 0.2], [0.1, 0.2], [0.1, 0.2]]", "3 rows for 2 tasks"),
+    "names.json": ('{"tasks": ["a"], "success": [[0.1, 0.2]]}', "ragged"),
+    "names2.json": ('{"tasks": "ab", "success": [[0.1, 0.2]]}', "list of names"),
+    "base.json": ('{"success": [[0.1, 0.2]], "base": [0.1]}', "base"),
+    "counts.json": ('{"success": [[0.1]], "episodes": [[1, 2]]}', "episodes"),
+    "counts2.json": ('{"success": [[0.1]], "episodes": [[-1]]}', "episodes"),
+    "criterion.json": ('{"success": [[0.1]], "criterion": "luck"}', "criterion"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_matrices_are_refused(tmp_path: Path, name: str) -> None:
+    text, message = BAD[name]
+    with pytest.raises(UserError, match=message):
+        load_record(write(tmp_path / name, text))
+
+
+def test_other_bad_paths(tmp_path: Path, run_folder: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        load_record(tmp_path / "nowhere")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="nothing has been evaluated"):
+        load_record(tmp_path / "folder")
+    (tmp_path / "bytes.csv").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(UserError, match="as text"):
+        load_record(tmp_path / "bytes.csv")
+    write(run_folder / "eval/cells/k00_j00.jsonl", '{"seed": 1, "success_once": true}\n' * 2)
+    load_record(run_folder)  # the same episode twice is one episode
+    write(
+        run_folder / "eval/cells/k00_j00.jsonl",
+        '{"seed": 1, "success_once": true}\n{"seed": 1, "success_once": false}\n',
+    )
+    with pytest.raises(UserError, match="recorded twice"):
+        load_record(run_folder)
+    write(run_folder / "eval/cells/k00_j00.jsonl", '{"seed": 1}\n')
+    with pytest.raises(UserError, match="success_once"):
+        load_record(run_folder)
+
+
+# ----------------------------------------------------------------------------------------- command lines
+
+
+def test_clbench_metrics_json(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert run(parser.parse_args([str(run_folder), "--json", "--bootstrap", "50"])) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert list(data) == ["metrics"]
+    assert {"value", "low", "high", "definition"} <= set(data["metrics"]["auc_clare"])
+    assert data["metrics"]["ft_cw"]["value"] is None and data["metrics"]["ft_cw"]["missing"]
+
+
+def test_text_names_every_definition(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run_folder)]) == 0
+    out = capsys.readouterr().out
+    assert "not comparable across papers" in out.replace("\n", " ") and "8 episodes a cell" in out
+    columns = {line.index("definition") for line in out.splitlines() if line.startswith("metric")}
+    assert len(columns) == 1 and "\nnbt_clare " in out and "\nfwt_gem " in out
+
+
+def test_user_mistakes_are_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "nowhere")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and captured.err.startswith("error: ")
+    with pytest.raises(UserError):
+        main([str(tmp_path / "nowhere"), "--debug"])
+
+
+def test_control_characters_do_not_reach_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = {"tasks": ["\x1b[31mred"], "success": [[0.5]]}
+    assert main([str(write(tmp_path / "m.json", json.dumps(data)))]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def call(*command: str, **kwargs) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=env, **kwargs)
+
+
+def test_script(tmp_path: Path) -> None:
+    matrix = write(tmp_path / "m.csv", "0.8,0.1,0.0\n0.6,0.9,0.2\n0.4,0.5,0.7\n")
+    done = call(sys.executable, str(SCRIPT), str(matrix), "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["metrics"]["nbt_clare"]["value"] == pytest.approx(0.35)
+    bad = call(sys.executable, str(SCRIPT), str(tmp_path / "nowhere"), cwd=tmp_path)
+    assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "Traceback" not in bad.stderr
+    assert os.access(SCRIPT, os.X_OK)
+
+
+def test_script_hands_over_or_says_what_to_run(tmp_path: Path) -> None:
+    """A Python without numpy: the project's environment takes over; without one, a clear message."""
+    copy = write(tmp_path / "project/scripts/s.py", SCRIPT.read_text())
+    isolated = (sys.executable, "-I", "-S")  # no site-packages, so no numpy
+    without = call(*isolated, str(copy), "x")
+    assert without.returncode == 2 and "quickstart.sh" in without.stderr and "Traceback" not in without.stderr
+    python = write(tmp_path / "project/.venv/bin/python", '#!/bin/sh\necho "taken over: $2"\n')
+    python.chmod(0o755)
+    assert call(*isolated, str(copy), "x").stdout == "taken over: x\n"

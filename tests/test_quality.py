@@ -1,0 +1,23 @@
+"""The linter and the type checker are part of the tests."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*arguments: str) -> None:
+    """Runs a Python tool in the project's root and fails with all that it printed."""
+    command = [sys.executable, "-m", *arguments]
+    result = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=600)
+    assert result.returncode == 0, f"{' '.join(arguments)}\n{result.stdout}{result.stderr}"
+
+
+def test_ruff() -> None:
+    folders = [name for name in ("clbench", "scripts", "tests", "benchmarks") if (ROOT / name).is_dir()]
+    run("ruff", "check", "--output-format", "concise", *folders)
+
+
+def test_mypy() -> None:
+    run("mypy")  # files and rules are in pyproject.toml; its cache (.mypy_cache) makes the second run quick

@@ -1,0 +1,286 @@
+"""Reports of synthetic run folders: what is written, what is left out, nothing hostile gets through."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from clbench.errors import UserError
+from clbench.report import build_report
+from clbench.report.cli import add_arguments, run
+from clbench.report.tables import bytes_text, count_text, escape_latex
+
+TASKS = ["reach-v3", "push-v3", "handle-press-side-v3", "window-close-v3"]
+
+
+def write_run(
+    root: Path,
+    algorithm: str = "er",
+    *,
+    seed: int = 0,
+    tasks: list[str] = TASKS,
+    mode: str = "sequential",
+    episodes: int = 10,
+    full: bool = True,
+    routing: bool = False,
+    keep: float = 0.8,
+    log: bool = True,
+) -> Path:
+    """A run folder with everything a run leaves; `keep` is how much of a task each later one leaves."""
+    rng = np.random.default_rng([seed, len(algorithm)])
+    n = len(tasks)
+    k_rows = 1 if mode == "multitask" else n
+    path = root / f"{algorithm}_s{seed}"
+    (path / "eval/cells").mkdir(parents=True)
+
+    def cell(name: str, k: int, j: int, rate: float) -> float:
+        wins = rng.random(episodes) < rate
+        with (path / "eval/cells" / name).open("w") as f:
+            for i, won in enumerate(wins):
+                e: dict[str, Any] = {
+                    "k": k,
+                    "j": j,
+                    "episode": i,
+                    "seed": 7000 + i,
+                    "success_once": bool(won),
+                }
+                e |= {"success_at_end": bool(won), "length": 100, "return": 1.0, "seconds": 0.5}
+                if routing and k == n - 1:
+                    chosen = rng.integers(0, n) if rng.random() < 0.2 else j
+                    e["routing"] = {f"blocks.{b}.mlp": {str(chosen): 90, str((chosen + b) % n): 10} for b in range(4)}
+                f.write(json.dumps(e) + "\n")
+        return float(wins.mean())
+
+    success: list[list[float | None]] = []
+    for k in range(k_rows):
+        row: list[float | None] = []
+        for j in range(n):
+            rate = 0.85 if mode == "multitask" else 0.9 * keep ** (k - j) if j <= k else 0.08
+            skipped = not full and j > k
+            row.append(None if skipped else cell(f"k{k:02d}_j{j:02d}.jsonl", k, j, rate))
+        success.append(row)
+    base = [cell(f"base_j{j:02d}.jsonl", -1, j, 0.1) for j in range(n)]
+    (path / "eval/matrix.json").write_text(
+        json.dumps(
+            {
+                "tasks": tasks,
+                "success": success,
+                "episodes": [[episodes] * n] * k_rows,
+                "base": base,
+                "random": None,
+                "criterion": "success_once",
+            }
+        )
+    )
+    (path / "eval/summary.json").write_text(json.dumps({"seconds": 400.0 + seed, "episodes": 160, "workers": 2}))
+    visits = [
+        {"k": k, "task": t, "instruction": f"do {t}", "env": {}, "expert_success": 1.0} for k, t in enumerate(tasks)
+    ]
+    manifest = {
+        "run_id": path.name,
+        "algorithm": algorithm,
+        "policy": "dit_dec_tiny",
+        "dataset": "metaworld_quick",
+    }
+    manifest |= {"seed": seed, "visits": visits, "base": {"hash": "abc"}, "mode": mode}  # type: ignore[dict-item]
+    manifest |= {"versions": {"torch": "2.8"}, "git_revision": "0123abc"}  # type: ignore[dict-item]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    if log:
+        with (path / "log.jsonl").open("w") as f:
+            for k in range(k_rows):
+                for phase in ("train", "discriminator") if routing else ("train",):
+                    for step in range(0, 200, 5):
+                        loss = float(np.exp(-step / 60) + 0.05 * rng.random())
+                        f.write(
+                            json.dumps({"event": "step", "k": k, "phase": phase, "step": step, "loss": loss}) + "\n"
+                        )
+                end = {"event": "task_end", "k": k, "seconds": 90.0, "parameters_total": 3_000_000}
+                end |= {
+                    "parameters_added": 60_000 if routing else 512,
+                    "exemplar_bytes": 12_345_678,
+                }
+                end["peak_memory_mb"] = 1500 + 10 * k
+                f.write(json.dumps(end) + "\n")
+            f.write(json.dumps({"event": "run_end", "seconds": 400.0}) + "\n")
+    return path
+
+
+def images(page: str) -> int:
+    return page.count('src="data:image/png;base64,')
+
+
+def test_one_run(tmp_path: Path) -> None:
+    path = write_run(tmp_path, "clare", routing=True)
+    index = build_report([path])
+    assert index == path / "report/index.html"
+    names = {p.name for p in index.parent.iterdir()}
+    pictures = {"matrix_clare_s0.png", "success.png", "parameters.png", "cost.png", "routing.png", "loss.png"}
+    assert names == pictures | {"index.html", "metrics.json", "table.tex", "table.md"}
+    page = index.read_text()
+    assert images(page) == 6 and "Left out" not in page
+    for word in ("auc_clare", "mean R[n][n]", "10 episodes a cell", "0123abc", "not comparable", "Wilson"):
+        assert word in page, word
+    assert "| 240 k |" in (index.parent / "table.md").read_text()  # four tasks of 60 k each
+    metrics = json.loads((index.parent / "metrics.json").read_text())["metrics"]
+    assert metrics["fwt_gem"]["low"] is not None and metrics["ft_cw"]["missing"]
+
+
+def test_several_algorithms_and_seeds(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, a, seed=s, keep=k) for a, k in (("er", 0.9), ("naive", 0.5)) for s in (0, 1)]
+    runs += [write_run(tmp_path, "multitask", seed=s, mode="multitask") for s in (0, 1)]
+    index = build_report(runs)
+    assert index == tmp_path / "reports/metaworld_quick/index.html"
+    table = (index.parent / "table.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["er", "naive", "multitask"]
+    er, joint = ([c.strip() for c in line.split("|")[1:-1]] for line in (table[2], table[4]))
+    assert er[1] == "2" and all("±" in c for c in er[2:7]) and er[8] == "12.3 MB" and er[9] == "6.0"
+    assert joint[2:5] == ["–"] * 3 and "±" in joint[5] and joint[6] == "–"
+    latex = (index.parent / "table.tex").read_text()
+    assert r"\toprule" in latex and r"$\pm$" in latex and latex.count(r"\\") == 4
+    data = json.loads((index.parent / "metrics.json").read_text())
+    assert data["groups"][0]["metrics"]["intransigence"]["n"] == 2  # the multitask run of the same seed
+    assert data["groups"][0]["metrics"]["auc_clare"]["low"] < data["groups"][0]["metrics"]["auc_clare"]["high"]
+    assert images(index.read_text()) == 6 + 3 + 6
+
+
+def test_what_is_absent_is_left_out_and_said(tmp_path: Path) -> None:
+    path = write_run(tmp_path, full=False, log=False)
+    (path / "manifest.json").unlink()
+    (path / "eval/summary.json").unlink()
+    index = build_report([path], tmp_path / "elsewhere")
+    page = index.read_text()
+    assert index.parent == tmp_path / "elsewhere" and images(page) == 2
+    for word in (
+        "Left out",
+        "no log",
+        "routing",
+        "no manifest.json",
+        "missing: success not evaluated at k=0 j=1",
+    ):
+        assert word in page, word
+
+
+def test_a_damaged_log_is_said_and_a_torn_one_read(tmp_path: Path) -> None:
+    path = write_run(tmp_path)
+    with (path / "log.jsonl").open("a") as f:
+        f.write('{"event": "st')
+    assert images(build_report([path]).read_text()) == 5
+    with (path / "log.jsonl").open("a") as f:
+        f.write("\n{}\n")
+    page = build_report([path]).read_text()
+    assert images(page) == 3 and "training log is left out" in page
+
+
+HOSTILE = """<script>alert("x")</script>' onload=a & $\\frac$ _%#{}~^ | `b` [c](javascript:d) \x1b[31m"""
+
+
+def test_hostile_names_stay_text(tmp_path: Path) -> None:
+    path = write_run(tmp_path, tasks=[HOSTILE, "</title><img src=x onerror=a>"])
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest |= {"algorithm": HOSTILE, "policy": HOSTILE, "dataset": "../../etc", "git_revision": HOSTILE}
+    manifest["versions"] = {HOSTILE: HOSTILE}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    other = write_run(tmp_path, "naive", tasks=[HOSTILE, "</title><img src=x onerror=a>"])
+    index = build_report([path, other])
+    assert index.parent.parent == tmp_path / "reports"  # the data set's name is no path
+    page = index.read_text()
+    assert "<script" not in page and "<img src=x" not in page and "&lt;script&gt;" in page
+    assert set(re.findall(r"<([a-z]+[0-9]?)", page)) <= {
+        *(
+            "html",
+            "head",
+            "meta",
+            "title",
+            "style",
+            "body",
+            "h1",
+            "h2",
+            "p",
+            "div",
+            "table",
+            "thead",
+            "tr",
+            "th",
+        ),
+        *("tbody", "td", "figure", "img", "figcaption", "ul", "li", "b", "details", "summary", "pre"),
+    }
+    latex = (index.parent / "table.tex").read_text()
+    assert r"\textbackslash{}frac\$" in latex and "\x1b" not in latex
+    assert "<script" not in (index.parent / "table.md").read_text()
+
+
+def test_runs_that_do_not_compare(tmp_path: Path) -> None:
+    one, other = write_run(tmp_path), write_run(tmp_path, "naive", tasks=TASKS[::-1])
+    with pytest.raises(UserError, match="another order"):
+        build_report([one, other])
+    with pytest.raises(UserError, match="given twice"):
+        build_report([one, one / ".." / one.name])
+    with pytest.raises(UserError, match="not a run folder"):
+        build_report([tmp_path / "nowhere"])
+    with pytest.raises(UserError, match="at least one"):
+        build_report([])
+    joint = write_run(tmp_path, "multitask", mode="multitask", tasks=TASKS[::-1])
+    build_report([one, joint], bootstrap=0)  # joint training has no order
+
+
+def test_same_seed_twice_is_not_averaged(tmp_path: Path) -> None:
+    one = write_run(tmp_path)
+    other = write_run(tmp_path / "b")
+    with pytest.raises(UserError, match="same folder name"):
+        build_report([one, other])
+    other = other.rename(tmp_path / "er_other")
+    page = build_report([one, other], bootstrap=50).read_text()
+    assert "er [er_s0]" in page and "er [er_other]" in page and "not averaged" in page
+
+
+def test_runs_with_other_settings_are_not_averaged(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, seed=s) for s in (0, 1)]
+    assert "not averaged" not in build_report(runs, bootstrap=0).read_text()
+    manifest = json.loads((runs[1] / "manifest.json").read_text()) | {"algorithm_config": {"lambda": 2}}
+    (runs[1] / "manifest.json").write_text(json.dumps(manifest))
+    page = build_report(runs, bootstrap=0).read_text()
+    assert "settings of the algorithm differ" in page and "er [er_s1]" in page
+
+
+def test_one_task_and_a_joint_run_alone(tmp_path: Path) -> None:
+    build_report([write_run(tmp_path, tasks=["only"])])
+    page = build_report([write_run(tmp_path, "multitask", mode="multitask")]).read_text()
+    assert "trained on all tasks at once" in page
+
+
+def test_unfinished_repeated_and_independent_runs(tmp_path: Path) -> None:
+    path = write_run(tmp_path, tasks=["a", "b", "a"])
+    matrix = json.loads((path / "eval/matrix.json").read_text())
+    for success in (matrix["success"][:2], [[None] * 3] * 3):
+        matrix |= {"success": success, "episodes": matrix["episodes"][: len(success)]}
+        (path / "eval/matrix.json").write_text(json.dumps(matrix))
+        assert "missing: " in build_report([path]).read_text()
+        matrix["episodes"] = [[0] * 3] * 3
+    single = write_run(tmp_path, "singletask", mode="singletask", tasks=["a", "b", "a"])
+    assert "independent policy" in build_report([single]).read_text()
+    build_report([path, single], bootstrap=0)
+
+
+def test_cli(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path / "results")
+    write_run(tmp_path / "results", "naive")
+    monkeypatch.setenv("CLBENCH_RESULTS_ROOT", str(tmp_path / "results"))
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert (
+        run(parser.parse_args(["er_s0", str(tmp_path / "results/naive_s0"), "--name", "my cmp", "--bootstrap", "20"]))
+        == 0
+    )
+    assert Path(capsys.readouterr().out.strip()) == tmp_path / "results/reports/my_cmp/index.html"
+
+
+def test_texts() -> None:
+    assert [count_text(x) for x in (None, 0, 999, 1234, 1_234_567)] == ["–", "0", "999", "1.23 k", "1.23 M"]
+    assert [bytes_text(x) for x in (None, 0, 12, 12_345_678)] == ["–", "0", "12 B", "12.3 MB"]
+    assert escape_latex("a_b ± 5%") == r"a\_b $\pm$ 5\%"
