@@ -152,7 +152,6 @@ def _call(arguments: Sequence[str], log: Path) -> bool:
             [sys.executable, "-m", "clbench.cli", *arguments],
             stdout=f,
             stderr=subprocess.STDOUT,
-            env=env,
             check=False,
         )
     if run.returncode == 130:
