@@ -59,3 +59,14 @@ def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for name in ("DATA", "RESULTS", "CACHE"):
             patch.setenv(f"CLBENCH_{name}_ROOT", str(root / name.lower()))
         yield
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two small data sets: stream/ (three tasks) and pretrain/ (two)."""
+    from tests.toy import PRETRAIN, STREAM, make_toy_data
+
+    root = tmp_path_factory.mktemp("toy")
+    make_toy_data(root / "stream", STREAM)
+    make_toy_data(root / "pretrain", PRETRAIN)
+    return root

@@ -1,0 +1,64 @@
+"""What the benchmarks share: alternating repeats, the ratios' table, the machine's state, finding the data."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+
+from clbench.config.compose import compose
+from clbench.config.schema import Config
+from clbench.data.info import INFO_FILE
+from clbench.errors import UserError
+from clbench.streams.stream import data_folder
+
+
+def stream_config(dataset: str, algorithm: str = "seqfft", overrides: Sequence[str] = ()) -> Config:
+    """Return the configuration of the tiny DiT-Dec on a stream; UserError when the stream's data is not there."""
+    config, _ = compose(
+        model="dit_dec_tiny", algorithms=[algorithm], dataset=dataset, registered=[algorithm], overrides=overrides
+    )
+    for data in (config.dataset.data, config.dataset.pretrain.data if config.dataset.pretrain else None):
+        if data is not None and not (data_folder(data) / INFO_FILE).is_file():
+            raise UserError(f"there are no demonstrations in {data_folder(data)}: run `clbench data make {dataset}`.")
+    return config
+
+
+def machine(threads: str) -> str:
+    """One line about the machine. Other work on it shows in the load: about 0 on an idle machine."""
+    load = ", ".join(f"{v:.1f}" for v in os.getloadavg())
+    return (
+        f"machine: {platform.machine()}, {os.cpu_count()} cores, torch threads {threads}, "
+        f"load over 1, 5, 15 minutes {load}"
+    )
+
+
+def spread(values: Sequence[float]) -> list[str]:
+    """Minimum, median, maximum as table cells."""
+    return [f"{v:.2f}" for v in (min(values), statistics.median(values), max(values))]
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print aligned columns: the first to the left, the others to the right."""
+    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
+    for row in [head, *rows]:
+        cells = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        print("  ".join(cells).rstrip(), flush=True)
+
+
+def print_verdict(ratio: float, aim: float, at_least: bool) -> None:
+    """Say whether the median ratio meets its aim."""
+    met = ratio >= aim if at_least else ratio <= aim
+    sign = "≥" if at_least else "≤"
+    print(f"aim: {sign} {aim:g}; median {ratio:.2f}: {'met' if met else 'MISSED'}", flush=True)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a benchmark; what a user can mend ends it with one message and status 2."""
+    try:
+        main()
+    except UserError as e:
+        print(f"{os.path.basename(sys.argv[0])}: {e}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,245 @@
+"""The protocol: order of calls, misspelt hooks, claims, composition, plugins through entry points."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from clbench import registry
+from clbench.algorithms.build import ComposedAlgorithm, build_algorithm
+from clbench.algorithms.hooks import CLAlgorithm, Context, GradientView, Phase, WeightView, check_hooks, training_phase
+from clbench.config.compose import available, load_yaml
+from clbench.data.frames import Batch
+from clbench.io import read_jsonl
+from clbench.paths import CONFIG_ROOT
+from clbench.registry import ALGORITHMS, algorithm_class
+from clbench.training.trainer import train
+from tests.toy import toy_config
+
+CALLS: list[tuple[Any, ...]] = []
+
+
+class Recorder(CLAlgorithm):
+    """Writes down every call, halves gradients, adds a penalty, and clamps a weight after the step."""
+
+    name = "recorder"
+    claims = frozenset({"phases", "gradient_edits"})
+
+    def on_task_start(self, ctx: Context) -> None:
+        CALLS.append(("on_task_start", ctx.k, ctx.visit.task))
+
+    def phases(self, ctx: Context) -> list[Phase]:
+        def enter(c: Context) -> None:
+            CALLS.append(("on_enter", c.phase))
+
+        def look(c: Context, batch: Batch, draw: dict[str, Tensor]) -> None:
+            assert not torch.is_grad_enabled() and not c.policy.training
+            CALLS.append(("on_batch", c.step, len(batch["task"])))
+
+        return [
+            Phase("look", 2, 4, None, policy_training=False, on_batch=look, on_enter=enter),
+            dataclasses.replace(training_phase(ctx), steps=2, on_enter=enter),
+        ]
+
+    def observe(self, batch: Batch, task_id: int) -> None:
+        CALLS.append(("observe", task_id, len(batch["task"])))
+
+    def modify_batch(self, batch: Batch, task_id: int) -> Batch:
+        CALLS.append(("modify_batch", task_id))
+        return batch
+
+    def compute_penalty(self, model: nn.Module) -> Tensor:
+        CALLS.append(("compute_penalty",))
+        return 0.001 * sum(p.square().sum() for p in model.parameters())
+
+    def after_backward(self, model: nn.Module, grads: GradientView) -> None:
+        CALLS.append(("after_backward",))
+        for name in grads.names():
+            value = grads.get(name)
+            if value is not None:
+                grads.set(name, torch.zeros_like(value))
+
+    def after_step(self, model: nn.Module, weights: WeightView) -> None:
+        CALLS.append(("after_step",))
+        weights.set(weights.names()[0], torch.full_like(weights.get(weights.names()[0]), 7.0))
+
+    def on_task_end(self, ctx: Context) -> None:
+        CALLS.append(("on_task_end", ctx.k))
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> None:
+    CALLS.clear()
+    monkeypatch.setitem(ALGORITHMS, "recorder", f"{__name__}:Recorder")
+
+
+def test_hooks_are_called_in_the_documented_order(recorder: None, toy_data: Path, tmp_path: Path) -> None:
+    config = toy_config(
+        toy_data, {"name": "recorder"}, f"output_dir={tmp_path}", "train.gradient_accumulation=2",
+        "train.optimizer.weight_decay=0", "dataset.task_order=[0,1]",
+    )  # fmt: skip
+    folder = train(config, "r")
+    micro = [("observe", 0, 4), ("modify_batch", 0)]
+    step = [*micro, *micro, ("compute_penalty",), ("after_backward",), ("after_step",)]
+    expected = [
+        ("on_task_start", 0, "hammer-v3"),
+        ("on_enter", "look"), ("on_batch", 0, 4), ("on_batch", 1, 4),
+        ("on_enter", "train"), *step, *step,
+        ("on_task_end", 0),
+    ]  # fmt: skip
+    assert CALLS[: len(expected)] == expected
+    assert CALLS[len(expected)] == ("on_task_start", 1, "push-v3")
+    rows = [r for r in read_jsonl(folder / "log.jsonl") if r["event"] == "step"]
+    assert rows and all(r["loss/recorder"] > 0 and r["grad_norm"] == 0 for r in rows)
+    assert all(abs(r["loss"] - r["loss/policy"] - r["loss/recorder"]) < 1e-6 for r in rows)
+
+    from clbench.checkpoints.policy_io import load_policy
+    from clbench.io import read_json
+
+    base = load_policy(read_json(folder / "manifest.json")["base"]["path"]).policy
+    after = load_policy(folder / "checkpoints" / "task_01" / "policy").policy
+    moved = [n for (n, a), b in zip(base.named_parameters(), after.parameters(), strict=True) if not torch.equal(a, b)]
+    first = next(n for n, _ in base.named_parameters())
+    assert moved == [first]  # zeroed gradients moved nothing; after_step set the first tensor
+    assert (dict(after.named_parameters())[first] == 7.0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("on_task_strat", "Did you mean 'on_task_start'"),
+        ("after_backwards", "Did you mean 'after_backward'"),
+        ("compute_penalties", "Did you mean 'compute_penalty'"),
+        ("on_epoch_end", "is not a hook"),
+        ("before_step", "is not a hook"),
+    ],
+)
+def test_a_misspelt_hook_is_refused(name: str, message: str) -> None:
+    cls = type("Typo", (CLAlgorithm,), {name: lambda self, ctx: None})
+    with pytest.raises(ValueError, match=message):
+        check_hooks(cls)
+
+
+def test_a_hook_with_other_parameters_is_refused() -> None:
+    cls = type("Args", (CLAlgorithm,), {"observe": lambda self, batch: None})
+    with pytest.raises(ValueError, match=r"observe\(self, batch\) must take \(self, batch, task_id\)"):
+        check_hooks(cls)
+    check_hooks(type("Fine", (CLAlgorithm,), {"helper": lambda self: None, "_on_thing": lambda self: None}))
+
+
+def test_two_claimants_are_named(toy_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ALGORITHMS, "recorder", f"{__name__}:Recorder")
+    with pytest.raises(ValueError, match="clare and recorder cannot be combined: both claim 'phases'"):
+        build_algorithm(toy_config(toy_data, {"name": ["clare", "recorder"]}))
+
+
+def test_composition_runs_in_order_and_after_hooks_in_reverse() -> None:
+    calls: list[str] = []
+
+    def part(label: str, penalty: float | None) -> CLAlgorithm:
+        value = None if penalty is None else torch.tensor(penalty)
+        cls = type(
+            label,
+            (CLAlgorithm,),
+            {
+                "name": label,
+                "on_task_end": lambda self, ctx: calls.append(f"end {label}"),
+                "after_step": lambda self, model, weights: calls.append(f"after {label}"),
+                "compute_penalty": lambda self, model: value,
+                "state_dict": lambda self: {"x": label},
+            },
+        )
+        return cls(None)
+
+    both = ComposedAlgorithm([part("a", 1.5), part("b", None), part("c", 2.0)])
+    both.on_task_end(None)  # type: ignore[arg-type]
+    both.after_step(None, None)  # type: ignore[arg-type]
+    assert calls == ["end a", "end b", "end c", "after c", "after b", "after a"]
+    assert float(both.compute_penalty(nn.Identity())) == 3.5  # type: ignore[arg-type]
+    assert both.penalties(nn.Identity()).keys() == {"a", "c"}
+    assert both.state_dict() == {"a": {"x": "a"}, "b": {"x": "b"}, "c": {"x": "c"}}
+    with pytest.raises(ValueError, match="composed of"):
+        both.load_state_dict({"a": {}})
+
+
+@pytest.mark.parametrize("name", available("algorithms"))
+def test_algorithm_files_show_the_real_defaults(name: str) -> None:
+    section = OmegaConf.to_container(load_yaml(CONFIG_ROOT / "algorithms" / f"{name}.yaml"))["algorithm"]  # type: ignore[index,call-overload]
+    assert section.pop("name") == name
+    assert section == dataclasses.asdict(algorithm_class(name).Config())
+
+
+def test_every_algorithm_has_its_file() -> None:
+    assert set(available("algorithms")) == set(ALGORITHMS)
+
+
+PLUGIN = '''
+from dataclasses import dataclass
+from clbench.algorithms.hooks import CLAlgorithm
+
+class Halver(CLAlgorithm):
+    """Halve every gradient."""
+    name = "halver"
+    claims = frozenset({"gradient_edits"})
+
+    @dataclass
+    class Config:
+        factor: float = 0.5
+
+    def after_backward(self, model, grads):
+        for name in grads.names():
+            if (g := grads.get(name)) is not None:
+                grads.set(name, self.config.factor * g)
+'''
+
+
+def test_an_installed_plugin_package_is_found_by_name(toy_data: Path, tmp_path: Path) -> None:
+    """A tiny distribution is built as a wheel, installed into a folder, and used by name in another process."""
+    source, site = tmp_path / "source", tmp_path / "site"
+    source.mkdir()
+    (source / "clbench_halver.py").write_text(PLUGIN)
+    (source / "pyproject.toml").write_text(
+        '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'
+        '[project]\nname = "clbench-halver"\nversion = "1.0"\n'
+        '[project.entry-points."clbench.algorithms"]\nhalver = "clbench_halver:Halver"\n'
+        '[tool.setuptools]\npy-modules = ["clbench_halver"]\n'
+    )
+    build = "import sys; from setuptools import build_meta as b; print(b.build_wheel(sys.argv[1]))"
+    made = subprocess.run(
+        [sys.executable, "-c", build, str(tmp_path)], capture_output=True, text=True, check=True, cwd=source
+    )
+    wheel = made.stdout.split()[-1]
+    zipfile.ZipFile(tmp_path / wheel).extractall(site)
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\n"
+        "from clbench.algorithms.build import build_algorithm\n"
+        "from clbench.registry import algorithm_names\n"
+        "from tests.toy import toy_config\n"
+        "a = build_algorithm(toy_config(Path(sys.argv[2]), {'name': ['er', 'halver'], 'factor': 0.25}))\n"
+        "print('halver' in algorithm_names(), [type(p).__name__ for p in a.parts], a.parts[1].config.factor)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(site), str(toy_data)],
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent, env=dict(os.environ),
+    )  # fmt: skip
+    assert run.stdout.strip() == "True ['ER', 'Halver'] 0.25", run.stderr
+
+
+def test_a_plugin_must_not_take_a_used_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib.metadata import EntryPoint
+
+    point = EntryPoint("er", "somewhere:ER", registry.ENTRY_POINTS)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
+    with pytest.raises(ValueError, match="already taken"):
+        registry.algorithm_names()

@@ -1,0 +1,211 @@
+"""Our policies: found by LeRobot, saved and loaded, exact draws, independent rows, causal normalisation."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
+from lerobot.datasets import LeRobotDatasetMetadata
+from lerobot.policies import make_policy, make_pre_post_processors
+
+import clbench.policies  # noqa: F401
+from clbench.checkpoints.policy_io import LoadedPolicy, load_policy, policy_config, save_policy
+from clbench.policies.dit.text import frozen_word_table, word_ids
+from clbench.policies.loss import PolicyLoss
+
+TYPES = ("dit_dec", "dit_encdec")
+SMALL = {"chunk_size": 4, "n_action_steps": 2, "d_model": 32, "n_heads": 2, "encoder_layers": 1, "decoder_layers": 2}
+
+
+def build(kind: str, toy_data: Path, images: bool = False, **changes: Any) -> LoadedPolicy:
+    config = policy_config({"type": kind, **SMALL, **changes}, "cpu")
+    meta = LeRobotDatasetMetadata("stream", root=toy_data / "stream")
+    if images:
+        config.input_features = {
+            "observation.state": PolicyFeature(FeatureType.STATE, (39,)),
+            "observation.images.top": PolicyFeature(FeatureType.VISUAL, (3, 32, 32)),
+        }
+        config.output_features = {"action": PolicyFeature(FeatureType.ACTION, (4,))}
+        from lerobot.policies.factory import get_policy_class
+
+        policy = get_policy_class(kind)(config)
+    else:
+        policy = make_policy(config, ds_meta=meta)
+    with torch.no_grad():  # AdaLN-zero starts with gates at zero: a fresh policy ignores what it sees
+        for p in policy.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    pre, post = make_pre_post_processors(config, dataset_stats=meta.stats)
+    return LoadedPolicy(policy, pre, post, "")
+
+
+def raw_batch(n: int, seed: int = 0) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "observation.state": torch.randn(n, 39, generator=g),
+        "action": torch.randn(n, 4, 4, generator=g),
+        "action_is_pad": torch.zeros(n, 4, dtype=torch.bool),
+        "task": [("Push the puck to a goal", "Open a door")[i % 2] for i in range(n)],
+    }
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_saves_and_loads_the_same_policy(kind: str, toy_data: Path, tmp_path: Path) -> None:
+    built = build(kind, toy_data)
+    save_policy(built, tmp_path)
+    again = load_policy(tmp_path)
+    batch, noise = raw_batch(5), torch.randn(5, 4, 4)
+    built.policy.eval()
+    a = built.postprocessor(built.policy.predict_action_chunk(built.preprocessor(batch), noise=noise))
+    b = again.postprocessor(again.policy.predict_action_chunk(again.preprocessor(batch), noise=noise))
+    assert torch.equal(a, b)
+    assert PreTrainedConfig.from_pretrained(tmp_path).type == kind
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_observation_and_instruction_matter(kind: str, toy_data: Path) -> None:
+    built = build(kind, toy_data)
+    noise = torch.randn(1, 4, 4).expand(4, 4, 4)
+    batch = raw_batch(4)
+    batch["observation.state"] = batch["observation.state"][:1].repeat(4, 1)
+    batch["observation.state"][3] += 0.5
+    batch["task"] = ["Open a door", "Open a door", "Push the puck to a goal", "Open a door"]
+    chunk = built.policy.predict_action_chunk(built.preprocessor(batch), noise=noise)
+    assert torch.allclose(chunk[0], chunk[1], atol=1e-6)
+    assert not torch.allclose(chunk[0], chunk[2], atol=1e-3)
+    assert not torch.allclose(chunk[0], chunk[3], atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_rows_do_not_depend_on_their_companions(kind: str, toy_data: Path) -> None:
+    built = build(kind, toy_data)
+    noise = torch.randn(6, 4, 4)
+    first = raw_batch(6, seed=0)
+    second = raw_batch(6, seed=1)
+    second["observation.state"][0], second["task"][0] = first["observation.state"][0], first["task"][0]
+    chunks = [built.policy.predict_action_chunk(built.preprocessor(b), noise=noise)[0] for b in (first, second)]
+    assert torch.equal(chunks[0], chunks[1])
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_loss_is_the_flow_matching_formula_and_exact_under_a_draw(kind: str, toy_data: Path) -> None:
+    built = build(kind, toy_data)
+    policy = built.policy
+    batch = raw_batch(6)
+    batch["action_is_pad"][0, 2:] = True
+    processed = built.preprocessor(batch)
+    draw = policy.sample_draw(6, torch.Generator().manual_seed(1))
+    losses = policy.per_sample_loss(processed, draw)
+    for i in range(6):  # by hand, one sample at a time
+        t, noise, action = draw["time"][i], draw["noise"][i], processed["action"][i]
+        x = (1 - t) * noise + t * action
+        one = {k: v[i : i + 1] for k, v in processed.items() if torch.is_tensor(v)}
+        v = policy.model.velocity(x[None], t[None], policy.model.encode(one))[0]
+        kept = 2 if i == 0 else 4
+        assert torch.allclose(losses[i], (v - (action - noise)).square()[:kept].mean(), rtol=1e-4)
+    measure = PolicyLoss(policy, policy, built.preprocessor, torch.no_grad)
+    rows = {k: v[2:4] for k, v in draw.items()}
+    part = {k: v[2:4] for k, v in batch.items()}
+    assert torch.allclose(measure.per_sample(part, rows), losses[2:4], rtol=1e-4)
+    assert torch.allclose(measure.total(batch, draw), losses.sum(), rtol=1e-4)
+
+
+def test_a_lerobot_policy_gets_per_sample_losses_from_a_loop(toy_data: Path) -> None:
+    """A policy without draws: single samples under a fixed seed; repeatable, and different seeds differ."""
+
+    class Scalar(torch.nn.Module):
+        def forward(self, batch: dict[str, Any]) -> tuple[torch.Tensor, None]:
+            return (batch["action"] * torch.randn(())).square().mean(), None
+
+    policy = Scalar()
+    measure = PolicyLoss(policy, policy, lambda b: b, torch.no_grad)
+    draw = measure.draw(3, torch.Generator().manual_seed(0))
+    batch = raw_batch(3)
+    state = torch.get_rng_state()
+    first, second = measure.per_sample(batch, draw), measure.per_sample(batch, draw)
+    assert first.shape == (3,) and torch.equal(first, second)
+    assert not torch.equal(first, measure.per_sample(batch, measure.draw(3, torch.Generator().manual_seed(1))))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_select_action_plays_its_chunk(kind: str, toy_data: Path) -> None:
+    built = build(kind, toy_data)
+    policy = built.policy
+    processed = built.preprocessor(raw_batch(2))
+    noise = torch.randn(2, 4, 4)
+    policy.reset()
+    chunk = policy.predict_action_chunk(processed, noise=noise)
+    assert torch.equal(policy.select_action(processed, noise=noise), chunk[:, 0])
+    assert torch.equal(policy.select_action(processed), chunk[:, 1])
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_images_enter_through_the_same_tokens(kind: str, toy_data: Path) -> None:
+    built = build(kind, toy_data, images=True)
+    batch = built.preprocessor({**raw_batch(2), "observation.images.top": torch.rand(2, 3, 32, 32)})
+    draw = built.policy.sample_draw(2)
+    built.policy.per_sample_loss(batch, draw).sum().backward()
+    stem = [p for n, p in built.policy.named_parameters() if "images_top" in n]
+    assert stem and all(p.grad is not None and p.grad.abs().sum() > 0 for p in stem)
+
+
+def test_normalisation_is_stable_on_unseen_data(toy_data: Path) -> None:
+    """Constant dimensions pass through raw, small deviations are floored, and the model clips the rest."""
+    config = policy_config({"type": "dit_dec", **SMALL}, "cpu")
+    config.input_features = {"observation.state": PolicyFeature(FeatureType.STATE, (3,))}
+    config.output_features = {"action": PolicyFeature(FeatureType.ACTION, (1,))}
+    stats = {
+        "observation.state": {"mean": torch.tensor([1.0, 2.0, 3.0]), "std": torch.tensor([0.0, 0.01, 2.0])},
+        "action": {"mean": torch.zeros(1), "std": torch.ones(1)},
+    }
+    pre, _ = make_pre_post_processors(config, dataset_stats=stats)
+    out = pre({"observation.state": torch.tensor([[1.5, 2.5, 5.0]]), "task": ["x"]})["observation.state"][0]
+    assert torch.allclose(out, torch.tensor([1.5, 0.5 / 0.05, 1.0]), rtol=1e-4)
+    built = build("dit_dec", toy_data)
+    noise = torch.randn(2, 4, 4)
+    processed = built.preprocessor(raw_batch(2))
+    processed["observation.state"] = torch.full((2, 39), 5.0)
+    a = built.policy.predict_action_chunk(processed, noise=noise)
+    processed["observation.state"] = torch.full((2, 39), 500.0)
+    assert torch.equal(a, built.policy.predict_action_chunk(processed, noise=noise))
+
+
+def test_words_are_hashed_the_same_everywhere() -> None:
+    assert word_ids("Push the puck", 4096, 5) == word_ids("push, the PUCK!", 4096, 5)
+    ids = word_ids("Push the puck", 4096, 5)
+    assert len(set(ids[:3])) == 3 and ids[3:] == (0, 0) and all(0 < i < 4096 for i in ids[:3])
+    code = "from clbench.policies.dit.text import word_ids; print(word_ids('Push the puck', 4096, 5))"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == str(word_ids("Push the puck", 4096, 5))
+    table = frozen_word_table(64, 8)
+    assert torch.equal(table, frozen_word_table(64, 8)) and not table[0].any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_action_steps": 9}, "chunk_size"),
+        ({"d_model": 30, "n_heads": 4}, "multiple"),
+        ({"action_patch": 3}, "divide"),
+        ({"d_modle": 32}, "Did you mean 'd_model'"),
+        ({"type": "dit_deck"}, "Did you mean 'dit_dec'"),
+    ],
+)
+def test_bad_policy_sections_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        policy_config({"type": "dit_dec", **SMALL, **changes}, "cpu")
+
+
+def test_a_damaged_checkpoint_is_one_clear_error(toy_data: Path, tmp_path: Path) -> None:
+    save_policy(build("dit_dec", toy_data), tmp_path / "p")
+    weights = tmp_path / "p" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot load the policy"):
+        load_policy(tmp_path / "p")
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        load_policy(tmp_path)

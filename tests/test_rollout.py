@@ -1,0 +1,212 @@
+"""Rollouts: outcomes depend on the episode alone; evaluation leaves no cell half done and touches no random state."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from clbench.checkpoints.policy_io import load_policy
+from clbench.checkpoints.run_folder import checkpoint_folder
+from clbench.envs.base import EVAL_SEED_BASE, Step
+from clbench.evaluation.evaluate import evaluate, wanted_cells
+from clbench.evaluation.records import CellFile, build_matrix
+from clbench.io import read_json, read_jsonl
+from clbench.rollout.actors import PolicyActor, RandomActor
+from clbench.rollout.rollout import Episode, SimulatorPool, run_episodes
+from clbench.training.trainer import train
+from tests.toy import toy_config
+
+
+class Drift:
+    """A point that actions push; success when its first coordinate passes 1. Remembers nothing across resets."""
+
+    made = 0
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        type(self).made += 1
+        self.offset = float(len(spec["task"]))
+
+    def reset(self, seed: int) -> dict[str, np.ndarray]:
+        self.x = np.random.default_rng(seed).normal(size=39).astype(np.float32) * 0.1
+        self.x[1] = self.offset
+        return {"observation.state": self.x.copy()}
+
+    def step(self, action: np.ndarray) -> Step:
+        self.x[:4] += 0.1 * action
+        return Step({"observation.state": self.x.copy()}, float(action[0]), bool(self.x[0] > 0.3))
+
+    def render(self, width: int, height: int) -> np.ndarray:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def episodes(n: int, tasks: Sequence[str] = ("a", "bb"), max_steps: int = 15) -> list[Episode]:
+    return [Episode((t, i), 100 + i, {"type": "x", "task": t}, f"do {t}", max_steps) for t in tasks for i in range(n)]
+
+
+def outcomes(actor: Any, todo: list[Episode], slots: int, after: int = 0) -> dict[Any, tuple[Any, ...]]:
+    found = run_episodes(actor, todo, SimulatorPool(Drift), slots, after)  # type: ignore[arg-type]
+    return {o.episode.key: (o.success_once, o.success_at_end, o.length, round(o.total_reward, 5)) for o in found}
+
+
+@pytest.fixture(scope="module")
+def run(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run")
+    return train(toy_config(toy_data, {"name": "seqfft"}, f"output_dir={out}"), "r")
+
+
+def test_an_episode_does_not_depend_on_its_companions_or_order(run: Path) -> None:
+    loaded = load_policy(checkpoint_folder(run, 0) / "policy")
+    todo = episodes(6)
+    want = outcomes(PolicyActor(loaded, 5), todo, 5)
+    assert len(want) == 12 and len(set(want.values())) > 6
+    assert outcomes(PolicyActor(loaded, 5), list(reversed(todo)), 5) == want
+    assert outcomes(PolicyActor(loaded, 5), todo[:1], 5) == {todo[0].key: want[todo[0].key]}
+    assert outcomes(PolicyActor(loaded, 5), todo, 3) == want  # fewer at once, the same padded batch
+
+
+def test_every_slot_is_used_and_simulators_are_shared() -> None:
+    Drift.made = 0
+    assert len(outcomes(RandomActor(4), episodes(20), 4)) == 40
+    assert Drift.made <= 8
+
+
+def test_steps_after_success_decide_success_at_the_end() -> None:
+    class Push:
+        stateful = False
+
+        def reset(self) -> None:
+            """Stateless."""
+
+        def act(self, observations: Any, instructions: Any, seeds: Any, calls: Sequence[int]) -> Any:
+            up = np.array([1.0, 0, 0, 0], dtype=np.float32)
+            chunks = [np.stack([up, up]) if c < 3 else np.stack([-up, -up]) for c in calls]
+            return np.stack(chunks), {"choice": np.array([c % 2 for c in calls])}
+
+    todo = episodes(4, ("a",), max_steps=30)
+    at_once = outcomes(Push(), todo, 2)
+    assert all(o[0] and o[1] and o[2] <= 6 for o in at_once.values())
+    later = outcomes(Push(), todo, 2, after=12)
+    assert all(o[0] and not o[1] for o in later.values())  # it moved away again
+    assert {k: o[2] for k, o in later.items()} == {k: o[2] for k, o in at_once.items()}
+    found = list(run_episodes(Push(), todo, SimulatorPool(Drift), 2, 0))  # type: ignore[arg-type]
+    assert all(sum(o.diagnostics["choice"].values()) == -(-o.length // 2) for o in found)
+
+
+def test_a_policy_with_history_acts_in_lockstep(toy_data: Path) -> None:
+    """LeRobot's Diffusion policy (two observation steps) goes through select_action and reset."""
+    from lerobot.configs import FeatureType, PolicyFeature
+    from lerobot.policies import make_pre_post_processors
+    from lerobot.policies.factory import get_policy_class
+
+    from clbench.checkpoints.policy_io import LoadedPolicy, policy_config
+
+    config = policy_config(
+        {"type": "diffusion", "down_dims": [8, 16], "horizon": 8, "n_action_steps": 4, "num_inference_steps": 2,
+         "diffusion_step_embed_dim": 8, "n_groups": 4}, "cpu",
+    )  # fmt: skip
+    config.input_features = {
+        "observation.state": PolicyFeature(FeatureType.STATE, (39,)),
+        "observation.environment_state": PolicyFeature(FeatureType.ENV, (39,)),
+    }
+    config.output_features = {"action": PolicyFeature(FeatureType.ACTION, (4,))}
+    ones = {"mean": torch.zeros(39), "std": torch.ones(39), "min": -torch.ones(39), "max": torch.ones(39)}
+    stats = {
+        "observation.state": ones,
+        "observation.environment_state": ones,
+        "action": {k: v[:4] for k, v in ones.items()},
+    }
+    policy = get_policy_class("diffusion")(config)
+    pre, post = make_pre_post_processors(config, dataset_stats=stats)
+
+    class Both(Drift):
+        def reset(self, seed: int) -> dict[str, np.ndarray]:
+            obs = super().reset(seed)
+            return {**obs, "observation.environment_state": obs["observation.state"]}
+
+        def step(self, action: np.ndarray) -> Step:
+            s = super().step(action)
+            obs = {**s.observation, "observation.environment_state": s.observation["observation.state"]}
+            return s._replace(observation=obs)
+
+    actor = PolicyActor(LoadedPolicy(policy, pre, post, ""), 3)
+    assert actor.stateful
+    found = list(run_episodes(actor, episodes(4, max_steps=6), SimulatorPool(Both), 3))  # type: ignore[arg-type]
+    again = list(run_episodes(actor, episodes(4, max_steps=6), SimulatorPool(Both), 3))  # type: ignore[arg-type]
+    assert len(found) == 8
+    assert [o.total_reward for o in found] == [o.total_reward for o in again]
+
+
+@pytest.mark.parametrize(
+    ("mode", "cells", "count"),
+    [("sequential", "full", 9), ("sequential", "lower", 6), ("sequential", "last", 3), ("sequential", "diagonal", 3),
+     ("singletask", "full", 3), ("multitask", "lower", 9)],
+)  # fmt: skip
+def test_which_cells(mode: str, cells: str, count: int) -> None:
+    assert len(wanted_cells(mode, cells, 3, 3)) == count
+
+
+def test_evaluation_in_the_real_simulator_continues_and_repeats_nothing(
+    run: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    """Meta-World in worker processes; records, matrix, extra rows; then more episodes; then nothing to do."""
+    config = toy_config(toy_data, {"name": "seqfft"}, "eval.episodes=1", "eval.base_row=true", "eval.random_row=true")
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    matrix = evaluate(run, config, tmp_path, progress=False)
+    assert torch.equal(state, torch.get_rng_state())
+    assert matrix["tasks"] == ["hammer-v3", "push-v3", "window-close-v3"]
+    assert matrix["episodes"] == [[1, 1, 1]] * 3
+    assert len(matrix["base"]) == len(matrix["random"]) == 3
+    cell = tmp_path / "eval" / "cells" / "k01_j02.jsonl"
+    (record,) = read_jsonl(cell)
+    assert record["seed"] == EVAL_SEED_BASE and (record["k"], record["j"], record["episode"]) == (1, 2, 0)
+    assert record["length"] == 20 or record["success_once"]
+
+    more = dataclasses.replace(
+        config, eval=dataclasses.replace(config.eval, episodes=2, cells="last", base_row=False, random_row=False)
+    )
+    evaluate(run, more, tmp_path, progress=False)
+    last = tmp_path / "eval" / "cells" / "k02_j00.jsonl"
+    assert [r["episode"] for r in read_jsonl(last)] == [0, 1]
+    assert read_jsonl(cell) == [record]
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "eval").glob("summary.json")}
+    evaluate(run, more, tmp_path, progress=False)
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+    changed = dataclasses.replace(config, eval=dataclasses.replace(config.eval, steps_after_success=3))
+    with pytest.raises(ValueError, match="other settings"):
+        evaluate(run, changed, tmp_path, progress=False)
+
+
+def test_repeated_tasks_share_their_episodes(toy_data: Path, tmp_path: Path) -> None:
+    config = toy_config(
+        toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}", "dataset.task_order=[2,0,2]", "eval.cells=last"
+    )
+    folder = train(config, "r")
+    evaluate(folder, config, progress=False)
+    a, b = (read_jsonl(folder / "eval" / "cells" / f"k02_j{j:02d}.jsonl")[0] for j in (0, 2))
+    assert {**a, "j": 2} == b
+    assert read_json(folder / "eval" / "summary.json")["episodes"] == 2
+
+
+def test_torn_records_are_redone_and_matrices_skip_empty_cells(tmp_path: Path) -> None:
+    cell = CellFile(tmp_path, 0, 1)
+    for e in (1, 0):
+        cell.append({"k": 0, "j": 1, "episode": e, "seed": e, "success_once": e == 0, "success_at_end": False})
+    with cell.path.open("a") as f:
+        f.write('{"k": 0, "j": 1, "epis')
+    again = CellFile(tmp_path, 0, 1)
+    assert sorted(again.rows) == [0, 1]
+    again.append({"k": 0, "j": 1, "episode": 2, "seed": 2, "success_once": True, "success_at_end": False})
+    assert [r["episode"] for r in read_jsonl(cell.path)] == [0, 1, 2]
+    matrix = build_matrix(tmp_path, ["a", "b"], 1)
+    assert matrix["success"] == [[None, 2 / 3]] and matrix["episodes"] == [[0, 3]] and matrix["base"] is None

@@ -1,0 +1,188 @@
+"""The trainer: accumulation, schedules, carried optimizers, precision, resuming, and runs that go wrong."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from clbench.algorithms.hooks import CLAlgorithm
+from clbench.checkpoints.run_folder import checkpoint_folder, finished_visits
+from clbench.checkpoints.state import load_state, save_state
+from clbench.config.schema import OptimizerConfig
+from clbench.io import read_json, read_jsonl
+from clbench.registry import ALGORITHMS
+from clbench.training.loop import schedule_factor
+from clbench.training.trainer import train
+from tests.toy import toy_config
+
+
+def final(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint_folder(folder, finished_visits(folder) - 1) / "policy" / "model.safetensors")
+
+
+def largest_difference(a: Path, b: Path) -> float:
+    x, y = final(a), final(b)
+    assert x.keys() == y.keys()
+    return max(float((x[k] - y[k]).abs().max()) for k in x)
+
+
+@pytest.mark.parametrize("algorithm", [{"name": "er", "buffer_size_per_task": 10}, {"name": "er", "mode": "append"}])
+def test_accumulation_changes_nothing_but_rounding(toy_data: Path, tmp_path: Path, algorithm: dict[str, Any]) -> None:
+    """The same samples, replayed samples, noise and timesteps, whether a batch is split or not (plain SGD, fp32)."""
+    sgd = ("train.optimizer.name=sgd", "train.optimizer.lr=0.01", "train.optimizer.weight_decay=0")
+    runs = [
+        train(
+            toy_config(toy_data, algorithm, f"output_dir={tmp_path}", f"train.gradient_accumulation={n}", *sgd), f"a{n}"
+        )
+        for n in (1, 2, 4)
+    ]
+    base = load_file(Path(read_json(runs[0] / "manifest.json")["base"]["path"]) / "model.safetensors")
+    assert max(float((final(runs[0])[k] - base[k]).abs().max()) for k in base) > 1e-3
+    assert largest_difference(runs[0], runs[1]) < 2e-6
+    assert largest_difference(runs[0], runs[2]) < 2e-6
+
+
+def test_schedule() -> None:
+    cosine = OptimizerConfig(warmup_steps=10, final_lr_ratio=0.1)
+    assert schedule_factor(cosine, 0, 110) == pytest.approx(1 / 11)
+    assert schedule_factor(cosine, 10, 110) == pytest.approx(1.0)
+    assert schedule_factor(cosine, 60, 110) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 2)))
+    assert schedule_factor(cosine, 110, 110) == pytest.approx(0.1)
+    assert schedule_factor(OptimizerConfig(schedule="constant", warmup_steps=0), 99, 100) == 1.0
+
+
+def test_learning_rate_starts_again_with_every_task(toy_data: Path, tmp_path: Path) -> None:
+    config = toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}", "train.optimizer.warmup_steps=1")
+    rows = [r for r in read_jsonl(train(config, "r") / "log.jsonl") if r["event"] == "step"]
+    rates = [[r["lr"] for r in rows if r["k"] == k] for k in range(3)]
+    assert rates[0] == rates[1] == rates[2] and len(set(rates[0])) > 2
+
+
+def test_optimizer_can_be_carried_and_resumed(toy_data: Path, tmp_path: Path) -> None:
+    carried = "train.optimizer_across_tasks=carried"
+    config = toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}", carried)
+    whole, fresh = (
+        train(config, "whole"),
+        train(toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}"), "f"),
+    )
+    assert largest_difference(whole, fresh) > 1e-4
+    shutil.copytree(whole, tmp_path / "part")
+    for k in (1, 2):
+        shutil.rmtree(checkpoint_folder(tmp_path / "part", k))
+    assert largest_difference(whole, train(config, "part", resume=True)) == 0.0
+
+
+def test_bf16_trains_and_keeps_fp32_weights(toy_data: Path, tmp_path: Path) -> None:
+    folder = train(
+        toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}", "train.mixed_precision=bf16"), "r"
+    )
+    weights = final(folder)
+    assert all(v.dtype == torch.float32 and torch.isfinite(v).all() for v in weights.values())
+    losses = [r["loss"] for r in read_jsonl(folder / "log.jsonl") if r["event"] == "step"]
+    assert all(math.isfinite(v) for v in losses)
+
+
+def test_another_seed_is_another_run(toy_data: Path, tmp_path: Path) -> None:
+    a = train(toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}"), "a")
+    b = train(toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}", "seed=1"), "b")
+    assert read_json(a / "manifest.json")["base"] == read_json(b / "manifest.json")["base"]  # one base for all seeds
+    assert largest_difference(a, b) > 1e-4
+
+
+class Poison(CLAlgorithm):
+    """A penalty that is NaN on the second task."""
+
+    name = "poison"
+
+    def compute_penalty(self, model: torch.nn.Module) -> torch.Tensor | None:
+        return torch.tensor(float("nan")) if self.ctx.k == 1 and self.ctx.step == 2 else None
+
+
+def test_a_nan_loss_stops_and_keeps_what_was_earned(
+    toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ALGORITHMS, "poison", f"{__name__}:Poison")
+    config = toy_config(toy_data, {"name": "poison"}, f"output_dir={tmp_path}")
+    with pytest.raises(ValueError, match=r"loss is nan at task 2 \(push-v3\), phase train, step 2"):
+        train(config, "r")
+    assert finished_visits(tmp_path / "r") == 1
+    assert all(torch.isfinite(v).all() for v in final(tmp_path / "r").values())
+
+
+def test_an_existing_run_is_refused_or_resumed(
+    toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}")
+    train(config, "r", resume=True)
+    assert "there is nothing to resume" in capsys.readouterr().err
+    before = final(tmp_path / "r")
+    with pytest.raises(ValueError, match="exists already"):
+        train(config, "r")
+    train(config, "r", resume=True)
+    assert "is complete" in capsys.readouterr().err
+    other = toy_config(
+        toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}", "train.optimizer.lr=0.5", "eval.episodes=9"
+    )
+    with pytest.raises(ValueError, match=r"these differ: train\.optimizer\.lr\."):
+        train(other, "r", resume=True)
+    assert all(torch.equal(v, before[k]) for k, v in final(tmp_path / "r").items())
+
+
+def test_bases_are_kept_apart_by_everything_they_depend_on(toy_data: Path, tmp_path: Path) -> None:
+    def base(*overrides: str) -> str:
+        config = toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}", "train.steps=1", *overrides)
+        folder = train(config, f"r{len(list(tmp_path.iterdir()))}")
+        return str(read_json(folder / "manifest.json")["base"]["path"])
+
+    same = base()
+    assert base("seed=5", "train.batch_size=4") == same
+    others = {
+        base("pretrain.steps=3"),
+        base("policy.d_model=8"),
+        base("dataset.pretrain.tasks=[reach-v3]"),
+        base("pretrain.seed=1"),
+    }
+    assert len(others) == 4 and same not in others
+
+
+def test_any_lerobot_folder_can_be_the_base(toy_data: Path, tmp_path: Path) -> None:
+    first = train(toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}"), "first")
+    path = checkpoint_folder(first, 2) / "policy"
+    second = train(
+        toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}", f"policy.path={path}", "train.steps=1"),
+        "second",
+    )
+    assert read_json(second / "manifest.json")["base"] == {"path": str(path), "kind": "given"}
+    with pytest.raises(ValueError, match="no LeRobot checkpoint folder"):
+        train(toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}", "policy.path=/nowhere"), "third")
+
+
+def test_state_files_round_trip_and_damage_is_named(tmp_path: Path) -> None:
+    state = {"a": torch.arange(3), "b": {1: [1.5, "x", None, True], "t": torch.zeros(0, 2)}, "c": []}
+    save_state(tmp_path, "s", state)
+    back = load_state(tmp_path, "s")
+    assert back["b"][1] == [1.5, "x", None, True] and torch.equal(back["a"], state["a"]) and back["c"] == []  # type: ignore[arg-type]
+    assert back["b"]["t"].shape == (0, 2)
+    with pytest.raises(TypeError, match="only tensors, numbers and strings"):
+        save_state(tmp_path, "bad", {"x": object()})
+    data = (tmp_path / "s.safetensors").read_bytes()
+    (tmp_path / "s.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match="incomplete or damaged"):
+        load_state(tmp_path, "s")
+
+
+def test_tensorboard_gets_the_numbers(toy_data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = train(toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}", "log.tensorboard=true"), "r")
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    rows = [r for r in read_jsonl(folder / "log.jsonl") if r["event"] == "step"]
+    assert [s.value for s in events.Scalars("loss")] == pytest.approx([r["loss"] for r in rows], rel=1e-5)
