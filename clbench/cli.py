@@ -241,7 +241,7 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     ]
     config = override(run_config(folder), overrides)
     output = Path(args.output_base) / folder.name if args.output_base else None
-    matrix = evaluate(folder, config, output, progress=config.log.progress != "off")
+    matrix = evaluate(folder, config, output, progress=config.log.progress != "quiet")
     _print_matrix(matrix)
     print(f"matrix: {(output or folder) / 'eval' / 'matrix.json'}")
     return 0
@@ -281,7 +281,7 @@ def _data(args: argparse.Namespace, overrides: list[str]) -> int:
         make_dataset(
             root, name=root.name, env_type=d.env.type, tasks=tasks, demos_per_task=make.demos_per_task, seed=make.seed,
             action_noise=make.action_noise, tail_steps=make.tail_steps, workers=args.workers, force=args.force,
-            progress=config.log.progress != "off",
+            progress=config.log.progress != "quiet",
         )  # fmt: skip
     return 0
 

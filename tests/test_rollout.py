@@ -101,48 +101,44 @@ def test_steps_after_success_decide_success_at_the_end() -> None:
     assert all(sum(o.diagnostics["choice"].values()) == -(-o.length // 2) for o in found)
 
 
-def test_a_policy_with_history_acts_in_lockstep(toy_data: Path) -> None:
-    """LeRobot's Diffusion policy (two observation steps) goes through select_action and reset."""
-    from lerobot.configs import FeatureType, PolicyFeature
-    from lerobot.policies import make_pre_post_processors
-    from lerobot.policies.factory import get_policy_class
+class History:
+    """A policy with two observation steps: its action depends on how often it acted since reset."""
 
-    from clbench.checkpoints.policy_io import LoadedPolicy, policy_config
+    class config:
+        n_obs_steps = 2
 
-    config = policy_config(
-        {"type": "diffusion", "down_dims": [8, 16], "horizon": 8, "n_action_steps": 4, "num_inference_steps": 2,
-         "diffusion_step_embed_dim": 8, "n_groups": 4}, "cpu",
-    )  # fmt: skip
-    config.input_features = {
-        "observation.state": PolicyFeature(FeatureType.STATE, (39,)),
-        "observation.environment_state": PolicyFeature(FeatureType.ENV, (39,)),
-    }
-    config.output_features = {"action": PolicyFeature(FeatureType.ACTION, (4,))}
-    ones = {"mean": torch.zeros(39), "std": torch.ones(39), "min": -torch.ones(39), "max": torch.ones(39)}
-    stats = {
-        "observation.state": ones,
-        "observation.environment_state": ones,
-        "action": {k: v[:4] for k, v in ones.items()},
-    }
-    policy = get_policy_class("diffusion")(config)
-    pre, post = make_pre_post_processors(config, dataset_stats=stats)
+    def __init__(self) -> None:
+        self.calls, self.resets = 0, 0
 
-    class Both(Drift):
-        def reset(self, seed: int) -> dict[str, np.ndarray]:
-            obs = super().reset(seed)
-            return {**obs, "observation.environment_state": obs["observation.state"]}
+    def eval(self) -> None:
+        """Nothing to switch."""
 
-        def step(self, action: np.ndarray) -> Step:
-            s = super().step(action)
-            obs = {**s.observation, "observation.environment_state": s.observation["observation.state"]}
-            return s._replace(observation=obs)
+    def reset(self) -> None:
+        self.calls, self.resets = 0, self.resets + 1
 
-    actor = PolicyActor(LoadedPolicy(policy, pre, post, ""), 3)
+    def select_action(self, batch: dict[str, Any]) -> torch.Tensor:
+        self.calls += 1
+        assert batch["observation.state"].shape == (3, 39)
+        return torch.full((3, 4), 1.0 / self.calls) + 0.01 * torch.randn(3, 4)
+
+
+def test_a_policy_with_history_acts_in_lockstep() -> None:
+    """All slots start together after a reset, and act one step at a time; repeatable although it draws globally."""
+
+    class Loaded:
+        policy = History()
+        preprocessor = postprocessor = staticmethod(lambda x: x)
+
+    actor = PolicyActor(Loaded(), 3)
     assert actor.stateful
-    found = list(run_episodes(actor, episodes(4, max_steps=6), SimulatorPool(Both), 3))  # type: ignore[arg-type]
-    again = list(run_episodes(actor, episodes(4, max_steps=6), SimulatorPool(Both), 3))  # type: ignore[arg-type]
+    todo = episodes(4, max_steps=6)
+    found = list(run_episodes(actor, todo, SimulatorPool(Drift), 3))  # type: ignore[arg-type]
+    assert Loaded.policy.resets == 3  # eight episodes, three at a time
+    again = list(run_episodes(actor, todo, SimulatorPool(Drift), 3))  # type: ignore[arg-type]
     assert len(found) == 8
     assert [o.total_reward for o in found] == [o.total_reward for o in again]
+    failed = [o for o in found if not o.success_once]  # pushed by 1 + 1/2 + … + 1/6 on the way
+    assert failed and all(abs(o.total_reward - sum(1 / i for i in range(1, 7))) < 0.2 for o in failed)
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def toy_config(data: Path, algorithm: dict[str, Any], *overrides: str) -> Config
         "train": {"steps": 4, "batch_size": 8, "device": "cpu", "threads": 1, "log_every": 1, "num_workers": 0},
         "pretrain": {"steps": 60, "batch_size": 8, "optimizer": {"lr": 3e-3, "warmup_steps": 5}},
         "eval": {"episodes": 1, "slots": 4, "workers": 1},
-        "log": {"progress": "off"},
+        "log": {"progress": "quiet"},
     }  # fmt: skip
     merged = OmegaConf.merge(OmegaConf.structured(Config), base, OmegaConf.from_dotlist(list(overrides)))
     return to_config(merged)

@@ -242,10 +242,10 @@ def check_values(c: Config) -> None:
             f"train.gradient_accumulation ({t.gradient_accumulation})",
         )
     _choice(problems, "train.optimizer_across_tasks", t.optimizer_across_tasks, ("fresh", "carried"))
-    _choice(problems, "train.mixed_precision", t.mixed_precision, ("no", "bf16"))
+    _choice(problems, "train.mixed_precision", t.mixed_precision, ("fp32", "bf16"))
     _choice(problems, "train.device", t.device, ("auto", "cpu", "cuda"))
     _choice(problems, "eval.cells", e.cells, ("full", "lower", "last", "diagonal"))
-    _choice(problems, "log.progress", c.log.progress, ("auto", "bar", "lines", "off"))
+    _choice(problems, "log.progress", c.log.progress, ("auto", "bar", "lines", "quiet"))
     need(t.num_workers >= 0, "train.num_workers must not be negative")
     need(t.threads is None or t.threads >= 1, "train.threads must be at least 1 (or null)")
     need(1 <= e.episodes <= 100_000, f"eval.episodes must be between 1 and 100000, is {e.episodes}")

@@ -48,7 +48,7 @@ class TrainConfig:
         batch_size: samples per optimizer step, over all ranks and micro-batches.
         gradient_accumulation: micro-batches a step is split into.
         optimizer_across_tasks: fresh | carried (moments live on from task to task).
-        mixed_precision: no | bf16.
+        mixed_precision: fp32 | bf16 (autocast; weights stay fp32).
         log_every: steps between log lines.
         num_workers: loader processes, for data that has to be decoded (images).
         threads: torch threads; null = torch's default.
@@ -60,7 +60,7 @@ class TrainConfig:
     gradient_accumulation: int = 1
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     optimizer_across_tasks: str = "fresh"
-    mixed_precision: str = "no"
+    mixed_precision: str = "fp32"
     log_every: int = 25
     num_workers: int = 2
     threads: Optional[int] = None  # noqa: UP045 (OmegaConf reads this form)
@@ -163,7 +163,7 @@ class LogConfig:
     wandb: bool = False
     trackio: bool = False
     project: str = "clbench"
-    progress: str = "auto"  # auto | bar | lines | off
+    progress: str = "auto"  # auto | bar | lines | quiet
 
 
 @dataclass

@@ -10,10 +10,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from clbench.config.schema import TrainConfig
 from clbench.errors import UserError
+
+
+def autocast_precision(config: TrainConfig) -> str:
+    """Accelerate's word for `train.mixed_precision`."""
+    return "no" if config.mixed_precision == "fp32" else config.mixed_precision
 
 
 class LocalGradients:
@@ -62,7 +68,8 @@ class Backend:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         cpu = config.device == "cpu" or not torch.cuda.is_available()
-        self.accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=cpu)
+        AcceleratorState._reset_state()  # a process may train several runs, each with its own precision
+        self.accelerator = Accelerator(mixed_precision=autocast_precision(config), cpu=cpu)
         world = int(os.environ.get("WORLD_SIZE", "1"))
         if self.accelerator.num_processes != world:
             raise UserError(f"{world} processes were launched but this one sees {self.accelerator.num_processes}.")

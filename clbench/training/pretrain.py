@@ -32,7 +32,7 @@ from clbench.paths import cache_root
 from clbench.policies.loss import PolicyLoss
 from clbench.seeding import seeded
 from clbench.streams.stream import Task, TaskStream, Visit, pretraining_tasks
-from clbench.training.backend import Backend
+from clbench.training.backend import Backend, autocast_precision
 from clbench.training.log import RunLog
 from clbench.training.loop import PhaseRunner
 
@@ -46,7 +46,7 @@ def base_key(config: Config, fingerprint: str) -> dict[str, Any]:
         "pretrain": asdict(config.pretrain),
         "tasks": list(config.dataset.pretrain.tasks),
         "data_fingerprint": fingerprint,
-        "mixed_precision": config.train.mixed_precision,
+        "mixed_precision": autocast_precision(config.train),
     }
 
 

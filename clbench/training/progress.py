@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Progress of one phase. `mode`: auto | bar | lines | off."""
+    """Progress of one phase. `mode`: auto | bar | lines | quiet."""
 
     SECONDS = 10.0  # between lines
 
@@ -41,7 +41,7 @@ class Progress:
     def close(self, loss: float | None) -> None:
         if self._bar is not None:
             self._bar.close()
-        if self.mode != "off":
+        if self.mode != "quiet":
             seconds = time.monotonic() - self.start
             text = "" if loss is None else f", loss {loss:.4f}"
             print(f"{self.title}: {self.done} steps in {seconds:.1f} s{text}", file=sys.stderr, flush=True)
