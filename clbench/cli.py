@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", nargs="?", const=True, default=False, metavar="RUN",
                        help="continue a run after its last whole checkpoint; starts it when there is none")  # fmt: skip
     train.add_argument("--init-from", metavar="RUN[:K]", help="start from another run's checkpoint K (default: last)")
-    train.add_argument("--gpus", help="GPU id, or a count (one process so far)")
+    train.add_argument("--gpus", help="a count (0 = CPU), or ids as in 0,1 (one process so far)")
     train.add_argument("--nproc", type=int, default=1, help="processes (one so far)")
     train.add_argument("--strategy", choices=("ddp", "zero2"), help="how several processes train (one process so far)")
     train.add_argument("--port", type=int, help="port of the launcher (several processes)")
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     ev.add_argument("--base", action="store_true", help="also evaluate the base before the stream")
     ev.add_argument("--random", action="store_true", help="also evaluate uniformly random actions")
     ev.add_argument("--workers", type=int, help="processes (default: one a core, at most 2)")
-    ev.add_argument("--gpus", help="GPU id the policy runs on")
+    ev.add_argument("--gpus", help="1 = the policy runs on a GPU, 0 = on the CPU")
     ev.add_argument("--output-base", metavar="DIR", help="write DIR/RUN/eval instead of into the run's folder")
 
     from clbench.metrics import cli as metrics_cli
@@ -110,11 +110,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"clbench: {e}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        return 141
+    except Exception as e:  # noqa: BLE001 (one line for the user; the traceback with --debug)
+        if debug:
+            traceback.print_exc()
+        text = " ".join(f"{type(e).__name__}: {e}".split())
+        print(f"clbench: unexpected error, {text} (--debug shows where; please report it)", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("clbench: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        return 141
 
 
 def _run(args: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
@@ -161,15 +167,19 @@ def default_run_id(config: Config, dataset: str, smoke: bool) -> str:
 
 
 def _train(args: argparse.Namespace, overrides: list[str]) -> int:
-    if args.nproc != 1 or (args.gpus and ("," in args.gpus or not args.gpus.isdigit())):
-        raise UserError("this version trains in one process: use --nproc 1 and one GPU id with --gpus.")
+    if args.nproc != 1:
+        raise UserError(f"this version trains in one process: --nproc {args.nproc} is not possible.")
     if args.strategy == "zero2":
         raise UserError("--strategy zero2 needs several processes, and this version trains in one.")
-    if args.gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = args.gpus
+    overrides = [*_device(args.gpus), *overrides]
     if args.seed is not None:
         overrides = [f"seed={args.seed}", *overrides]
     if isinstance(args.resume, str):
+        if overrides or args.run_id or args.yaml or args.init_from or args.smoke:
+            raise UserError(
+                f"--resume {args.resume} continues that run with its own settings; leave the other flags "
+                f"{'and ' + ' '.join(overrides) + ' ' if overrides else ''}away."
+            )
         from clbench.checkpoints.run_folder import run_folder
         from clbench.evaluation.evaluate import run_config
 
@@ -179,14 +189,33 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
             config.output_dir = str(folder.parent)
     else:
         if args.init_from:
+            args.model = "checkpoint"
             overrides = [f"policy.path={_init_from(args.init_from)}", *overrides]
         config, files = _compose(args, overrides, args.algo)
         run_id = args.run_id or default_run_id(config, config.dataset.name, args.smoke)
     print(f"configuration: {' ← '.join(files)}{' ← overrides' if overrides else ''}", file=sys.stderr)
+    from clbench.streams.stream import build_stream
+
+    build_stream(config.dataset, sequential=False)  # its mistakes show before anything heavy is imported
     from clbench.training.trainer import train
 
     train(config, run_id, resume=bool(args.resume), command=["clbench", *sys.argv[1:]], files=files)
     return 0
+
+
+def _device(gpus: str | None) -> list[str]:
+    """Overrides for --gpus: a count (0 = CPU), or a comma-separated list of ids. One process uses one."""
+    if gpus is None:
+        return []
+    ids = [g for g in gpus.split(",") if g]
+    if not ids or not all(g.isdigit() for g in ids):
+        raise UserError(f"--gpus {gpus} is neither a count nor a list of ids like 0,1.")
+    if "," in gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(ids)
+    count = len(ids) if "," in gpus else int(gpus)
+    if count > 1:
+        raise UserError(f"this version trains in one process, on one GPU: --gpus {gpus} is not possible.")
+    return ["train.device=cuda" if count else "train.device=cpu"]
 
 
 def _results(config: Config) -> Path:
@@ -202,6 +231,8 @@ def _init_from(text: str) -> str:
     folder = run_folder(run)
     done = finished_visits(folder)
     number = int(k) if k.isdigit() else done - 1
+    if not done:
+        raise UserError(f"--init-from {text}: run {run} has no checkpoint yet.")
     if (k and not k.isdigit()) or not 0 <= number < done:
         raise UserError(f"--init-from {text}: run {run} has checkpoints 0 to {done - 1}.")
     policy = checkpoint_folder(folder, number) / "policy"
@@ -226,9 +257,10 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     from clbench.evaluation.evaluate import evaluate, run_config
 
     folder = run_folder(args.run_id)
-    if args.gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = args.gpus
-        overrides = ["train.device=cuda", *overrides]
+    for item in overrides:
+        if not item.removeprefix("--").startswith(("eval.", "log.")):
+            raise UserError(f"override '{item}': an evaluation takes eval.* and log.* only; the rest is the run's own.")
+    overrides = [*_device(args.gpus), *overrides]
     for flag, key in (("trials", "episodes"), ("workers", "workers")):
         if getattr(args, flag) is not None:
             overrides = [f"eval.{key}={getattr(args, flag)}", *overrides]

@@ -24,9 +24,12 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from clbench.config.compose import check_keys, find, load_yaml
+from clbench.config.compose import check_keys, compose, load_yaml
+from clbench.config.schema import Config
 from clbench.errors import UserError, nearest
+from clbench.io import read_json
 from clbench.paths import CONFIG_ROOT, results_root
+from clbench.registry import algorithm_names
 
 
 @dataclass
@@ -49,6 +52,7 @@ class Run:
 
     run_id: str
     train: tuple[str, ...]
+    config: Config
 
 
 def load_experiment(name: str) -> tuple[Experiment, list[Run]]:
@@ -68,20 +72,28 @@ def load_experiment(name: str) -> tuple[Experiment, list[Run]]:
     if not experiment.algorithms or not experiment.seeds:
         raise UserError(f"{path}: algorithms and seeds must not be empty.")
     experiment.name = experiment.name or path.stem
-    find("models", experiment.model)
-    find("datasets", experiment.dataset)
-    runs = []
+    entries = []
     for entry in experiment.algorithms:
-        entry = {"algo": entry} if isinstance(entry, str) else dict(entry)
-        unknown = set(entry) - {"algo", "label", "overrides"}
-        if unknown or "algo" not in entry:
-            raise UserError(f"{path}: an algorithm is a name or {{algo, label, overrides}}, not {entry}.")
-        label = entry.get("label", entry["algo"])
-        for seed in experiment.seeds:
-            run_id = f"{experiment.name}_{label}_s{seed}"
-            own = ("--algo", str(entry["algo"]), "--seed", str(seed), "--run-id", run_id, "--resume")
-            overrides = (*_overrides(experiment), *map(str, entry.get("overrides", ())))
-            runs.append(Run(run_id, (*_axes(experiment), *own, "--", *overrides)))
+        entry = {"algo": entry} if isinstance(entry, str) else entry
+        if not isinstance(entry, dict) or "algo" not in entry or set(entry) - {"algo", "label", "overrides"}:
+            raise UserError(f"{path}: an algorithm is a name or {{algo, label, overrides}}, not {entry!r}.")
+        entries.append({"label": entry["algo"], "overrides": [], **entry})
+    runs = []
+    for seed in experiment.seeds:  # one seed of everything before the next
+        for entry in entries:
+            algo = str(entry["algo"])
+            run_id = f"{experiment.name}_{entry['label']}_s{seed}"
+            own = ("--algo", algo, "--seed", str(seed), "--run-id", run_id, "--resume")
+            overrides = (*_overrides(experiment), *map(str, entry["overrides"]))
+            config, _ = compose(
+                model=experiment.model,
+                algorithms=algo.split(","),
+                dataset=experiment.dataset,
+                registered=algorithm_names(),
+                overrides=[f"seed={seed}", *overrides],
+                smoke=experiment.smoke,
+            )
+            runs.append(Run(run_id, (*_axes(experiment), *own, "--", *overrides), config))
     return experiment, runs
 
 
@@ -95,22 +107,30 @@ def _overrides(experiment: Experiment) -> tuple[str, ...]:
     return (*threads, *experiment.overrides)
 
 
-def finished(run_id: str) -> bool:
-    """Whether a run is trained and evaluated: its last event and its matrix say so."""
-    from clbench.checkpoints.run_folder import finished_visits, read_manifest
+def finished(run: Run) -> bool:
+    """Whether a run is trained and evaluated with exactly the settings that the experiment asks for."""
+    from clbench.checkpoints.run_folder import changed_keys, finished_visits, read_manifest
+    from clbench.training.trainer import FREE_ON_RESUME
 
-    folder = results_root() / run_id
-    if not (folder / "manifest.json").is_file():
+    folder = results_root() / run.run_id
+    complete = folder / "eval" / "complete.json"
+    if not (folder / "manifest.json").is_file() or not complete.is_file():
         return False
-    visits = len(read_manifest(folder)["checkpoints"])
-    return finished_visits(folder) == visits and (folder / "eval" / "complete.json").is_file()
+    if finished_visits(folder) != len(read_manifest(folder)["checkpoints"]):
+        return False
+    asked = {"cells": run.config.eval.cells, "episodes": run.config.eval.episodes}
+    return not changed_keys(folder, run.config, FREE_ON_RESUME) and read_json(complete) == asked
 
 
 def run_sweep(name: str, dry_run: bool = False) -> int:
     """Run what is left of an experiment; returns 1 when a run failed, after the others have finished."""
     experiment, runs = load_experiment(name)
-    left = [r for r in runs if not finished(r.run_id)]
+    left = [r for r in runs if not finished(r)]
     print(f"experiment {experiment.name}: {len(runs) - len(left)} of {len(runs)} runs are finished", flush=True)
+    from clbench.algorithms.build import build_algorithm
+
+    for r in runs:  # what a configuration can show to be wrong, before anything heavy
+        build_algorithm(r.config)
     if dry_run:
         for r in runs:
             print(f"  {'left' if r in left else 'done'}  {r.run_id}")
@@ -127,7 +147,7 @@ def run_sweep(name: str, dry_run: bool = False) -> int:
     failed = [r.run_id for r, ok in zip(left, results, strict=True) if not ok]
     for run_id in failed:
         print(f"failed: {run_id}; see {logs / run_id}.log", file=sys.stderr)
-    done = [r.run_id for r in runs if finished(r.run_id)]
+    done = [r.run_id for r in runs if finished(r)]
     if done:
         from clbench.report import build_report
 

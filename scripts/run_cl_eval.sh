@@ -10,7 +10,7 @@
 #   --base           also evaluate the base before the stream (needed for fwt_gem)
 #   --random         also evaluate uniformly random actions
 #   --workers N      processes (default: one a core, at most 2)
-#   --gpus ID        the GPU the policy runs on
+#   --gpus N         1 = the policy runs on a GPU, 0 = on the CPU
 #   --output-base D  write D/RUN/eval instead of into the run's folder
 #   --debug          show tracebacks
 #   -- key=value ... overrides of the eval section, e.g. -- eval.slots=16

@@ -374,7 +374,7 @@ def test_run_that_exists(refused: Refused, run_yaml: Path, make_run: Callable[..
 
 
 def test_resumed_with_other_settings(refused: Refused, run_yaml: Path, make_run: Callable[..., Path]) -> None:
-    make_run("mine")
+    make_run("mine", done=1)
     message = refused("train", "--yaml", run_yaml, "--run-id", "mine", "--resume", "--", "train.steps=9")
     assert "train.steps" in message
 

@@ -46,7 +46,7 @@ def test_never_replays_the_current_task_nor_repeats_within_a_batch() -> None:
     for k in range(4):
         memory.store(k, torch.zeros(30, dtype=torch.int64), g(k))
     for seed in range(100):
-        refs = memory.sample(25, g(seed), balanced=bool(seed % 2), exclude=3)
+        refs = memory.sample(25, g(seed), balanced=bool(seed % 2), exclude=[3])
         assert 3 not in refs[:, 0]
         assert len(torch.unique(refs, dim=0)) == 25
         for k, i in refs.tolist():
@@ -57,16 +57,16 @@ def test_balanced_gives_every_task_its_share() -> None:
     memory = ReplayMemory(100)
     memory.store(0, torch.zeros(100, dtype=torch.int64), g(0))
     memory.store(1, torch.zeros(10, dtype=torch.int64), g(1))
-    balanced = memory.sample(9, g(2), balanced=True, exclude=9)
+    balanced = memory.sample(9, g(2), balanced=True, exclude=[9])
     assert sorted(torch.bincount(balanced[:, 0]).tolist()) == [4, 5]
-    share = sum(int((memory.sample(22, g(s), balanced=False, exclude=9)[:, 0] == 1).sum()) for s in range(300))
+    share = sum(int((memory.sample(22, g(s), balanced=False, exclude=[9])[:, 0] == 1).sum()) for s in range(300))
     assert abs(share / 300 - 2.0) < 0.3  # 10 of 110 stored samples: 2 of 22
 
 
 def test_more_than_is_stored_repeats_whole_rounds() -> None:
     memory = ReplayMemory(5)
     memory.store(0, torch.zeros(5, dtype=torch.int64), g(0))
-    refs = memory.sample(12, g(1), balanced=False, exclude=1)
+    refs = memory.sample(12, g(1), balanced=False, exclude=[1])
     counts = torch.bincount(torch.searchsorted(memory.indices[0], refs[:, 1].contiguous()))
     assert sorted(counts.tolist()) == [2, 2, 2, 3, 3]
 

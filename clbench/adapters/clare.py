@@ -90,6 +90,15 @@ class ClareConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = "CLARE"  # type: ignore[assignment]
+        for name, given in (
+            ("target_modules", self.target_modules if self.target_modules is not None else ""),
+            ("discriminator_cfg", self.discriminator_cfg),
+            ("func_adapter_cfg", self.func_adapter_cfg),
+            ("structure", self.structure),
+            ("links", self.links),
+        ):
+            if not isinstance(given, str if name == "target_modules" else dict):
+                raise UserError(f"CLARE configuration: {name} must be {'text' if name[0] == 't' else 'a mapping'}.")
         for name, given, known in (
             ("discriminator_cfg", self.discriminator_cfg, _discriminator_defaults()),
             ("func_adapter_cfg", self.func_adapter_cfg, _adapter_defaults()),
@@ -123,7 +132,7 @@ class ClareConfig(PeftConfig):
         ):
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"CLARE configuration: {name} must be a positive integer, is {value!r}.")
-        if not 0 < d["momentum"] <= 1:
+        if not isinstance(d["momentum"], int | float) or not 0 < d["momentum"] <= 1:
             raise UserError(f"CLARE configuration: discriminator_cfg.momentum must be in (0, 1], is {d['momentum']}.")
         for key, (adapters, discriminators) in self.structure.items():
             links = self.links.get(key, list(range(discriminators)) if adapters == discriminators else None)
@@ -226,6 +235,7 @@ class ClareLayer(nn.Module, BaseTunerLayer):
         self.dim_in, self.dim_out = layer_dims(base_layer, name)
         for label, want, have in (
             ("feature_dim", config.feature_dim, self.dim_in),
+            ("discriminator_cfg.feature_dim", config.discriminator_cfg["feature_dim"], self.dim_in),
             ("out_feature_dim", config.out_feature_dim, self.dim_out),
         ):
             if want is not None and want != have:
@@ -317,7 +327,8 @@ class ClareLayer(nn.Module, BaseTunerLayer):
         if self._disable_adapters or not self.adapters:
             return out
         if self.forced is not None:
-            return out + self.adapters[self.forced](x)
+            adapter: Any = self.adapters[self.forced]
+            return out + adapter(x.to(adapter.down.weight.dtype)).to(out.dtype)
         return out + self._routed(x).to(out.dtype)
 
 
@@ -334,7 +345,6 @@ class Capture:
 
     def record(self, layer: ClareLayer, x: Tensor) -> None:
         self.inputs.setdefault(layer.name, x.detach())
-        self._complete = self.inputs.keys() == self.want
 
     def complete(self) -> bool:
         return self.inputs.keys() == self.want
@@ -427,7 +437,7 @@ def inject(policy: nn.Module, config: ClareConfig) -> list[ClareLayer]:
         hits = [n for n in names if isinstance(pattern, str) and re.fullmatch(pattern, n)]
     except re.error as e:
         raise UserError(f"CLARE: target_modules '{pattern}' is not a regular expression: {e}.") from e
-    if isinstance(pattern, str) and not hits:
+    if not hits:
         raise UserError(f"CLARE: target_modules '{pattern}' matches no module of the policy.")
     unknown = [k for k in config.structure if re.sub(r"\.\d+$", "", k) not in (hits or names)]
     if unknown:

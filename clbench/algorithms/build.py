@@ -28,15 +28,19 @@ from clbench.registry import algorithm_class
 from clbench.streams.stream import TaskStream
 
 
-def build_algorithm(config: Config) -> CLAlgorithm:
+def build_algorithm(config: Config, check: bool = True) -> CLAlgorithm:
     """Build `config.algorithm`: {name: er | [er, ewc], …keys of their Config dataclasses}.
+
+    `check=False` skips the algorithms' own checks of the whole configuration (to evaluate what was trained with it).
 
     Raises UserError for an unknown name or key, a value of the wrong type, a misspelt hook, or two algorithms that
     claim the same thing.
     """
     section = dict(config.algorithm)
     names = section.pop("name")
-    names = [names] if isinstance(names, str) else list(names)
+    if not isinstance(names, str) and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
+        raise UserError(f"algorithm.name must be a name or a list of names, is {names!r}.")
+    names = [names] if isinstance(names, str) else names
     if not names or len(set(names)) != len(names):
         raise UserError(f"algorithm.name must be one name or a list of different names, is {names}.")
     classes: list[type[CLAlgorithm]] = []
@@ -44,6 +48,8 @@ def build_algorithm(config: Config) -> CLAlgorithm:
         cls = algorithm_class(str(name))
         if not (isinstance(cls, type) and issubclass(cls, CLAlgorithm)):
             raise UserError(f"algorithm '{name}' ({cls!r}) is not a subclass of clbench.algorithms.hooks.CLAlgorithm.")
+        if cls.name != name:
+            raise UserError(f"algorithm '{name}' is registered under another name than its own, '{cls.name}'.")
         check_hooks(cls)
         classes.append(cls)
     keys = {f.name: i for i, cls in enumerate(classes) for f in dataclasses.fields(cls.Config)}
@@ -54,7 +60,7 @@ def build_algorithm(config: Config) -> CLAlgorithm:
     for cls in classes:
         own = {k: v for k, v in section.items() if k in {f.name for f in dataclasses.fields(cls.Config)}}
         parts.append(cls(_typed(cls, own)))
-    for part in parts:
+    for part in parts if check else ():
         part.check(config)
     if len(parts) == 1:
         return parts[0]
@@ -85,6 +91,7 @@ class ComposedAlgorithm(CLAlgorithm):
     def __init__(self, parts: Sequence[CLAlgorithm]) -> None:
         super().__init__(None)
         self.parts = list(parts)
+        self.claims = frozenset().union(*(p.claims for p in parts))  # type: ignore[misc]
 
     def bind(self, ctx: Context) -> None:
         super().bind(ctx)
@@ -172,12 +179,10 @@ class ComposedAlgorithm(CLAlgorithm):
         return "|".join(p.view_key(task_id) for p in self.parts)
 
     def eval_view(self, policy: nn.Module, task_id: int) -> AbstractContextManager[None]:
-        stack = ExitStack()
         with ExitStack() as building:
             for p in self.parts:
                 building.enter_context(p.eval_view(policy, task_id))
-            stack = building.pop_all()
-        return stack  # type: ignore[return-value]
+            return building.pop_all()  # type: ignore[return-value]
 
     def eval_diagnostics(self, policy: nn.Module) -> dict[str, Tensor]:
         merged: dict[str, Tensor] = {}

@@ -19,6 +19,7 @@ values); adapter width and steps follow the policy's size (see configs/recipes).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -149,9 +150,25 @@ class CLARE(CLAlgorithm):
 
     def check(self, config: Any) -> None:
         c = self.config
-        for name in ("detect_steps", "discriminator_steps", "adapter_hidden", "adapter_lora_rank"):
-            if getattr(c, name) < 1:
-                raise UserError(f"algorithm.{name} must be at least 1, is {getattr(c, name)}.")
+        for name in (
+            "detect_steps", "discriminator_steps", "adapter_steps", "detect_batch_size", "adapter_hidden",
+            "adapter_lora_rank", "discriminator_hidden", "discriminator_latent", "max_batches_tracked",
+            "detect_log_every", "discriminator_log_every",
+        ):  # fmt: skip
+            value = getattr(c, name)
+            if value is not None and value < 1:
+                raise UserError(f"algorithm.{name} must be at least 1, is {value}.")
+        if c.discriminator_batch_size is not None and c.discriminator_batch_size < 2:
+            raise UserError("algorithm.discriminator_batch_size must be at least 2: the errors' deviation is tracked.")
+        for name in ("adapter_lr", "discriminator_lr"):
+            value = getattr(c, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"algorithm.{name} must be positive, is {value}.")
+        for name in ("discriminator_weight_decay", "discriminator_grad_clip"):
+            if not 0 <= getattr(c, name) < math.inf:
+                raise UserError(f"algorithm.{name} must not be negative, is {getattr(c, name)}.")
+        if not math.isfinite(c.expand_threshold):
+            raise UserError(f"algorithm.expand_threshold must be a finite number, is {c.expand_threshold}.")
         if c.at_least_expand < 0 or (c.maximum_expand is not None and c.maximum_expand < c.at_least_expand):
             raise UserError(
                 f"algorithm.at_least_expand ({c.at_least_expand}) must be at least 0 and at most "
@@ -174,6 +191,8 @@ class CLARE(CLAlgorithm):
             if unknown:
                 raise UserError(f"{c.peft_cfg_path}: unknown key '{unknown[0]}'.")
             # The structure in such a file describes somebody's finished run; ours starts with none.
+            if not isinstance(values.get("target_modules"), str):
+                raise UserError(f"{c.peft_cfg_path}: CLARE's target_modules must be a regular expression.")
             values.update(structure={}, links={}, num_learned_task=0, auto_mapping=None)
             return ClareConfig(**{k: v for k, v in values.items() if k in known})
         target = c.target_modules or DEFAULT_TARGETS.get(policy_type)
@@ -212,15 +231,15 @@ class CLARE(CLAlgorithm):
         adapters = replace(
             train,
             name="adapters",
-            steps=c.adapter_steps or train.steps,
-            optimizer=replace(train.optimizer, lr=c.adapter_lr or train.optimizer.lr),
+            steps=train.steps if c.adapter_steps is None else c.adapter_steps,
+            optimizer=replace(train.optimizer, lr=train.optimizer.lr if c.adapter_lr is None else c.adapter_lr),
             parameters=lambda: self._new_parameters("adapters"),
             on_enter=self._expand,
         )
         discriminators = Phase(
             "discriminators",
             c.discriminator_steps,
-            c.discriminator_batch_size or train.batch_size,
+            train.batch_size if c.discriminator_batch_size is None else c.discriminator_batch_size,
             OptimizerConfig(
                 lr=c.discriminator_lr,
                 weight_decay=c.discriminator_weight_decay,
@@ -240,7 +259,7 @@ class CLARE(CLAlgorithm):
         detect = Phase(
             "detect",
             c.detect_steps,
-            c.detect_batch_size or train.batch_size,
+            train.batch_size if c.detect_batch_size is None else c.detect_batch_size,
             None,
             policy_training=False,
             on_batch=self._detect,
@@ -249,11 +268,12 @@ class CLARE(CLAlgorithm):
         return [detect, adapters, discriminators]
 
     def _inputs(self, ctx: Context, batch: Batch, draw: dict[str, Tensor]) -> dict[str, Tensor]:
+        ctx.policy.eval()
         with torch.no_grad(), capturing(self._layers) as capture:
             ctx.forward(batch, draw)
         return capture.inputs
 
-    def _detect(self, ctx: Context, batch: Batch, draw: dict[str, Tensor]) -> None:
+    def _detect(self, ctx: Context, batch: Batch, draw: dict[str, Tensor]) -> dict[str, float]:
         inputs = self._inputs(ctx, batch, draw)
         found = self._found
         for i, layer in enumerate(self._layers):
@@ -268,6 +288,7 @@ class CLARE(CLAlgorithm):
                 found.z[i] += z
                 found.error[i] += error
         found.batches += 1
+        return {"novelty": max(float(z.min()) for z in found.z) / found.batches}
 
     def _expand(self, ctx: Context) -> None:
         c, found, layers = self.config, self._found, self._layers

@@ -86,13 +86,14 @@ class ER(CLAlgorithm):
         self._bytes_per_sample = ctx.frames.parts(0)[0].sample_bytes()
 
     def plan_batch(self, ctx: Context, step: int) -> Plan | None:
-        if not any(k != ctx.k for k in self.memory.indices):
+        same_task = [v.k for v in ctx.stream.visits if v.task == ctx.visit.task]
+        if all(k in same_task for k in self.memory.indices):
             return None
         refs = self.memory.sample(
             self._count(ctx.train.batch_size),
             generator("er-replay", ctx.seed, ctx.k, step),
             balanced=self.config.balanced_sampling,
-            exclude=ctx.k,
+            exclude=same_task,
         )
         return Plan(refs, appended=self.config.mode == "append")
 

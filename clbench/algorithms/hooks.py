@@ -39,6 +39,16 @@ from clbench.errors import UserError
 from clbench.seeding import generator
 from clbench.streams.stream import TaskStream, Visit
 
+# Overriding such a method is claiming what it decides.
+CLAIMED_BY = {
+    "phases": "phases",
+    "plan_batch": "batch_mix",
+    "transform_stream": "stream",
+    "save_policy": "structure",
+    "restore_structure": "structure",
+    "eval_view": "eval_view",
+}
+
 # What an algorithm may own alone. Two algorithms of a composition that claim the same thing are refused.
 CLAIMS = ("batch_mix", "gradient_edits", "phases", "structure", "eval_view", "stream")
 
@@ -153,7 +163,8 @@ class Phase:
         optimizer: learning rate, schedule, clipping; null for a forward-only phase.
         policy_training: the algorithm's per-step hooks run here.
         loss: `(ctx, batch, draw) -> (n,)` per-sample losses; null = the policy's own.
-        on_batch: `(ctx, batch, draw)`, what a forward-only phase does instead of a loss and a step.
+        on_batch: `(ctx, batch, draw)`, what a forward-only phase does instead of a loss and a step; may return numbers
+            to log.
         parameters: names → parameters that train; null = every parameter that requires a gradient.
         on_enter, on_exit: structure changes go into on_enter; the optimizer is built after it.
         log_every: steps between log lines; null = the run's.
@@ -165,7 +176,7 @@ class Phase:
     optimizer: OptimizerConfig | None
     policy_training: bool = True
     loss: Callable[[Context, Batch, dict[str, Tensor]], Tensor] | None = None
-    on_batch: Callable[[Context, Batch, dict[str, Tensor]], None] | None = None
+    on_batch: Callable[[Context, Batch, dict[str, Tensor]], dict[str, float] | None] | None = None
     parameters: Callable[[], dict[str, nn.Parameter]] | None = None
     on_enter: Callable[[Context], None] = _nothing
     on_exit: Callable[[Context], None] = _nothing
@@ -306,12 +317,22 @@ def check_hooks(cls: type[CLAlgorithm]) -> None:
                         "(A helper's name may start with an underscore.)"
                     )
                 continue
+            claim = CLAIMED_BY.get(name)
+            if claim is not None and claim not in cls.claims:
+                raise UserError(f"{owner.__name__} overrides {name} and so must claim '{claim}' in `claims`.")
             want = list(inspect.signature(getattr(CLAlgorithm, name)).parameters)
             have = list(inspect.signature(value).parameters)
             if have != want:
                 raise UserError(
                     f"{owner.__name__}.{name}({', '.join(have)}) must take ({', '.join(want)}), as it is called."
                 )
+
+
+def stands_alone(name: str, config: Any) -> None:
+    """Raise UserError when a stream transform is combined with other algorithms: there is no sequence to act on."""
+    names = config.algorithm.get("name")
+    if not isinstance(names, str) and len(names) > 1:
+        raise UserError(f"{name} cannot be combined with other algorithms ({', '.join(map(str, names))}).")
 
 
 def iterate_named(policy: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from clbench.algorithms.hooks import CLAlgorithm, Context, Phase, training_phase
+from clbench.algorithms.hooks import CLAlgorithm, Context, Phase, stands_alone, training_phase
+from clbench.errors import UserError
 from clbench.streams.stream import TaskStream
 
 
@@ -29,9 +31,15 @@ class Multitask(CLAlgorithm):
 
         steps_per_task: int | None = None
 
+    def check(self, config: Any) -> None:
+        stands_alone(self.name, config)
+        steps = self.config.steps_per_task
+        if steps is not None and steps < 1:
+            raise UserError(f"algorithm.steps_per_task must be at least 1 (or null), is {steps}.")
+
     def transform_stream(self, stream: TaskStream) -> TaskStream:
         return stream.joint()
 
     def phases(self, ctx: Context) -> Sequence[Phase]:
-        per_task = self.config.steps_per_task or ctx.train.steps
+        per_task = ctx.train.steps if self.config.steps_per_task is None else self.config.steps_per_task
         return [replace(training_phase(ctx), steps=per_task * len(ctx.stream.columns))]

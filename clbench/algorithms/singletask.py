@@ -5,7 +5,9 @@ The reference for what a task costs and reaches on its own (Continual World's si
 
 from __future__ import annotations
 
-from clbench.algorithms.hooks import CLAlgorithm
+from typing import Any
+
+from clbench.algorithms.hooks import CLAlgorithm, stands_alone
 from clbench.streams.stream import TaskStream
 
 
@@ -14,6 +16,9 @@ class SingleTask(CLAlgorithm):
 
     name = "singletask"
     claims = frozenset({"stream"})
+
+    def check(self, config: Any) -> None:
+        stands_alone(self.name, config)
 
     def transform_stream(self, stream: TaskStream) -> TaskStream:
         return stream.independent()

@@ -81,6 +81,7 @@ def load_policy(folder: Path | str, device: str = "cpu", overrides: dict[str, An
             if key not in {f.name for f in fields(config)}:
                 raise UserError(f"unknown key 'policy.{key}' for {config.type}.")
             setattr(config, key, value)
+        config.__post_init__()  # checks them
         adapter = folder / "adapter_config.json"
         policy = _load_weights(config, folder) if not adapter.is_file() else _load_adapter(config, folder)
         pre, post = make_pre_post_processors(

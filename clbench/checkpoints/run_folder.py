@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -63,6 +64,8 @@ def new_run_folder(run_id: str, output_dir: str | None, resume: bool) -> tuple[P
         raise UserError(f"run id '{run_id}' must be a plain folder name.")
     root = Path(output_dir).expanduser() if output_dir else results_root()
     folder = root / run_id
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, not a run's folder. Choose another --run-id.")
     exists = folder.exists() and any(folder.iterdir())
     if exists and not resume:
         raise UserError(
@@ -146,7 +149,7 @@ def save_checkpoint(folder: Path, k: int, fill: Callable[[Path], dict[str, Any]]
     try:
         temporary.mkdir(parents=True)
         description = fill(temporary)
-        write_json(temporary / "checkpoint.json", {"k": k, **description})
+        write_json(temporary / "checkpoint.json", {"k": k, **description, "digest": folder_digest(temporary)})
         if final.exists():
             shutil.rmtree(final)
         os.replace(temporary, final)
@@ -158,8 +161,18 @@ def save_checkpoint(folder: Path, k: int, fill: Callable[[Path], dict[str, Any]]
         ) from e
 
 
+def folder_digest(folder: Path) -> str:
+    """sha256 over names and contents of all files in a folder: what an evaluation was made with."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "checkpoint.json"):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0")
+        with path.open("rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()
+
+
 def changed_keys(folder: Path, config: Config, ignore: tuple[str, ...]) -> list[str]:
-    """Keys whose values differ between the run's config.yaml and `config`, without sections in `ignore`."""
+    """Keys whose values differ between config.yaml and `config`; keys that start like `ignore` are left out."""
     from omegaconf import OmegaConf
 
     from clbench.config.compose import load_yaml
@@ -168,9 +181,7 @@ def changed_keys(folder: Path, config: Config, ignore: tuple[str, ...]) -> list[
     assert isinstance(old, dict)
     flat_old, flat_new = _flatten(old), _flatten(to_dict(config))
     return sorted(
-        k
-        for k in flat_old.keys() | flat_new.keys()
-        if k.split(".")[0] not in ignore and flat_old.get(k) != flat_new.get(k)
+        k for k in flat_old.keys() | flat_new.keys() if not k.startswith(ignore) and flat_old.get(k) != flat_new.get(k)
     )
 
 
@@ -185,6 +196,8 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_json(folder / "manifest.json")
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("visits"), list):
-        raise UserError(f"{folder / 'manifest.json'} is damaged: it has no list of visits.")
+    need = {"visits": list, "checkpoints": list, "mode": str, "base": dict}
+    for key, kind in need.items():
+        if not isinstance(manifest, dict) or not isinstance(manifest.get(key), kind):
+            raise UserError(f"{folder / 'manifest.json'} is damaged: it has no proper '{key}'.")
     return manifest

@@ -7,20 +7,22 @@ Later wins. A key that nobody defined is an error that names the nearest valid o
 
 from __future__ import annotations
 
+import math
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from clbench.config.schema import Config
 from clbench.errors import UserError, nearest
 from clbench.paths import CONFIG_ROOT
 
-SECRET = re.compile(r"(key|token|secret|passw|credential)", re.IGNORECASE)
+SECRET = re.compile(r"(^|_)(api_?key|key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
 MAX_YAML_BYTES = 1024 * 1024
 
 
@@ -108,8 +110,9 @@ def _merge(files: Sequence[Path], head: dict[str, Any], overrides: Sequence[str]
     layers.append(("the command line", OmegaConf.create(head)))
     if smoke:
         merged: Any = OmegaConf.merge(*(layer for _, layer in layers))
-        named = merged.get("algorithm", {}).get("name", [])
-        for name in ["base", *([named] if isinstance(named, str) else named)]:
+        section = merged.get("algorithm")
+        named = section.get("name", []) if isinstance(section, DictConfig) else []
+        for name in ["base", *([named] if isinstance(named, str) else named if isinstance(named, ListConfig) else [])]:
             path = CONFIG_ROOT / "smoke" / f"{name}.yaml"
             if path.is_file():
                 layers.append((_short(path), load_yaml(path)))
@@ -144,13 +147,18 @@ def _dotlist(overrides: Sequence[str]) -> DictConfig:
         items.append(text)
     try:
         return OmegaConf.from_dotlist(items)
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as e:
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, IndexError, TypeError) as e:
         raise UserError(f"cannot read the overrides {items}: {_one_line(e)}") from e
 
 
 def check_keys(schema: Any, value: Any, source: str, prefix: str = "") -> None:
     """Raise UserError for a key that the schema lacks, naming the nearest one it has."""
-    if not isinstance(value, DictConfig) or not isinstance(schema, DictConfig):
+    if not isinstance(schema, DictConfig):
+        return
+    if not isinstance(value, DictConfig):
+        plain = value._value() if isinstance(value, Node) else value
+        if plain is not None and prefix and not str(plain).startswith("${"):
+            raise UserError(f"{source}: '{prefix.rstrip('.')}' must hold keys and values, is {value}.")
         return
     if OmegaConf.get_type(schema) is dict:  # an open mapping: checked by whoever owns it
         return
@@ -188,9 +196,11 @@ def to_config(config: Any) -> Config:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The configuration as plain containers; values of keys that look like secrets are replaced."""
+    """The configuration as plain containers. Secrets are replaced: values of keys that are named like one, and
+    values that equal an environment variable that is named like one."""
     plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
-    redacted = redact(plain)
+    secrets = {v for k, v in os.environ.items() if SECRET.search(k) and len(v) >= 8}
+    redacted = redact(plain, secrets)
     assert isinstance(redacted, dict)
     return redacted
 
@@ -199,13 +209,15 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
-def redact(value: Any) -> Any:
+def redact(value: Any, secrets: Collection[str] = ()) -> Any:
     if isinstance(value, dict):
         return {
-            k: "<redacted>" if SECRET.search(str(k)) and isinstance(v, str) and v else redact(v)
+            k: "<redacted>" if SECRET.search(str(k)) and isinstance(v, str) and v else redact(v, secrets)
             for k, v in value.items()
         }
-    return [redact(v) for v in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [redact(v, secrets) for v in value]
+    return "<redacted>" if isinstance(value, str) and value in secrets else value
 
 
 def check_values(c: Config) -> None:
@@ -223,8 +235,8 @@ def check_values(c: Config) -> None:
         need(section.log_every >= 1, f"{label}.log_every must be at least 1, is {section.log_every}")
         _choice(problems, f"{label}.optimizer.name", o.name, ("adamw", "sgd"))
         _choice(problems, f"{label}.optimizer.schedule", o.schedule, ("cosine", "constant"))
-        need(o.lr > 0, f"{label}.optimizer.lr must be positive, is {o.lr}")
-        need(o.weight_decay >= 0, f"{label}.optimizer.weight_decay must not be negative")
+        need(0 < o.lr < math.inf, f"{label}.optimizer.lr must be positive and finite, is {o.lr}")
+        need(0 <= o.weight_decay < math.inf, f"{label}.optimizer.weight_decay must not be negative")
         need(
             len(o.betas) == 2 and all(0 <= b < 1 for b in o.betas),
             f"{label}.optimizer.betas must be 2 in [0, 1)",
@@ -232,7 +244,7 @@ def check_values(c: Config) -> None:
         need(0 <= o.momentum < 1, f"{label}.optimizer.momentum must be in [0, 1)")
         need(o.warmup_steps >= 0, f"{label}.optimizer.warmup_steps must not be negative")
         need(0 <= o.final_lr_ratio <= 1, f"{label}.optimizer.final_lr_ratio must be in [0, 1]")
-        need(o.grad_clip >= 0, f"{label}.optimizer.grad_clip must not be negative (0 = off)")
+        need(0 <= o.grad_clip < math.inf, f"{label}.optimizer.grad_clip must not be negative (0 = off)")
     t, e, d = c.train, c.eval, c.dataset
     need(t.gradient_accumulation >= 1, "train.gradient_accumulation must be at least 1")
     if t.gradient_accumulation >= 1:
@@ -268,8 +280,11 @@ def check_values(c: Config) -> None:
         need(m.demos_per_task >= 1, f"{label}.demos_per_task must be at least 1")
         need(m.action_noise >= 0, f"{label}.action_noise must not be negative")
         need(m.tail_steps >= 0, f"{label}.tail_steps must not be negative")
-    if "name" not in c.algorithm:
+    name = c.algorithm.get("name")
+    if name is None:
         problems.append("algorithm.name is missing (for example --algo clare)")
+    elif not isinstance(name, str) and not (isinstance(name, list) and name and all(isinstance(n, str) for n in name)):
+        problems.append(f"algorithm.name must be a name or a list of names, is {name!r}")
     if "type" not in c.policy and "path" not in c.policy:
         problems.append("policy.type (or policy.path, a checkpoint folder) is missing")
     if problems:

@@ -56,7 +56,7 @@ class FrameTable:
         table = dataset.hf_dataset.with_format("numpy")
         columns: dict[str, Tensor] = {}
         for key, feature in dataset.features.items():
-            if feature["dtype"] in ("string", "language"):
+            if feature["dtype"] in ("string", "language", "image", "video"):
                 continue
             array = np.asarray(table[key][:])
             if feature["dtype"] == "float64":

@@ -5,7 +5,7 @@ References are tiny and exact; `sample_bytes` says what the samples they stand f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -45,13 +45,13 @@ class ReplayMemory:
             kept = chosen[episode_of].nonzero()[:, 0]
         self.indices[k] = kept.sort().values
 
-    def sample(self, n: int, generator: torch.Generator, *, balanced: bool, exclude: int) -> Tensor:
-        """Draw n references (n, 2), without replacement while enough are stored; never of visit `exclude`.
+    def sample(self, n: int, generator: torch.Generator, *, balanced: bool, exclude: Collection[int]) -> Tensor:
+        """Draw n references (n, 2), without replacement while enough are stored; never of visits in `exclude`.
 
         balanced: every stored visit gives n / visits samples (the remainder goes to visits drawn at random);
         otherwise all stored samples are equally likely.
         """
-        pools = {k: v for k, v in sorted(self.indices.items()) if k != exclude}
+        pools = {k: v for k, v in sorted(self.indices.items()) if k not in exclude}
         if not pools:
             raise ValueError("the replay memory is empty")
         if not balanced:

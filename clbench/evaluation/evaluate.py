@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from clbench.checkpoints.run_folder import checkpoint_folder, finished_visits, read_manifest
-from clbench.config.compose import load_yaml, to_config
+from clbench.config.compose import check_keys, load_yaml, to_config
 from clbench.config.schema import Config
 from clbench.envs.base import EVAL_SEED_BASE
 from clbench.errors import UserError
@@ -25,8 +25,15 @@ from clbench.io import read_json, write_json
 def run_config(folder: Path) -> Config:
     """The configuration of a finished or running run."""
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
-    return to_config(OmegaConf.merge(OmegaConf.structured(Config), load_yaml(folder / "config.yaml")))
+    path = folder / "config.yaml"
+    values = load_yaml(path)
+    check_keys(OmegaConf.structured(Config), values, str(path))
+    try:
+        return to_config(OmegaConf.merge(OmegaConf.structured(Config), values))
+    except OmegaConfBaseException as e:
+        raise UserError(f"{path} is not valid: {' '.join(str(e).split())}") from e
 
 
 def wanted_cells(mode: str, cells: str, rows: int, columns: int) -> list[tuple[int, int]]:
@@ -69,7 +76,7 @@ def evaluate(folder: Path, config: Config, output: Path | None = None, progress:
             file=sys.stderr,
         )
     columns = manifest["visits"]
-    _check_settings(out, e.steps_after_success, [c["env"]["max_steps"] for c in columns], e.seed)
+    _check_settings(out, folder, rows, e.steps_after_success, [c["env"]["max_steps"] for c in columns], e.seed)
     cells = wanted_cells(manifest["mode"], e.cells, rows, len(columns))
     cells += [(BASE, j) for j in range(len(columns))] if e.base_row else []
     cells += [(RANDOM, j) for j in range(len(columns))] if e.random_row else []
@@ -116,20 +123,25 @@ def evaluate(folder: Path, config: Config, output: Path | None = None, progress:
     return matrix
 
 
-def _check_settings(out: Path, steps_after_success: int, max_steps: list[int], seed: int) -> None:
-    """Records of other settings must not mix with new ones."""
+def _check_settings(
+    out: Path, folder: Path, rows: int, steps_after_success: int, max_steps: list[int], seed: int
+) -> None:
+    """Records of other settings or other checkpoints must not mix with new ones."""
     path = out / "settings.json"
-    now = {"steps_after_success": steps_after_success, "max_steps": max_steps, "seed": seed}
+    digests = [read_json(checkpoint_folder(folder, k) / "checkpoint.json").get("digest") for k in range(rows)]
+    now = {"steps_after_success": steps_after_success, "max_steps": max_steps, "seed": seed, "checkpoints": digests}
     if path.is_file():
         before = read_json(path)
-        differing = [k for k, v in now.items() if not isinstance(before, dict) or before.get(k) != v]
+        before = before if isinstance(before, dict) else {}
+        earlier = before.get("checkpoints") or []
+        before["checkpoints"] = [*earlier, *digests[len(earlier) :]]  # a run may have gone on since
+        differing = [k for k, v in now.items() if before.get(k) != v]
         if differing:
             raise UserError(
-                f"{out} holds episodes evaluated with other settings ({', '.join(differing)}). Use the old ones, or "
-                "write elsewhere with --output-base."
+                f"{out} holds episodes of other settings or weights ({', '.join(differing)}). Use the old ones, or "
+                "write elsewhere with --output-base, or move that folder away."
             )
-    else:
-        write_json(path, now)
+    write_json(path, now)
 
 
 def _jobs(missing: dict[int, list[dict[str, Any]]], folder: Path, manifest: dict[str, Any], workers: int) -> list[Job]:

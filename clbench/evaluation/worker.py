@@ -98,7 +98,7 @@ def _actors(job: Job, settings: Settings) -> Any:
     loaded = load_policy(job.policy, settings.device)
     algorithm = CLAlgorithm(None)
     if job.checkpoint is not None:
-        algorithm = build_algorithm(settings.config)
+        algorithm = build_algorithm(settings.config, check=False)
         algorithm.restore_structure(loaded.policy, Path(job.policy))
         algorithm.load_state_dict(load_state(Path(job.checkpoint), "algorithm"))
     groups: dict[str, list[dict[str, Any]]] = {}

@@ -15,6 +15,7 @@ from typing import Any
 
 from clbench.config.schema import DatasetConfig
 from clbench.data.info import DataInfo, load_info
+from clbench.envs.base import check_task
 from clbench.errors import UserError, nearest
 from clbench.paths import data_root
 
@@ -126,6 +127,8 @@ def build_stream(config: DatasetConfig, *, sequential: bool = True) -> TaskStrea
             lacks a task.
     """
     order = visit_order(config)
+    for name in order:
+        check_task(config.env.type, name)
     if sequential and len(order) < 2:
         raise UserError(
             f"stream '{config.name}' has one task ({order[0]}): continual learning needs at least two. "

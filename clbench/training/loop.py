@@ -111,6 +111,7 @@ class PhaseRunner:
                             self.progress_mode)  # fmt: skip
         last: float | None = None
         ctx.policy.train()
+        ctx.policy.zero_grad(set_to_none=True)
         if phase.optimizer is None or optimizer is not None:
             plans: list[Plan | None] = []
             batches = load_batches(ctx.frames, self._references(phase, plans), ctx.train.num_workers)
@@ -120,24 +121,30 @@ class PhaseRunner:
                 plan = plans[step] if len(plans) > step else None
                 draw = self.loss.draw(batch_size(batch), ctx.generator("draw", step))
                 if optimizer is None:
-                    self._forward_only(phase, batch, draw)
-                    numbers: dict[str, float] = {}
+                    numbers = self._forward_only(phase, batch, draw)
                 else:
                     numbers = self._train_step(phase, optimizer, batch, plan, draw)
                     last = numbers["loss"]
                 self.total_steps += 1
                 if numbers and (step % log_every == 0 or step == phase.steps - 1):
-                    self.log.event("step", k=ctx.k, task=ctx.visit.task, phase=phase.name, step=step, **numbers,
-                                   total=self.total_steps)  # fmt: skip
+                    self.log.event(
+                        "step" if optimizer else "batch",
+                        k=ctx.k,
+                        task=ctx.visit.task,
+                        phase=phase.name,
+                        step=step,
+                        **numbers,
+                        total=self.total_steps,
+                    )
                 progress.update(step + 1, last)
         phase.on_exit(ctx)
         progress.close(last)
 
-    def _forward_only(self, phase: Phase, batch: Batch, draw: dict[str, Tensor]) -> None:
+    def _forward_only(self, phase: Phase, batch: Batch, draw: dict[str, Tensor]) -> dict[str, float]:
         assert phase.on_batch is not None
         self.ctx.policy.eval()
         with torch.no_grad():
-            phase.on_batch(self.ctx, batch, draw)
+            return phase.on_batch(self.ctx, batch, draw) or {}
 
     def _train_step(
         self,

@@ -6,6 +6,7 @@ the data's fingerprint. A base made with other settings (a smoke run's, say) can
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -27,7 +28,7 @@ from clbench.checkpoints.run_folder import versions
 from clbench.config.schema import Config, TrainConfig
 from clbench.data.frames import StreamFrames
 from clbench.errors import UserError
-from clbench.io import write_json
+from clbench.io import read_json, write_json
 from clbench.paths import cache_root
 from clbench.policies.loss import PolicyLoss
 from clbench.seeding import seeded
@@ -36,6 +37,9 @@ from clbench.training.backend import Backend, autocast_precision
 from clbench.training.log import RunLog
 from clbench.training.loop import PhaseRunner
 
+# Settings of acting: they may differ from those a given checkpoint was trained with.
+ACTING = ("n_action_steps", "num_inference_steps")
+
 
 def base_key(config: Config, fingerprint: str) -> dict[str, Any]:
     """Everything a base depends on."""
@@ -43,7 +47,7 @@ def base_key(config: Config, fingerprint: str) -> dict[str, Any]:
     policy = {k: v for k, v in config.policy.items() if k != "path"}
     return {
         "policy": policy,
-        "pretrain": asdict(config.pretrain),
+        "pretrain": {k: v for k, v in asdict(config.pretrain).items() if k != "log_every"},
         "tasks": list(config.dataset.pretrain.tasks),
         "data_fingerprint": fingerprint,
         "mixed_precision": autocast_precision(config.train),
@@ -67,12 +71,31 @@ def ensure_base(config: Config, backend: Backend, progress: str = "auto") -> tup
                 f"policy.path={path} is no LeRobot checkpoint folder (it has no config.json). A model on a hub has to "
                 "be downloaded first; then give its local folder."
             )
+        if (path / "adapter_config.json").is_file():
+            raise UserError(f"policy.path={path} is an adapter over another base; only a whole policy can be a base.")
+        _check_given(path, config)
         return path.resolve(), {"path": str(path.resolve()), "kind": "given"}
     tasks, fingerprint = pretraining_tasks(config.dataset)
     folder = base_folder(config, fingerprint)
     if not (folder / "base.json").is_file():
-        _pretrain(config, tasks, fingerprint, folder, backend, progress)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be making it: wait, then look again
+            if not (folder / "base.json").is_file():
+                _pretrain(config, tasks, fingerprint, folder, backend, progress)
     return folder, {"path": str(folder), "kind": "pretrained", **base_key(config, fingerprint)}
+
+
+def _check_given(path: Path, config: Config) -> None:
+    """The policy section describes the checkpoint it starts from; only what acting needs may differ."""
+    stored = read_json(path / "config.json")
+    for key, value in config.policy.items():
+        if key in ("path", *ACTING) or (key in stored and stored[key] == value):
+            continue
+        raise UserError(
+            f"policy.path={path} has {key} {stored.get(key)!r}, the configuration says {value!r}. Use "
+            f"--model checkpoint, which leaves all to the checkpoint ({', '.join(ACTING)} may be overridden)."
+        )
 
 
 def new_policy(section: dict[str, Any], frames: StreamFrames, device: str, seed: int) -> LoadedPolicy:
@@ -165,5 +188,5 @@ def load_base(path: Path, config: Config) -> LoadedPolicy:
     """Load the base onto the training device; for a given `policy.path`, other policy keys override its settings."""
     overrides = {}
     if config.policy.get("path"):
-        overrides = {k: v for k, v in config.policy.items() if k not in ("path", "type")}
+        overrides = {k: v for k, v in config.policy.items() if k in ACTING}
     return load_policy(path, pick_device(config.train.device), overrides)

@@ -15,13 +15,16 @@ from clbench.checkpoints.run_folder import (
     checkpoint_folder,
     finished_visits,
     new_run_folder,
+    read_manifest,
     save_checkpoint,
     write_description,
 )
 from clbench.checkpoints.state import load_state, save_state
+from clbench.config.compose import to_yaml
 from clbench.config.schema import Config
 from clbench.data.frames import StreamFrames
 from clbench.errors import UserError
+from clbench.io import write_text
 from clbench.policies.loss import PolicyLoss
 from clbench.streams.stream import TaskStream, build_stream
 from clbench.training import log as run_log
@@ -29,8 +32,8 @@ from clbench.training.backend import Backend, count
 from clbench.training.loop import PhaseRunner
 from clbench.training.pretrain import ensure_base, load_base
 
-# Sections that may differ when a run is resumed: they change no weight.
-FREE_ON_RESUME = ("log", "eval", "output_dir")
+# What may differ when a run is resumed: it changes no weight (threads can change the last bit of a sum).
+FREE_ON_RESUME = ("log.", "eval.", "output_dir", "train.threads", "train.num_workers", "train.log_every")
 
 
 def train(
@@ -49,10 +52,12 @@ def train(
     algorithm = build_algorithm(config)
     sequential = "stream" not in algorithm.claims
     stream = algorithm.transform_stream(build_stream(config.dataset, sequential=sequential))
-    folder, exists = new_run_folder(run_id, config.output_dir, resume)
+    folder, _ = new_run_folder(run_id, config.output_dir, resume)
     done = finished_visits(folder)
-    if exists and resume:
-        changed = changed_keys(folder, config, FREE_ON_RESUME) if (folder / "config.yaml").is_file() else []
+    if done:
+        changed = changed_keys(folder, config, FREE_ON_RESUME)
+        if read_manifest(folder).get("data_fingerprint") != stream.fingerprint:
+            changed.append(f"the data in {config.dataset.data}")
         if changed:
             raise UserError(
                 f"run '{run_id}' was started with other settings; these differ: {', '.join(changed)}. Use the old "
@@ -62,6 +67,7 @@ def train(
         where = f"after task {done} of {len(stream.visits)}" if done else "from the start: there is nothing to resume"
         print(f"resuming run '{run_id}' {where}", file=sys.stderr)
     if done == len(stream.visits):
+        write_text(folder / "config.yaml", to_yaml(config))  # its eval and log sections may be new
         print(f"run '{run_id}' is complete: {folder}", file=sys.stderr)
         return folder
     backend = Backend(config.train)
@@ -90,8 +96,7 @@ class Trainer:
     def run(self, start: int = 0) -> Path:
         """Train visits start … end; returns the run folder."""
         began = time.monotonic()
-        if start:
-            run_log.truncate(self.folder, start - 1)
+        run_log.truncate(self.folder, start - 1)
         self.log = run_log.RunLog(self.folder, self.config.log, self.run_id, self.backend.is_main)
         try:
             self._load(start)
@@ -114,7 +119,6 @@ class Trainer:
             load_base(self.base_path, self.config) if fresh else load_policy(previous / "policy", device)
         )
         policy = self.loaded.policy
-        policy.requires_grad_(True)
         frames = StreamFrames([v.tasks for v in self.stream.visits], policy.config)
         loss = PolicyLoss(policy, policy, self.loaded.preprocessor, self.backend.autocast)
         self.ctx = Context(
@@ -127,12 +131,13 @@ class Trainer:
         self.runner.progress_mode = self.config.log.progress
         self.runner.total_steps = self.total_steps
         self.algorithm.bind(self.ctx)
+        if start:
+            training = load_state(previous, "training")
+            self.runner.total_steps = int(training["total_steps"])
+            self.runner.carried_state = None if fresh else training["optimizer"]
         if not fresh:
             self.algorithm.restore_structure(policy, previous / "policy")
             self.algorithm.load_state_dict(load_state(previous, "algorithm"))
-            training = load_state(previous, "training")
-            self.runner.total_steps = int(training["total_steps"])
-            self.runner.carried_state = training["optimizer"]
 
     def _event(self, event: str, /, **fields: Any) -> None:
         self.log.event(event, k=self.ctx.k, task=self.ctx.visit.task, **fields)

@@ -7,6 +7,11 @@ from dataclasses import dataclass, field
 from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
 
+POSITIVE = (
+    "chunk_size", "n_action_steps", "action_patch", "d_model", "n_heads", "encoder_layers", "decoder_layers",
+    "ffn_mult", "num_inference_steps", "text_vocab_size", "text_dim", "text_max_words", "image_tokens_side",
+)  # fmt: skip
+
 
 @dataclass
 class DitConfig(PreTrainedConfig):
@@ -65,18 +70,24 @@ class DitConfig(PreTrainedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in POSITIVE:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, is {value!r}.")
+        for name in ("state_clip", "std_floor", "raw_below"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
+                raise ValueError(f"{name} must be a number that is not negative, is {value!r}.")
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model ({self.d_model}) must be a multiple of n_heads ({self.n_heads}).")
-        if not 1 <= self.n_action_steps <= self.chunk_size:
+        if self.n_action_steps > self.chunk_size:
             raise ValueError(
                 f"n_action_steps ({self.n_action_steps}) must be between 1 and chunk_size ({self.chunk_size})."
             )
-        if self.action_patch < 1 or self.chunk_size % self.action_patch:
+        if self.chunk_size % self.action_patch:
             raise ValueError(f"action_patch ({self.action_patch}) must divide chunk_size ({self.chunk_size}).")
         if self.n_obs_steps != 1:
             raise ValueError("the DiT policies take one observation step (n_obs_steps: 1).")
-        if self.num_inference_steps < 1:
-            raise ValueError("num_inference_steps must be at least 1.")
 
     def validate_features(self) -> None:
         """Raise ValueError unless there is an action and something to observe."""
