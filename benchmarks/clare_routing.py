@@ -16,9 +16,7 @@ import statistics
 import time
 from typing import Any
 
-from common import machine, print_table, print_verdict, run, spread
-
-from clbench.config.compose import compose
+from common import machine, print_table, print_verdict, run, spread, tiny_config
 
 AIM = 1.5
 BATCH = 32
@@ -36,10 +34,7 @@ def arguments() -> argparse.Namespace:
 
 def sizes() -> dict[str, dict[str, Any]]:
     """Adapter and discriminator widths by table."""
-    config, _ = compose(
-        model="dit_dec_tiny", algorithms=["clare"], dataset="metaworld_quick", registered=["clare"], overrides=()
-    )
-    a = config.algorithm
+    a = tiny_config("metaworld_quick", "clare").algorithm
     recipe = {
         "func_adapter_cfg": {"hidden_dim": a["adapter_hidden"]},
         "discriminator_cfg": {"hidden_dim": a["discriminator_hidden"], "latent_dim": a["discriminator_latent"]},
@@ -62,10 +57,7 @@ def build(tasks: int, size: dict[str, Any]) -> Any:
     from clbench.checkpoints.policy_io import policy_config
     from clbench.envs.metaworld import ACTION_DIM, STATE_DIM
 
-    composed, _ = compose(
-        model="dit_dec_tiny", algorithms=["clare"], dataset="metaworld_quick", registered=["clare"], overrides=()
-    )
-    config = policy_config(composed.policy, "cpu")
+    config = policy_config(tiny_config("metaworld_quick").policy, "cpu")
     config.input_features = {"observation.state": PolicyFeature(FeatureType.STATE, (STATE_DIM,))}
     config.output_features = {"action": PolicyFeature(FeatureType.ACTION, (ACTION_DIM,))}
     torch.manual_seed(0)
@@ -142,7 +134,7 @@ def measure(name: str, size: dict[str, Any], args: argparse.Namespace) -> float:
 
 
 def profile(policy: Any, inputs: list[dict[str, Any]]) -> None:
-    """Print the functions of clbench and torch with the most time of their own."""
+    """Print the functions with the most time of their own."""
     import cProfile
     import pstats
 

@@ -15,11 +15,15 @@ from clbench.errors import UserError
 from clbench.streams.stream import data_folder
 
 
-def stream_config(dataset: str, algorithm: str = "seqfft", overrides: Sequence[str] = ()) -> Config:
+def tiny_config(dataset: str, algorithm: str = "seqfft") -> Config:
+    """Return the configuration of the tiny DiT-Dec on a stream."""
+    config, _ = compose(model="dit_dec_tiny", algorithms=[algorithm], dataset=dataset, registered=[algorithm])
+    return config
+
+
+def stream_config(dataset: str) -> Config:
     """Return the configuration of the tiny DiT-Dec on a stream; UserError when the stream's data is not there."""
-    config, _ = compose(
-        model="dit_dec_tiny", algorithms=[algorithm], dataset=dataset, registered=[algorithm], overrides=overrides
-    )
+    config = tiny_config(dataset)
     for data in (config.dataset.data, config.dataset.pretrain.data if config.dataset.pretrain else None):
         if data is not None and not (data_folder(data) / INFO_FILE).is_file():
             raise UserError(f"there are no demonstrations in {data_folder(data)}: run `clbench data make {dataset}`.")

@@ -12,6 +12,10 @@ processes and the first steps are left out on both sides. The clock:
   LeRobot is patched or wrapped. Its own meters (updt_s + data_s of the same lines) are printed as a check.
 - clbench: the time stamps in the base's log.jsonl, which is written at every step here (a cost on clbench's side).
 
+A second figure hardly depends on what else the machine is doing: processor seconds per step, loader processes
+included, read from the processes' own accounts at the first and last step of the same stretch. Where there are more
+cores than loaders need, the wall clock sees less of the difference than this.
+
 Loss curves: LeRobot prints the mean loss of each window of steps; the same windows are averaged from log.jsonl. The
 two programs draw different random numbers, so curves are averaged over the pairs (each its own seed) and compared
 with the spread between seeds.
@@ -20,6 +24,7 @@ with the spread between seeds.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -32,6 +37,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from common import machine, print_table, print_verdict, run, spread, stream_config
 
 from clbench.config.schema import Config
@@ -44,9 +50,11 @@ LOG_LINE = re.compile(r"step:\S+ smpl:.* loss:([\d.]+) .*updt_s:([\d.]+) data_s:
 
 @dataclass(frozen=True)
 class Curve:
-    """One training: steady-state steps/s, seconds before step `skip`, mean loss per window, own meters' steps/s."""
+    """One training: steady-state steps/s, processor seconds per step, seconds before step `skip`, mean loss per window,
+    steps/s by the program's own meters."""
 
     speed: float
+    cpu: float
     startup: float
     loss: tuple[float, ...]
     meters: float | None = None
@@ -78,6 +86,16 @@ def environment(args: argparse.Namespace, cache: Path) -> dict[str, str]:
     return env
 
 
+def cpu_seconds(process: psutil.Process) -> float:
+    """Processor time of a running process and its children so far, in user and system mode."""
+    total = 0.0
+    for p in [process, *process.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended just now
+            times = p.cpu_times()
+            total += times.user + times.system
+    return total
+
+
 def train_lerobot(config: Config, args: argparse.Namespace, folder: Path, seed: int) -> Curve:
     """Run lerobot-train and time its log lines as they arrive."""
     assert config.dataset.pretrain is not None
@@ -106,15 +124,18 @@ def train_lerobot(config: Config, args: argparse.Namespace, folder: Path, seed: 
         "output_dir": folder / f"lerobot_{seed}",
     }
     command = [sys.executable, "-m", "lerobot.scripts.lerobot_train", *(f"--{k}={v}" for k, v in settings.items())]
-    began, times, found, lines = time.monotonic(), list[float](), list[tuple[float, ...]](), list[str]()
+    began, times, cpu = time.monotonic(), list[float](), list[float]()
+    found, lines = list[tuple[float, ...]](), list[str]()
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(args, folder), cwd=folder
     ) as process:
         assert process.stdout is not None
+        watched = psutil.Process(process.pid)
         for line in process.stdout:
             lines.append(line)
             if match := LOG_LINE.search(line):
                 times.append(time.monotonic())
+                cpu.append(cpu_seconds(watched))
                 found.append(tuple(map(float, match.groups())))
     if process.returncode or len(times) != args.steps // args.window:
         raise RuntimeError(f"lerobot-train ended with status {process.returncode}:\n{''.join(lines[-30:])}")
@@ -122,6 +143,7 @@ def train_lerobot(config: Config, args: argparse.Namespace, folder: Path, seed: 
     meters = statistics.mean(update + data for _, update, data in found[first:])
     return Curve(
         speed=(args.steps - args.skip) / (times[-1] - times[first - 1]),
+        cpu=(cpu[-1] - cpu[first - 1]) / (args.steps - args.skip),
         startup=times[first - 1] - began,
         loss=tuple(loss for loss, _, _ in found),
         meters=1 / meters,
@@ -142,18 +164,30 @@ def train_clbench(config: Config, args: argparse.Namespace, folder: Path, seed: 
     }
     command = [sys.executable, "-m", "clbench.cli", "pretrain", "--model", "dit_dec_tiny", "--dataset", args.dataset]
     command += ["--", *(f"{k}={v}" for k, v in settings.items())]
-    began = time.time()
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment(args, cache), cwd=folder, check=False
-    )
+    began, cpu = time.time(), list[tuple[int, float]]()
+    with (
+        (folder / f"clbench_{seed}.txt").open("w+") as output,
+        subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment(args, cache), cwd=folder
+        ) as process,
+    ):
+        watched = psutil.Process(process.pid)
+        while process.poll() is None:
+            time.sleep(0.1)
+            done = sum(log.read_bytes().count(b'"step"') for log in cache.glob("bases/*/log.jsonl"))
+            if args.skip <= done and (not cpu or done > cpu[-1][0]):
+                cpu.append((done, cpu_seconds(watched)))
+        output.seek(0)
+        text = output.read()
     logs = list(cache.glob("bases/*/log.jsonl"))
-    if done.returncode or len(logs) != 1:
-        raise RuntimeError(f"clbench pretrain ended with status {done.returncode}:\n{done.stderr[-3000:]}")
+    if process.returncode or len(logs) != 1:
+        raise RuntimeError(f"clbench pretrain ended with status {process.returncode}:\n{text[-3000:]}")
     rows = [r for r in map(json.loads, logs[0].read_text().splitlines()) if r["event"] == "step"]
     times, losses = [r["time"] for r in rows], [r["loss"] for r in rows]
     assert len(rows) == args.steps
     return Curve(
         speed=(args.steps - args.skip) / (times[-1] - times[args.skip - 1]),
+        cpu=(cpu[-1][1] - cpu[0][1]) / (cpu[-1][0] - cpu[0][0]),
         startup=times[args.skip - 1] - began,
         loss=tuple(statistics.mean(losses[i : i + args.window]) for i in range(0, args.steps, args.window)),
     )
@@ -218,16 +252,21 @@ def main() -> None:
             theirs.append(train_lerobot(config, args, Path(name), seed))
             ours.append(train_clbench(config, args, Path(name), seed))
             a, b = ours[-1], theirs[-1]
-            cells = [a.speed, b.speed, b.meters or 0, a.speed / b.speed, a.startup, b.startup]
-            rows.append([str(seed + 1), *(f"{v:.2f}" for v in cells)])
+            cells = [a.speed, b.speed, b.meters or 0, 1e3 * a.cpu, 1e3 * b.cpu, a.startup, b.startup]
+            rows.append([str(seed + 1), *(f"{v:.1f}" for v in cells)])
             print(f"pair {seed + 1}: {a.speed:.2f} against {b.speed:.2f} steps/s", file=sys.stderr, flush=True)
-    print(f"\nsteady-state steps/s over steps {args.skip + 1} to {args.steps}, batch {args.batch_size}")
-    seconds = f"s to step {args.skip}"
-    head = ["pair", "clbench", "lerobot-train", "its own meters", "ratio", f"clbench: {seconds}", f"lerobot: {seconds}"]
-    print_table(head, rows)
+    print(
+        f"\nsteps {args.skip + 1} to {args.steps}, batch {args.batch_size}: steps/s, processor ms per step, and start-up"
+    )
+    head = ["pair", "clbench", "lerobot", "lerobot's meters", "clbench ms", "lerobot ms"]
+    print_table([*head, f"clbench s to step {args.skip}", f"lerobot s to step {args.skip}"], rows)
     ratios = [a.speed / b.speed for a, b in zip(ours, theirs, strict=True)]
+    work = [b.cpu / a.cpu for a, b in zip(ours, theirs, strict=True)]
     print()
-    print_table(["ratio clbench / lerobot-train", "min", "median", "max"], [["steps/s", *spread(ratios)]])
+    print_table(
+        ["ratio clbench / lerobot-train", "min", "median", "max"],
+        [["steps/s", *spread(ratios)], ["steps per processor second", *spread(work)]],
+    )
     print_verdict(statistics.median(ratios), AIM, at_least=True)
     compare_losses(ours, theirs, args.window)
     print(machine(str(args.threads or "default")))

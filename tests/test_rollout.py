@@ -206,3 +206,17 @@ def test_torn_records_are_redone_and_matrices_skip_empty_cells(tmp_path: Path) -
     assert [r["episode"] for r in read_jsonl(cell.path)] == [0, 1, 2]
     matrix = build_matrix(tmp_path, ["a", "b"], 1)
     assert matrix["success"] == [[None, 2 / 3]] and matrix["episodes"] == [[0, 3]] and matrix["base"] is None
+
+
+def test_an_evaluation_is_bound_to_its_checkpoints(toy_data: Path, tmp_path: Path) -> None:
+    """Episodes of a run that was trained anew under the same name are not taken for the new run's."""
+    import shutil
+
+    config = toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}", "train.steps=1", "eval.cells=last")
+    folder = train(config, "r")
+    evaluate(folder, config, tmp_path / "elsewhere", progress=False)
+    evaluate(folder, config, tmp_path / "elsewhere", progress=False)
+    shutil.rmtree(folder)
+    other = toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}", "train.steps=2", "eval.cells=last")
+    with pytest.raises(ValueError, match=r"other settings or weights \(checkpoints\)"):
+        evaluate(train(other, "r"), other, tmp_path / "elsewhere", progress=False)

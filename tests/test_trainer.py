@@ -15,10 +15,11 @@ from clbench.algorithms.hooks import CLAlgorithm
 from clbench.checkpoints.run_folder import checkpoint_folder, finished_visits
 from clbench.checkpoints.state import load_state, save_state
 from clbench.config.schema import OptimizerConfig
-from clbench.io import read_json, read_jsonl
+from clbench.io import read_json, read_jsonl, write_json
 from clbench.registry import ALGORITHMS
 from clbench.training.loop import schedule_factor
 from clbench.training.trainer import train
+from tests.algorithm_cases import SMALL_CLARE
 from tests.toy import toy_config
 
 
@@ -186,3 +187,62 @@ def test_tensorboard_gets_the_numbers(toy_data: Path, tmp_path: Path) -> None:
     events.Reload()
     rows = [r for r in read_jsonl(folder / "log.jsonl") if r["event"] == "step"]
     assert [s.value for s in events.Scalars("loss")] == pytest.approx([r["loss"] for r in rows], rel=1e-5)
+
+
+def test_a_given_base_must_be_what_the_configuration_says(toy_data: Path, tmp_path: Path) -> None:
+    first = train(
+        toy_config(toy_data, {"name": "clare", **SMALL_CLARE}, f"output_dir={tmp_path}", "train.steps=1"), "c"
+    )
+    base = read_json(first / "manifest.json")["base"]["path"]
+    common = (f"output_dir={tmp_path}", f"policy.path={base}", "train.steps=1")
+    for changes, message in (
+        ("policy.n_heads=4", "has n_heads 2, the configuration says 4"),
+        ("policy.type=dit_encdec", "has type 'dit_dec'"),
+        ("policy.n_action_steps=99", "n_action_steps"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(toy_config(toy_data, {"name": "seqfft"}, *common, changes), f"x{changes[-2:]}")
+    adapter = checkpoint_folder(first, 2) / "policy"
+    with pytest.raises(ValueError, match="is an adapter"):
+        train(toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}", f"policy.path={adapter}"), "y")
+
+
+def test_what_a_policy_froze_stays_frozen(toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from clbench.policies.dit_dec.modeling_dit_dec import DitDecPolicy
+
+    build = DitDecPolicy.build_model
+
+    def frozen(self: DitDecPolicy) -> Any:
+        model = build(self)
+        model.obs_encoder.requires_grad_(False)
+        return model
+
+    monkeypatch.setattr(DitDecPolicy, "build_model", frozen)
+    folder = train(toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}", "pretrain.seed=77"), "r")
+    base = load_file(Path(read_json(folder / "manifest.json")["base"]["path"]) / "model.safetensors")
+    for name, value in final(folder).items():
+        assert torch.equal(value, base[name]) == ("obs_encoder" in name), name
+
+
+def test_resuming_on_other_data_is_refused(toy_data: Path, tmp_path: Path) -> None:
+    config = toy_config(toy_data, {"name": "er"}, f"output_dir={tmp_path}")
+    folder = train(config, "r")
+    shutil.rmtree(checkpoint_folder(folder, 2))
+    manifest = read_json(folder / "manifest.json")
+    manifest["data_fingerprint"] = "0" * 64
+    write_json(folder / "manifest.json", manifest)
+    with pytest.raises(ValueError, match="the data in"):
+        train(config, "r", resume=True)
+
+
+def test_an_interrupted_first_task_leaves_no_double_log(toy_data: Path, tmp_path: Path) -> None:
+    config = toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}")
+    whole = train(config, "whole")
+    shutil.copytree(whole, tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints")
+    train(config, "again", resume=True)
+
+    def steps(folder: Path) -> list[tuple[int, int, float]]:
+        return [(r["k"], r["step"], r["loss"]) for r in read_jsonl(folder / "log.jsonl") if r["event"] == "step"]
+
+    assert steps(whole) == steps(tmp_path / "again")

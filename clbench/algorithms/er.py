@@ -10,6 +10,7 @@ task is never replayed. Within a step, samples are drawn without replacement.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,7 @@ class ER(CLAlgorithm):
 
         Attributes:
             buffer_size_per_task: frames kept of every task.
-            replay_batch_ratio: share of the batch that is replayed, in (0, 1); at least 2 samples.
+            replay_batch_ratio: replayed samples per sample of the batch, at least 2 samples; below 1 in mode replace.
             balanced_sampling: true = equally from every stored task, false = uniformly over stored samples.
             mode: replace (the batch keeps its size) | append (the current batch stays whole).
             memory_unit: frames | episodes (whole demonstrations, as many as fit).
@@ -66,10 +67,13 @@ class ER(CLAlgorithm):
         c = self.config
         if c.buffer_size_per_task < 1:
             raise UserError(f"algorithm.buffer_size_per_task must be at least 1, is {c.buffer_size_per_task}.")
-        if not 0 < c.replay_batch_ratio < 1:
-            raise UserError(f"algorithm.replay_batch_ratio must be in (0, 1), is {c.replay_batch_ratio}.")
         if c.mode not in ("replace", "append"):
             raise UserError(f"algorithm.mode is '{c.mode}', must be replace or append.")
+        if not 0 < c.replay_batch_ratio < (1 if c.mode == "replace" else math.inf):
+            raise UserError(
+                f"algorithm.replay_batch_ratio must be {'in (0, 1)' if c.mode == 'replace' else 'positive'}, "
+                f"is {c.replay_batch_ratio}."
+            )
         if c.memory_unit not in ("frames", "episodes"):
             raise UserError(f"algorithm.memory_unit is '{c.memory_unit}', must be frames or episodes.")
         if c.mode == "replace" and self._count(config.train.batch_size) >= config.train.batch_size:

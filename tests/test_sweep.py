@@ -1,0 +1,56 @@
+"""Sweeps: every mistake before anything heavy, one seed of everything before the next, nothing finished run again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from clbench import sweep
+from clbench.config.compose import to_yaml
+from clbench.io import write_json, write_text
+
+
+def experiment(path: Path, text: str = "") -> str:
+    file = path / "mine.yaml"
+    file.write_text("dataset: metaworld_quick\nalgorithms: [seqfft, {algo: er, label: er_big, overrides: "
+                    "[algorithm.buffer_size_per_task=9]}]\nseeds: [0, 1]\n" + text)  # fmt: skip
+    return str(file)
+
+
+def test_lists_one_seed_of_everything_before_the_next(tmp_path: Path) -> None:
+    _, runs = sweep.load_experiment(experiment(tmp_path))
+    assert [r.run_id for r in runs] == [
+        "mine_seqfft_s0", "mine_er_big_s0", "mine_seqfft_s1", "mine_er_big_s1",
+    ]  # fmt: skip
+    assert runs[1].config.algorithm["buffer_size_per_task"] == 9 and runs[3].config.seed == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("overrides: [train.stepz=3]", "Did you mean 'steps'"),
+        ("overrides: [train.steps=0]", "train.steps must be at least 1"),
+        ("modle: x", "Did you mean 'model'"),
+        ("parallel: many", "parallel"),
+    ],
+)
+def test_mistakes_show_before_anything_runs(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sweep.run_sweep(experiment(tmp_path, text), dry_run=True)
+
+
+def test_finished_means_with_the_same_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLBENCH_RESULTS_ROOT", str(tmp_path / "results"))
+    _, runs = sweep.load_experiment(experiment(tmp_path))
+    folder = tmp_path / "results" / runs[0].run_id
+    assert not sweep.finished(runs[0])
+    write_text(folder / "config.yaml", to_yaml(runs[0].config))
+    write_json(folder / "manifest.json", {"visits": [], "checkpoints": ["a"], "mode": "sequential", "base": {}})
+    write_json(folder / "checkpoints" / "task_00" / "checkpoint.json", {})
+    write_json(folder / "eval" / "complete.json", {"cells": "full", "episodes": 20})
+    assert sweep.finished(runs[0])
+    _, longer = sweep.load_experiment(experiment(tmp_path, "overrides: [train.steps=7]"))
+    assert not sweep.finished(longer[0])
+    _, more = sweep.load_experiment(experiment(tmp_path, "overrides: [eval.episodes=50]"))
+    assert not sweep.finished(more[0])
