@@ -174,7 +174,7 @@ def train_clbench(config: Config, args: argparse.Namespace, folder: Path, seed: 
         watched = psutil.Process(process.pid)
         while process.poll() is None:
             time.sleep(0.1)
-            done = sum(log.read_bytes().count(b'"step"') for log in cache.glob("bases/*/log.jsonl"))
+            done = sum(log.read_bytes().count(b'"event": "step"') for log in cache.glob("bases/*/log.jsonl"))
             if args.skip <= done and (not cpu or done > cpu[-1][0]):
                 cpu.append((done, cpu_seconds(watched)))
         output.seek(0)
@@ -255,9 +255,7 @@ def main() -> None:
             cells = [a.speed, b.speed, b.meters or 0, 1e3 * a.cpu, 1e3 * b.cpu, a.startup, b.startup]
             rows.append([str(seed + 1), *(f"{v:.1f}" for v in cells)])
             print(f"pair {seed + 1}: {a.speed:.2f} against {b.speed:.2f} steps/s", file=sys.stderr, flush=True)
-    print(
-        f"\nsteps {args.skip + 1} to {args.steps}, batch {args.batch_size}: steps/s, processor ms per step, and start-up"
-    )
+    print(f"\nsteps {args.skip + 1} to {args.steps}, batch {args.batch_size}: steps/s, processor ms per step, start-up")
     head = ["pair", "clbench", "lerobot", "lerobot's meters", "clbench ms", "lerobot ms"]
     print_table([*head, f"clbench s to step {args.skip}", f"lerobot s to step {args.skip}"], rows)
     ratios = [a.speed / b.speed for a, b in zip(ours, theirs, strict=True)]

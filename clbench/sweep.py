@@ -31,6 +31,8 @@ from clbench.io import read_json
 from clbench.paths import CONFIG_ROOT, results_root
 from clbench.registry import algorithm_names
 
+PROGRESS_SECONDS = 15.0
+
 
 @dataclass
 class Experiment:
@@ -137,6 +139,8 @@ def run_sweep(name: str, dry_run: bool = False) -> int:
         return 0
     logs = results_root() / "sweeps" / experiment.name
     logs.mkdir(parents=True, exist_ok=True)
+    if left:
+        print(f"runs → {results_root()}, their output → {logs}", flush=True)
     # The base is shared: it is made before runs race for it.
     base = ("pretrain", *_axes(experiment), "--", *experiment.overrides)
     if left and not _call(base, logs / "pretrain.log"):
@@ -166,14 +170,33 @@ def _one(run: Run, logs: Path, parallel: int) -> bool:
 
 
 def _call(arguments: Sequence[str], log: Path) -> bool:
-    """Run one clbench command with its output in `log`."""
+    """Run one clbench command with its output in `log`; says now and then how far it is."""
     with log.open("a", encoding="utf-8") as f:
-        run = subprocess.run(
-            [sys.executable, "-m", "clbench.cli", *arguments],
-            stdout=f,
-            stderr=subprocess.STDOUT,
-            check=False,
+        process = subprocess.Popen(
+            [sys.executable, "-m", "clbench.cli", *arguments], stdout=f, stderr=subprocess.STDOUT
         )
-    if run.returncode == 130:
+    said = ""
+    try:
+        while True:
+            try:
+                code = process.wait(timeout=PROGRESS_SECONDS)
+                break
+            except subprocess.TimeoutExpired:
+                line = _last_line(log)
+                if line and line != said:
+                    print(f"  {log.stem}: {line}", flush=True)
+                    said = line
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    if code == 130:
         raise KeyboardInterrupt
-    return run.returncode == 0
+    return code == 0
+
+
+def _last_line(log: Path) -> str:
+    with log.open("rb") as f:
+        f.seek(max(0, log.stat().st_size - 4096))
+        lines = f.read().decode("utf-8", "replace").replace("\r", "\n").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
