@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import os
 import platform
 import statistics
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
+
+import psutil
 
 from clbench.config.compose import compose
 from clbench.config.schema import Config
@@ -37,6 +43,51 @@ def machine(threads: str) -> str:
         f"machine: {platform.machine()}, {os.cpu_count()} cores, torch threads {threads}, "
         f"load over 1, 5, 15 minutes {load}"
     )
+
+
+class CpuSampler:
+    """Notes every half second how much processor time a process and its children have used; a context manager."""
+
+    INTERVAL = 0.5
+
+    def __init__(self, pid: int) -> None:
+        self._root = psutil.Process(pid)
+        self._used: dict[int, float] = {}  # by process, kept after it has ended
+        self._times: list[float] = []
+        self._totals: list[float] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> CpuSampler:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        last = False
+        while True:
+            with contextlib.suppress(psutil.NoSuchProcess):  # ended between listing and asking
+                for process in [self._root, *self._root.children(recursive=True)]:
+                    used = process.cpu_times()
+                    self._used[process.pid] = used.user + used.system
+            self._times.append(time.monotonic())
+            self._totals.append(sum(self._used.values()))
+            if last:
+                return
+            last = self._stop.wait(self.INTERVAL)  # one more sample after the end
+
+    def between(self, start: float, end: float) -> float:
+        """Processor seconds between two moments of time.monotonic(), interpolated."""
+        return self._at(end) - self._at(start)
+
+    def _at(self, moment: float) -> float:
+        i = min(max(bisect.bisect(self._times, moment), 1), len(self._times) - 1)
+        t0, t1 = self._times[i - 1], self._times[i]
+        share = min(max((moment - t0) / (t1 - t0), 0.0), 1.0)
+        return self._totals[i - 1] + share * (self._totals[i] - self._totals[i - 1])
 
 
 def spread(values: Sequence[float]) -> list[str]:

@@ -181,7 +181,7 @@ def run_loop(config: Config, policy: Path, episodes: list[dict[str, Any]], threa
     process.start()
     while process.is_alive() and out.empty():
         time.sleep(0.05)
-    if out.empty() and process.exitcode:
+    if out.empty():
         raise RuntimeError(f"the loop ended with status {process.exitcode}")
     played, used = out.get()
     process.join()
@@ -208,16 +208,16 @@ def main() -> None:
         theirs.append(played)
         ours.append(evaluator(config, policy, episodes, args.workers))
         a, b = ours[-1], theirs[-1]
-        cells = [a.speed, b.speed, a.speed / b.speed, a.speed_with_startup, b.speed_with_startup]
+        cells = [a.speed, b.speed, a.speed_with_startup, b.speed_with_startup]
         rows.append([str(i + 1), *(f"{v:.2f}" for v in cells)])
-    print(f"\nepisodes/s ({args.workers} evaluator processes; the loop has {used} torch threads)")
-    print_table(["pair", "evaluator", "loop", "ratio", "evaluator with start-up", "loop with start-up"], rows)
+    print(f"\nepisodes/s ({args.workers} evaluator processes of one torch thread; loop: {used})")
+    print_table(["pair", "evaluator", "loop", "evaluator with start-up", "loop with start-up"], rows)
     ratios = [a.speed / b.speed for a, b in zip(ours, theirs, strict=True)]
     whole = [a.speed_with_startup / b.speed_with_startup for a, b in zip(ours, theirs, strict=True)]
     print()
     print_table(
         ["ratio evaluator / loop", "min", "median", "max"],
-        [["episodes/s", *spread(ratios)], ["with start-up", *spread(whole)]],
+        [["episodes/s", *spread(ratios)], ["episodes/s with start-up", *spread(whole)]],
     )
     print_verdict(statistics.median(ratios), AIM, at_least=True)
     print_agreement(ours, theirs)

@@ -24,7 +24,6 @@ with the spread between seeds.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import re
@@ -37,8 +36,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-from common import machine, print_table, print_verdict, run, spread, stream_config
+from common import CpuSampler, machine, print_table, print_verdict, run, spread, stream_config
 
 from clbench.config.schema import Config
 from clbench.errors import UserError
@@ -86,16 +84,6 @@ def environment(args: argparse.Namespace, cache: Path) -> dict[str, str]:
     return env
 
 
-def cpu_seconds(process: psutil.Process) -> float:
-    """Processor time of a running process and its children so far, in user and system mode."""
-    total = 0.0
-    for p in [process, *process.children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess):  # it ended just now
-            times = p.cpu_times()
-            total += times.user + times.system
-    return total
-
-
 def train_lerobot(config: Config, args: argparse.Namespace, folder: Path, seed: int) -> Curve:
     """Run lerobot-train and time its log lines as they arrive."""
     assert config.dataset.pretrain is not None
@@ -124,18 +112,23 @@ def train_lerobot(config: Config, args: argparse.Namespace, folder: Path, seed: 
         "output_dir": folder / f"lerobot_{seed}",
     }
     command = [sys.executable, "-m", "lerobot.scripts.lerobot_train", *(f"--{k}={v}" for k, v in settings.items())]
-    began, times, cpu = time.monotonic(), list[float](), list[float]()
-    found, lines = list[tuple[float, ...]](), list[str]()
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(args, folder), cwd=folder
-    ) as process:
+    began, times, found, lines = time.monotonic(), list[float](), list[tuple[float, ...]](), list[str]()
+    with (
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment(args, folder),
+            cwd=folder,
+        ) as process,
+        CpuSampler(process.pid) as cpu,
+    ):
         assert process.stdout is not None
-        watched = psutil.Process(process.pid)
         for line in process.stdout:
             lines.append(line)
             if match := LOG_LINE.search(line):
                 times.append(time.monotonic())
-                cpu.append(cpu_seconds(watched))
                 found.append(tuple(map(float, match.groups())))
     if process.returncode or len(times) != args.steps // args.window:
         raise RuntimeError(f"lerobot-train ended with status {process.returncode}:\n{''.join(lines[-30:])}")
@@ -143,7 +136,7 @@ def train_lerobot(config: Config, args: argparse.Namespace, folder: Path, seed: 
     meters = statistics.mean(update + data for _, update, data in found[first:])
     return Curve(
         speed=(args.steps - args.skip) / (times[-1] - times[first - 1]),
-        cpu=(cpu[-1] - cpu[first - 1]) / (args.steps - args.skip),
+        cpu=cpu.between(times[first - 1], times[-1]) / (args.steps - args.skip),
         startup=times[first - 1] - began,
         loss=tuple(loss for loss, _, _ in found),
         meters=1 / meters,
@@ -164,21 +157,19 @@ def train_clbench(config: Config, args: argparse.Namespace, folder: Path, seed: 
     }
     command = [sys.executable, "-m", "clbench.cli", "pretrain", "--model", "dit_dec_tiny", "--dataset", args.dataset]
     command += ["--", *(f"{k}={v}" for k, v in settings.items())]
-    began, cpu = time.time(), list[tuple[int, float]]()
+    began, offset = time.time(), time.monotonic() - time.time()
     with (
-        (folder / f"clbench_{seed}.txt").open("w+") as output,
         subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment(args, cache), cwd=folder
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment(args, cache),
+            cwd=folder,
         ) as process,
+        CpuSampler(process.pid) as cpu,
     ):
-        watched = psutil.Process(process.pid)
-        while process.poll() is None:
-            time.sleep(0.1)
-            done = sum(log.read_bytes().count(b'"event": "step"') for log in cache.glob("bases/*/log.jsonl"))
-            if args.skip <= done and (not cpu or done > cpu[-1][0]):
-                cpu.append((done, cpu_seconds(watched)))
-        output.seek(0)
-        text = output.read()
+        text = process.communicate()[0]
     logs = list(cache.glob("bases/*/log.jsonl"))
     if process.returncode or len(logs) != 1:
         raise RuntimeError(f"clbench pretrain ended with status {process.returncode}:\n{text[-3000:]}")
@@ -187,7 +178,7 @@ def train_clbench(config: Config, args: argparse.Namespace, folder: Path, seed: 
     assert len(rows) == args.steps
     return Curve(
         speed=(args.steps - args.skip) / (times[-1] - times[args.skip - 1]),
-        cpu=(cpu[-1][1] - cpu[0][1]) / (cpu[-1][0] - cpu[0][0]),
+        cpu=cpu.between(times[args.skip - 1] + offset, times[-1] + offset) / (args.steps - args.skip),
         startup=times[args.skip - 1] - began,
         loss=tuple(statistics.mean(losses[i : i + args.window]) for i in range(0, args.steps, args.window)),
     )

@@ -106,8 +106,7 @@ def evaluate(folder: Path, config: Config, output: Path | None = None, progress:
     started = time.monotonic()
     if total:
         print(f"evaluating {total} episodes in {workers} processes → {out}", file=sys.stderr, flush=True)
-        device = config.train.device
-        settings = Settings(config, e.slots, e.steps_after_success, "cpu" if device == "auto" else device, 1)
+        settings = Settings(config, e.slots, e.steps_after_success, config.train.device, threads=1)
         _play(jobs, settings, workers, files, total, progress)
     for k, j in cells:
         source = first[columns[j]["task"]]

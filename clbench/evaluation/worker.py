@@ -92,10 +92,10 @@ def _actors(job: Job, settings: Settings) -> Any:
         return
     from clbench.algorithms.build import build_algorithm
     from clbench.algorithms.hooks import CLAlgorithm
-    from clbench.checkpoints.policy_io import load_policy
+    from clbench.checkpoints.policy_io import load_policy, pick_device
     from clbench.checkpoints.state import load_state
 
-    loaded = load_policy(job.policy, settings.device)
+    loaded = load_policy(job.policy, pick_device(settings.device))
     algorithm = CLAlgorithm(None)
     if job.checkpoint is not None:
         algorithm = build_algorithm(settings.config, check=False)
