@@ -120,8 +120,9 @@ def finished(run: Run) -> bool:
         return False
     if finished_visits(folder) != len(read_manifest(folder)["checkpoints"]):
         return False
-    asked = {"cells": run.config.eval.cells, "episodes": run.config.eval.episodes}
-    return not changed_keys(folder, run.config, FREE_ON_RESUME) and read_json(complete) == asked
+    done, asked = read_json(complete), run.config.eval
+    covered = done.get("cells") in {asked.cells, "full"} and done.get("episodes") == asked.episodes
+    return covered and not changed_keys(folder, run.config, FREE_ON_RESUME)
 
 
 def run_sweep(name: str, dry_run: bool = False) -> int:

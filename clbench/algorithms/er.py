@@ -99,7 +99,7 @@ class ER(CLAlgorithm):
             balanced=self.config.balanced_sampling,
             exclude=same_task,
         )
-        return Plan(refs, appended=self.config.mode == "append")
+        return Plan(refs, added=len(refs) if self.config.mode == "append" else 0)
 
     def modify_batch(self, batch: Batch, task_id: int) -> Batch:
         planned = self.ctx.planned

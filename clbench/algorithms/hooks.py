@@ -71,13 +71,17 @@ class WeightView(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """Stored samples that a step will mix in: references (m, 2) of (visit, index).
+    """Stored samples that a step needs, and by how much its batch grows.
 
-    `appended`: they are added to the batch (it grows by m); otherwise they take the place of current samples.
+    Attributes:
+        refs: (m, 2) references (visit, index); read with the batch, they arrive in `ctx.planned`.
+        added: samples that modify_batch adds to the global batch (0 = it replaces current ones).
+        shared: every micro-batch is given all of them, not its share (for what is chosen from them once).
     """
 
     refs: Tensor
-    appended: bool = False
+    added: int = 0
+    shared: bool = False
 
 
 class LossFunction(Protocol):
@@ -100,8 +104,9 @@ class Context:
         rank, world_size, device: where this process stands.
         planned: this micro-batch's planned samples, raw, or None.
         positions: (n,) positions of this micro-batch's samples in the step's global batch.
-        global_batch: samples of the step over all ranks and micro-batches, planned appended ones not counted.
+        global_batch: current samples of the step over all ranks and micro-batches.
         planned_total: planned samples of the whole step.
+        step_batch: this rank's current samples of the whole step, raw.
         base_path: folder of the policy the run started from.
         log: write one event to the run's log.
     """
@@ -126,6 +131,7 @@ class Context:
     positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     global_batch: int = 0
     planned_total: int = 0
+    step_batch: Batch = field(default_factory=dict)
 
     @property
     def visit(self) -> Visit:

@@ -119,7 +119,8 @@ class PhaseRunner:
             for step, batch in enumerate(batches):
                 ctx.step = step
                 plan = plans[step] if len(plans) > step else None
-                draw = self.loss.draw(batch_size(batch), ctx.generator("draw", step))
+                slots = max(batch_size(batch), phase.batch_size + (0 if plan is None else plan.added))
+                draw = self.loss.draw(slots, ctx.generator("draw", step))
                 if optimizer is None:
                     numbers = self._forward_only(phase, batch, draw)
                 else:
@@ -157,10 +158,11 @@ class PhaseRunner:
         ctx, algorithm = self.ctx, self.algorithm
         B = phase.batch_size
         planned = 0 if plan is None else len(plan.refs)
-        # A planned sample that replaces a current one takes over its slot of the draw; an appended one has its own.
-        denominator = B + planned if plan is not None and plan.appended else B
+        # A sample that replaces a current one takes over its slot of the draw; an added one has its own.
+        denominator = B if plan is None else B + plan.added
         parts = ctx.train.gradient_accumulation if phase.policy_training else 1
         ctx.global_batch, ctx.planned_total = B, planned
+        ctx.step_batch = select(batch, torch.arange(B)) if planned else batch
         factor = schedule_factor(phase.optimizer, ctx.step, phase.steps)  # type: ignore[arg-type]
         for group in optimizer.param_groups:
             group["lr"] = phase.optimizer.lr * group["factor"] * factor  # type: ignore[union-attr]
@@ -170,7 +172,8 @@ class PhaseRunner:
             ctx.positions = torch.arange(low, high)
             micro = select(batch, ctx.positions)
             micro["slot"] = ctx.positions
-            rows = torch.arange(B + planned * low // B, B + planned * high // B)
+            first, last = (0, planned) if plan is not None and plan.shared else (planned * low // B, planned * high // B)
+            rows = torch.arange(B + first, B + last)
             ctx.planned = {**select(batch, rows), "slot": rows} if len(rows) else None
             if phase.policy_training:
                 algorithm.observe(micro, ctx.k)
@@ -189,7 +192,7 @@ class PhaseRunner:
                     loss = loss + value
             self._check_finite(float(loss.detach()), phase, "loss")
             self.backend.backward(loss)
-        ctx.planned = None
+        ctx.planned, ctx.step_batch = None, {}
         if phase.policy_training:
             algorithm.after_backward(ctx.policy, self.backend.gradients())
         norm = self.backend.clip(phase.optimizer.grad_clip)  # type: ignore[union-attr]
