@@ -19,7 +19,11 @@ ENTRY_POINTS = "clbench.algorithms"
 
 ALGORITHMS: dict[str, str] = {
     "seqfft": "clbench.algorithms.seqfft:SeqFFT",
+    "seqlora": "clbench.algorithms.seqlora:SeqLoRA",
     "er": "clbench.algorithms.er:ER",
+    "mir": "clbench.algorithms.mir:MIR",
+    "ewc": "clbench.algorithms.ewc:EWC",
+    "packnet": "clbench.algorithms.packnet:PackNet",
     "clare": "clbench.algorithms.clare:CLARE",
     "multitask": "clbench.algorithms.multitask:Multitask",
     "singletask": "clbench.algorithms.singletask:SingleTask",

@@ -36,8 +36,47 @@ def build_algorithm(config: Config, check: bool = True) -> CLAlgorithm:
     Raises UserError for an unknown name or key, a value of the wrong type, a misspelt hook, or two algorithms that
     claim the same thing.
     """
-    section = dict(config.algorithm)
-    names = section.pop("name")
+    classes = algorithm_classes(config)
+    names = [cls.name for cls in classes]
+    section = {k: v for k, v in config.algorithm.items() if k != "name"}
+    keys = {f.name: i for i, cls in enumerate(classes) for f in dataclasses.fields(cls.Config)}
+    for key in section:
+        if key not in keys:
+            raise UserError(f"unknown key 'algorithm.{key}' for {', '.join(names)}.{nearest(key, keys)}")
+    parts = []
+    for cls in classes:
+        own = {k: v for k, v in section.items() if k in {f.name for f in dataclasses.fields(cls.Config)}}
+        parts.append(cls(_typed(cls, own)))
+    for part in parts if check else ():
+        part.check(config)
+    if config.lora.enabled:
+        for part in parts:
+            if "structure" in part.claims:
+                raise UserError(f"{part.name} adds modules of its own to the policy: set lora.enabled=false.")
+    if len(parts) == 1:
+        return parts[0]
+    for claim in CLAIMS:
+        owners = [type(p).name or type(p).__name__ for p in parts if claim in p.claims]
+        if len(owners) > 1:
+            raise UserError(
+                f"{' and '.join(owners)} cannot be combined: both claim '{claim}' "
+                f"({', '.join(CLAIMS)} may each be owned by one algorithm)."
+            )
+    protecting = [p.name for p in parts if p.protects_parameters]
+    renewing = [p.name for p in parts if p.trains_new_parameters]
+    if len(protecting) > 1:
+        raise UserError(f"{' and '.join(protecting)} cannot be combined: each protects weights in its own way.")
+    if protecting and renewing:
+        raise UserError(
+            f"{protecting[0]} and {renewing[0]} cannot be combined: {renewing[0]} trains new parameters for every "
+            f"task, so {protecting[0]} would find nothing to protect."
+        )
+    return ComposedAlgorithm(parts)
+
+
+def algorithm_classes(config: Config) -> list[type[CLAlgorithm]]:
+    """The classes that `config.algorithm.name` names, checked for misspelt hooks."""
+    names = config.algorithm["name"]
     if not isinstance(names, str) and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
         raise UserError(f"algorithm.name must be a name or a list of names, is {names!r}.")
     names = [names] if isinstance(names, str) else names
@@ -52,26 +91,7 @@ def build_algorithm(config: Config, check: bool = True) -> CLAlgorithm:
             raise UserError(f"algorithm '{name}' is registered under another name than its own, '{cls.name}'.")
         check_hooks(cls)
         classes.append(cls)
-    keys = {f.name: i for i, cls in enumerate(classes) for f in dataclasses.fields(cls.Config)}
-    for key in section:
-        if key not in keys:
-            raise UserError(f"unknown key 'algorithm.{key}' for {', '.join(names)}.{nearest(key, keys)}")
-    parts = []
-    for cls in classes:
-        own = {k: v for k, v in section.items() if k in {f.name for f in dataclasses.fields(cls.Config)}}
-        parts.append(cls(_typed(cls, own)))
-    for part in parts if check else ():
-        part.check(config)
-    if len(parts) == 1:
-        return parts[0]
-    for claim in CLAIMS:
-        owners = [type(p).name or type(p).__name__ for p in parts if claim in p.claims]
-        if len(owners) > 1:
-            raise UserError(
-                f"{' and '.join(owners)} cannot be combined: both claim '{claim}' "
-                f"({', '.join(CLAIMS)} may each be owned by one algorithm)."
-            )
-    return ComposedAlgorithm(parts)
+    return classes
 
 
 def _typed(cls: type[CLAlgorithm], values: dict[str, Any]) -> Any:

@@ -148,6 +148,10 @@ class CLARE(CLAlgorithm):
         self._found = self._Detection()
         self._expanded: list[bool] = []
 
+    @property
+    def trains_new_parameters(self) -> bool:
+        return True
+
     def check(self, config: Any) -> None:
         c = self.config
         for name in (

@@ -34,8 +34,9 @@ import torch
 from torch import Tensor, nn
 
 from clbench.config.schema import OptimizerConfig, TrainConfig
-from clbench.data.frames import Batch, StreamFrames
+from clbench.data.frames import Batch, StreamFrames, batch_size
 from clbench.errors import UserError
+from clbench.policies.loss import PolicyLoss
 from clbench.seeding import generator
 from clbench.streams.stream import TaskStream, Visit
 
@@ -62,11 +63,12 @@ class GradientView(Protocol):
 
 
 class WeightView(Protocol):
-    """Weights after the step. `set` writes every copy that training keeps."""
+    """Weights after the step. `set` writes every copy that training keeps; `set_where` only where `mask` is true."""
 
     def names(self) -> Sequence[str]: ...
     def get(self, name: str) -> Tensor: ...
     def set(self, name: str, value: Tensor) -> None: ...
+    def set_where(self, name: str, mask: Tensor, value: Tensor) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -84,12 +86,6 @@ class Plan:
     shared: bool = False
 
 
-class LossFunction(Protocol):
-    """Per-sample policy loss (n,) of a raw batch under a draw (noise, timesteps); see Context.loss."""
-
-    def __call__(self, batch: Batch, draw: dict[str, Tensor]) -> Tensor: ...
-
-
 @dataclass
 class Context:
     """What a hook may know. Read only: the trainer updates it, hooks do not.
@@ -105,6 +101,7 @@ class Context:
         planned: this micro-batch's planned samples, raw, or None.
         positions: (n,) positions of this micro-batch's samples in the step's global batch.
         global_batch: current samples of the step over all ranks and micro-batches.
+        policy_loss: the policy's losses and gradients (clbench.policies.loss).
         planned_total: planned samples of the whole step.
         step_batch: this rank's current samples of the whole step, raw.
         base_path: folder of the policy the run started from.
@@ -117,9 +114,7 @@ class Context:
     train: TrainConfig
     seed: int
     device: torch.device
-    loss_function: LossFunction
-    forward_function: LossFunction
-    draw_function: Callable[[int, torch.Generator], dict[str, Tensor]]
+    policy_loss: PolicyLoss
     log: Callable[..., None]
     base_path: str = ""
     rank: int = 0
@@ -143,15 +138,28 @@ class Context:
 
     def draw(self, n: int, gen: torch.Generator) -> dict[str, Tensor]:
         """Noise and timesteps for n samples, from `gen`."""
-        return self.draw_function(n, gen)
+        return self.policy_loss.draw(n, gen)
 
     def loss(self, batch: Batch, draw: dict[str, Tensor]) -> Tensor:
         """The policy's per-sample loss (n,) on a raw batch under `draw`."""
-        return self.loss_function(batch, draw)
+        return self.policy_loss.per_sample(batch, draw)
 
     def forward(self, batch: Batch, draw: dict[str, Tensor]) -> Tensor:
         """The policy's loss summed over a raw batch, in one forward pass whatever the policy."""
-        return self.forward_function(batch, draw)
+        return self.policy_loss.total(batch, draw)
+
+    def mean_gradient(
+        self, batch: Batch, gen: torch.Generator, parameters: Mapping[str, nn.Parameter]
+    ) -> dict[str, Tensor]:
+        """∇ of the mean loss of a step's raw batch (all ranks'), by name, under a draw from `gen`."""
+        draw = self.draw(batch_size(batch), gen)
+        return self.policy_loss.mean_gradient(batch, draw, parameters, self.train.gradient_accumulation)
+
+    def squared_gradients(
+        self, batch: Batch, gen: torch.Generator, parameters: Mapping[str, nn.Parameter]
+    ) -> dict[str, Tensor]:
+        """Σ over samples of the squared per-sample gradient, by name (fp32), under a draw from `gen`."""
+        return self.policy_loss.squared_gradients(batch, self.draw(batch_size(batch), gen), parameters)
 
 
 def _nothing(ctx: Context) -> None:
@@ -203,6 +211,10 @@ class CLAlgorithm:
 
     name: ClassVar[str] = ""
     claims: ClassVar[frozenset[str]] = frozenset()
+    # Overrides of `algorithm` under which a run can also be evaluated, by name (see evaluation/evaluate.py).
+    views: ClassVar[dict[str, dict[str, Any]]] = {}
+    # Does it protect parameters from task to task? Then every task must train the same ones.
+    protects_parameters: ClassVar[bool] = False
 
     @dataclass
     class Config:
@@ -211,6 +223,11 @@ class CLAlgorithm:
     def __init__(self, config: Any) -> None:
         self.config = config
         self.ctx: Context
+
+    @property
+    def trains_new_parameters(self) -> bool:
+        """Whether every task trains parameters of its own, which no later task changes."""
+        return False
 
     # ---- before anything is built ---------------------------------------------------------------
     def check(self, config: Any) -> None:

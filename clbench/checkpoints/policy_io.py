@@ -16,7 +16,7 @@ from lerobot.policies.factory import get_policy_class
 from safetensors import SafetensorError
 
 import clbench.policies  # noqa: F401 (registers our policies)
-from clbench.adapters import clare
+from clbench.adapters import clare, lora
 from clbench.errors import UserError, nearest
 
 
@@ -112,6 +112,9 @@ def _load_adapter(config: PreTrainedConfig, folder: Path) -> PreTrainedPolicy:
     policy = _load_weights(config, Path(base))
     if described.get("peft_type") == "CLARE":
         clare.load_adapter(policy, folder)
+        return policy
+    if described.get("peft_type") == "LORA" and not described.get("modules_to_save"):
+        lora.load(policy, folder)
         return policy
     from peft import PeftModel
 

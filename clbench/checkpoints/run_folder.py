@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -172,17 +173,31 @@ def folder_digest(folder: Path) -> str:
 
 
 def changed_keys(folder: Path, config: Config, ignore: tuple[str, ...]) -> list[str]:
-    """Keys whose values differ between config.yaml and `config`; keys that start like `ignore` are left out."""
+    """Keys whose values differ between config.yaml and `config`; keys that start like `ignore` are left out.
+
+    A key that config.yaml lacks (an option that came later) counts with its default.
+    """
     from omegaconf import OmegaConf
 
     from clbench.config.compose import load_yaml
 
     old = OmegaConf.to_container(load_yaml(folder / "config.yaml"))
     assert isinstance(old, dict)
-    flat_old, flat_new = _flatten(old), _flatten(to_dict(config))
+    flat_old, flat_new = {**_defaults(config), **_flatten(old)}, _flatten(to_dict(config))
     return sorted(
         k for k in flat_old.keys() | flat_new.keys() if not k.startswith(ignore) and flat_old.get(k) != flat_new.get(k)
     )
+
+
+def _defaults(config: Config) -> dict[str, Any]:
+    """Defaults of the keys of `config`, those of its algorithms included."""
+    from clbench.algorithms.build import algorithm_classes
+
+    known = _flatten(asdict(Config(model="")))
+    found = {k: v for k, v in known.items() if k.split(".")[0] in ("train", "eval", "lora", "log")}
+    for cls in algorithm_classes(config):
+        found |= {f"algorithm.{k}": v for k, v in asdict(cls.Config()).items()}
+    return {k: v for k, v in found.items() if k in _flatten(to_dict(config))}
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -36,6 +36,14 @@ def load_state(folder: Path, name: str) -> Any:
         raise UserError(f"{folder / name}.json does not fit its tensors ({e}): the checkpoint is damaged.") from e
 
 
+def tensor_bytes(state: Any) -> int:
+    """Bytes of all tensors in `state`."""
+    if torch.is_tensor(state):
+        return state.numel() * state.element_size()
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+    return sum(map(tensor_bytes, values))
+
+
 def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if torch.is_tensor(value):
         tensors[path] = value.detach().cpu().contiguous().clone()

@@ -265,6 +265,9 @@ def check_values(c: Config) -> None:
     need(e.slots >= 1, "eval.slots must be at least 1")
     need(e.workers is None or e.workers >= 1, "eval.workers must be at least 1 (or null)")
     need(e.steps_after_success >= 0, "eval.steps_after_success must not be negative")
+    need(c.lora.rank >= 1, f"lora.rank must be at least 1, is {c.lora.rank}")
+    need(0 < c.lora.alpha < math.inf, f"lora.alpha must be positive, is {c.lora.alpha}")
+    need(0 <= c.lora.dropout < 1, f"lora.dropout must be in [0, 1), is {c.lora.dropout}")
     need(d.env.max_steps >= 1, "dataset.env.max_steps must be at least 1")
     need(0 <= c.seed < 2**31, f"seed must be in [0, 2^31), is {c.seed}")
     makes = [("dataset.make", d.make)]

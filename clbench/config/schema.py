@@ -156,6 +156,25 @@ class EvalConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters (clbench/adapters/lora.py).
+
+    Attributes:
+        enabled: train one LoRA adapter through all tasks instead of the policy's own weights. seqlora adds its
+            adapters by itself and only reads the other keys.
+        rank, alpha: r and α; the product is scaled by α / r.
+        dropout: on the adapter's input, in training.
+        target_modules: regular expression of the layers; null = the policy's own default.
+    """
+
+    enabled: bool = False
+    rank: int = 32
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: Optional[str] = None  # noqa: UP045
+
+
+@dataclass
 class LogConfig:
     """log.jsonl is always written; these are beside it. Each `project` is the logger's project name."""
 
@@ -178,5 +197,6 @@ class Config:
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -179,6 +179,7 @@ class StreamFrames:
     def __init__(self, visits: Sequence[tuple[Task, ...]], policy: PreTrainedConfig) -> None:
         self._tables: dict[Path, FrameTable] = {}
         self._parts = [[TaskFrames(t, policy, self._tables) for t in tasks] for tasks in visits]
+        self._copies: dict[int, tuple[Tensor, Batch]] = {}
 
     @property
     def decoded(self) -> bool:
@@ -191,6 +192,20 @@ class StreamFrames:
     def length(self, k: int) -> int:
         return sum(len(p) for p in self._parts[k])
 
+    def use_copy(self, k: int, indices: Tensor, samples: Batch) -> None:
+        """From now on take visit k's samples at `indices` (m,), ascending, from packed `samples`, not its data set."""
+        self._copies[k] = indices, samples
+
+    def _copied(self, k: int, index: Tensor) -> Batch | None:
+        """Samples of visit k that are all in its copy; else None."""
+        if k not in self._copies:
+            return None
+        indices, samples = self._copies[k]
+        rows = torch.searchsorted(indices, index).clamp(max=len(indices) - 1)
+        if not torch.equal(indices[rows], index):
+            return None
+        return unpacked(select(samples, rows))
+
     def fetch(self, refs: Tensor) -> Batch:
         """Return the referenced samples, in the order of `refs`."""
         groups: list[Batch] = []
@@ -198,6 +213,11 @@ class StreamFrames:
         for k in refs[:, 0].unique().tolist():
             rows = (refs[:, 0] == k).nonzero()[:, 0]
             index = refs[rows, 1]
+            copied = self._copied(k, index)
+            if copied is not None:
+                groups.append(copied)
+                order.append(rows)
+                continue
             offset = 0
             for part in self._parts[k]:
                 inside = (index >= offset) & (index < offset + len(part))
@@ -208,6 +228,27 @@ class StreamFrames:
         if len(groups) == 1 and torch.equal(order[0], torch.arange(len(refs))):
             return groups[0]
         return select(concat(groups), torch.cat(order).argsort())
+
+
+PACKED = "/uint8"  # suffix of a key whose values are kept as bytes
+
+
+def packed(batch: Batch) -> Batch:
+    """The same samples for keeping: images in [0, 1] that came from bytes are bytes again (exactly, a quarter)."""
+    out: Batch = {}
+    for key, value in batch.items():
+        if key.startswith("observation.image") and torch.is_tensor(value) and value.dtype == torch.float32:
+            as_bytes = (value * 255).round().to(torch.uint8)
+            if torch.equal(as_bytes.float() / 255, value):
+                out[key + PACKED] = as_bytes
+                continue
+        out[key] = value
+    return out
+
+
+def unpacked(batch: Batch) -> Batch:
+    """Undo `packed`."""
+    return {k.removesuffix(PACKED): v.float() / 255 if k.endswith(PACKED) else v for k, v in batch.items()}
 
 
 def concat(batches: Sequence[Batch]) -> Batch:

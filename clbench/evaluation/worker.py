@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import traceback
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,36 +60,39 @@ def play(job: Job, settings: Settings, pool: Any) -> Any:
     """Play one job's episodes; yields a record per episode as it ends."""
     from clbench.rollout.rollout import Episode, run_episodes
 
-    for actor, chosen in _actors(job, settings):
+    for actor, view, chosen in _actors(job, settings):
         episodes = [
             Episode((e["j"], e["episode"]), e["seed"], e["env"], e["instruction"], e["max_steps"]) for e in chosen
         ]
-        for o in run_episodes(actor, episodes, pool, settings.slots, settings.steps_after_success):
-            j, episode = o.episode.key
-            record = {
-                "k": job.k,
-                "j": j,
-                "episode": episode,
-                "seed": o.episode.seed,
-                "success_once": o.success_once,
-                "success_at_end": o.success_at_end,
-                "length": o.length,
-                "return": round(o.total_reward, 4),
-                "seconds": round(o.seconds, 3),
-            }
-            if o.diagnostics:
-                record["routing"] = o.diagnostics
-            yield record
+        with view():
+            for o in run_episodes(actor, episodes, pool, settings.slots, settings.steps_after_success):
+                yield _record(job.k, o)
+
+
+def _record(k: int, o: Any) -> dict[str, Any]:
+    j, episode = o.episode.key
+    record = {
+        "k": k,
+        "j": j,
+        "episode": episode,
+        "seed": o.episode.seed,
+        "success_once": o.success_once,
+        "success_at_end": o.success_at_end,
+        "length": o.length,
+        "return": round(o.total_reward, 4),
+        "seconds": round(o.seconds, 3),
+    }
+    return {**record, "routing": o.diagnostics} if o.diagnostics else record
 
 
 def _actors(job: Job, settings: Settings) -> Any:
-    """Pairs of (actor, its episodes): one, unless the algorithm's view differs between tasks."""
+    """(actor, view to act in, its episodes): one, unless the algorithm's view differs between tasks."""
     from clbench.rollout.actors import PolicyActor, RandomActor
 
     if job.policy is None:
         from clbench.envs.base import backend
 
-        yield RandomActor(backend(job.episodes[0]["env"]["type"]).ACTION_DIM), job.episodes
+        yield RandomActor(backend(job.episodes[0]["env"]["type"]).ACTION_DIM), nullcontext, job.episodes
         return
     from clbench.algorithms.build import build_algorithm
     from clbench.algorithms.hooks import CLAlgorithm
@@ -105,5 +109,5 @@ def _actors(job: Job, settings: Settings) -> Any:
     for e in job.episodes:
         groups.setdefault(algorithm.view_key(e["j"]), []).append(e)
     for chosen in groups.values():
-        view = functools.partial(algorithm.eval_view, task_id=chosen[0]["j"])
-        yield PolicyActor(loaded, settings.slots, view, algorithm.eval_diagnostics), chosen
+        view = functools.partial(algorithm.eval_view, loaded.policy, chosen[0]["j"])
+        yield PolicyActor(loaded, settings.slots, algorithm.eval_diagnostics), view, chosen

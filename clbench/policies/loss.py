@@ -7,15 +7,20 @@ runs under the global generator seeded from them, and per-sample losses come fro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clbench.data.frames import Batch, batch_size, select
 from clbench.seeding import seeded
+
+# Per-sample gradients held at once, in numbers (256 MB in fp32).
+GRADIENT_CHUNK = 2**26
 
 
 class PolicyLoss:
@@ -52,3 +57,63 @@ class PolicyLoss:
             return self.per_sample(batch, draw).sum()
         with seeded(*draw["seed"].tolist()), self.autocast():
             return self.module(self.processor(batch))[0] * batch_size(batch)
+
+    def mean_gradient(
+        self, batch: Batch, draw: dict[str, Tensor], parameters: Mapping[str, nn.Parameter], parts: int = 1
+    ) -> dict[str, Tensor]:
+        """∇ mean ℓ over the batch, by name; computed in `parts` micro-batches. Leaves `.grad` alone."""
+        n = batch_size(batch)
+        total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        for i in range(parts):
+            rows = torch.arange(n * i // parts, n * (i + 1) // parts)
+            loss = self.total(select(batch, rows), {k: v[rows] for k, v in draw.items()}) / n
+            _accumulate(total, loss, parameters)
+        return total
+
+    def squared_gradients(
+        self,
+        batch: Batch,
+        draw: dict[str, Tensor],
+        parameters: Mapping[str, nn.Parameter],
+        vectorized: bool | None = None,
+    ) -> dict[str, Tensor]:
+        """Σ_n (∂ℓ(θ; x_n) / ∂θ_i)², by name, in fp32: gradients are squared per sample, then summed.
+
+        `vectorized` (default: where the policy takes its draw from outside) differentiates many samples in one call
+        of torch.func.vmap; otherwise one sample after the other. Leaves `.grad` alone.
+        """
+        total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+        n = batch_size(batch)
+        if self.takes_draw if vectorized is None else vectorized:
+            inputs = {k: v for k, v in self.processor(batch).items() if torch.is_tensor(v) and v.shape[:1] == (n,)}
+            values = {name: p.detach() for name, p in parameters.items()}
+
+            def one(values: dict[str, Tensor], row: Batch, row_draw: dict[str, Tensor]) -> Tensor:
+                kwargs = {"reduction": "none", "draw": {k: v[None] for k, v in row_draw.items()}}
+                return functional_call(self.policy, values, ({k: v[None] for k, v in row.items()},), kwargs)[0][0]
+
+            chunk = max(1, GRADIENT_CHUNK // max(1, sum(p.numel() for p in parameters.values())))
+            gradients = vmap(grad(one), in_dims=(None, 0, 0), randomness="error")
+            for a in range(0, n, chunk):
+                rows = slice(a, a + chunk)
+                with sdpa_kernel(SDPBackend.MATH):  # vmap has no batching rule for the fused attention kernels
+                    found = gradients(
+                        values, {k: v[rows] for k, v in inputs.items()}, {k: v[rows] for k, v in draw.items()}
+                    )
+                for name, g in found.items():
+                    total[name] += g.float().square().sum(0)
+            return total
+        for i in range(n):
+            row = torch.tensor([i])
+            single = {name: torch.zeros_like(p) for name, p in parameters.items()}
+            _accumulate(single, self.total(select(batch, row), {k: v[row] for k, v in draw.items()}), parameters)
+            for name, g in single.items():
+                total[name] += g.float().square()
+        return total
+
+
+def _accumulate(total: dict[str, Tensor], loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> None:
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    for name, g in zip(parameters, found, strict=True):
+        if g is not None:
+            total[name] += g

@@ -7,7 +7,6 @@ action noise comes from the episode's own generator, so an episode's actions do 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -75,11 +74,10 @@ class PolicyActor:
         self,
         loaded: Any,
         slots: int,
-        view: Callable[[Any], AbstractContextManager[None]] = lambda policy: nullcontext(),
         diagnostics: Callable[[Any], dict[str, Tensor]] = _no_diagnostics,
     ) -> None:
         self.policy, self.pre, self.post = loaded.policy, loaded.preprocessor, loaded.postprocessor
-        self.slots, self.view, self.diagnostics = slots, view, diagnostics
+        self.slots, self.diagnostics = slots, diagnostics
         self.policy.eval()
         config = self.policy.config
         self.stateful = config.n_obs_steps != 1
@@ -105,7 +103,7 @@ class PolicyActor:
             if value.dtype == torch.uint8:  # images: (B, height, width, C) in 0…255 → (B, C, height, width) in [0, 1]
                 batch[key] = value.permute(0, 3, 1, 2).float() / 255
         batch["task"] = [instructions[i] for i in rows]
-        with torch.inference_mode(), self.view(self.policy):
+        with torch.inference_mode():
             chunk = self._chunk(self.pre(batch), [seeds[i] for i in rows], [calls[i] for i in rows])
             found = {k: v[:n].cpu().numpy() for k, v in self.diagnostics(self.policy).items()}
         actions = self.post(chunk)[:n, : self.steps]

@@ -58,6 +58,11 @@ class LocalWeights:
     def set(self, name: str, value: Tensor) -> None:
         self._parameters[name].copy_(value)
 
+    @torch.no_grad()
+    def set_where(self, name: str, mask: Tensor, value: Tensor) -> None:
+        p = self._parameters[name]
+        torch.where(mask, value, p, out=p)
+
 
 class Backend:
     """Accelerate behind the few verbs that training needs."""

@@ -14,6 +14,7 @@ from clbench.config.schema import OptimizerConfig
 from clbench.data.frames import Batch, SampleOrder, batch_size, load_batches, select
 from clbench.errors import UserError
 from clbench.policies.loss import PolicyLoss
+from clbench.seeding import derive_seed
 from clbench.training.backend import Backend
 from clbench.training.log import RunLog
 from clbench.training.progress import Progress
@@ -156,6 +157,7 @@ class PhaseRunner:
         draw: dict[str, Tensor],
     ) -> dict[str, float]:
         ctx, algorithm = self.ctx, self.algorithm
+        torch.manual_seed(derive_seed("step", ctx.seed, ctx.k, phase.name, ctx.step, ctx.rank))  # dropout's, if any
         B = phase.batch_size
         planned = 0 if plan is None else len(plan.refs)
         # A sample that replaces a current one takes over its slot of the draw; an added one has its own.

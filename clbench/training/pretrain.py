@@ -158,7 +158,7 @@ def _pretrain(
         policy_loss = PolicyLoss(loaded.policy, loaded.policy, loaded.preprocessor, backend.autocast)
         ctx = Context(
             stream=stream, policy=loaded.policy, frames=frames, train=train, seed=p.seed, device=backend.device,
-            loss_function=policy_loss.per_sample, forward_function=policy_loss.total, draw_function=policy_loss.draw,
+            policy_loss=policy_loss,
             log=log.event, rank=backend.rank, world_size=backend.world_size,
         )  # fmt: skip
         algorithm = CLAlgorithm(None)

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from clbench.adapters import lora
 from clbench.algorithms.build import build_algorithm
 from clbench.algorithms.hooks import CLAlgorithm, Context
 from clbench.checkpoints.policy_io import LoadedPolicy, load_policy, pick_device, save_policy
@@ -19,13 +20,14 @@ from clbench.checkpoints.run_folder import (
     save_checkpoint,
     write_description,
 )
-from clbench.checkpoints.state import load_state, save_state
+from clbench.checkpoints.state import load_state, save_state, tensor_bytes
 from clbench.config.compose import to_yaml
 from clbench.config.schema import Config
 from clbench.data.frames import StreamFrames
 from clbench.errors import UserError
 from clbench.io import write_text
 from clbench.policies.loss import PolicyLoss
+from clbench.seeding import seeded
 from clbench.streams.stream import TaskStream, build_stream
 from clbench.training import log as run_log
 from clbench.training.backend import Backend, count
@@ -119,12 +121,16 @@ class Trainer:
             load_base(self.base_path, self.config) if fresh else load_policy(previous / "policy", device)
         )
         policy = self.loaded.policy
+        self.parameters_before = count(policy.parameters())
+        if self.config.lora.enabled and fresh:
+            with seeded("lora", self.config.seed):
+                lora.inject(policy, self.config.lora)
         frames = StreamFrames([v.tasks for v in self.stream.visits], policy.config)
         loss = PolicyLoss(policy, policy, self.loaded.preprocessor, self.backend.autocast)
         self.ctx = Context(
             stream=self.stream, policy=policy, frames=frames, train=self.config.train, seed=self.config.seed,
-            device=self.backend.device, loss_function=loss.per_sample, forward_function=loss.total,
-            draw_function=loss.draw, log=self._event, base_path=str(self.base_path), rank=self.backend.rank,
+            device=self.backend.device, policy_loss=loss,
+            log=self._event, base_path=str(self.base_path), rank=self.backend.rank,
             world_size=self.backend.world_size,
         )  # fmt: skip
         self.runner = PhaseRunner(self.ctx, self.algorithm, self.backend, loss, self.log)
@@ -146,7 +152,6 @@ class Trainer:
         ctx, algorithm, policy = self.ctx, self.algorithm, self.loaded.policy
         began = time.monotonic()
         ctx.k, ctx.phase, ctx.step = k, "", 0
-        before = count(policy.parameters())
         self._event("task_start", samples=ctx.frames.length(k))
         algorithm.on_task_start(ctx)
         trained = 0
@@ -159,11 +164,13 @@ class Trainer:
         total = count(policy.parameters())
         numbers = {
             "parameters_total": total,
-            "parameters_added": total - before,
+            "parameters_added": total - self.parameters_before,
             "parameters_trainable": trained,
             "exemplar_bytes": algorithm.exemplar_bytes(),
+            "state_bytes": tensor_bytes(algorithm.state_dict()),
             "peak_memory_mb": round(self.backend.peak_memory_mb(), 1),
         }
+        self.parameters_before = total
         save_checkpoint(self.folder, k, lambda temporary: self._save(temporary, numbers))
         self.total_steps = self.runner.total_steps
         self._event("task_end", seconds=round(time.monotonic() - began, 2), **numbers)
@@ -172,6 +179,9 @@ class Trainer:
         policy_folder = folder / "policy"
         policy_folder.mkdir()
         adapter = self.algorithm.save_policy(self.loaded.policy, policy_folder, str(self.base_path))
+        if self.config.lora.enabled:
+            lora.save(self.loaded.policy, policy_folder, str(self.base_path))
+            adapter = True
         save_policy(self.loaded, policy_folder, adapter_only=adapter)
         save_state(folder, "algorithm", self.algorithm.state_dict())
         carried = self.runner.carried
