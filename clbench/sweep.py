@@ -122,6 +122,8 @@ def finished(run: Run) -> bool:
         return False
     done, asked = read_json(complete), run.config.eval
     covered = done.get("cells") in {asked.cells, "full"} and done.get("episodes") == asked.episodes
+    covered &= set(asked.views) <= set(done.get("views", []))
+    covered &= asked.heldout_episodes in (0, done.get("heldout_episodes", 0))
     return covered and not changed_keys(folder, run.config, FREE_ON_RESUME)
 
 

@@ -104,6 +104,7 @@ def write_run(
                 end |= {
                     "parameters_added": 60_000 if routing else 512,
                     "exemplar_bytes": 12_345_678,
+                    "state_bytes": 4000,
                 }
                 end["peak_memory_mb"] = 1500 + 10 * k
                 f.write(json.dumps(end) + "\n")
@@ -139,7 +140,7 @@ def test_several_algorithms_and_seeds(tmp_path: Path) -> None:
     table = (index.parent / "table.md").read_text().splitlines()
     assert [line.split("|")[1].strip() for line in table[2:]] == ["er", "naive", "multitask"]
     er, joint = ([c.strip() for c in line.split("|")[1:-1]] for line in (table[2], table[4]))
-    assert er[1] == "2" and all("±" in c for c in er[2:7]) and er[8] == "12.3 MB" and er[9] == "6.0"
+    assert er[1] == "2" and all("±" in c for c in er[2:7]) and er[8:11] == ["12.3 MB", "4 kB", "6.0"]
     assert joint[2:5] == ["–"] * 3 and "±" in joint[5] and joint[6] == "–"
     latex = (index.parent / "table.tex").read_text()
     assert r"\toprule" in latex and r"$\pm$" in latex and latex.count(r"\\") == 4

@@ -204,7 +204,7 @@ def test_torn_records_are_redone_and_matrices_skip_empty_cells(tmp_path: Path) -
     assert sorted(again.rows) == [0, 1]
     again.append({"k": 0, "j": 1, "episode": 2, "seed": 2, "success_once": True, "success_at_end": False})
     assert [r["episode"] for r in read_jsonl(cell.path)] == [0, 1, 2]
-    matrix = build_matrix(tmp_path, ["a", "b"], 1)
+    matrix = build_matrix(tmp_path, ["a", "b"], [0])
     assert matrix["success"] == [[None, 2 / 3]] and matrix["episodes"] == [[0, 3]] and matrix["base"] is None
 
 

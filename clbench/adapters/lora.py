@@ -84,7 +84,7 @@ def merge(policy: nn.Module) -> None:
 
 def save(policy: nn.Module, folder: Path, base_path: str) -> None:
     """Write the LoRA layers as a PEFT adapter over the base in `base_path`."""
-    config = policy.peft_config[ADAPTER]  # type: ignore[index, union-attr]
+    config: Any = policy.peft_config[ADAPTER]  # type: ignore[index]
     before = config.base_model_name_or_path, config.inference_mode
     config.base_model_name_or_path, config.inference_mode = base_path, True
     try:

@@ -49,6 +49,8 @@ def build_algorithm(config: Config, check: bool = True) -> CLAlgorithm:
         parts.append(cls(_typed(cls, own)))
     for part in parts if check else ():
         part.check(config)
+    for view in config.eval.views if check else ():
+        view_overrides(config, view)
     if config.lora.enabled:
         for part in parts:
             if "structure" in part.claims:
@@ -92,6 +94,17 @@ def algorithm_classes(config: Config) -> list[type[CLAlgorithm]]:
         check_hooks(cls)
         classes.append(cls)
     return classes
+
+
+def view_overrides(config: Config, name: str) -> dict[str, Any]:
+    """The `algorithm` keys that evaluation view `name` sets; raises UserError when no algorithm of the run has it."""
+    known: dict[str, dict[str, Any]] = {}
+    for cls in algorithm_classes(config):
+        known |= cls.views
+    if name not in known:
+        has = f"it has {', '.join(known)}" if known else "it has none"
+        raise UserError(f"eval.views names '{name}', which is no view of {config.algorithm['name']}: {has}.")
+    return known[name]
 
 
 def _typed(cls: type[CLAlgorithm], values: dict[str, Any]) -> Any:

@@ -161,6 +161,6 @@ class EWC(CLAlgorithm):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if set(state) != {"fisher", "center", "rest"} or state["fisher"].keys() != state["center"].keys():
-            raise UserError(f"the checkpoint's state of ewc should hold fisher, center and rest, holds {sorted(state)}.")
+            raise UserError(f"the checkpoint's state of ewc should hold fisher, center, rest, holds {sorted(state)}.")
         self.fisher, self.center, self.rest = dict(state["fisher"]), dict(state["center"]), float(state["rest"])
         self._flat = None

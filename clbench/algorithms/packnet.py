@@ -50,11 +50,8 @@ def keep_largest(weight: Tensor, free: Tensor, share: float) -> Tensor:
 def matrices(policy: nn.Module) -> dict[str, nn.Parameter]:
     """Weights of linear and convolution layers that train, by name."""
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return {
-        f"{name}.weight": module.weight
-        for name, module in policy.named_modules()
-        if isinstance(module, kinds) and module.weight.requires_grad
-    }
+    names = {f"{name}.weight" for name, module in policy.named_modules() if isinstance(module, kinds)}
+    return {n: p for n, p in policy.named_parameters() if n in names and p.requires_grad}
 
 
 class PackNet(CLAlgorithm):
@@ -117,10 +114,12 @@ class PackNet(CLAlgorithm):
     def phases(self, ctx: Context) -> Sequence[Phase]:
         train = training_phase(ctx)
         steps = train.steps if self.config.retrain_steps is None else self.config.retrain_steps
-        later = {"parameters": self._matrices} if ctx.k > 0 else {}
+        trains = self._matrices if ctx.k > 0 else None  # None: everything that trains
         return [
-            replace(train, on_enter=self._hold_owned, **later),
-            replace(train, name="retrain", steps=steps, on_enter=self._prune, on_exit=self._release, **later),
+            replace(train, parameters=trains, on_enter=self._hold_owned),
+            replace(
+                train, name="retrain", steps=steps, parameters=trains, on_enter=self._prune, on_exit=self._release
+            ),
         ]
 
     def _matrices(self) -> dict[str, nn.Parameter]:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,7 +18,7 @@ from clbench.config.schema import Config
 from clbench.errors import UserError, nearest
 from clbench.io import read_json, write_json, write_text
 from clbench.paths import PROJECT_ROOT, results_root
-from clbench.streams.stream import TaskStream
+from clbench.streams.stream import Task, TaskStream, pretraining_tasks
 
 PACKAGES = ("torch", "lerobot", "accelerate", "peft", "transformers", "numpy", "metaworld", "mujoco", "hf-libero",
             "robosuite", "deepspeed")  # fmt: skip
@@ -93,18 +93,8 @@ def write_description(
     files: list[str],
 ) -> None:
     """Write config.yaml and manifest.json."""
-    columns = [
-        {
-            "k": j,
-            "task": t.name,
-            "instruction": t.instruction,
-            "data": str(t.root),
-            "episodes": len(t.episodes),
-            "env": {**t.env, "max_steps": t.max_steps},
-            "expert_success": t.expert_success,
-        }
-        for j, t in enumerate(stream.columns)
-    ]
+    own_base = config.dataset.pretrain is not None and not config.policy.get("path")
+    heldout = pretraining_tasks(config.dataset)[0] if own_base else []
     algorithm = config.algorithm["name"]
     write_text(folder / "config.yaml", to_yaml(config))
     write_json(
@@ -118,7 +108,8 @@ def write_description(
             "dataset": stream.name,
             "seed": config.seed,
             "mode": stream.mode,
-            "visits": columns,
+            "visits": describe_columns(stream.columns),
+            "heldout": describe_columns(heldout),
             "checkpoints": [v.task for v in stream.visits],
             "data_fingerprint": stream.fingerprint,
             "base": base,
@@ -128,6 +119,22 @@ def write_description(
             "config_files": files,
         },
     )
+
+
+def describe_columns(tasks: Sequence[Task]) -> list[dict[str, Any]]:
+    """Evaluation columns as the manifest holds them."""
+    return [
+        {
+            "k": j,
+            "task": t.name,
+            "instruction": t.instruction,
+            "data": str(t.root),
+            "episodes": len(t.episodes),
+            "env": {**t.env, "max_steps": t.max_steps},
+            "expert_success": t.expert_success,
+        }
+        for j, t in enumerate(tasks)
+    ]
 
 
 def checkpoint_folder(folder: Path, k: int) -> Path:

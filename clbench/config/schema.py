@@ -143,6 +143,9 @@ class EvalConfig:
         workers: processes; null = one a core, at most 2 on a small machine.
         slots: episodes that one process steps together (the policy's fixed batch size).
         base_row, random_row: also evaluate the base before the stream / uniformly random actions.
+        views: other views of the same checkpoints, where the algorithm has any (packnet: task_id, no_task_id); each is
+            stored in eval/views/NAME.
+        heldout_episodes: episodes per pretraining task of the base, for the base and the last checkpoint (0 = none).
     """
 
     episodes: int = 20
@@ -153,6 +156,8 @@ class EvalConfig:
     slots: int = 32
     base_row: bool = False
     random_row: bool = False
+    views: list[str] = field(default_factory=list)
+    heldout_episodes: int = 0
 
 
 @dataclass
@@ -169,7 +174,7 @@ class LoraConfig:
 
     enabled: bool = False
     rank: int = 32
-    alpha: float = 32.0
+    alpha: int = 32
     dropout: float = 0.0
     target_modules: Optional[str] = None  # noqa: UP045
 

@@ -7,12 +7,15 @@ import os
 import queue
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from clbench.checkpoints.run_folder import checkpoint_folder, finished_visits, read_manifest
+from clbench.algorithms.build import view_overrides
+from clbench.checkpoints.run_folder import checkpoint_folder, describe_columns, finished_visits, read_manifest
 from clbench.config.compose import check_keys, load_yaml, to_config
 from clbench.config.schema import Config
 from clbench.envs.base import EVAL_SEED_BASE
@@ -20,6 +23,7 @@ from clbench.errors import UserError
 from clbench.evaluation.records import BASE, RANDOM, CellFile, build_matrix
 from clbench.evaluation.worker import Job, Settings, work
 from clbench.io import read_json, write_json
+from clbench.streams.stream import pretraining_tasks
 
 
 def run_config(folder: Path) -> Config:
@@ -51,7 +55,7 @@ def wanted_cells(mode: str, cells: str, rows: int, columns: int) -> list[tuple[i
 
 
 def evaluate(folder: Path, config: Config, output: Path | None = None, progress: bool = True) -> dict[str, Any]:
-    """Play the missing episodes of a run and write its records and matrix.
+    """Play the missing episodes of a run and write its records and matrices.
 
     Args:
         folder: the run folder.
@@ -66,6 +70,7 @@ def evaluate(folder: Path, config: Config, output: Path | None = None, progress:
     """
     manifest = read_manifest(folder)
     e = config.eval
+    views = {name: view_overrides(config, name) for name in e.views}
     out = (output or folder) / "eval"
     rows = finished_visits(folder)
     if rows == 0:
@@ -76,57 +81,104 @@ def evaluate(folder: Path, config: Config, output: Path | None = None, progress:
             file=sys.stderr,
         )
     columns = manifest["visits"]
-    _check_settings(out, folder, rows, e.steps_after_success, [c["env"]["max_steps"] for c in columns], e.seed)
+    run = _Run(folder, manifest, config, rows, progress)
     cells = wanted_cells(manifest["mode"], e.cells, rows, len(columns))
-    cells += [(BASE, j) for j in range(len(columns))] if e.base_row else []
-    cells += [(RANDOM, j) for j in range(len(columns))] if e.random_row else []
-    files = {(k, j): CellFile(out, k, j) for k, j in cells}
-    first = {c["task"]: i for i, c in reversed(list(enumerate(columns)))}  # a repeated task's first column
-    missing: dict[int, list[dict[str, Any]]] = {}
-    for k, j in cells:
-        source = first[columns[j]["task"]] if (k, first[columns[j]["task"]]) in files else j
-        if source != j:
-            continue  # copied below
-        env = {n: v for n, v in columns[j]["env"].items() if n != "max_steps"}
-        for episode in range(e.episodes):
-            if episode not in files[k, j].rows:
-                missing.setdefault(k, []).append(
-                    {
-                        "j": j,
-                        "episode": episode,
-                        "seed": EVAL_SEED_BASE + e.seed + episode,
-                        "env": env,
-                        "instruction": columns[j]["instruction"],
-                        "max_steps": columns[j]["env"]["max_steps"],
-                    }
-                )
-    workers = e.workers or max(1, min(2, os.cpu_count() or 1))
-    jobs = _jobs(missing, folder, manifest, workers)
-    total = sum(len(job.episodes) for job in jobs)
-    started = time.monotonic()
-    if total:
-        print(f"evaluating {total} episodes in {workers} processes → {out}", file=sys.stderr, flush=True)
-        settings = Settings(config, e.slots, e.steps_after_success, config.train.device, threads=1)
-        _play(jobs, settings, workers, files, total, progress)
-    for k, j in cells:
-        source = first[columns[j]["task"]]
-        if source != j and (k, source) in files:
-            files[k, j].rows = {n: {**r, "j": j} for n, r in files[k, source].rows.items()}
-        files[k, j].sort()
-    matrix = build_matrix(out, [c["task"] for c in columns], rows)
-    complete = rows == len(manifest["checkpoints"])
-    if complete:  # for `clbench sweep`: what was asked for is there
-        write_json(out / "complete.json", {"cells": e.cells, "episodes": e.episodes})
-    if total:
-        _add_summary(out, time.monotonic() - started, total, workers)
+    extra = [(BASE, j) for j in range(len(columns))] if e.base_row else []
+    extra += [(RANDOM, j) for j in range(len(columns))] if e.random_row else []
+    matrix = run.fill(out, columns, cells + extra, e.episodes, range(rows))
+    for name, overrides in views.items():
+        seen = replace(config, algorithm={**config.algorithm, **overrides})
+        view = _Run(folder, manifest, seen, rows, progress)
+        view.fill(out / "views" / name, columns, cells, e.episodes, range(rows))
+    if e.heldout_episodes:
+        heldout = heldout_columns(manifest, config)
+        pairs = [(k, j) for k in (BASE, rows - 1) for j in range(len(heldout))]
+        run.fill(out / "heldout", heldout, pairs, e.heldout_episodes, [rows - 1])
+    if rows == len(manifest["checkpoints"]):  # for `clbench sweep`: what was asked for is there
+        asked = {"cells": e.cells, "episodes": e.episodes, "views": e.views, "heldout_episodes": e.heldout_episodes}
+        write_json(out / "complete.json", asked)
     return matrix
+
+
+def heldout_columns(manifest: dict[str, Any], config: Config) -> list[dict[str, Any]]:
+    """The base's pretraining tasks as columns, from the manifest, or for an older run from their data's record."""
+    columns = manifest.get("heldout")
+    if columns is None and config.dataset.pretrain is not None:
+        columns = describe_columns(pretraining_tasks(config.dataset)[0])
+    if not columns:
+        raise UserError(
+            "eval.heldout_episodes asks for the base's pretraining tasks, but this run's base came from elsewhere: "
+            "set it to 0."
+        )
+    return list(columns)
+
+
+@dataclass
+class _Run:
+    """A run under evaluation. `fill` plays what a matrix lacks."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    config: Config
+    rows: int
+    progress: bool
+
+    def fill(
+        self,
+        out: Path,
+        columns: list[dict[str, Any]],
+        cells: list[tuple[int, int]],
+        count: int,
+        shown: Sequence[int],
+    ) -> dict[str, Any]:
+        """Play the missing ones of `count` episodes of every cell (k, j); write the matrix of rows `shown` to `out`."""
+        e = self.config.eval
+        max_steps = [c["env"]["max_steps"] for c in columns]
+        _check_settings(out, self.folder, self.rows, e.steps_after_success, max_steps, e.seed)
+        files = {(k, j): CellFile(out, k, j) for k, j in cells}
+        first = {c["task"]: i for i, c in reversed(list(enumerate(columns)))}  # a repeated task's first column
+        missing: dict[int, list[dict[str, Any]]] = {}
+        for k, j in cells:
+            source = first[columns[j]["task"]] if (k, first[columns[j]["task"]]) in files else j
+            if source != j:
+                continue  # copied below
+            env = {n: v for n, v in columns[j]["env"].items() if n != "max_steps"}
+            for episode in range(count):
+                if episode not in files[k, j].rows:
+                    missing.setdefault(k, []).append(
+                        {
+                            "j": j,
+                            "episode": episode,
+                            "seed": EVAL_SEED_BASE + e.seed + episode,
+                            "env": env,
+                            "instruction": columns[j]["instruction"],
+                            "max_steps": columns[j]["env"]["max_steps"],
+                        }
+                    )
+        workers = e.workers or max(1, min(2, os.cpu_count() or 1))
+        jobs = _jobs(missing, self.folder, self.manifest, workers)
+        total = sum(len(job.episodes) for job in jobs)
+        started = time.monotonic()
+        if total:
+            print(f"evaluating {total} episodes in {workers} processes → {out}", file=sys.stderr, flush=True)
+            settings = Settings(self.config, e.slots, e.steps_after_success, self.config.train.device, threads=1)
+            _play(jobs, settings, workers, files, total, self.progress)
+        for k, j in cells:
+            source = first[columns[j]["task"]]
+            if source != j and (k, source) in files:
+                files[k, j].rows = {n: {**r, "j": j} for n, r in files[k, source].rows.items()}
+            files[k, j].sort()
+        matrix = build_matrix(out, [c["task"] for c in columns], shown)
+        if total:
+            _add_summary(out, time.monotonic() - started, total, workers)
+        return matrix
 
 
 def _check_settings(
     out: Path, folder: Path, rows: int, steps_after_success: int, max_steps: list[int], seed: int
 ) -> None:
     """Records of other settings or other checkpoints must not mix with new ones."""
-    path = out / "settings.json"
+    path = out / "settings.json"  # one per matrix: views and held-out tasks have their own
     digests = [read_json(checkpoint_folder(folder, k) / "checkpoint.json").get("digest") for k in range(rows)]
     now = {"steps_after_success": steps_after_success, "max_steps": max_steps, "seed": seed, "checkpoints": digests}
     if path.is_file():

@@ -7,6 +7,7 @@ of random actions. A file has one writer; it is appended to while episodes end a
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,10 @@ class CellFile:
         write_jsonl(self.path, [self.rows[e] for e in sorted(self.rows)])
 
 
-def build_matrix(folder: Path, tasks: list[str], rows: int, criterion: str = "success_once") -> dict[str, Any]:
-    """Write eval/matrix.json from the cells; a cell without episodes is null."""
+def build_matrix(
+    folder: Path, tasks: list[str], rows: Sequence[int], criterion: str = "success_once"
+) -> dict[str, Any]:
+    """Write matrix.json from the cells of the checkpoints `rows`; a cell without episodes is null."""
 
     def rate(k: int, j: int) -> tuple[float | None, int]:
         values = [bool(r[criterion]) for r in CellFile(folder, k, j).rows.values()]
@@ -70,7 +73,7 @@ def build_matrix(folder: Path, tasks: list[str], rows: int, criterion: str = "su
         values = [v for v, _ in row(k)]
         return None if all(v is None for v in values) else values
 
-    cells = [row(k) for k in range(rows)]
+    cells = [row(k) for k in rows]
     matrix = {
         "tasks": tasks,
         "criterion": criterion,

@@ -39,7 +39,7 @@ def build_report(
         raise UserError("name at least one run.")
     loaded = load_runs([Path(r) for r in runs], bootstrap)
     groups, notes = group_runs(loaded)
-    several = len(loaded) > 1
+    several = len({r.path for r in loaded}) > 1
     if several and name is None:
         name = loaded[0].dataset or "comparison"
     folder = out or (
@@ -52,7 +52,7 @@ def build_report(
     for file_name, _, png in [*matrices, *drawn]:
         write_bytes(folder / file_name, png)
     write_json(folder / "metrics.json", _metrics(loaded, groups))
-    head, body = tables.header(), tables.rows(groups)
+    head, body = tables.header(groups), tables.rows(groups)
     write_text(folder / "table.tex", tables.to_latex(head, body))
     write_text(folder / "table.md", tables.to_markdown(head, body))
     command = command if command is not None else shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
@@ -65,7 +65,7 @@ def _metrics(runs: Sequence[Run], groups: Sequence[Group]) -> dict[str, object]:
     if len(runs) == 1:
         return {"metrics": runs[0].metrics}
     return {
-        "runs": {run.path.name: {"path": str(run.path), "metrics": run.metrics} for run in runs},
+        "runs": {run.name: {"path": str(run.path), "metrics": run.metrics} for run in runs},
         "groups": [{"label": g.label, "runs": [r.name for r in g.runs], "metrics": g.metrics} for g in groups],
     }
 

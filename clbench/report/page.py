@@ -47,7 +47,7 @@ def page(
     body = [
         f"<h1>{html.escape(title)}</h1>",
         f'<p class="sub">{html.escape(_subtitle(runs))}</p>',
-        f'<div class="wide summary">{tables.to_html(tables.header(), tables.rows(groups))}</div>',
+        f'<div class="wide summary">{tables.to_html(tables.header(groups), tables.rows(groups))}</div>',
         f'<p class="note">{html.escape(tables.CAPTION)}</p>',
         *(_paragraph(n) for n in notes),
         "<h2>Success</h2>" if matrices else "",

@@ -18,10 +18,14 @@ Routing = dict[str, list[dict[int, int]]]  # layer → per task j, {adapter: cou
 
 @dataclass
 class Run:
-    """One run folder: its record, metrics, training log and costs. None or empty = not recorded."""
+    """One run folder: its record, metrics, training log and costs. None or empty = not recorded.
+
+    `view`: the evaluation view that the record is of (eval/views/NAME); "" = the run's own.
+    """
 
     path: Path
     record: Record
+    view: str = ""
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     draws: dict[str, FloatArray] = field(default_factory=dict)
     task_ends: list[dict[str, Any]] = field(default_factory=list)
@@ -33,7 +37,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return f"{self.path.name}-{self.view}" if self.view else self.path.name
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -41,8 +45,14 @@ class Run:
 
     @property
     def algorithm(self) -> str:
-        value = self.manifest.get("algorithm") or self.name
-        return "+".join(map(str, value)) if isinstance(value, list) else str(value)
+        """Its name; with whether it is told the task at test time, where that is a choice."""
+        value = self.manifest.get("algorithm") or self.path.name
+        name = "+".join(map(str, value)) if isinstance(value, list) else str(value)
+        settings = self.manifest.get("algorithm_config")
+        told = settings.get("eval_with_task_id") if isinstance(settings, dict) else None
+        if self.view:
+            return f"{name} ({self.view.replace('_', ' ')})"
+        return name if told is None else f"{name} ({'task id' if told else 'no task id'})"
 
     @property
     def policy(self) -> str:
@@ -99,21 +109,27 @@ class Group:
         return sum(have) / len(have) if have else None
 
 
-def load_run(path: Path) -> Run:
+def load_run(path: Path, view: str = "") -> Run:
     """Read a run folder; what is absent stays empty. Raises UserError when there is no evaluated matrix."""
     if not path.is_dir():
         raise UserError(f"{path} is not a run folder.")
-    run = Run(path=path.resolve(), record=load_record(path))
+    folder = path / "eval" / "views" / view if view else path / "eval"
+    run = Run(path=path.resolve(), record=load_record(folder if view else path), view=view)
     run.notes += run.record.notes
     if not run.manifest:
         run.notes.append("no manifest.json: algorithm, seed and versions are unknown")
     _read_log(run)
-    summary = path / "eval" / "summary.json"
+    summary = folder / "summary.json"
     if summary.is_file():
         data = read_json(summary)
         run.eval_seconds = _number(data.get("seconds")) if isinstance(data, dict) else None
-    run.routing = _read_routing(run)
+    run.routing = _read_routing(run, folder / "cells")
     return run
+
+
+def views_of(path: Path) -> list[str]:
+    """Names of the other views that a run was evaluated under."""
+    return sorted(p.parent.name for p in (path / "eval" / "views").glob("*/matrix.json"))
 
 
 def _number(value: Any) -> float | None:
@@ -147,12 +163,12 @@ def _read_log(run: Run) -> None:
     run.train_seconds = sum(seconds) if seconds else None
 
 
-def _read_routing(run: Run) -> Routing:
+def _read_routing(run: Run, cells: Path) -> Routing:
     """Which adapter each layer chose, per evaluated task, in the episodes of the last checkpoint."""
     record = run.record
     routing: Routing = {}
     for j in range(len(record.tasks)):
-        for episode in read_cell(run.path / "eval" / "cells", record.tasks, record.rows[-1], j):
+        for episode in read_cell(cells, record.tasks, record.rows[-1], j):
             chosen = episode.get("routing")
             for layer, counts in chosen.items() if isinstance(chosen, dict) else ():
                 if not isinstance(counts, dict):
@@ -178,7 +194,7 @@ def load_runs(paths: Sequence[Path], bootstrap: int = 1000) -> list[Run]:
         raise UserError("a run is given twice.")
     if len({p.resolve().name for p in paths}) != len(paths):
         raise UserError("two runs have the same folder name; rename one, so that the report can tell them apart.")
-    runs = [load_run(p) for p in paths]
+    runs = [load_run(p, view) for p in paths for view in ("", *views_of(p))]
     _check_same_tasks(runs)
     for run in runs:
         joint = _reference(run, runs, "multitask")

@@ -10,21 +10,35 @@ from clbench.report.runs import Group
 
 NONE = "–"
 METRIC_COLUMNS = {"AUC": "auc_clare", "FWT": "fwt_clare", "NBT": "nbt_clare", "ASR": "asr", "BWT": "bwt_gem"}
-COST_COLUMNS = ("added params", "exemplars", "train min", "eval min", "peak memory")
+COST_COLUMNS = ("added params", "exemplars", "state", "train min", "eval min", "peak memory")
 CAPTION = (
     "AUC, FWT and NBT as in CLARE (FWT is the diagonal), ASR: mean of the last row, BWT as in GEM; "
-    "mean ± standard error over seeds, or the 95 % bootstrap interval of one seed."
+    "mean ± standard error over seeds, or the 95 % bootstrap interval of one seed. Pretraining tasks: the base's own, "
+    "before → after the stream. State: what the method itself keeps (anchors, masks, references)."
 )
 
 
-def header() -> list[str]:
-    """Column titles."""
-    return ["algorithm", "seeds", *METRIC_COLUMNS, *COST_COLUMNS]
+def header(groups: Sequence[Group]) -> list[str]:
+    """Column titles; the base's pretraining tasks have one if any run was evaluated on them."""
+    return ["algorithm", "seeds", *METRIC_COLUMNS, *(["pretraining tasks"] if _heldout(groups) else []), *COST_COLUMNS]
+
+
+def _heldout(groups: Sequence[Group]) -> bool:
+    return any(r.record.heldout is not None for g in groups for r in g.runs)
+
+
+def heldout_text(g: Group) -> str:
+    """Mean success on the base's pretraining tasks, before → after the stream."""
+    held = [r.record.heldout for r in g.runs if r.record.heldout is not None]
+    before = g.mean([None if h.base is None else float(h.base.mean()) for h in held])
+    after = g.mean([float(h.success[-1].mean()) for h in held])
+    return NONE if after is None else f"{NONE if before is None else f'{before:.2f}'} → {after:.2f}"
 
 
 def rows(groups: Sequence[Group]) -> list[list[str]]:
     """One row of plain text per group."""
     table = []
+    heldout = _heldout(groups)
     for g in groups:
         runs = g.runs
         minutes = (
@@ -36,8 +50,10 @@ def rows(groups: Sequence[Group]) -> list[list[str]]:
                 g.label,
                 str(len(runs)),
                 *(metric_text(g.metrics[name]) for name in METRIC_COLUMNS.values()),
+                *([heldout_text(g)] if heldout else []),
                 count_text(g.mean([r.growth[-1][1] if r.growth else None for r in runs])),
                 bytes_text(g.mean([r.last("exemplar_bytes") for r in runs])),
+                bytes_text(g.mean([r.last("state_bytes") for r in runs])),
                 *(NONE if m is None else f"{m:.1f}" for m in minutes),
                 bytes_text(_mb(g.mean([r.peak_memory_mb for r in runs]))),
             ]
@@ -96,7 +112,7 @@ def to_markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 def to_latex(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     r"""A LaTeX tabular for \usepackage{booktabs}."""
-    columns = "lr" + "c" * len(METRIC_COLUMNS) + "r" * len(COST_COLUMNS)
+    columns = "lr" + "c" * (len(head) - 2 - len(COST_COLUMNS)) + "r" * len(COST_COLUMNS)
     lines = [
         r"% \usepackage{booktabs}",
         "% " + CAPTION,

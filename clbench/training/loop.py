@@ -174,8 +174,9 @@ class PhaseRunner:
             ctx.positions = torch.arange(low, high)
             micro = select(batch, ctx.positions)
             micro["slot"] = ctx.positions
-            first, last = (0, planned) if plan is not None and plan.shared else (planned * low // B, planned * high // B)
-            rows = torch.arange(B + first, B + last)
+            rows = torch.arange(B + planned * low // B, B + planned * high // B)
+            if plan is not None and plan.shared:
+                rows = torch.arange(B, B + planned)
             ctx.planned = {**select(batch, rows), "slot": rows} if len(rows) else None
             if phase.policy_training:
                 algorithm.observe(micro, ctx.k)
