@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from clbench.algorithms.build import build_algorithm
 from clbench.algorithms.er import replaced_positions
-from clbench.data.replay import ReplayMemory
+from clbench.checkpoints.run_folder import checkpoint_folder
+from clbench.data.frames import Batch, TaskFrames, packed, unpacked
+from clbench.data.replay import ReplayMemory, ReservoirMemory
+from clbench.training.trainer import train
+from tests.toy import toy_config
 
 
 def g(seed: int) -> torch.Generator:
@@ -85,3 +92,84 @@ def test_replaced_positions_are_spread_evenly(batch: int, m: int) -> None:
                 assert [v for v in positions[low:high].tolist() if v >= 0] == list(
                     range(m * low // batch, m * high // batch)
                 )
+
+
+def test_reservoir_keeps_everything_seen_with_equal_probability() -> None:
+    """Three visits of 30, 20 and 50 samples, capacity 25: every sample stays with probability 1/4 (chi-square)."""
+    lengths, runs, capacity = (30, 20, 50), 3000, 25
+    counts = torch.zeros(sum(lengths))
+    for seed in range(runs):
+        memory = ReservoirMemory(capacity)
+        for k, n in enumerate(lengths):
+            memory.store(k, torch.zeros(n, dtype=torch.int64), g(1000 * k + seed))
+        assert len(memory) == capacity and len(torch.unique(memory.slots, dim=0)) == capacity
+        offset = 0
+        for k, n in enumerate(lengths):
+            counts[offset + memory.indices.get(k, torch.empty(0, dtype=torch.int64))] += 1
+            offset += n
+    p = capacity / sum(lengths)
+    chi2 = float(((counts - runs * p) ** 2 / (runs * p * (1 - p))).sum())
+    assert chi2 < 149.4  # 99.9 % quantile of chi-square with 100 degrees of freedom
+    assert chi2 > 61.9  # and its 0.1 % quantile: it is random at all
+
+
+def test_a_reservoir_that_is_not_full_keeps_all_and_survives_saving() -> None:
+    memory = ReservoirMemory(50)
+    memory.store(0, torch.zeros(20, dtype=torch.int64), g(0))
+    assert memory.indices[0].tolist() == list(range(20))
+    again = ReservoirMemory(50)
+    again.load_state_dict(memory.state_dict())
+    for m in (memory, again):
+        m.store(1, torch.zeros(60, dtype=torch.int64), g(1))
+    assert torch.equal(memory.slots, again.slots) and len(again) == 50
+
+
+@pytest.mark.parametrize("selection", ["per_task", "reservoir"])
+def test_copies_train_like_references_without_reading_past_data(
+    selection: str, toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = {"name": "er", "buffer_size_per_task": 6, "selection": selection}
+    runs = {}
+    reads: list[str] = []
+    original = TaskFrames.fetch
+
+    def fetch(self: TaskFrames, indices: torch.Tensor) -> Batch:
+        reads.append(self.task.name)
+        return original(self, indices)
+
+    monkeypatch.setattr(TaskFrames, "fetch", fetch)
+    for storage in ("reference", "copy"):
+        reads.clear()
+        config = toy_config(toy_data, {**section, "storage": storage}, f"output_dir={tmp_path}")
+        runs[storage] = train(config, storage)
+        last = max(i for i, name in enumerate(reads) if name == "hammer-v3")
+        first_of_last = reads.index("window-close-v3")
+        assert (last > first_of_last) == (storage == "reference")
+    for k in range(3):
+        a, b = (checkpoint_folder(runs[s], k) / "policy" / "model.safetensors" for s in ("reference", "copy"))
+        assert a.read_bytes() == b.read_bytes()
+
+
+def test_images_are_packed_without_loss() -> None:
+    image = torch.randint(0, 256, (3, 3, 4, 4), generator=g(0)).float() / 255
+    other = torch.rand(3, 3, 4, 4, generator=g(1))
+    batch = {"observation.images.top": image, "observation.image_like": other, "x": torch.arange(3), "task": ["a"] * 3}
+    kept = packed(batch)
+    assert kept["observation.images.top/uint8"].dtype == torch.uint8
+    back = unpacked(kept)
+    assert back.keys() == batch.keys()
+    assert all(torch.equal(back[n], v) if torch.is_tensor(v) else back[n] == v for n, v in batch.items())
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"selection": "reservoir", "memory_unit": "episodes"}, "keeps single frames"),
+        ({"buffer_size": 10}, "is the size of a reservoir"),
+        ({"storage": "disk"}, "storage is 'disk'"),
+        ({"selection": "fifo"}, "selection is 'fifo'"),
+    ],
+)
+def test_impossible_memories_are_refused(keys: dict[str, object], words: str, toy_data: Path) -> None:
+    with pytest.raises(ValueError, match=words):
+        build_algorithm(toy_config(toy_data, {"name": "er", **keys}))
