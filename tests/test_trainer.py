@@ -12,14 +12,18 @@ import torch
 from safetensors.torch import load_file
 
 from clbench.algorithms.hooks import CLAlgorithm
+from clbench.checkpoints.policy_io import load_policy
 from clbench.checkpoints.run_folder import checkpoint_folder, finished_visits
 from clbench.checkpoints.state import load_state, save_state
 from clbench.config.schema import OptimizerConfig
+from clbench.data.frames import SampleOrder, StreamFrames
 from clbench.io import read_json, read_jsonl, write_json
 from clbench.registry import ALGORITHMS
+from clbench.seeding import generator
+from clbench.streams.stream import build_stream
 from clbench.training.loop import schedule_factor
 from clbench.training.trainer import train
-from tests.algorithm_cases import SMALL_CLARE
+from tests.algorithm_cases import SMALL_CLARE, SMALL_MIR
 from tests.toy import toy_config
 
 
@@ -33,7 +37,17 @@ def largest_difference(a: Path, b: Path) -> float:
     return max(float((x[k] - y[k]).abs().max()) for k in x)
 
 
-@pytest.mark.parametrize("algorithm", [{"name": "er", "buffer_size_per_task": 10}, {"name": "er", "mode": "append"}])
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        {"name": "er", "buffer_size_per_task": 10},
+        {"name": "er", "mode": "append"},
+        {"name": "mir", **SMALL_MIR, "mode": "append", "mir_refresh_interval": 2},
+        {"name": ["mir", "ewc"], **SMALL_MIR, "mir_refresh_interval": 1, "ewc_lambda": 10.0, "fisher_batches": 2},
+        {"name": "packnet"},
+    ],
+    ids=lambda a: str(a["name"]),
+)
 def test_accumulation_changes_nothing_but_rounding(toy_data: Path, tmp_path: Path, algorithm: dict[str, Any]) -> None:
     """The same samples, replayed samples, noise and timesteps, whether a batch is split or not (plain SGD, fp32)."""
     sgd = ("train.optimizer.name=sgd", "train.optimizer.lr=0.01", "train.optimizer.weight_decay=0")
@@ -47,6 +61,32 @@ def test_accumulation_changes_nothing_but_rounding(toy_data: Path, tmp_path: Pat
     assert max(float((final(runs[0])[k] - base[k]).abs().max()) for k in base) > 1e-3
     assert largest_difference(runs[0], runs[1]) < 2e-6
     assert largest_difference(runs[0], runs[2]) < 2e-6
+
+
+def test_fine_tuning_is_a_plain_pytorch_loop(toy_data: Path, tmp_path: Path) -> None:
+    """seqfft against a loop written out: AdamW, clipping, cosine, the samples and draws that the seed gives."""
+    config = toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}", "dataset.task_order=[0,1]", "seed=3")
+    folder = train(config, "r")
+    loaded = load_policy(read_json(folder / "manifest.json")["base"]["path"])
+    policy = loaded.policy.train()
+    frames = StreamFrames([v.tasks for v in build_stream(config.dataset).visits], policy.config)
+    t = config.train
+    for k in range(2):
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=t.optimizer.lr, weight_decay=t.optimizer.weight_decay)
+        order = SampleOrder(frames.length(k), 3, k, "train")
+        for step in range(t.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = t.optimizer.lr * schedule_factor(t.optimizer, step, t.steps)
+            index = order.take(step * t.batch_size, t.batch_size)
+            batch = frames.fetch(torch.stack([torch.full_like(index, k), index], 1))
+            draw = policy.sample_draw(t.batch_size, generator(3, k, "train", "draw", step))
+            policy.per_sample_loss(loaded.preprocessor(batch), draw).mean().backward()
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), t.optimizer.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+    trained = final(folder)
+    for name, value in policy.state_dict().items():
+        assert torch.allclose(trained[name], value, atol=1e-6), name
 
 
 def test_schedule() -> None:
