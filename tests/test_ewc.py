@@ -108,6 +108,26 @@ def test_penalty_is_the_sum_over_tasks(online: bool) -> None:
         assert p.grad is not None and torch.allclose(p.grad, g, rtol=1e-4, atol=1e-6), name
 
 
+def test_bf16_parameters_get_a_bf16_pull() -> None:
+    model = nn.Linear(3, 2).to(torch.bfloat16)
+    algorithm = EWC(EWC.Config(ewc_lambda=2.0))
+    algorithm.ctx = type("C", (), {"device": torch.device("cpu")})()
+    anchor = {n: torch.zeros(p.shape) for n, p in model.named_parameters()}
+    algorithm.consolidate({n: torch.ones(p.shape) for n, p in model.named_parameters()}, anchor)
+    value = algorithm.compute_penalty(model)
+    assert value is not None and value.dtype == torch.float32
+    value.backward()
+    assert torch.allclose(model.weight.grad, 2 * model.weight, rtol=1e-2)
+
+
+def test_consolidation_takes_a_resumed_state_to_the_new_fishers_device() -> None:
+    algorithm = EWC(EWC.Config())
+    algorithm.load_state_dict({"fisher": {"w": torch.ones(2)}, "center": {"w": torch.ones(2)}, "rest": 0.0})
+    new = torch.ones(2, device="meta")  # stands for another device than the checkpoint's
+    algorithm.consolidate({"w": new}, {"w": new})
+    assert algorithm.fisher["w"].device == new.device
+
+
 def test_holds_what_matters_and_logs_its_penalty(toy_data: Path, tmp_path: Path) -> None:
     def drift(name: str, **algorithm: Any) -> float:
         config = toy_config(

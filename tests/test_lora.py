@@ -95,6 +95,8 @@ def test_targets_that_cannot_be_are_refused(toy_data: Path) -> None:
         lora.inject(policy, LoraConfig(target_modules="nothing"))
     with pytest.raises(UserError, match="not a regular expression"):
         lora.inject(policy, LoraConfig(target_modules="(("))
+    with pytest.raises(ValueError, match=r"lora.target_modules is not a regular expression"):
+        toy_config(toy_data, {"name": "er"}, "lora.target_modules='(('")
     with pytest.raises(UserError, match="names no default layers"):
         lora.inject(torch.nn.Linear(2, 2), LoraConfig())
 
@@ -111,6 +113,7 @@ def test_targets_that_cannot_be_are_refused(toy_data: Path) -> None:
         (["ewc", "packnet"], {}, [], "ewc and packnet cannot be combined: each protects"),
         (["ewc", "clare"], {}, [], "ewc and clare cannot be combined: clare trains new parameters"),
         (["ewc", "seqlora"], {}, [], "ewc and seqlora cannot be combined: seqlora trains new parameters"),
+        (["mir", "packnet"], {}, [], "mir and packnet cannot be combined: mir judges samples by a plain gradient"),
         (["ewc", "multitask"], {}, [], "multitask cannot be combined"),
     ],
 )

@@ -37,7 +37,6 @@ def test_three_tasks_by_hand() -> None:
     visits = [SimpleNamespace(k=k, task=f"t{k}") for k in range(3)]
     ctx: Any = SimpleNamespace(policy=policy, k=0, stream=SimpleNamespace(visits=visits), log=lambda *a, **k: None)
     packnet.bind(ctx)
-    packnet.on_task_start(ctx)
     trained = [
         [8.0, -7.0, 6.0, 5.0, -4.0, 3.0, 2.0, 1.0],  # keeps 8 -7 6 5
         [0.0, 0.0, 0.0, 0.0, 0.5, -9.0, 7.0, 1.0],  # of the free: keeps -9 7
@@ -156,6 +155,33 @@ def test_both_views_and_the_bases_tasks_are_evaluated_and_shown(toy_data: Path, 
     rows = (build_report([folder]).parent / "table.md").read_text().splitlines()
     assert [r.split("|")[1].strip() for r in rows[2:]] == ["packnet (no task id)", "packnet (task id)"]
     assert "pretraining tasks" in rows[0] and "→" in rows[2]
+
+
+def test_each_view_acts_under_its_own_settings(
+    toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The workers get the view's settings; tasks outside the stream are never seen through a stream task's mask."""
+    config = toy_config(
+        toy_data, {"name": "packnet", "eval_with_task_id": True}, f"output_dir={tmp_path}", "train.steps=2",
+        "eval.cells=last", "eval.views=[no_task_id]", "eval.heldout_episodes=1",
+    )  # fmt: skip
+    folder = train(config, "r")
+    seen: list[tuple[bool, list[str]]] = []
+    algorithm = build_algorithm(config)
+    algorithm.load_state_dict(load_state(checkpoint_folder(folder, 2), "algorithm"))
+
+    def record(jobs: Any, settings: Any, *rest: Any) -> None:
+        ids = sorted({e["task_id"] for job in jobs for e in job.episodes})
+        seen.append((settings.config.algorithm["eval_with_task_id"], [algorithm.view_key(i) for i in ids]))
+
+    monkeypatch.setattr("clbench.evaluation.evaluate._play", record)
+    evaluate(folder, config, progress=False)
+    assert seen == [(True, ["0", "1", "2"]), (False, ["0", "1", "2"]), (True, ["2", "2"])]
+
+
+def test_heldout_tasks_need_a_base_of_our_own(toy_data: Path) -> None:
+    with pytest.raises(ValueError, match="the base's own pretraining tasks"):
+        toy_config(toy_data, {"name": "er"}, "eval.heldout_episodes=1", "policy.path=somewhere")
 
 
 def test_an_unknown_view_is_refused_before_training(toy_data: Path) -> None:

@@ -94,6 +94,15 @@ def test_replaced_positions_are_spread_evenly(batch: int, m: int) -> None:
                 )
 
 
+def test_balanced_draws_with_more_visits_than_samples() -> None:
+    memory = ReplayMemory(10)
+    for k in range(6):
+        memory.store(k, torch.zeros(10, dtype=torch.int64), g(k))
+    drawn = [memory.sample(2, g(seed), balanced=True, exclude=[]) for seed in range(200)]
+    assert all(len(refs) == 2 and len(refs[:, 0].unique()) == 2 for refs in drawn)
+    assert len(torch.cat(drawn)[:, 0].unique()) == 6
+
+
 def test_reservoir_keeps_everything_seen_with_equal_probability() -> None:
     """Three visits of 30, 20 and 50 samples, capacity 25: every sample stays with probability 1/4 (chi-square)."""
     lengths, runs, capacity = (30, 20, 50), 3000, 25

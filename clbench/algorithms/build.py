@@ -68,6 +68,13 @@ def build_algorithm(config: Config, check: bool = True) -> CLAlgorithm:
     renewing = [p.name for p in parts if p.trains_new_parameters]
     if len(protecting) > 1:
         raise UserError(f"{' and '.join(protecting)} cannot be combined: each protects weights in its own way.")
+    plain = [p.name for p in parts if p.assumes_plain_steps]
+    editing = [p.name for p in parts if "gradient_edits" in p.claims]
+    if plain and editing:
+        raise UserError(
+            f"{plain[0]} and {editing[0]} cannot be combined: {plain[0]} judges samples by a plain gradient step, "
+            f"which {editing[0]} changes."
+        )
     if protecting and renewing:
         raise UserError(
             f"{protecting[0]} and {renewing[0]} cannot be combined: {renewing[0]} trains new parameters for every "
@@ -188,6 +195,9 @@ class ComposedAlgorithm(CLAlgorithm):
 
     def exemplar_bytes(self) -> int:
         return sum(p.exemplar_bytes() for p in self.parts)
+
+    def state_bytes(self) -> int:
+        return sum(p.state_bytes() for p in self.parts)
 
     def state_dict(self) -> dict[str, Any]:
         return {p.name: p.state_dict() for p in self.parts}

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from clbench.algorithms.hooks import CLAlgorithm, Context, Plan
+from clbench.checkpoints.state import tensor_bytes
 from clbench.data.frames import Batch, concat, packed, select
 from clbench.data.replay import ReplayMemory, ReservoirMemory
 from clbench.errors import UserError
@@ -45,12 +46,12 @@ class ER(CLAlgorithm):
         """Keys of `algorithm`.
 
         Attributes:
-            buffer_size_per_task: frames kept of every task.
+            buffer_size_per_task: frames kept of every visit.
             replay_batch_ratio: replayed samples per sample of the batch, at least 2 samples; below 1 in mode replace.
-            balanced_sampling: true = equally from every stored task, false = uniformly over stored samples.
+            balanced_sampling: true = equally from every stored visit, false = uniformly over stored samples.
             mode: replace (the batch keeps its size) | append (the current batch stays whole).
             memory_unit: frames | episodes (whole demonstrations, as many as fit).
-            selection: per_task (a uniform sample of every task) | reservoir (one of everything seen; Vitter 1985).
+            selection: per_task (a uniform sample of every visit) | reservoir (one of everything seen; Vitter 1985).
             buffer_size: frames that a reservoir keeps in all; null = buffer_size_per_task × visits of the stream.
             storage: reference (indices into past tasks' data sets) | copy (the samples themselves, in the checkpoint).
         """
@@ -119,13 +120,18 @@ class ER(CLAlgorithm):
         """Visits of the current task: never replayed."""
         return [v.k for v in ctx.stream.visits if v.task == ctx.visit.task]
 
+    def _generator(self, purpose: str, step: int) -> torch.Generator:
+        """Draws of a step; another phase of the same task draws anew."""
+        phase = () if self.ctx.phase == "train" else (self.ctx.phase,)
+        return generator(purpose, self.ctx.seed, self.ctx.k, step, *phase)
+
     def plan_batch(self, ctx: Context, step: int) -> Plan | None:
         same = self._same_task(ctx)
         if not self.memory.available(same):
             return None
         refs = self.memory.sample(
             self._count(ctx.train.batch_size),
-            generator("er-replay", ctx.seed, ctx.k, step),
+            self._generator("er-replay", step),
             balanced=self.config.balanced_sampling,
             exclude=same,
         )
@@ -169,6 +175,9 @@ class ER(CLAlgorithm):
 
     def exemplar_bytes(self) -> int:
         return len(self.memory) * self._bytes_per_sample
+
+    def state_bytes(self) -> int:
+        return tensor_bytes(self.memory.state_dict())  # copies are exemplars
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {"memory": self.memory.state_dict()}

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from clbench.algorithms.hooks import CLAlgorithm, Context, iterate_named
 from clbench.data.frames import SampleOrder
 from clbench.errors import UserError
+from clbench.policies.loss import without_dropout
 
 
 class _Penalty(torch.autograd.Function):
@@ -37,9 +38,9 @@ class _Penalty(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scale: float, fisher: Tensor, center: Tensor, *parameters: Tensor) -> Tensor:
-        move = torch.cat([p.detach().reshape(-1) for p in parameters]).sub_(center)
+        move = torch.cat([p.detach().reshape(-1).float() for p in parameters]).sub_(center)
         pull = move * fisher
-        ctx.scale, ctx.sizes = scale, [p.shape for p in parameters]
+        ctx.scale, ctx.sizes, ctx.types = scale, [p.shape for p in parameters], [p.dtype for p in parameters]
         ctx.save_for_backward(pull)
         return 0.5 * scale * torch.dot(pull, move)
 
@@ -47,7 +48,7 @@ class _Penalty(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (pull,) = ctx.saved_tensors
         pieces = (pull * (ctx.scale * grads[0])).split([math.prod(s) for s in ctx.sizes])
-        return None, None, None, *(v.view(s) for v, s in zip(pieces, ctx.sizes, strict=True))
+        return None, None, None, *(v.view(s).to(t) for v, s, t in zip(pieces, ctx.sizes, ctx.types, strict=True))
 
 
 class EWC(CLAlgorithm):
@@ -121,6 +122,8 @@ class EWC(CLAlgorithm):
 
     def consolidate(self, fisher: dict[str, Tensor], anchor: dict[str, Tensor]) -> None:
         """Fold a task's Fisher and parameters into the penalty."""
+        self.fisher = {n: f.to(fisher[n].device) for n, f in self.fisher.items()}  # a resumed run's are on the CPU
+        self.center = {n: c.to(anchor[n].device) for n, c in self.center.items()}
         if not self.fisher:
             self.fisher, self.center = fisher, anchor
         elif self.config.ewc_online:
@@ -142,16 +145,12 @@ class EWC(CLAlgorithm):
         size = ctx.train.batch_size
         order = SampleOrder(ctx.frames.length(ctx.k), "ewc-fisher", ctx.seed, ctx.k)
         total = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}
-        training = ctx.policy.training
-        ctx.policy.eval()
-        try:
+        with without_dropout(ctx.policy):
             for i in range(self.config.fisher_batches):
                 index = order.take(i * size, size)
                 batch = ctx.frames.fetch(torch.stack([torch.full_like(index, ctx.k), index], 1))
                 for n, v in ctx.squared_gradients(batch, ctx.generator("ewc-fisher", i), parameters).items():
                     total[n] += v
-        finally:
-            ctx.policy.train(training)
         samples = self.config.fisher_batches * size
         return {n: v / samples for n, v in total.items()}
 

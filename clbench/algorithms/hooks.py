@@ -33,6 +33,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from clbench.checkpoints.state import tensor_bytes
 from clbench.config.schema import OptimizerConfig, TrainConfig
 from clbench.data.frames import Batch, StreamFrames, batch_size
 from clbench.errors import UserError
@@ -215,6 +216,8 @@ class CLAlgorithm:
     views: ClassVar[dict[str, dict[str, Any]]] = {}
     # Does it protect parameters from task to task? Then every task must train the same ones.
     protects_parameters: ClassVar[bool] = False
+    # Does it reckon with steps along the plain gradient? Then nobody else may edit gradients.
+    assumes_plain_steps: ClassVar[bool] = False
 
     @dataclass
     class Config:
@@ -286,6 +289,10 @@ class CLAlgorithm:
         """Bytes of past data that the algorithm keeps (or refers to), uncompressed."""
         return 0
 
+    def state_bytes(self) -> int:
+        """Bytes that the algorithm keeps beside the policy and its exemplars: anchors, masks, references."""
+        return tensor_bytes(self.state_dict())
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers, strings and nested dicts/lists of them: all that resuming and evaluating need."""
         return {}
@@ -308,7 +315,10 @@ class CLAlgorithm:
         return ""
 
     def eval_view(self, policy: nn.Module, task_id: int) -> AbstractContextManager[None]:
-        """The policy as it is to be evaluated on column `task_id`; restores it on leaving."""
+        """The policy as it is to be evaluated on column `task_id`; restores it on leaving.
+
+        Tasks outside the stream have a `task_id` past every column.
+        """
         return nullcontext()
 
     def eval_diagnostics(self, policy: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ steps, the first time before a task's first step; `mir_refresh_interval: 1` is t
 its cost among steps (amortised). Each step replays m samples (as ER) out of the k chosen: a random part of them if
 m < k, each of them about m / k times if m > k.
 
-The gradient is that of the current samples alone, as in the paper, in evaluation mode (no dropout). θ is put back from
+The gradient is that of the current samples alone, as in the paper, without dropout. θ is put back from
 a copy, bit for bit, also when something fails in between.
 """
 
@@ -31,7 +31,7 @@ from clbench.algorithms.hooks import Context, Plan, iterate_named
 from clbench.data.frames import Batch, batch_size, select
 from clbench.data.replay import draw_without_replacement
 from clbench.errors import UserError
-from clbench.seeding import generator
+from clbench.policies.loss import without_dropout
 
 DEFAULT_VIRTUAL_LR = 1e-4
 
@@ -55,6 +55,7 @@ class MIR(ER):
     """Replay the stored samples that the coming update would hurt most."""
 
     name = "mir"
+    assumes_plain_steps = True
 
     @dataclass
     class Config(ER.Config):
@@ -120,7 +121,7 @@ class MIR(ER):
             return Plan(torch.empty(0, 2, dtype=torch.int64), added=added)
         refs = self.memory.sample(
             min(self.config.mir_candidate_size, available),
-            generator("mir-candidates", ctx.seed, ctx.k, step),
+            self._generator("mir-candidates", step),
             balanced=self.config.balanced_sampling,
             exclude=same,
         )
@@ -135,7 +136,7 @@ class MIR(ER):
         if self._samples is None:  # resumed between two choices
             self._samples = ctx.frames.fetch(self.chosen)
         B, m = ctx.global_batch, self._count(ctx.train.batch_size)
-        replayed = draw_without_replacement(len(self.chosen), m, generator("mir-replay", ctx.seed, ctx.k, ctx.step))
+        replayed = draw_without_replacement(len(self.chosen), m, self._generator("mir-replay", ctx.step))
         low, high = int(ctx.positions[0]), int(ctx.positions[-1]) + 1
         share = torch.arange(m * low // B, m * high // B)
         mine = {**select(self._samples, replayed[share]), "slot": B + share}
@@ -148,13 +149,14 @@ class MIR(ER):
         planned = self.plan_batch(ctx, ctx.step)
         assert planned is not None  # this step chooses
         self.chosen, self._samples = planned.refs[best], select(candidates, best)
-        ctx.log(
-            "mir_choice",
-            step=ctx.step,
-            visits=torch.bincount(self.chosen[:, 0]).tolist(),
-            delta_chosen=float(delta[best.to(delta.device)].mean()),
-            delta_mean=float(delta.mean()),
-        )
+        if ctx.step % ctx.train.log_every < self.config.mir_refresh_interval:  # at most one in log_every steps
+            ctx.log(
+                "mir_choice",
+                step=ctx.step,
+                visits=torch.bincount(self.chosen[:, 0]).tolist(),
+                delta_chosen=float(delta[best.to(delta.device)].mean()),
+                delta_mean=float(delta.mean()),
+            )
 
     def _interference(self, ctx: Context, candidates: Batch) -> Tensor:
         """Δ (n,) of the candidates: by how much a step on the current samples would raise their losses."""
@@ -164,21 +166,19 @@ class MIR(ER):
         if not config.mir_lora_only:
             parameters = {n: p for n, p in policy.named_parameters() if p.is_floating_point()}
         lr = DEFAULT_VIRTUAL_LR if config.mir_virtual_lr is None else config.mir_virtual_lr
-        training = policy.training
-        policy.eval()
         try:
             for p in parameters.values():
                 p.requires_grad_(True)
-            gradient = ctx.mean_gradient(ctx.step_batch, ctx.generator("mir-gradient", ctx.step), parameters)
-            draw = ctx.draw(batch_size(candidates), ctx.generator("mir-losses", ctx.step))
-            with torch.no_grad():
-                before = ctx.loss(candidates, draw)
-                with virtual_step(parameters, gradient, lr):
-                    after = ctx.loss(candidates, draw)
+            with without_dropout(policy):
+                gradient = ctx.mean_gradient(ctx.step_batch, ctx.generator("mir-gradient", ctx.step), parameters)
+                draw = ctx.draw(batch_size(candidates), ctx.generator("mir-losses", ctx.step))
+                with torch.no_grad():
+                    before = ctx.loss(candidates, draw)
+                    with virtual_step(parameters, gradient, lr):
+                        after = ctx.loss(candidates, draw)
         finally:
             for n, p in parameters.items():
                 p.requires_grad_(n in trained)
-            policy.train(training)
         return (after - before).float()
 
     def state_dict(self) -> dict[str, Any]:

@@ -48,9 +48,19 @@ def keep_largest(weight: Tensor, free: Tensor, share: float) -> Tensor:
 
 
 def matrices(policy: nn.Module) -> dict[str, nn.Parameter]:
-    """Weights of linear and convolution layers that train, by name."""
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    names = {f"{name}.weight" for name, module in policy.named_modules() if isinstance(module, kinds)}
+    """Weights of linear, convolution and attention layers that train, by name."""
+    kinds = {
+        nn.Linear: ("weight",),
+        nn.modules.conv._ConvNd: ("weight",),
+        nn.MultiheadAttention: ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
+    }
+    names = {
+        f"{name}.{weight}"
+        for name, module in policy.named_modules()
+        for kind, weights in kinds.items()
+        if isinstance(module, kind)
+        for weight in weights
+    }
     return {n: p for n, p in policy.named_parameters() if n in names and p.requires_grad}
 
 
@@ -105,12 +115,6 @@ class PackNet(CLAlgorithm):
             raise UserError(f"packnet counts at most {MAX_VISITS} visits, the stream has {len(ctx.stream.visits)}.")
 
     # ---- training -------------------------------------------------------------------------------
-    def on_task_start(self, ctx: Context) -> None:
-        if not self.owner:
-            self.owner = {n: torch.zeros_like(p, dtype=torch.uint8) for n, p in matrices(ctx.policy).items()}
-            if not self.owner:
-                raise UserError("packnet finds no matrix that trains in this policy.")
-
     def phases(self, ctx: Context) -> Sequence[Phase]:
         train = training_phase(ctx)
         steps = train.steps if self.config.retrain_steps is None else self.config.retrain_steps
@@ -127,6 +131,10 @@ class PackNet(CLAlgorithm):
         return {n: parameters[n] for n in self.owner}
 
     def _hold_owned(self, ctx: Context) -> None:
+        if not self.owner:  # not earlier: another algorithm may add the layers that train
+            self.owner = {n: torch.zeros_like(p, dtype=torch.uint8) for n, p in matrices(ctx.policy).items()}
+            if not self.owner:
+                raise UserError("packnet finds no matrix that trains in this policy.")
         self._hold({n: o != FREE for n, o in self.owner.items()})
 
     def _hold(self, frozen: dict[str, Tensor]) -> None:

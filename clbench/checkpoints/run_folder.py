@@ -93,6 +93,8 @@ def write_description(
     files: list[str],
 ) -> None:
     """Write config.yaml and manifest.json."""
+    from clbench.algorithms.build import algorithm_classes
+
     own_base = config.dataset.pretrain is not None and not config.policy.get("path")
     heldout = pretraining_tasks(config.dataset)[0] if own_base else []
     algorithm = config.algorithm["name"]
@@ -103,7 +105,11 @@ def write_description(
             "format": 1,
             "run_id": run_id,
             "algorithm": algorithm if isinstance(algorithm, str) else "+".join(algorithm),
-            "algorithm_config": {k: v for k, v in to_dict(config)["algorithm"].items() if k != "name"},
+            "algorithm_config": {
+                **{k: v for cls in algorithm_classes(config) for k, v in asdict(cls.Config()).items()},
+                **{k: v for k, v in to_dict(config)["algorithm"].items() if k != "name"},
+            },
+            "lora": asdict(config.lora),
             "policy": config.model,
             "dataset": stream.name,
             "seed": config.seed,

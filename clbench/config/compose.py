@@ -263,6 +263,15 @@ def check_values(c: Config) -> None:
     need(1 <= e.episodes <= 100_000, f"eval.episodes must be between 1 and 100000, is {e.episodes}")
     need(0 <= e.seed < 1_000_000_000, "eval.seed must be in [0, 1e9)")
     need(0 <= e.heldout_episodes <= 100_000, "eval.heldout_episodes must be between 0 and 100000")
+    need(
+        not e.heldout_episodes or (d.pretrain is not None and not c.policy.get("path")),
+        "eval.heldout_episodes tests the base's own pretraining tasks: a given base (policy.path) has none here",
+    )
+    if c.lora.target_modules is not None:
+        try:
+            re.compile(c.lora.target_modules)
+        except re.error as error:
+            problems.append(f"lora.target_modules is not a regular expression ({error})")
     need(len(set(e.views)) == len(e.views), "eval.views names a view twice")
     need(e.slots >= 1, "eval.slots must be at least 1")
     need(e.workers is None or e.workers >= 1, "eval.workers must be at least 1 (or null)")

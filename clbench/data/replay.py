@@ -130,4 +130,4 @@ class ReservoirMemory(ReplayMemory):
 def draw_without_replacement(pool: int, n: int, generator: torch.Generator) -> Tensor:
     """n of `pool` without replacement; whole rounds are repeated when n is larger than the pool."""
     rounds = [torch.randperm(pool, generator=generator) for _ in range(-(-n // pool))]
-    return torch.cat(rounds)[:n]
+    return torch.cat([*rounds, torch.empty(0, dtype=torch.int64)])[:n]

@@ -14,7 +14,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from clbench.algorithms.build import view_overrides
 from clbench.checkpoints.run_folder import checkpoint_folder, describe_columns, finished_visits, read_manifest
 from clbench.config.compose import check_keys, load_yaml, to_config
 from clbench.config.schema import Config
@@ -70,7 +69,8 @@ def evaluate(folder: Path, config: Config, output: Path | None = None, progress:
     """
     manifest = read_manifest(folder)
     e = config.eval
-    views = {name: view_overrides(config, name) for name in e.views}
+    views = _view_overrides(config)
+    heldout = heldout_columns(manifest, config) if e.heldout_episodes else []
     out = (output or folder) / "eval"
     rows = finished_visits(folder)
     if rows == 0:
@@ -91,13 +91,20 @@ def evaluate(folder: Path, config: Config, output: Path | None = None, progress:
         view = _Run(folder, manifest, seen, rows, progress)
         view.fill(out / "views" / name, columns, cells, e.episodes, range(rows))
     if e.heldout_episodes:
-        heldout = heldout_columns(manifest, config)
         pairs = [(k, j) for k in (BASE, rows - 1) for j in range(len(heldout))]
-        run.fill(out / "heldout", heldout, pairs, e.heldout_episodes, [rows - 1])
+        run.fill(out / "heldout", heldout, pairs, e.heldout_episodes, [rows - 1], first_id=len(columns))
     if rows == len(manifest["checkpoints"]):  # for `clbench sweep`: what was asked for is there
         asked = {"cells": e.cells, "episodes": e.episodes, "views": e.views, "heldout_episodes": e.heldout_episodes}
         write_json(out / "complete.json", asked)
     return matrix
+
+
+def _view_overrides(config: Config) -> dict[str, dict[str, Any]]:
+    if not config.eval.views:
+        return {}
+    from clbench.algorithms.build import view_overrides  # imports torch
+
+    return {name: view_overrides(config, name) for name in config.eval.views}
 
 
 def heldout_columns(manifest: dict[str, Any], config: Config) -> list[dict[str, Any]]:
@@ -130,8 +137,12 @@ class _Run:
         cells: list[tuple[int, int]],
         count: int,
         shown: Sequence[int],
+        first_id: int = 0,
     ) -> dict[str, Any]:
-        """Play the missing ones of `count` episodes of every cell (k, j); write the matrix of rows `shown` to `out`."""
+        """Play the missing ones of `count` episodes of every cell (k, j); write the matrix of rows `shown` to `out`.
+
+        `first_id`: task_id of column 0; tasks outside the stream come after all of its columns.
+        """
         e = self.config.eval
         max_steps = [c["env"]["max_steps"] for c in columns]
         _check_settings(out, self.folder, self.rows, e.steps_after_success, max_steps, e.seed)
@@ -148,6 +159,7 @@ class _Run:
                     missing.setdefault(k, []).append(
                         {
                             "j": j,
+                            "task_id": first_id + j,
                             "episode": episode,
                             "seed": EVAL_SEED_BASE + e.seed + episode,
                             "env": env,

@@ -18,7 +18,7 @@ class Job:
     k: int
     policy: str | None
     checkpoint: str | None
-    episodes: tuple[dict[str, Any], ...]  # {"j", "episode", "seed", "env", "instruction", "max_steps"}
+    episodes: tuple[dict[str, Any], ...]  # {"j", "task_id", "episode", "seed", "env", "instruction", "max_steps"}
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _actors(job: Job, settings: Settings) -> Any:
         algorithm.load_state_dict(load_state(Path(job.checkpoint), "algorithm"))
     groups: dict[str, list[dict[str, Any]]] = {}
     for e in job.episodes:
-        groups.setdefault(algorithm.view_key(e["j"]), []).append(e)
+        groups.setdefault(algorithm.view_key(e["task_id"]), []).append(e)
     for chosen in groups.values():
-        view = functools.partial(algorithm.eval_view, loaded.policy, chosen[0]["j"])
+        view = functools.partial(algorithm.eval_view, loaded.policy, chosen[0]["task_id"])
         yield PolicyActor(loaded, settings.slots, algorithm.eval_diagnostics), view, chosen

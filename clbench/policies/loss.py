@@ -7,8 +7,8 @@ runs under the global generator seeded from them, and per-sample losses come fro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +21,22 @@ from clbench.seeding import seeded
 
 # Per-sample gradients held at once, in numbers (256 MB in fp32).
 GRADIENT_CHUNK = 2**26
+
+
+@contextmanager
+def without_dropout(policy: nn.Module) -> Iterator[None]:
+    """The policy with its training loss (some policies lose terms of it in evaluation mode), but no dropout and no
+    updates of batch statistics."""
+    modes = {m: m.training for m in policy.modules()}
+    policy.train()
+    for m in modes:
+        if isinstance(m, nn.modules.dropout._DropoutNd | nn.modules.batchnorm._BatchNorm):
+            m.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes.items():
+            m.training = training
 
 
 class PolicyLoss:

@@ -50,6 +50,9 @@ class Run:
         name = "+".join(map(str, value)) if isinstance(value, list) else str(value)
         settings = self.manifest.get("algorithm_config")
         told = settings.get("eval_with_task_id") if isinstance(settings, dict) else None
+        lora = self.manifest.get("lora")
+        if isinstance(lora, dict) and lora.get("enabled"):
+            name += " on LoRA"
         if self.view:
             return f"{name} ({self.view.replace('_', ' ')})"
         return name if told is None else f"{name} ({'task id' if told else 'no task id'})"
@@ -231,9 +234,14 @@ def _why_not_seeds(runs: Sequence[Run]) -> str:
     """Why runs of one algorithm differ in more than their seed; "" when they do not."""
     if len({r.seed for r in runs}) < len(runs):
         return "several runs share a seed"
-    for key, what in (("algorithm_config", "settings of the algorithm"), ("data_fingerprint", "data")):
-        if any(r.manifest.get(key) != runs[0].manifest.get(key) for r in runs):
-            return f"the {what} differ between runs"
+    if any(r.manifest.get("data_fingerprint") != runs[0].manifest.get("data_fingerprint") for r in runs):
+        return "the data differ between runs"
+    for key, what in (("algorithm_config", "settings of the algorithm"), ("lora", "LoRA settings")):
+        settings = [s if isinstance(s := r.manifest.get(key), dict) else {} for r in runs]
+        for name in set().union(*settings):
+            values = [s[name] for s in settings if name in s]  # an older run lacks options that came later
+            if any(v != values[0] for v in values):
+                return f"the {what} differ between runs"
     return ""
 
 

@@ -20,7 +20,7 @@ from clbench.checkpoints.run_folder import (
     save_checkpoint,
     write_description,
 )
-from clbench.checkpoints.state import load_state, save_state, tensor_bytes
+from clbench.checkpoints.state import load_state, save_state
 from clbench.config.compose import to_yaml
 from clbench.config.schema import Config
 from clbench.data.frames import StreamFrames
@@ -167,7 +167,7 @@ class Trainer:
             "parameters_added": total - self.parameters_before,
             "parameters_trainable": trained,
             "exemplar_bytes": algorithm.exemplar_bytes(),
-            "state_bytes": tensor_bytes(algorithm.state_dict()),
+            "state_bytes": algorithm.state_bytes(),
             "peak_memory_mb": round(self.backend.peak_memory_mb(), 1),
         }
         self.parameters_before = total
