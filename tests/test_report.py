@@ -243,9 +243,9 @@ def test_same_seed_twice_is_not_averaged(tmp_path: Path) -> None:
 def test_runs_with_other_settings_are_not_averaged(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, seed=s) for s in (0, 1)]
     assert "not averaged" not in build_report(runs, bootstrap=0).read_text()
-    for run, settings in zip(runs, ({"lambda": 1}, {"lambda": 1, "came_later": 3}), strict=True):
-        manifest = json.loads((run / "manifest.json").read_text()) | {"algorithm_config": settings}
-        (run / "manifest.json").write_text(json.dumps(manifest))
+    for folder, settings in zip(runs, ({"lambda": 1}, {"lambda": 1, "came_later": 3}), strict=True):
+        manifest = json.loads((folder / "manifest.json").read_text()) | {"algorithm_config": settings}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
     assert "not averaged" not in build_report(runs, bootstrap=0).read_text()
     (runs[1] / "manifest.json").write_text(json.dumps(manifest | {"algorithm_config": {"lambda": 2}}))
     page = build_report(runs, bootstrap=0).read_text()
