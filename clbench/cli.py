@@ -35,10 +35,11 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", nargs="?", const=True, default=False, metavar="RUN",
                        help="continue a run after its last whole checkpoint; starts it when there is none")  # fmt: skip
     train.add_argument("--init-from", metavar="RUN[:K]", help="start from another run's checkpoint K (default: last)")
-    train.add_argument("--gpus", help="a count (0 = CPU), or ids as in 0,1 (one process so far)")
-    train.add_argument("--nproc", type=int, default=1, help="processes (one so far)")
-    train.add_argument("--strategy", choices=("ddp", "zero2"), help="how several processes train (one process so far)")
-    train.add_argument("--port", type=int, help="port of the launcher (several processes)")
+    train.add_argument("--gpus", help="a count (0 = CPU), or ids as in 0,1: one process for each")
+    train.add_argument("--nproc", type=int, help="processes on the CPU (default 1)")
+    train.add_argument("--strategy", choices=("ddp", "zero2"),
+                       help="how several processes share the work (default: train.strategy, which is ddp)")  # fmt: skip
+    train.add_argument("--port", type=int, help="port on which the processes meet (default: a free one)")
 
     pre = _command(sub, "pretrain", "train and cache the base of a stream, unless it is there")
     _axes(pre, algo=False)
@@ -127,13 +128,14 @@ def _run(args: argparse.Namespace, overrides: list[str], argv: Sequence[str]) ->
     if overrides and args.command not in ("train", "pretrain", "eval", "data"):
         raise UserError(f"`clbench {args.command}` takes no overrides after --.")
     commands = {
-        "train": _train,
         "pretrain": _pretrain,
         "eval": _eval,
         "data": _data,
         "list": _list,
         "sweep": _sweep,
     }
+    if args.command == "train":
+        return _train(args, overrides, [*argv, "--", *overrides] if overrides else argv)
     if args.command in commands:
         return commands[args.command](args, overrides)
     if args.command == "metrics":
@@ -166,12 +168,10 @@ def default_run_id(config: Config, dataset: str, smoke: bool) -> str:
     return f"{config.model}_{algo}_{dataset}_s{config.seed}" + ("_smoke" if smoke else "")
 
 
-def _train(args: argparse.Namespace, overrides: list[str]) -> int:
-    if args.nproc != 1:
-        raise UserError(f"this version trains in one process: --nproc {args.nproc} is not possible.")
-    if args.strategy == "zero2":
-        raise UserError("--strategy zero2 needs several processes, and this version trains in one.")
-    overrides = [*_device(args.gpus), *overrides]
+def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
+    ranks = _ranks(args)
+    strategy = [f"train.strategy={args.strategy}"] if args.strategy else []
+    overrides = [*_device(args.gpus, args.nproc), *strategy, *overrides]
     if args.seed is not None:
         overrides = [f"seed={args.seed}", *overrides]
     if isinstance(args.resume, str):
@@ -193,29 +193,83 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> int:
             overrides = [f"policy.path={_init_from(args.init_from)}", *overrides]
         config, files = _compose(args, overrides, args.algo)
         run_id = args.run_id or default_run_id(config, config.dataset.name, args.smoke)
-    print(f"configuration: {' ← '.join(files)}{' ← overrides' if overrides else ''}", file=sys.stderr)
+    from clbench.launch import launch, launched
+
+    if not launched() or os.environ.get("RANK") == "0":
+        print(f"configuration: {' ← '.join(files)}{' ← overrides' if overrides else ''}", file=sys.stderr)
     from clbench.streams.stream import build_stream
 
+    if not launched():
+        _check_ranks(config, ranks, args.port)
     build_stream(config.dataset, sequential=False)  # its mistakes show before anything heavy is imported
+    if ranks > 1 and not launched():
+        from clbench.algorithms.build import build_algorithm
+
+        build_algorithm(config)  # what would fail in every rank is said once
+        return launch(argv, ranks, args.port)
     from clbench.training.trainer import train
 
     train(config, run_id, resume=bool(args.resume), command=["clbench", *sys.argv[1:]], files=files)
     return 0
 
 
-def _device(gpus: str | None) -> list[str]:
-    """Overrides for --gpus: a count (0 = CPU), or a comma-separated list of ids. One process uses one."""
+def _ranks(args: argparse.Namespace) -> int:
+    """How many processes are asked for; an outer launcher must have started as many."""
+    if args.nproc is not None and args.nproc < 1:
+        raise UserError(f"--nproc {args.nproc} must be at least 1.")
+    gpus = _gpu_count(args.gpus)
+    if args.nproc is not None and gpus > 0:
+        raise UserError("--nproc is for processes on the CPU; --gpus alone says how many use GPUs.")
+    asked = args.nproc if args.nproc is not None else max(1, gpus)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and (args.nproc is not None or gpus > 0) and asked != world:
+        raise UserError(f"{asked} processes are asked for, but the launcher started {world}.")
+    return asked
+
+
+def _check_ranks(config: Config, ranks: int, port: int | None) -> None:
+    """Whether so many processes can train this at all."""
+    if port is not None and not 0 < port < 65536:
+        raise UserError(f"--port {port} is no port number (1 to 65535).")
+    if config.train.strategy == "zero2" and ranks == 1:
+        raise UserError("train.strategy zero2 needs several processes: give --nproc or --gpus, or use ddp.")
+    parts = ranks * config.train.gradient_accumulation
+    if config.train.batch_size % parts:
+        raise UserError(
+            f"train.batch_size {config.train.batch_size} cannot be shared equally by {ranks} processes × "
+            f"{config.train.gradient_accumulation} micro-batches; choose a multiple of {parts}."
+        )
+    if config.train.device == "cuda" and ranks > 1:
+        import torch
+
+        if torch.cuda.device_count() < ranks:
+            raise UserError(f"{ranks} GPUs are asked for, this machine shows {torch.cuda.device_count()}.")
+
+
+def _gpu_count(gpus: str | None) -> int:
     if gpus is None:
-        return []
+        return 0
     ids = [g for g in gpus.split(",") if g]
-    if not ids or not all(g.isdigit() for g in ids):
+    if not ids or not all(g.isdigit() for g in ids) or len(set(ids)) != len(ids):
         raise UserError(f"--gpus {gpus} is neither a count nor a list of ids like 0,1.")
+    return len(ids) if "," in gpus else int(gpus)
+
+
+def _device(gpus: str | None, nproc: int | None = None) -> list[str]:
+    """Overrides for --gpus (a count, 0 = CPU, or a list of ids) and --nproc (processes on the CPU)."""
+    if gpus is None:
+        return ["train.device=cpu"] if nproc is not None and nproc > 1 else []
+    count = _gpu_count(gpus)
     if "," in gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(ids)
-    count = len(ids) if "," in gpus else int(gpus)
-    if count > 1:
-        raise UserError(f"this version trains in one process, on one GPU: --gpus {gpus} is not possible.")
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(g for g in gpus.split(",") if g)
     return ["train.device=cuda" if count else "train.device=cpu"]
+
+
+def _one_device(gpus: str | None) -> list[str]:
+    """The same for a command that uses one GPU at most."""
+    if _gpu_count(gpus) > 1:
+        raise UserError(f"an evaluation puts its policy on one GPU: --gpus {gpus} is not possible.")
+    return _device(gpus)
 
 
 def _results(config: Config) -> Path:
@@ -260,7 +314,7 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     for item in overrides:
         if not item.removeprefix("--").startswith(("eval.", "log.")):
             raise UserError(f"override '{item}': an evaluation takes eval.* and log.* only; the rest is the run's own.")
-    overrides = [*_device(args.gpus), *overrides]
+    overrides = [*_one_device(args.gpus), *overrides]
     for flag, key in (("trials", "episodes"), ("workers", "workers")):
         if getattr(args, flag) is not None:
             overrides = [f"eval.{key}={getattr(args, flag)}", *overrides]

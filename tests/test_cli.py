@@ -500,10 +500,24 @@ def test_commands_without_overrides(refused: Refused, command: list[str]) -> Non
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--nproc", "2"], ["--nproc", "0"], ["--gpus", "0,1"], ["--strategy", "zero2"]], ids=" ".join
+    ("arguments", "says"),
+    [
+        (["--nproc", "0"], "at least 1"),
+        (["--gpus", "one"], "neither a count nor a list"),
+        (["--gpus", "1,1"], "neither a count nor a list"),
+        (["--gpus", "2", "--nproc", "2"], "--gpus alone says"),
+        (["--strategy", "zero2"], "zero2 needs several processes"),
+        (["--nproc", "3"], "cannot be shared equally by 3 processes"),
+        (["--nproc", "2", "--port", "70000"], "no port number"),
+    ],
 )
-def test_several_processes_are_refused(refused: Refused, arguments: list[str]) -> None:
-    assert "process" in refused("train", *arguments)
+def test_impossible_processes_are_refused(refused: Refused, arguments: list[str], says: str) -> None:
+    assert says in refused("train", *arguments)
+
+
+def test_a_launcher_must_have_started_what_is_asked_for(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert "the launcher started 4" in refused("train", "--nproc", "2")
 
 
 @pytest.mark.parametrize(

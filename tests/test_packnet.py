@@ -157,9 +157,7 @@ def test_both_views_and_the_bases_tasks_are_evaluated_and_shown(toy_data: Path, 
     assert "pretraining tasks" in rows[0] and "→" in rows[2]
 
 
-def test_each_view_acts_under_its_own_settings(
-    toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_view_acts_under_its_own_settings(toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The workers get the view's settings; tasks outside the stream are never seen through a stream task's mask."""
     config = toy_config(
         toy_data, {"name": "packnet", "eval_with_task_id": True}, f"output_dir={tmp_path}", "train.steps=2",

@@ -281,7 +281,7 @@ class CLARE(CLAlgorithm):
         inputs = self._inputs(ctx, batch, draw)
         found = self._found
         for i, layer in enumerate(self._layers):
-            errors_JB = layer.errors(inputs[layer.name])
+            errors_JB = ctx.gather(layer.errors(inputs[layer.name]).T).T  # of the global batch
             mean = torch.stack([d.mean for d in layer.discriminators])  # type: ignore[misc]
             std = torch.stack([d.std for d in layer.discriminators])  # type: ignore[misc]
             z, error = z_scores(errors_JB, mean, std), errors_JB.mean(1)
@@ -335,7 +335,7 @@ class CLARE(CLAlgorithm):
         for layer in self._layers:
             newest: Any = layer.discriminators[-1]
             error_B = newest.error(inputs[layer.name].float())
-            newest.track(error_B.detach())
+            newest.track(ctx.gather(error_B.detach()))
             total = error_B if total is None else total + error_B
         assert total is not None
         return total

@@ -188,9 +188,7 @@ class ER(CLAlgorithm):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         want = {"memory", "copies"} if self.config.storage == "copy" else {"memory"}
         if set(state) != want:
-            raise UserError(
-                f"the checkpoint's state of {self.name} should hold {sorted(want)}, holds {sorted(state)}."
-            )
+            raise UserError(f"the checkpoint's state of {self.name} should hold {sorted(want)}, holds {sorted(state)}.")
         if self.config.selection == "reservoir" and not isinstance(self.memory, ReservoirMemory):
             self.memory = ReservoirMemory(1)  # evaluation: no context was bound; nothing is stored any more
         self.memory.load_state_dict(state["memory"])

@@ -148,8 +148,8 @@ class EWC(CLAlgorithm):
         with without_dropout(ctx.policy):
             for i in range(self.config.fisher_batches):
                 index = order.take(i * size, size)
-                batch = ctx.frames.fetch(torch.stack([torch.full_like(index, ctx.k), index], 1))
-                for n, v in ctx.squared_gradients(batch, ctx.generator("ewc-fisher", i), parameters).items():
+                refs = torch.stack([torch.full_like(index, ctx.k), index], 1)
+                for n, v in ctx.squared_gradients(refs, ctx.generator("ewc-fisher", i), parameters).items():
                     total[n] += v
         samples = self.config.fisher_batches * size
         return {n: v / samples for n, v in total.items()}

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from clbench.checkpoints.state import tensor_bytes
 from clbench.config.schema import OptimizerConfig, TrainConfig
-from clbench.data.frames import Batch, StreamFrames, batch_size
+from clbench.data.frames import Batch, StreamFrames
 from clbench.errors import UserError
 from clbench.policies.loss import PolicyLoss
 from clbench.seeding import generator
@@ -72,6 +72,13 @@ class WeightView(Protocol):
     def set_where(self, name: str, mask: Tensor, value: Tensor) -> None: ...
 
 
+class Collective(Protocol):
+    """What ranks do together. Every rank must make equal calls; with one process nothing happens."""
+
+    def sum(self, tensors: Sequence[Tensor]) -> None: ...
+    def gather(self, tensor: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Plan:
     """Stored samples that a step needs, and by how much its batch grows.
@@ -105,6 +112,7 @@ class Context:
         policy_loss: the policy's losses and gradients (clbench.policies.loss).
         planned_total: planned samples of the whole step.
         step_batch: this rank's current samples of the whole step, raw.
+        collective: sums and gathers over ranks.
         base_path: folder of the policy the run started from.
         log: write one event to the run's log.
     """
@@ -128,6 +136,7 @@ class Context:
     global_batch: int = 0
     planned_total: int = 0
     step_batch: Batch = field(default_factory=dict)
+    collective: Collective | None = None
 
     @property
     def visit(self) -> Visit:
@@ -149,18 +158,37 @@ class Context:
         """The policy's loss summed over a raw batch, in one forward pass whatever the policy."""
         return self.policy_loss.total(batch, draw)
 
-    def mean_gradient(
-        self, batch: Batch, gen: torch.Generator, parameters: Mapping[str, nn.Parameter]
-    ) -> dict[str, Tensor]:
-        """∇ of the mean loss of a step's raw batch (all ranks'), by name, under a draw from `gen`."""
-        draw = self.draw(batch_size(batch), gen)
-        return self.policy_loss.mean_gradient(batch, draw, parameters, self.train.gradient_accumulation)
+    def share(self, n: int) -> slice:
+        """This rank's part of n things that all ranks divide among them."""
+        return slice(n * self.rank // self.world_size, n * (self.rank + 1) // self.world_size)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """All ranks' tensors (of equal shapes), joined along dimension 0 in the order of the global batch."""
+        return tensor if self.collective is None else self.collective.gather(tensor)
+
+    def mean_gradient(self, gen: torch.Generator, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """∇ of the mean loss of the step's current samples (all ranks'), by name, under a draw from `gen`."""
+        mine = self.share(self.global_batch)
+        draw = {n: v[mine] for n, v in self.draw(self.global_batch, gen).items()}
+        parts = self.train.gradient_accumulation
+        found = self.policy_loss.mean_gradient(self.step_batch, draw, parameters, parts)
+        if self.collective is not None:
+            self.collective.sum(list(found.values()))
+        return {n: g / self.world_size for n, g in found.items()}
 
     def squared_gradients(
-        self, batch: Batch, gen: torch.Generator, parameters: Mapping[str, nn.Parameter]
+        self, refs: Tensor, gen: torch.Generator, parameters: Mapping[str, nn.Parameter]
     ) -> dict[str, Tensor]:
-        """Σ over samples of the squared per-sample gradient, by name (fp32), under a draw from `gen`."""
-        return self.policy_loss.squared_gradients(batch, self.draw(batch_size(batch), gen), parameters)
+        """Σ over the samples `refs` (n, 2) of the squared per-sample gradient, by name (fp32).
+
+        Under a draw from `gen`. Ranks divide the samples among them and all get the sum.
+        """
+        mine = self.share(len(refs))
+        draw = {n: v[mine] for n, v in self.draw(len(refs), gen).items()}
+        found = self.policy_loss.squared_gradients(self.frames.fetch(refs[mine]), draw, parameters)
+        if self.collective is not None:
+            self.collective.sum(list(found.values()))
+        return found
 
 
 def _nothing(ctx: Context) -> None:

@@ -131,7 +131,7 @@ class MIR(ER):
         ctx = self.ctx
         if not self.memory.available(self._same_task(ctx)):
             return batch
-        if ctx.planned is not None and int(ctx.positions[0]) == 0:
+        if ctx.planned is not None and int(ctx.positions[0]) == ctx.share(ctx.global_batch).start:
             self._choose(ctx, {n: v for n, v in ctx.planned.items() if n != "slot"})
         if self._samples is None:  # resumed between two choices
             self._samples = ctx.frames.fetch(self.chosen)
@@ -170,7 +170,7 @@ class MIR(ER):
             for p in parameters.values():
                 p.requires_grad_(True)
             with without_dropout(policy):
-                gradient = ctx.mean_gradient(ctx.step_batch, ctx.generator("mir-gradient", ctx.step), parameters)
+                gradient = ctx.mean_gradient(ctx.generator("mir-gradient", ctx.step), parameters)
                 draw = ctx.draw(batch_size(candidates), ctx.generator("mir-losses", ctx.step))
                 with torch.no_grad():
                     before = ctx.loss(candidates, draw)

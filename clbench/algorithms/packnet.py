@@ -121,9 +121,7 @@ class PackNet(CLAlgorithm):
         trains = self._matrices if ctx.k > 0 else None  # None: everything that trains
         return [
             replace(train, parameters=trains, on_enter=self._hold_owned),
-            replace(
-                train, name="retrain", steps=steps, parameters=trains, on_enter=self._prune, on_exit=self._release
-            ),
+            replace(train, name="retrain", steps=steps, parameters=trains, on_enter=self._prune, on_exit=self._release),
         ]
 
     def _matrices(self) -> dict[str, nn.Parameter]:

@@ -59,12 +59,16 @@ def run_folder(run: str | Path) -> Path:
     return path
 
 
-def new_run_folder(run_id: str, output_dir: str | None, resume: bool) -> tuple[Path, bool]:
-    """Return the folder of a run to be trained and whether there is something to resume in it."""
+def results_folder(run_id: str, output_dir: str | None) -> Path:
+    """Where a run of that name belongs."""
     if not run_id or run_id in (".", "..") or "/" in run_id or "\\" in run_id:
         raise UserError(f"run id '{run_id}' must be a plain folder name.")
-    root = Path(output_dir).expanduser() if output_dir else results_root()
-    folder = root / run_id
+    return (Path(output_dir).expanduser() if output_dir else results_root()) / run_id
+
+
+def new_run_folder(run_id: str, output_dir: str | None, resume: bool) -> tuple[Path, bool]:
+    """Return the folder of a run to be trained and whether there is something to resume in it."""
+    folder = results_folder(run_id, output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, not a run's folder. Choose another --run-id.")
     exists = folder.exists() and any(folder.iterdir())

@@ -255,6 +255,8 @@ def check_values(c: Config) -> None:
         )
     _choice(problems, "train.optimizer_across_tasks", t.optimizer_across_tasks, ("fresh", "carried"))
     _choice(problems, "train.mixed_precision", t.mixed_precision, ("fp32", "bf16"))
+    _choice(problems, "train.strategy", t.strategy, ("ddp", "zero2"))
+    need(0 < t.collective_timeout_s < math.inf, "train.collective_timeout_s must be positive")
     _choice(problems, "train.device", t.device, ("auto", "cpu", "cuda"))
     _choice(problems, "eval.cells", e.cells, ("full", "lower", "last", "diagonal"))
     _choice(problems, "log.progress", c.log.progress, ("auto", "bar", "lines", "quiet"))

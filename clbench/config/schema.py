@@ -53,6 +53,8 @@ class TrainConfig:
         num_workers: loader processes, for data that has to be decoded (images).
         threads: torch threads; null = torch's default.
         device: cpu | cuda | auto.
+        strategy: ddp | zero2, how several processes share the work (docs/multi_gpu.md).
+        collective_timeout_s: seconds after which ranks give up waiting for one that is gone.
     """
 
     steps: int = 300
@@ -65,6 +67,8 @@ class TrainConfig:
     num_workers: int = 2
     threads: Optional[int] = None  # noqa: UP045 (OmegaConf reads this form)
     device: str = "auto"
+    strategy: str = "ddp"
+    collective_timeout_s: float = 1800.0
 
 
 @dataclass

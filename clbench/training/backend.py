@@ -1,20 +1,36 @@
-"""Devices, precision, backward and step. The only file that imports Accelerate."""
+"""Devices, processes, precision, backward and step. The only file that imports Accelerate and DeepSpeed.
+
+One process, or one per rank (`accelerate launch`, torchrun, srun). Every rank has the whole policy and its share of
+each global batch. Two strategies:
+
+    ddp     gradients are averaged over ranks, in buckets, after a step's last micro-batch; every rank steps
+    zero2   DeepSpeed ZeRO-2: gradients and optimizer moments are spread over ranks
+
+Both give algorithms the same view: mean gradients between backward and step, weights after it. What a phase trains may
+change from phase to phase, so a phase is prepared when it starts and released when it ends.
+"""
 
 from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+import torch.distributed as dist
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from clbench.config.schema import TrainConfig
 from clbench.errors import UserError
+from clbench.launch import EXPECTED_RANKS
+
+BUCKET_NUMBERS = 2**23  # gradients that are averaged in one collective call (32 MB in fp32)
 
 
 def autocast_precision(config: TrainConfig) -> str:
@@ -23,9 +39,9 @@ def autocast_precision(config: TrainConfig) -> str:
 
 
 class LocalGradients:
-    """GradientView over `.grad` of one process."""
+    """GradientView over `.grad`, which is the same on every rank."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._parameters = parameters
 
     def names(self) -> Sequence[str]:
@@ -43,9 +59,9 @@ class LocalGradients:
 
 
 class LocalWeights:
-    """WeightView over the parameters of one process."""
+    """WeightView over the parameters, which are the same on every rank."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._parameters = parameters
 
     def names(self) -> Sequence[str]:
@@ -64,8 +80,57 @@ class LocalWeights:
         torch.where(mask, value, p, out=p)
 
 
+class ZeroGradients:
+    """GradientView over ZeRO-2's partitions: every access is a collective call."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._parameters = parameters
+
+    def names(self) -> Sequence[str]:
+        return list(self._parameters)
+
+    def get(self, name: str) -> Tensor | None:
+        from deepspeed.utils import safe_get_full_grad
+
+        return safe_get_full_grad(self._parameters[name])
+
+    def set(self, name: str, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_grad
+
+        safe_set_full_grad(self._parameters[name], value)
+
+
+class ZeroWeights:
+    """WeightView over ZeRO-2: the fp32 master, and the copy that the forward pass uses."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._parameters = parameters
+
+    def names(self) -> Sequence[str]:
+        return list(self._parameters)
+
+    def get(self, name: str) -> Tensor:
+        p = self._parameters[name]
+        if p.dtype == torch.float32:
+            return p.detach()  # every rank has them all, and they are the masters' values
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(p)
+
+    @torch.no_grad()
+    def set(self, name: str, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        p = self._parameters[name]
+        p.copy_(value)
+        safe_set_full_fp32_param(p, value.float())
+
+    def set_where(self, name: str, mask: Tensor, value: Tensor) -> None:
+        self.set(name, torch.where(mask, value.float(), self.get(name).float()))
+
+
 class Backend:
-    """Accelerate behind the few verbs that training needs."""
+    """Accelerate (and DeepSpeed) behind the few verbs that training needs."""
 
     def __init__(self, config: TrainConfig) -> None:
         if config.device == "cuda" and not torch.cuda.is_available():
@@ -73,16 +138,28 @@ class Backend:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         cpu = config.device == "cpu" or not torch.cuda.is_available()
+        self.strategy = config.strategy
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched > 1:
+            _join(cpu, config)
         AcceleratorState._reset_state()  # a process may train several runs, each with its own precision
         self.accelerator = Accelerator(mixed_precision=autocast_precision(config), cpu=cpu)
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        if self.accelerator.num_processes != world:
-            raise UserError(f"{world} processes were launched but this one sees {self.accelerator.num_processes}.")
-        if world > 1:
-            raise UserError("this version trains in one process; start it without accelerate launch or torchrun.")
+        asked = int(os.environ.get(EXPECTED_RANKS, str(launched)))
+        if self.accelerator.num_processes != asked or launched != asked:
+            raise UserError(
+                f"{asked} processes were asked for, {launched} were launched, and this one sees "
+                f"{self.accelerator.num_processes}. Each would train alone; nothing was started."
+            )
+        if self.strategy == "zero2" and launched == 1:
+            raise UserError("train.strategy zero2 needs several processes: give --nproc or --gpus, or use ddp.")
+        if self.strategy == "zero2" and config.optimizer_across_tasks == "carried":
+            raise UserError("train.strategy zero2 rebuilds its optimizer: train.optimizer_across_tasks must be fresh.")
         self.device = self.accelerator.device
-        self.parameters: dict[str, nn.Parameter] = {}
+        self.parameters: Mapping[str, nn.Parameter] = {}
+        self._accumulation = config.gradient_accumulation
+        self._engine: Any = None
 
+    # ---- processes ------------------------------------------------------------------------------
     @property
     def rank(self) -> int:
         return self.accelerator.process_index
@@ -95,28 +172,99 @@ class Backend:
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
 
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.accelerator.wait_for_everyone()
+
+    def agree(self, value: bool) -> bool:
+        """Rank 0's `value`, on every rank."""
+        if self.world_size == 1:
+            return value
+        flag = torch.tensor([int(value)], device=self.device)
+        dist.broadcast(flag, 0)
+        return bool(flag.item())
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Add tensors over all ranks, in place."""
+        if self.world_size > 1:
+            for bucket in _buckets(tensors):
+                flat = torch.cat([t.reshape(-1) for t in bucket])
+                dist.all_reduce(flat)
+                for t, v in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                    t.copy_(v.view_as(t))
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """All ranks' tensors (of equal shapes), joined along dimension 0 in the order of ranks."""
+        if self.world_size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    def mean_numbers(self, numbers: dict[str, float]) -> dict[str, float]:
+        """Each number's mean over ranks."""
+        if self.world_size == 1:
+            return numbers
+        values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=self.device)
+        dist.all_reduce(values)
+        return dict(zip(numbers, (values / self.world_size).tolist(), strict=True))
+
+    # ---- training -------------------------------------------------------------------------------
     def autocast(self) -> AbstractContextManager[Any]:
         return self.accelerator.autocast()
 
-    def own(self, parameters: dict[str, nn.Parameter]) -> None:
-        """Say which parameters the coming steps train."""
+    def prepare(
+        self, policy: nn.Module, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+    ) -> None:
+        """Say what the coming phase trains and with which optimizer."""
         self.parameters = parameters
+        if self.strategy == "zero2":
+            self._engine = _zero2_engine(policy, optimizer, self.world_size)
 
-    def backward(self, loss: Tensor) -> None:
-        self.accelerator.backward(loss)
+    def release(self) -> None:
+        """The phase is over."""
+        if self._engine is not None:
+            self._engine.destroy()
+            self._engine = None
+            for p in self.parameters.values():  # they are views into the engine's buffer: give them their own memory
+                p.data = p.data.clone()
+                p.grad = None
+        self.parameters = {}
 
-    def gradients(self) -> LocalGradients:
-        return LocalGradients(self.parameters)
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Add the loss's gradient. `last`: this is the step's last micro-batch, after which gradients are averaged."""
+        if self._engine is not None:
+            self._engine.set_gradient_accumulation_boundary(last)
+            self._engine.backward(loss, scale_wrt_gas=False)
+            return
+        loss.backward()
+        if last and self.world_size > 1:
+            for p in self.parameters.values():  # a rank whose share does not use a parameter has no gradient for it
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
+            gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+            self.sum(gradients)
+            torch._foreach_div_(gradients, self.world_size)
 
-    def weights(self) -> LocalWeights:
-        return LocalWeights(self.parameters)
+    def gradients(self) -> LocalGradients | ZeroGradients:
+        return LocalGradients(self.parameters) if self._engine is None else ZeroGradients(self.parameters)
+
+    def weights(self) -> LocalWeights | ZeroWeights:
+        return LocalWeights(self.parameters) if self._engine is None else ZeroWeights(self.parameters)
 
     def clip(self, max_norm: float) -> float:
         """Clip the global gradient norm to `max_norm` (0 = only measure it); returns the norm before."""
+        if self._engine is not None:
+            optimizer = self._engine.optimizer
+            optimizer.clip_grad = max_norm
+            return float(optimizer.scaled_global_norm())
         limit = max_norm if max_norm > 0 else float("inf")
         return float(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), limit))
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._engine is not None:
+            self._engine.step()
+            return
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -127,5 +275,73 @@ class Backend:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
+def _join(cpu: bool, config: TrainConfig) -> None:
+    """Join the other ranks: gloo between CPU processes, NCCL between GPUs. Collective calls have a bounded wait."""
+    timeout = timedelta(seconds=config.collective_timeout_s)
+    if config.strategy == "zero2" and cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    if not dist.is_initialized():
+        PartialState(cpu=cpu, timeout=timeout)
+    if config.strategy == "zero2":
+        try:
+            import deepspeed
+        except ImportError as e:
+            raise UserError(
+                f"train.strategy zero2 needs DeepSpeed, which cannot be imported ({e}): install the extra 'deepspeed'."
+            ) from e
+        deepspeed.init_distributed("gloo" if cpu else "nccl", auto_mpi_discovery=False, timeout=timeout)
+
+
+def _zero2_engine(policy: nn.Module, optimizer: torch.optim.Optimizer, ranks: int) -> Any:
+    """A DeepSpeed engine over the parameters of `optimizer`.
+
+    Micro-batches are split by the training loop, so the engine is told of one; it never sees the batch size.
+    """
+    import deepspeed
+
+    trained = [p for g in optimizer.param_groups for p in g["params"]]
+    low = {p.dtype for p in trained} == {torch.bfloat16}
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": ranks,
+        "bf16": {"enabled": low},
+        "zero_optimization": {
+            "stage": 2,
+            "contiguous_gradients": True,
+            "overlap_comm": False,
+            "allgather_partitions": True,
+            "reduce_scatter": True,
+        },
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
+        "steps_per_print": 10**9,
+    }
+    engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=settings, dist_init_required=False)
+    return engine
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterable[list[Tensor]]:
+    """Tensors of one type, in their order, in groups of about BUCKET_NUMBERS numbers."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for t in tensors:
+        kinds.setdefault((t.dtype, t.device), []).append(t)
+    for group in kinds.values():
+        bucket: list[Tensor] = []
+        for t in group:
+            bucket.append(t)
+            if sum(b.numel() for b in bucket) >= BUCKET_NUMBERS:
+                yield bucket
+                bucket = []
+        if bucket:
+            yield bucket
+
+
 def count(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() for p in parameters)
+
+
+def say(backend: Backend, text: str) -> None:
+    """Print to stderr once, not once per rank."""
+    if backend.is_main:
+        print(text, file=sys.stderr, flush=True)

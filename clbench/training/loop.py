@@ -54,6 +54,7 @@ class PhaseRunner:
         self._carried_names: list[str] = []
         self.carried_state: dict[str, object] | None = None  # of a resumed run, until its optimizer is built
         self.total_steps = 0
+        self.trained: dict[str, nn.Parameter] = {}  # what the present (or last) phase trains
         self.progress_mode = "auto"
 
     # ---- what a phase trains ----------------------------------------------------------------------
@@ -72,9 +73,9 @@ class PhaseRunner:
         assert phase.optimizer is not None
         groups = self._select_parameters(phase)
         names = [n for g, _ in groups for n in g]
-        self.backend.own({n: p for g, _ in groups for n, p in g.items()})
         if not names:
             return None  # nothing to train (e.g. no layer expanded)
+        self.trained = {n: p for g, _ in groups for n, p in g.items()}
         if self.ctx.train.optimizer_across_tasks == "carried" and phase.name == "train":
             if self.carried is None:
                 self.carried, self._carried_names = build_optimizer(phase.optimizer, groups), names
@@ -90,16 +91,26 @@ class PhaseRunner:
         return build_optimizer(phase.optimizer, groups)
 
     # ---- data -------------------------------------------------------------------------------------
+    def _share(self, phase: Phase) -> tuple[int, int]:
+        """The positions low … high of the global batch that are this rank's."""
+        B, ctx = phase.batch_size, self.ctx
+        return B * ctx.rank // ctx.world_size, B * (ctx.rank + 1) // ctx.world_size
+
     def _references(self, phase: Phase, plans: list[Plan | None]) -> Iterator[Tensor]:
-        """References of every step: the current batch, then the planned samples. Fills `plans` as it goes."""
-        ctx, k = self.ctx, self.ctx.k
+        """This rank's references of every step: current samples, then planned ones. Fills `plans` as it goes."""
+        ctx, k, B = self.ctx, self.ctx.k, phase.batch_size
         order = SampleOrder(ctx.frames.length(k), ctx.seed, k, phase.name)
+        low, high = self._share(phase)
         for step in range(phase.steps):
-            index = order.take(step * phase.batch_size, phase.batch_size)
+            index = order.take(step * B, B)[low:high]
             refs = torch.stack([torch.full_like(index, k), index], 1)
             plan = self.algorithm.plan_batch(ctx, step) if phase.policy_training else None
             plans.append(plan)
-            yield refs if plan is None else torch.cat([refs, plan.refs])
+            if plan is not None:
+                m = len(plan.refs)
+                mine = plan.refs if plan.shared else plan.refs[m * low // B : m * high // B]
+                refs = torch.cat([refs, mine])
+            yield refs
 
     # ---- the loop ---------------------------------------------------------------------------------
     def run(self, phase: Phase) -> None:
@@ -107,7 +118,16 @@ class PhaseRunner:
         ctx = self.ctx
         ctx.phase, ctx.step = phase.name, 0
         phase.on_enter(ctx)
+        ranks = ctx.world_size * (ctx.train.gradient_accumulation if phase.policy_training else 1)
+        if phase.batch_size % ranks:
+            raise UserError(
+                f"phase {phase.name}: a batch of {phase.batch_size} cannot be shared equally by {ctx.world_size} "
+                f"processes × {ranks // ctx.world_size} micro-batches; choose a multiple of {ranks}."
+            )
+        self.trained = {}
         optimizer = None if phase.optimizer is None else self._optimizer(phase)
+        if optimizer is not None:
+            self.backend.prepare(ctx.policy, optimizer, self.trained)
         progress = Progress(f"task {ctx.k + 1}/{len(ctx.stream.visits)} {ctx.visit.task} · {phase.name}", phase.steps,
                             self.progress_mode)  # fmt: skip
         last: float | None = None
@@ -120,15 +140,17 @@ class PhaseRunner:
             for step, batch in enumerate(batches):
                 ctx.step = step
                 plan = plans[step] if len(plans) > step else None
-                slots = max(batch_size(batch), phase.batch_size + (0 if plan is None else plan.added))
-                draw = self.loss.draw(slots, ctx.generator("draw", step))
+                extra = 0 if plan is None else max(len(plan.refs), plan.added)
+                draw = self.loss.draw(phase.batch_size + extra, ctx.generator("draw", step))  # all ranks': see "slot"
                 if optimizer is None:
-                    numbers = self._forward_only(phase, batch, draw)
+                    low, high = self._share(phase)
+                    numbers = self._forward_only(phase, batch, {n: v[low:high] for n, v in draw.items()})
                 else:
                     numbers = self._train_step(phase, optimizer, batch, plan, draw)
                     last = numbers["loss"]
                 self.total_steps += 1
                 if numbers and (step % log_every == 0 or step == phase.steps - 1):
+                    numbers = self.backend.mean_numbers(numbers)
                     self.log.event(
                         "step" if optimizer else "batch",
                         k=ctx.k,
@@ -139,6 +161,7 @@ class PhaseRunner:
                         total=self.total_steps,
                     )
                 progress.update(step + 1, last)
+        self.backend.release()
         phase.on_exit(ctx)
         progress.close(last)
 
@@ -161,40 +184,44 @@ class PhaseRunner:
         B = phase.batch_size
         planned = 0 if plan is None else len(plan.refs)
         # A sample that replaces a current one takes over its slot of the draw; an added one has its own.
-        denominator = B if plan is None else B + plan.added
+        samples = B if plan is None else B + plan.added
         parts = ctx.train.gradient_accumulation if phase.policy_training else 1
         ctx.global_batch, ctx.planned_total = B, planned
-        ctx.step_batch = select(batch, torch.arange(B)) if planned else batch
+        begin, end = self._share(phase)
+        own = end - begin  # rows of the batch that are current samples; planned ones follow
+        ctx.step_batch = select(batch, torch.arange(own)) if batch_size(batch) > own else batch
         factor = schedule_factor(phase.optimizer, ctx.step, phase.steps)  # type: ignore[arg-type]
         for group in optimizer.param_groups:
             group["lr"] = phase.optimizer.lr * group["factor"] * factor  # type: ignore[union-attr]
         policy_loss, penalties = 0.0, dict[str, float]()
         for i in range(parts):
-            low, high = B * i // parts, B * (i + 1) // parts
+            low, high = begin + own * i // parts, begin + own * (i + 1) // parts
             ctx.positions = torch.arange(low, high)
-            micro = select(batch, ctx.positions)
+            micro = select(batch, ctx.positions - begin)
             micro["slot"] = ctx.positions
-            rows = torch.arange(B + planned * low // B, B + planned * high // B)
             if plan is not None and plan.shared:
-                rows = torch.arange(B, B + planned)
-            ctx.planned = {**select(batch, rows), "slot": rows} if len(rows) else None
+                stored, first = torch.arange(planned), 0
+            else:
+                stored, first = torch.arange(planned * low // B, planned * high // B), planned * begin // B
+            ctx.planned = {**select(batch, own + stored - first), "slot": B + stored} if len(stored) else None
             if phase.policy_training:
                 algorithm.observe(micro, ctx.k)
                 micro = algorithm.modify_batch(micro, ctx.k)
             slots = micro.pop("slot")
             micro_draw = {name: value[slots] for name, value in draw.items()}
             if phase.loss is None:
-                loss = self.loss.total(micro, micro_draw) / denominator
+                loss = self.loss.total(micro, micro_draw)
             else:
                 with self.backend.autocast():
-                    loss = phase.loss(ctx, micro, micro_draw).sum() / denominator
+                    loss = phase.loss(ctx, micro, micro_draw).sum()
+            loss = loss * ctx.world_size / samples  # gradients are averaged over ranks
             policy_loss += float(loss.detach())
             if phase.policy_training and i == parts - 1:
                 for name, value in self._penalties().items():
                     penalties[name] = float(value.detach())
                     loss = loss + value
             self._check_finite(float(loss.detach()), phase, "loss")
-            self.backend.backward(loss)
+            self.backend.backward(loss, last=i == parts - 1)
         ctx.planned, ctx.step_batch = None, {}
         if phase.policy_training:
             algorithm.after_backward(ctx.policy, self.backend.gradients())

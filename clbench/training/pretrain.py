@@ -77,11 +77,12 @@ def ensure_base(config: Config, backend: Backend, progress: str = "auto") -> tup
         return path.resolve(), {"path": str(path.resolve()), "kind": "given"}
     tasks, fingerprint = pretraining_tasks(config.dataset)
     folder = base_folder(config, fingerprint)
-    if not (folder / "base.json").is_file():
+    if not backend.agree((folder / "base.json").is_file()):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with (folder.parent / f".{folder.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be making it: wait, then look again
-            if not (folder / "base.json").is_file():
+            if backend.is_main:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be making it: wait, then look again
+            if not backend.agree((folder / "base.json").is_file()):
                 _pretrain(config, tasks, fingerprint, folder, backend, progress)
     return folder, {"path": str(folder), "kind": "pretrained", **base_key(config, fingerprint)}
 
@@ -133,7 +134,8 @@ def _pretrain(
     config: Config, tasks: list[Task], fingerprint: str, folder: Path, backend: Backend, progress: str
 ) -> None:
     start = time.monotonic()
-    print(f"pretraining a base on {len(tasks)} tasks → {folder}", flush=True)
+    if backend.is_main:
+        print(f"pretraining a base on {len(tasks)} tasks → {folder}", flush=True)
     section = {k: v for k, v in config.policy.items() if k != "path"}
     device = pick_device(config.train.device)
     kind = policy_config(section, device)
@@ -148,6 +150,7 @@ def _pretrain(
         mixed_precision=config.train.mixed_precision,
         num_workers=config.train.num_workers,
         device=config.train.device,
+        strategy=config.train.strategy,
     )
     visit = Visit(0, "pretraining", tuple(tasks))
     stream = TaskStream(f"pretraining of {config.dataset.name}", (visit,), tuple(tasks), "multitask")
@@ -159,25 +162,28 @@ def _pretrain(
         ctx = Context(
             stream=stream, policy=loaded.policy, frames=frames, train=train, seed=p.seed, device=backend.device,
             policy_loss=policy_loss,
-            log=log.event, rank=backend.rank, world_size=backend.world_size,
+            log=log.event, rank=backend.rank, world_size=backend.world_size, collective=backend,
         )  # fmt: skip
         algorithm = CLAlgorithm(None)
         algorithm.bind(ctx)
         runner = PhaseRunner(ctx, algorithm, backend, policy_loss, log)
-        runner.progress_mode = progress
+        runner.progress_mode = progress if backend.is_main else "quiet"
         runner.run(training_phase(ctx))
-        save_policy(loaded, temporary)
-        write_json(
-            temporary / "base.json",
-            {
-                **base_key(config, fingerprint),
-                "seconds": round(time.monotonic() - start, 1),
-                "parameters": sum(q.numel() for q in loaded.policy.parameters()),
-                "versions": versions(),
-            },
-        )
+        if backend.is_main:
+            save_policy(loaded, temporary)
+            write_json(
+                temporary / "base.json",
+                {
+                    **base_key(config, fingerprint),
+                    "seconds": round(time.monotonic() - start, 1),
+                    "parameters": sum(q.numel() for q in loaded.policy.parameters()),
+                    "versions": versions(),
+                },
+            )
         log.close()
-        os.replace(temporary, folder)
+        if backend.is_main:
+            os.replace(temporary, folder)
+        backend.barrier()
     except BaseException:
         log.close()
         shutil.rmtree(temporary, ignore_errors=True)

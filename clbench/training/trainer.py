@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from clbench.checkpoints.run_folder import (
     finished_visits,
     new_run_folder,
     read_manifest,
+    results_folder,
     save_checkpoint,
     write_description,
 )
@@ -30,12 +30,15 @@ from clbench.policies.loss import PolicyLoss
 from clbench.seeding import seeded
 from clbench.streams.stream import TaskStream, build_stream
 from clbench.training import log as run_log
-from clbench.training.backend import Backend, count
+from clbench.training.backend import Backend, count, say
 from clbench.training.loop import PhaseRunner
 from clbench.training.pretrain import ensure_base, load_base
 
-# What may differ when a run is resumed: it changes no weight (threads can change the last bit of a sum).
-FREE_ON_RESUME = ("log.", "eval.", "output_dir", "train.threads", "train.num_workers", "train.log_every")
+# What may differ when a run is resumed: it changes no weight (threads, ranks and devices change last bits of sums).
+FREE_ON_RESUME = (
+    "log.", "eval.", "output_dir", "train.threads", "train.num_workers", "train.log_every", "train.strategy",
+    "train.collective_timeout_s", "train.device",
+)  # fmt: skip
 
 
 def train(
@@ -54,7 +57,11 @@ def train(
     algorithm = build_algorithm(config)
     sequential = "stream" not in algorithm.claims
     stream = algorithm.transform_stream(build_stream(config.dataset, sequential=sequential))
-    folder, _ = new_run_folder(run_id, config.output_dir, resume)
+    backend = Backend(config.train)
+    if backend.is_main:
+        new_run_folder(run_id, config.output_dir, resume)
+    backend.barrier()
+    folder = results_folder(run_id, config.output_dir)
     done = finished_visits(folder)
     if done:
         changed = changed_keys(folder, config, FREE_ON_RESUME)
@@ -67,14 +74,15 @@ def train(
             )
     if resume:
         where = f"after task {done} of {len(stream.visits)}" if done else "from the start: there is nothing to resume"
-        print(f"resuming run '{run_id}' {where}", file=sys.stderr)
+        say(backend, f"resuming run '{run_id}' {where}")
     if done == len(stream.visits):
-        write_text(folder / "config.yaml", to_yaml(config))  # its eval and log sections may be new
-        print(f"run '{run_id}' is complete: {folder}", file=sys.stderr)
+        if backend.is_main:
+            write_text(folder / "config.yaml", to_yaml(config))  # its eval and log sections may be new
+        say(backend, f"run '{run_id}' is complete: {folder}")
         return folder
-    backend = Backend(config.train)
     base_path, base = ensure_base(config, backend, config.log.progress)
-    write_description(folder, run_id, config, stream, base=base, command=command or [], files=files or [])
+    if backend.is_main:
+        write_description(folder, run_id, config, stream, base=base, command=command or [], files=files or [])
     return Trainer(config, algorithm, stream, folder, run_id, backend, base_path).run(done)
 
 
@@ -98,7 +106,8 @@ class Trainer:
     def run(self, start: int = 0) -> Path:
         """Train visits start … end; returns the run folder."""
         began = time.monotonic()
-        run_log.truncate(self.folder, start - 1)
+        if self.backend.is_main:
+            run_log.truncate(self.folder, start - 1)
         self.log = run_log.RunLog(self.folder, self.config.log, self.run_id, self.backend.is_main)
         try:
             self._load(start)
@@ -109,7 +118,7 @@ class Trainer:
             self.log.event("run_end", seconds=round(time.monotonic() - began, 2))
         finally:
             self.log.close()
-        print(f"trained: {self.folder}", file=sys.stderr)
+        say(self.backend, f"trained: {self.folder}")
         return self.folder
 
     def _load(self, start: int) -> None:
@@ -131,10 +140,10 @@ class Trainer:
             stream=self.stream, policy=policy, frames=frames, train=self.config.train, seed=self.config.seed,
             device=self.backend.device, policy_loss=loss,
             log=self._event, base_path=str(self.base_path), rank=self.backend.rank,
-            world_size=self.backend.world_size,
+            world_size=self.backend.world_size, collective=self.backend,
         )  # fmt: skip
         self.runner = PhaseRunner(self.ctx, self.algorithm, self.backend, loss, self.log)
-        self.runner.progress_mode = self.config.log.progress
+        self.runner.progress_mode = self.config.log.progress if self.backend.is_main else "quiet"
         self.runner.total_steps = self.total_steps
         self.algorithm.bind(self.ctx)
         if start:
@@ -157,7 +166,7 @@ class Trainer:
         trained = 0
         for phase in algorithm.phases(ctx):
             self.runner.run(phase)
-            trained = max(trained, count(self.backend.parameters.values()))
+            trained = max(trained, count(self.runner.trained.values()))
         ctx.phase, ctx.step = "", 0
         algorithm.on_task_end(ctx)
         policy.eval()
@@ -171,7 +180,9 @@ class Trainer:
             "peak_memory_mb": round(self.backend.peak_memory_mb(), 1),
         }
         self.parameters_before = total
-        save_checkpoint(self.folder, k, lambda temporary: self._save(temporary, numbers))
+        if self.backend.is_main:
+            save_checkpoint(self.folder, k, lambda temporary: self._save(temporary, numbers))
+        self.backend.barrier()
         self.total_steps = self.runner.total_steps
         self._event("task_end", seconds=round(time.monotonic() - began, 2), **numbers)
 

@@ -1,0 +1,180 @@
+"""Several ranks train what one process trains: 2 CPU ranks (gloo), DDP and the real DeepSpeed ZeRO-2.
+
+fp32 and plain SGD: under AdamW, parameters whose true gradient is zero amplify rounding. The same global batch gives
+the same training, so weights agree to rounding, and masks, choices and expansions exactly.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clbench.checkpoints.policy_io import load_policy
+from clbench.checkpoints.run_folder import checkpoint_folder
+from clbench.checkpoints.state import load_state
+from clbench.io import read_json, read_jsonl
+from clbench.launch import free_port
+from clbench.training.trainer import train
+from tests.algorithm_cases import MEMORY, SMALL_CLARE, SMALL_MIR
+from tests.toy import toy_config
+
+ROOT = Path(__file__).resolve().parents[1]
+PLAIN = (
+    "train.optimizer.name=sgd", "train.optimizer.lr=0.05", "train.optimizer.weight_decay=0", "dataset.task_order=[0,1]",
+)  # fmt: skip
+LORA = ("lora.enabled=true", "lora.rank=2")
+HALVES = ("train.gradient_accumulation=2",)
+RUNS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
+    ("seqfft", {"name": "seqfft"}, HALVES),
+    ("seqlora", {"name": "seqlora"}, ("lora.rank=2",)),
+    ("er", {"name": "er", **MEMORY}, HALVES),
+    ("er-append", {"name": "er", **MEMORY, "mode": "append"}, ()),
+    ("mir", {"name": "mir", **SMALL_MIR, "mir_refresh_interval": 2}, HALVES),
+    ("ewc", {"name": "ewc", "ewc_lambda": 10.0, "fisher_batches": 2}, HALVES),
+    ("packnet", {"name": "packnet", "prune_ratio": 0.5}, HALVES),
+    ("clare", {"name": "clare", **SMALL_CLARE}, ()),
+    ("multitask", {"name": "multitask"}, ()),
+    ("er+ewc-lora", {"name": ["er", "ewc"], **MEMORY, "ewc_lambda": 10.0, "fisher_batches": 2}, LORA),
+]
+STRATEGIES = ["ddp", pytest.param("zero2", marks=pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="DeepSpeed is not installed"))]  # fmt: skip
+
+
+def overrides(own: tuple[str, ...]) -> list[str]:
+    return [*PLAIN, *own]
+
+
+@pytest.fixture(scope="module")
+def alone(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All runs, by one process."""
+    out = tmp_path_factory.mktemp("alone")
+    for label, section, own in RUNS:
+        train(toy_config(toy_data, section, f"output_dir={out}", *overrides(own)), label)
+    return out
+
+
+def start(rank: int, port: int, arguments: list[str]) -> subprocess.Popen[str]:
+    environment = {
+        **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "CLBENCH_RANKS": "2",
+    }  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.rank_worker", *arguments], cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=STRATEGIES)
+def together(
+    request: pytest.FixtureRequest, alone: Path, toy_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
+    """All runs, by one pair of ranks."""
+    out = tmp_path_factory.mktemp(request.param)
+    runs = json.dumps([(label, section, overrides(own)) for label, section, own in RUNS])
+    port = free_port()
+    ranks = [start(r, port, [str(toy_data), str(out), request.param, runs]) for r in range(2)]
+    try:
+        printed = [p.communicate(timeout=600)[0] for p in ranks]
+    finally:
+        for p in ranks:
+            p.kill()
+    assert [p.returncode for p in ranks] == [0, 0], "\n".join(printed)
+    return request.param, out
+
+
+def weights(folder: Path, k: int) -> dict[str, torch.Tensor]:
+    return load_policy(checkpoint_folder(folder, k) / "policy").policy.state_dict()
+
+
+@pytest.mark.parametrize("label", [r[0] for r in RUNS])
+def test_ranks_train_what_one_process_trains(label: str, alone: Path, together: tuple[str, Path]) -> None:
+    _, out = together
+    last = len(read_json(alone / label / "manifest.json")["checkpoints"]) - 1
+    one, two = weights(alone / label, last), weights(out / label, last)
+    base = load_policy(read_json(alone / label / "manifest.json")["base"]["path"]).policy.state_dict()
+    assert one.keys() == two.keys()
+    difference = max(float((one[n] - two[n]).abs().max()) for n in one)
+    moved = max(float((one[n] - base[n]).abs().max()) if n in base else 1.0 for n in one)
+    assert moved > 1e-3
+    assert difference < 5e-6, difference
+
+
+def events(folder: Path, *names: str) -> list[dict[str, Any]]:
+    return [r for r in read_jsonl(folder / "log.jsonl") if r["event"] in names]
+
+
+def test_choices_masks_and_expansions_are_the_same(alone: Path, together: tuple[str, Path]) -> None:
+    _, out = together
+    for label, names, keys in (
+        ("mir", ("mir_choice",), ("k", "step", "visits")),
+        ("clare", ("clare_expansion",), ("k", "expanded", "adapter")),
+        ("packnet", ("packnet_capacity",), ("k", "kept", "free")),
+    ):
+        a, b = ([{key: r[key] for key in keys} for r in events(root / label, *names)] for root in (alone, out))
+        assert a and a == b, label
+    a, b = (load_state(checkpoint_folder(root / "packnet", 1), "algorithm")["owner"] for root in (alone, out))
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    a, b = (load_state(checkpoint_folder(root / "mir", 1), "algorithm")["chosen"] for root in (alone, out))
+    assert torch.equal(a, b)
+    a, b = (load_state(checkpoint_folder(root / "ewc", 1), "algorithm")["fisher"] for root in (alone, out))
+    assert all(torch.allclose(a[n], b[n], rtol=1e-3, atol=1e-9) for n in a)
+
+
+def test_frozen_weights_stay_bit_identical_on_ranks(together: tuple[str, Path]) -> None:
+    """Edits in after_step and after_backward take effect, under ZeRO-2's masters too."""
+    _, out = together
+    old, new = (weights(out / "packnet", k) for k in (0, 1))
+    owner = load_state(checkpoint_folder(out / "packnet", 0), "algorithm")["owner"]
+    for name, o in owner.items():
+        assert torch.equal(new[name][o > 0], old[name][o > 0]), name
+        assert not torch.equal(new[name], old[name])
+
+
+def test_the_log_is_that_of_one_process(alone: Path, together: tuple[str, Path]) -> None:
+    _, out = together
+    for label in ("er", "ewc", "clare"):
+        a, b = (events(root / label, "step") for root in (alone, out))
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert (x["k"], x["phase"], x["step"]) == (y["k"], y["phase"], y["step"])
+            assert x["loss"] == pytest.approx(y["loss"], rel=1e-4)
+            assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-3)
+
+
+def test_a_checkpoint_of_ranks_resumes_on_one_process(together: tuple[str, Path], toy_data: Path, alone: Path) -> None:
+    import shutil
+
+    _, out = together
+    copy = out / "resumed" / "ewc"
+    shutil.copytree(out / "ewc", copy)
+    shutil.rmtree(checkpoint_folder(copy, 1))
+    label, section, own = next(r for r in RUNS if r[0] == "ewc")
+    train(toy_config(toy_data, section, f"output_dir={copy.parent}", *overrides(own)), label, resume=True)
+    one, two = weights(alone / "ewc", 1), weights(copy, 1)
+    assert max(float((one[n] - two[n]).abs().max()) for n in one) < 5e-6
+
+
+def test_a_rank_that_fails_ends_the_run(toy_data: Path, tmp_path: Path) -> None:
+    """The other rank does not wait for ever, and what is printed first is why."""
+    config = [
+        "train", "--nproc", "2", "--model", "dit_dec_tiny", "--algo", "seqfft", "--run-id", "r", "--",
+        f"output_dir={tmp_path}", f"dataset.data={toy_data}/stream", f"dataset.pretrain.data={toy_data}/pretrain",
+        "dataset.tasks=[hammer-v3,push-v3]", "dataset.pretrain.tasks=[reach-v3,door-open-v3]", "pretrain.steps=2",
+        "pretrain.batch_size=8", "train.batch_size=8", "train.steps=3", "train.optimizer.lr=1e30",
+        "train.optimizer.warmup_steps=0", "train.optimizer.grad_clip=0", "log.progress=quiet",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "clbench.cli", *config], cwd=ROOT, text=True, capture_output=True, timeout=300
+    )
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith(("clbench:", "rank"))]
+    assert "is nan" in lines[0] or "is inf" in lines[0], done.stderr
+    assert any("ending the other ranks" in line for line in lines) or len(lines) >= 2
