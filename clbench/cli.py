@@ -70,6 +70,8 @@ def parser() -> argparse.ArgumentParser:
 
     _command(sub, "list", "names of models, algorithms and streams")
 
+    _command(sub, "doctor", "what this machine has, what is missing, and how to get it")
+
     sweep = _command(sub, "sweep", "train, evaluate and compare the runs of an experiment file; finished ones are kept")
     sweep.add_argument("experiment", help="a name under configs/experiments, or a YAML file")
     sweep.add_argument("--dry-run", action="store_true", help="only say what is done and what is left")
@@ -132,6 +134,7 @@ def _run(args: argparse.Namespace, overrides: list[str], argv: Sequence[str]) ->
         "eval": _eval,
         "data": _data,
         "list": _list,
+        "doctor": _doctor,
         "sweep": _sweep,
     }
     if args.command == "train":
@@ -381,6 +384,12 @@ def _list(args: argparse.Namespace, overrides: list[str]) -> int:
     print("streams:    " + ", ".join(available("datasets")))
     print("experiments: " + ", ".join(available("experiments")))
     return 0
+
+
+def _doctor(args: argparse.Namespace, overrides: list[str]) -> int:
+    from clbench.doctor import doctor
+
+    return doctor()
 
 
 def _sweep(args: argparse.Namespace, overrides: list[str]) -> int:

@@ -1,0 +1,142 @@
+"""Two CPU ranks against one: steps per second at the same batch per rank (weak scaling), and memory per rank under DDP
+and ZeRO-2.
+
+One rank with a batch of B, then two with 2 B under `ddp` and under `zero2`, in turn (A B C C B A …), each in fresh
+processes with one torch thread. Speed is steps per second from step `--skip` to the last. Efficiency is the two ranks'
+speed over the one rank's: 1 would be perfect. Memory is a rank's resident peak over its resident size before the policy
+was built; AdamW's moments are its largest part, which ZeRO-2 divides among ranks. Needs `clbench data make
+metaworld_quick`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from common import machine, print_table, run, stream_config
+
+SETTINGS = {"1 rank": (1, "ddp"), "2 ranks, ddp": (2, "ddp"), "2 ranks, zero2": (2, "zero2")}
+
+
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--repeats", type=int, default=3, help="rounds (default 3)")
+    p.add_argument("--steps", type=int, default=60, help="optimizer steps of each training (default 60)")
+    p.add_argument("--skip", type=int, default=20, help="first steps left out (default 20)")
+    p.add_argument("--batch-size", type=int, default=64, help="samples per rank (default 64)")
+    p.add_argument("--width", type=int, default=512, help="d_model of the policy (default 512: 16 M parameters)")
+    p.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
+    p.add_argument("--out", help=argparse.SUPPRESS)
+    p.add_argument("--strategy", help=argparse.SUPPRESS)
+    return p.parse_args()
+
+
+def train_as_rank(args: argparse.Namespace) -> None:
+    """One rank's training of one task; writes its memory, rank 0 leaves the log."""
+    import resource
+
+    import psutil
+
+    from clbench.algorithms.hooks import CLAlgorithm, Context, training_phase
+    from clbench.config.compose import compose
+    from clbench.data.frames import StreamFrames
+    from clbench.policies.loss import PolicyLoss
+    from clbench.streams.stream import build_stream
+    from clbench.training.backend import Backend, count
+    from clbench.training.log import RunLog
+    from clbench.training.loop import PhaseRunner
+    from clbench.training.pretrain import new_policy
+
+    ranks = int(os.environ["WORLD_SIZE"])
+    config, _ = compose(
+        model="dit_dec_tiny", algorithms=["seqfft"], dataset="metaworld_quick", registered=["seqfft"],
+        overrides=[f"train.batch_size={args.batch_size * ranks}", f"train.steps={args.steps}", "train.log_every=1",
+                   f"train.strategy={args.strategy}", "train.device=cpu", "train.threads=1",
+                   f"policy.d_model={args.width}", "log.progress=quiet"],
+    )  # fmt: skip
+    backend = Backend(config.train)
+    stream = build_stream(config.dataset)
+    from clbench.checkpoints.policy_io import policy_config
+
+    frames = StreamFrames([v.tasks for v in stream.visits], policy_config(config.policy, "cpu"))
+    frames.length(0)
+    before = psutil.Process().memory_info().rss
+    loaded = new_policy(config.policy, frames, "cpu", 0)
+    loss = PolicyLoss(loaded.policy, loaded.policy, loaded.preprocessor, backend.autocast)
+    log = RunLog(Path(args.out), config.log, "bench", backend.is_main)
+    ctx = Context(
+        stream=stream, policy=loaded.policy, frames=frames, train=config.train, seed=0, device=backend.device,
+        policy_loss=loss, log=log.event, rank=backend.rank, world_size=backend.world_size, collective=backend,
+    )  # fmt: skip
+    algorithm = CLAlgorithm(None)
+    algorithm.bind(ctx)
+    runner = PhaseRunner(ctx, algorithm, backend, loss, log)
+    runner.progress_mode = "quiet"
+    runner.run(training_phase(ctx))
+    log.close()
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    record = {"memory_mb": (peak - before) / 1e6, "parameters": count(loaded.policy.parameters())}
+    (Path(args.out) / f"rank{backend.rank}.json").write_text(json.dumps(record))
+
+
+def measure(ranks: int, strategy: str, args: argparse.Namespace, folder: Path) -> tuple[float, float, int]:
+    """Steps per second, the larger rank's memory in MB, and the policy's parameters."""
+    from clbench.launch import free_port
+
+    folder.mkdir(parents=True)
+    shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}  # fmt: skip
+    own = ["--rank", "--out", str(folder), "--strategy", strategy, "--steps", str(args.steps), "--width",
+           str(args.width), "--batch-size", str(args.batch_size)]  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, *own], stdout=subprocess.DEVNULL,
+            env={**os.environ, **shared, "RANK": str(r), "LOCAL_RANK": str(r)},
+        )
+        for r in range(ranks)
+    ]  # fmt: skip
+    if any(p.wait() for p in processes):
+        raise SystemExit(f"a rank of '{ranks} ranks, {strategy}' failed; its error stands above.")
+    times = [json.loads(line)["time"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    found = [json.loads((folder / f"rank{r}.json").read_text()) for r in range(ranks)]
+    speed = (len(times) - 1 - args.skip) / (times[-1] - times[args.skip])
+    return speed, max(f["memory_mb"] for f in found), found[0]["parameters"]
+
+
+def main() -> None:
+    args = arguments()
+    if args.rank:
+        train_as_rank(args)
+        return
+    stream_config("metaworld_quick")  # is the data there?
+    print(machine("1 per rank"), flush=True)
+    speeds: dict[str, list[float]] = {n: [] for n in SETTINGS}
+    memory: dict[str, list[float]] = {n: [] for n in SETTINGS}
+    parameters = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(args.repeats):
+            for name in list(SETTINGS) if i % 2 == 0 else list(SETTINGS)[::-1]:
+                speed, mb, parameters = measure(*SETTINGS[name], args, Path(folder) / f"{i}-{name}")
+                speeds[name].append(speed)
+                memory[name].append(mb)
+                print(f"round {i + 1}, {name}: {speed:.2f} steps/s, {mb:.0f} MB", flush=True)
+    print(f"\npolicy of {parameters / 1e6:.1f} M parameters, {args.batch_size} samples per rank, fp32, AdamW")
+    rows = []
+    for name in SETTINGS:
+        ratios = [a / b for a, b in zip(speeds[name], speeds["1 rank"], strict=True)]
+        samples = statistics.median(ratios) * SETTINGS[name][0]
+        rows.append([
+            name, f"{statistics.median(speeds[name]):.2f}", f"{statistics.median(ratios):.2f}", f"{samples:.2f}",
+            f"{statistics.median(memory[name]):.0f}",
+        ])  # fmt: skip
+    print_table(["setting", "steps/s", "efficiency", "samples/s over 1 rank's", "MB per rank"], rows)
+
+
+if __name__ == "__main__":
+    run(main)

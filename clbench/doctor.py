@@ -1,0 +1,142 @@
+"""`clbench doctor`: what this machine has, what is missing, and how to get it. Changes nothing."""
+
+from __future__ import annotations
+
+import ctypes.util
+import importlib.util
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from clbench.config.compose import available, compose
+from clbench.data.info import INFO_FILE
+from clbench.errors import UserError
+from clbench.paths import cache_root, data_root, results_root
+from clbench.streams.stream import data_folder
+
+REQUIRED = ("torch", "lerobot", "accelerate", "peft", "transformers", "omegaconf")
+OPTIONAL = {
+    "metaworld": "simulator and demonstrations of the metaworld streams: install the extra 'metaworld'",
+    "mujoco": "physics of the simulators: comes with the extra 'metaworld'",
+    "deepspeed": "--strategy zero2: install the extra 'deepspeed'",
+    "tensorboard": "log.tensorboard=true: pip install tensorboard",
+    "wandb": "log.wandb=true: pip install wandb",
+}
+MARKS = {"ok": "ok     ", "missing": "MISSING", "note": "–      "}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the answer. `state`: ok, missing (something essential), or note (something optional is not there)."""
+
+    state: str
+    what: str
+    remedy: str = ""
+
+
+def versions() -> Iterator[Finding]:
+    """Python and packages."""
+    yield Finding("ok", f"Python {platform.python_version()}")
+    for name in REQUIRED:
+        try:
+            yield Finding("ok", f"{name} {version(name)}")
+        except PackageNotFoundError:
+            yield Finding("missing", name, "bash scripts/test.sh makes the environment")
+    for name, remedy in OPTIONAL.items():
+        try:
+            yield Finding("ok", f"{name} {version(name)}")
+        except PackageNotFoundError:
+            yield Finding("note", f"{name} is not installed", remedy)
+
+
+def devices() -> Iterator[Finding]:
+    """Processors, GPUs, and what ZeRO-2 needs beside DeepSpeed."""
+    yield Finding("ok", f"{os.cpu_count()} processor cores")
+    if importlib.util.find_spec("torch") is None:
+        return
+    import torch
+
+    count = torch.cuda.device_count()
+    for i in range(count):
+        p = torch.cuda.get_device_properties(i)
+        yield Finding("ok", f"GPU {i}: {p.name}, {p.total_memory / 1e9:.0f} GB")
+    if not count:
+        yield Finding("note", "no GPU that torch sees", "everything runs on the CPU; --nproc N uses several processes")
+    if importlib.util.find_spec("deepspeed") is not None:
+        if any(shutil.which(c) for c in ("c++", "g++", "clang++")):
+            yield Finding("ok", "a C++ compiler, which DeepSpeed uses once")
+        else:
+            yield Finding("note", "no C++ compiler", "--strategy zero2 builds a small operator: install g++")
+
+
+def renderers() -> Iterator[Finding]:
+    """What can draw camera images. State streams need none of it."""
+    chosen = os.environ.get("MUJOCO_GL")
+    found = [name for name, library in (("egl", "EGL"), ("osmesa", "OSMesa")) if ctypes.util.find_library(library)]
+    if found:
+        yield Finding("ok", f"renderers: {', '.join(found)}" + (f" (MUJOCO_GL={chosen})" if chosen else ""))
+    else:
+        yield Finding("note", "no EGL or OSMesa", "only needed for camera images: install libegl1 or libosmesa6")
+    if chosen and chosen not in (*found, "glfw", "disable", "disabled"):
+        yield Finding("note", f"MUJOCO_GL={chosen} has no such library here", "unset it, or install the library")
+
+
+def folders() -> Iterator[Finding]:
+    """Data, results, caches: are they there, writable, and what do they hold?"""
+    for label, variable, root in (
+        ("data", "CLBENCH_DATA_ROOT", data_root()),
+        ("results", "CLBENCH_RESULTS_ROOT", results_root()),
+        ("cache", "CLBENCH_CACHE_ROOT", cache_root()),
+    ):
+        nearest = next(p for p in (root, *root.absolute().parents) if p.exists())
+        free = shutil.disk_usage(nearest).free / 1e9
+        if os.access(nearest, os.W_OK):
+            yield Finding("ok", f"{label}: {root} ({free:.0f} GB free)")
+        else:
+            yield Finding("missing", f"{label}: {root} is not writable", f"set {variable} in .env")
+    for name in available("datasets"):
+        yield _stream(name)
+    bases = list((cache_root() / "bases").glob("*/base.json"))
+    yield (
+        Finding("ok", f"{len(bases)} pretrained bases")
+        if bases
+        else Finding(
+            "note", "no pretrained base yet", "the first training makes it (or clbench pretrain --dataset NAME)"
+        )
+    )
+
+
+def _stream(name: str) -> Finding:
+    try:
+        config, _ = compose(model="dit_dec_tiny", algorithms=["seqfft"], dataset=name, registered=["seqfft"])
+    except UserError as e:
+        return Finding("missing", f"stream {name}", str(e))
+    d = config.dataset
+    needed = [d.data, *([d.pretrain.data] if d.pretrain else [])]
+    absent = [n for n in needed if not (data_folder(n) / INFO_FILE).is_file()]
+    if absent:
+        return Finding("note", f"stream {name}: no data in {', '.join(absent)}", f"clbench data make {name}")
+    return Finding("ok", f"stream {name}")
+
+
+SECTIONS: dict[str, Callable[[], Iterator[Finding]]] = {
+    "versions": versions,
+    "devices": devices,
+    "renderers": renderers,
+    "folders and data": folders,
+}
+
+
+def doctor() -> int:
+    """Print all findings; returns 1 when something essential is missing."""
+    missing = 0
+    for title, check in SECTIONS.items():
+        print(title)
+        for f in check():
+            print(f"  {MARKS[f.state]} {f.what}" + (f" — {f.remedy}" if f.remedy else ""))
+            missing += f.state == "missing"
+    print("something essential is missing: see above." if missing else "nothing essential is missing.")
+    return 1 if missing else 0
