@@ -173,11 +173,10 @@ def default_run_id(config: Config, dataset: str, smoke: bool) -> str:
 
 def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
     ranks = _ranks(args)
-    strategy = [f"train.strategy={args.strategy}"] if args.strategy else []
-    overrides = [*_device(args.gpus, args.nproc), *strategy, *overrides]
+    where = [*_device(args.gpus, args.nproc), *([f"train.strategy={args.strategy}"] if args.strategy else [])]
     if args.seed is not None:
         overrides = [f"seed={args.seed}", *overrides]
-    if isinstance(args.resume, str):
+    if isinstance(args.resume, str):  # where it runs may change, what it computes may not
         if overrides or args.run_id or args.yaml or args.init_from or args.smoke:
             raise UserError(
                 f"--resume {args.resume} continues that run with its own settings; leave the other flags "
@@ -187,13 +186,17 @@ def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str]) 
         from clbench.evaluation.evaluate import run_config
 
         folder = run_folder(args.resume)
-        config, files, run_id = run_config(folder), [str(folder / "config.yaml")], folder.name
+        from clbench.config.compose import override
+
+        config = override(run_config(folder), where)
+        files, run_id = [str(folder / "config.yaml")], folder.name
         if folder.parent.resolve() != _results(config):
             config.output_dir = str(folder.parent)
     else:
         if args.init_from:
             args.model = "checkpoint"
             overrides = [f"policy.path={_init_from(args.init_from)}", *overrides]
+        overrides = [*where, *overrides]
         config, files = _compose(args, overrides, args.algo)
         run_id = args.run_id or default_run_id(config, config.dataset.name, args.smoke)
     from clbench.launch import launch, launched

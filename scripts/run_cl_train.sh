@@ -12,8 +12,10 @@
 #   --init-from RUN[:K]   start from another run's checkpoint K instead of the stream's base
 #   --smoke          a few steps per task: proves that the pipeline runs, measures nothing
 #   --yaml A B ...   merge these YAML files left to right instead of the three axes
-#   --gpus N|IDS     a count (0 = CPU, 1 = one GPU), or ids as in 0,1
-#   --nproc 1, --strategy ddp, --port P   this version trains in one process
+#   --gpus N|IDS     a count (0 = CPU, 1 = one GPU), or ids as in 0,1: one process for each
+#   --nproc N        N processes on the CPU              (default 1)
+#   --strategy S     ddp | zero2, how several processes share the work (default: the model's, else ddp)
+#   --port P         port on which the processes meet     (default: a free one)
 #   --debug          show tracebacks
 #   -- key=value ... overrides, each with or without leading dashes, e.g. -- train.steps=500 eval.episodes=50
 #   -h, --help       this text

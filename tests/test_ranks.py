@@ -96,13 +96,14 @@ def weights(folder: Path, k: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("label", [r[0] for r in RUNS])
 def test_ranks_train_what_one_process_trains(label: str, alone: Path, together: tuple[str, Path]) -> None:
-    _, out = together
+    strategy, out = together
     last = len(read_json(alone / label / "manifest.json")["checkpoints"]) - 1
     one, two = weights(alone / label, last), weights(out / label, last)
     base = load_policy(read_json(alone / label / "manifest.json")["base"]["path"]).policy.state_dict()
     assert one.keys() == two.keys()
     difference = max(float((one[n] - two[n]).abs().max()) for n in one)
     moved = max(float((one[n] - base[n]).abs().max()) if n in base else 1.0 for n in one)
+    print(f"parity {strategy} {label}: largest difference {difference:.1e}, largest move {moved:.1e}")  # pytest -s
     assert moved > 1e-3
     assert difference < 5e-6, difference
 
@@ -162,19 +163,54 @@ def test_a_checkpoint_of_ranks_resumes_on_one_process(together: tuple[str, Path]
     assert max(float((one[n] - two[n]).abs().max()) for n in one) < 5e-6
 
 
+def toy_arguments(toy_data: Path, out: Path, *more: str) -> list[str]:
+    """A toy run for the command line; what stands behind `--`."""
+    return [
+        f"output_dir={out}", f"dataset.data={toy_data}/stream", f"dataset.pretrain.data={toy_data}/pretrain",
+        "dataset.tasks=[hammer-v3,push-v3]", "dataset.pretrain.tasks=[reach-v3,door-open-v3]", "pretrain.steps=2",
+        "pretrain.batch_size=8", "train.batch_size=8", "train.steps=3", "train.threads=1", "log.progress=quiet", *more,
+    ]  # fmt: skip
+
+
+def test_the_script_trains_the_same_with_two_processes(toy_data: Path, tmp_path: Path) -> None:
+    runs = {}
+    for name, flags in (("one", []), ("two", ["--nproc", "2"])):
+        done = subprocess.run(
+            ["bash", "scripts/run_cl_train.sh", "--algo", "er,ewc", "--run-id", name, *flags, "--",
+             *toy_arguments(toy_data, tmp_path, *PLAIN[:3], "algorithm.fisher_batches=2")],
+            cwd=ROOT, text=True, capture_output=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("trained:") == 1  # said once, not once per rank
+        runs[name] = weights(tmp_path / name, 1)
+    assert max(float((runs["one"][n] - v).abs().max()) for n, v in runs["two"].items()) < 5e-6
+
+
 def test_a_rank_that_fails_ends_the_run(toy_data: Path, tmp_path: Path) -> None:
     """The other rank does not wait for ever, and what is printed first is why."""
-    config = [
-        "train", "--nproc", "2", "--model", "dit_dec_tiny", "--algo", "seqfft", "--run-id", "r", "--",
-        f"output_dir={tmp_path}", f"dataset.data={toy_data}/stream", f"dataset.pretrain.data={toy_data}/pretrain",
-        "dataset.tasks=[hammer-v3,push-v3]", "dataset.pretrain.tasks=[reach-v3,door-open-v3]", "pretrain.steps=2",
-        "pretrain.batch_size=8", "train.batch_size=8", "train.steps=3", "train.optimizer.lr=1e30",
-        "train.optimizer.warmup_steps=0", "train.optimizer.grad_clip=0", "log.progress=quiet",
-    ]  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", "clbench.cli", *config], cwd=ROOT, text=True, capture_output=True, timeout=300
-    )
-    assert done.returncode != 0
+        [sys.executable, "-m", "clbench.cli", "train", "--nproc", "2", "--algo", "seqfft", "--run-id", "r", "--",
+         *toy_arguments(toy_data, tmp_path, "train.optimizer.lr=1e30", "train.optimizer.warmup_steps=0",
+                        "train.optimizer.grad_clip=0")],
+        cwd=ROOT, text=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if line.startswith(("clbench:", "rank"))]
     assert "is nan" in lines[0] or "is inf" in lines[0], done.stderr
-    assert any("ending the other ranks" in line for line in lines) or len(lines) >= 2
+
+
+def test_a_rank_that_dies_ends_the_run(tmp_path: Path) -> None:
+    """`launch` ends the ranks that are left at once, however they wait."""
+    (tmp_path / "clbench").mkdir()
+    (tmp_path / "clbench" / "__init__.py").write_text("")
+    (tmp_path / "clbench" / "cli.py").write_text(
+        "import os, signal, time\n"
+        "if os.environ['RANK'] == '1':\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "time.sleep(600)\n"
+    )
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom clbench.launch import launch\n"
+    code += f"import os; os.environ['PYTHONPATH'] = {str(tmp_path)!r}; os.chdir({str(tmp_path)!r})\n"
+    code += "sys.exit(launch([], 3))"
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, timeout=60)
+    assert done.returncode == 1
+    assert "rank 1 was ended by signal 9; ending the other ranks." in done.stderr

@@ -28,8 +28,11 @@ from torch import Tensor, nn
 
 from clbench.config.schema import TrainConfig
 from clbench.errors import UserError
+from clbench.io import read_json
 from clbench.launch import EXPECTED_RANKS
+from clbench.paths import CONFIG_ROOT
 
+ZERO2_FILE = CONFIG_ROOT / "accelerate" / "zero2.json"
 BUCKET_NUMBERS = 2**23  # gradients that are averaged in one collective call (32 MB in fp32)
 
 
@@ -295,27 +298,20 @@ def _join(cpu: bool, config: TrainConfig) -> None:
 def _zero2_engine(policy: nn.Module, optimizer: torch.optim.Optimizer, ranks: int) -> Any:
     """A DeepSpeed engine over the parameters of `optimizer`.
 
-    Micro-batches are split by the training loop, so the engine is told of one; it never sees the batch size.
+    Bucket sizes and the like are in configs/accelerate/zero2.json. Micro-batches are split by the training loop, so the
+    engine is told of one; clipping is set at each step.
     """
     import deepspeed
 
     trained = [p for g in optimizer.param_groups for p in g["params"]]
     low = {p.dtype for p in trained} == {torch.bfloat16}
     settings = {
+        **read_json(ZERO2_FILE),
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "train_batch_size": ranks,
         "bf16": {"enabled": low},
-        "zero_optimization": {
-            "stage": 2,
-            "contiguous_gradients": True,
-            "overlap_comm": False,
-            "allgather_partitions": True,
-            "reduce_scatter": True,
-        },
-        "zero_allow_untested_optimizer": True,
         "gradient_clipping": 0.0,
-        "steps_per_print": 10**9,
     }
     engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine
