@@ -130,9 +130,7 @@ def main() -> None:
                 if i == args.rounds - 1:
                     break
             print(f"\n{place} task: time of {args.steps} steps relative to seqfft's in the same round")
-            quiet = [
-                i for i in range(args.rounds) if all(s[i] <= 1.5 * statistics.median(s) for s in seconds.values())
-            ]
+            quiet = [i for i in range(args.rounds) if all(s[i] <= 1.5 * statistics.median(s) for s in seconds.values())]
             print(f"{args.rounds - len(quiet)} of {args.rounds} rounds were disturbed and are left out")
             rows = []
             for name in names:

@@ -90,6 +90,7 @@ def episode_list(tasks: Sequence[Task], count: int) -> list[dict[str, Any]]:
     return [
         {
             "j": j,
+            "task_id": j,
             "episode": n,
             "seed": EVAL_SEED_BASE + n,
             "env": task.env,

@@ -67,7 +67,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--window", type=int, default=25, help="steps per log line and loss window (default 25)")
     p.add_argument("--batch-size", type=int, default=128)
     p.add_argument("--workers", type=int, default=2, help="loader processes (clbench: used for camera data only)")
-    p.add_argument("--threads", type=int, default=1, help="torch threads of both; 0 = torch's default (default 1)")
+    p.add_argument("--threads", type=int, default=0, help="torch threads of both; 0 = torch's default (default 0)")
     args = p.parse_args()
     if args.steps % args.window or args.skip % args.window or not 0 < args.skip < args.steps:
         raise UserError("--steps and --skip must be multiples of --window, and 0 < skip < steps.")
