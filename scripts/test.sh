@@ -25,7 +25,7 @@ cd "$CLBENCH_ROOT"
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMEXPR_NUM_THREADS=1
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 WANDB_MODE=disabled
 
-workers=(-n 2)
+workers=(-n 2 --dist loadgroup) # tests that share something costly stay in one process (xdist_group)
 for argument in "$@"; do
     case $argument in
         -n | -n[0-9]* | -nauto | --numprocesses* | --pdb | --trace | -s | --capture=no) workers=() ;;

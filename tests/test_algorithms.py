@@ -27,7 +27,11 @@ from tests.algorithm_cases import CASES, Case
 from tests.toy import toy_config
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda c: c.label)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(c, marks=pytest.mark.xdist_group(f"algorithms-{c.label}")) for c in CASES],
+    ids=[c.label for c in CASES],
+)
 def trained(
     request: pytest.FixtureRequest, toy_data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Case, Path]:

@@ -48,6 +48,9 @@ STRATEGIES = ["ddp", pytest.param("zero2", marks=pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="DeepSpeed is not installed"))]  # fmt: skip
 
 
+SHARED = pytest.mark.xdist_group("ranks")  # one process trains the runs once for all of these tests
+
+
 def overrides(own: tuple[str, ...]) -> list[str]:
     return [*PLAIN, *own]
 
@@ -94,6 +97,7 @@ def weights(folder: Path, k: int) -> dict[str, torch.Tensor]:
     return load_policy(checkpoint_folder(folder, k) / "policy").policy.state_dict()
 
 
+@SHARED
 @pytest.mark.parametrize("label", [r[0] for r in RUNS])
 def test_ranks_train_what_one_process_trains(label: str, alone: Path, together: tuple[str, Path]) -> None:
     strategy, out = together
@@ -112,6 +116,7 @@ def events(folder: Path, *names: str) -> list[dict[str, Any]]:
     return [r for r in read_jsonl(folder / "log.jsonl") if r["event"] in names]
 
 
+@SHARED
 def test_choices_masks_and_expansions_are_the_same(alone: Path, together: tuple[str, Path]) -> None:
     _, out = together
     for label, names, keys in (
@@ -129,6 +134,7 @@ def test_choices_masks_and_expansions_are_the_same(alone: Path, together: tuple[
     assert all(torch.allclose(a[n], b[n], rtol=1e-3, atol=1e-9) for n in a)
 
 
+@SHARED
 def test_frozen_weights_stay_bit_identical_on_ranks(together: tuple[str, Path]) -> None:
     """Edits in after_step and after_backward take effect, under ZeRO-2's masters too."""
     _, out = together
@@ -139,6 +145,7 @@ def test_frozen_weights_stay_bit_identical_on_ranks(together: tuple[str, Path]) 
         assert not torch.equal(new[name], old[name])
 
 
+@SHARED
 def test_the_log_is_that_of_one_process(alone: Path, together: tuple[str, Path]) -> None:
     _, out = together
     for label in ("er", "ewc", "clare"):
@@ -150,6 +157,7 @@ def test_the_log_is_that_of_one_process(alone: Path, together: tuple[str, Path])
             assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-3)
 
 
+@SHARED
 def test_a_checkpoint_of_ranks_resumes_on_one_process(together: tuple[str, Path], toy_data: Path, alone: Path) -> None:
     import shutil
 
