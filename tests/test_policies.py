@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -209,3 +210,26 @@ def test_a_damaged_checkpoint_is_one_clear_error(toy_data: Path, tmp_path: Path)
         load_policy(tmp_path / "p")
     with pytest.raises(ValueError, match=r"no config\.json"):
         load_policy(tmp_path)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_gradient_checkpointing_recomputes_and_changes_nothing(kind: str, toy_data: Path) -> None:
+    kept, recomputed = build(kind, toy_data), build(kind, toy_data, gradient_checkpointing=True)
+    recomputed.policy.load_state_dict(kept.policy.state_dict())
+    calls = {"kept": 0, "recomputed": 0}
+    gradients, fishers = {}, {}
+    for name, loaded in (("kept", kept), ("recomputed", recomputed)):
+        policy = loaded.policy.train()
+        for block in [*policy.model.obs_encoder.layers, *policy.model.velocity_net.blocks]:
+            block.register_forward_pre_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+        measure = PolicyLoss(policy, policy, loaded.preprocessor, nullcontext)
+        draw = measure.draw(6, torch.Generator().manual_seed(0))
+        measure.total(raw_batch(6), draw).backward()
+        gradients[name] = {n: p.grad.clone() for n, p in policy.named_parameters()}
+        fishers[name] = measure.squared_gradients(raw_batch(6), draw, dict(policy.named_parameters()))
+    blocks = SMALL["encoder_layers"] + SMALL["decoder_layers"]
+    # kept: the loss once, the Fisher once (vmap); recomputed: the loss and its backward, and so for each of 6 samples
+    assert calls == {"kept": 2 * blocks, "recomputed": 2 * blocks * (1 + 6)}
+    for n, g in gradients["kept"].items():
+        assert torch.equal(g, gradients["recomputed"][n]), n
+        assert torch.allclose(fishers["kept"][n], fishers["recomputed"][n], rtol=1e-3, atol=1e-9), n

@@ -17,6 +17,7 @@ from clbench.checkpoints.run_folder import checkpoint_folder, finished_visits
 from clbench.checkpoints.state import load_state, save_state
 from clbench.config.schema import OptimizerConfig
 from clbench.data.frames import SampleOrder, StreamFrames
+from clbench.errors import UserError
 from clbench.io import read_json, read_jsonl, write_json
 from clbench.registry import ALGORITHMS
 from clbench.seeding import generator
@@ -87,6 +88,39 @@ def test_fine_tuning_is_a_plain_pytorch_loop(toy_data: Path, tmp_path: Path) -> 
     trained = final(folder)
     for name, value in policy.state_dict().items():
         assert torch.allclose(trained[name], value, atol=1e-6), name
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_run_trains_the_same(
+    toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    """torch.compile, with replay and with layers that grow from task to task: equal to rounding (plain SGD).
+
+    "eager" traces and runs what was traced; "inductor" (minutes) also generates and compiles code.
+    """
+    asked = []
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: asked.append(f) or compile_(f, backend=backend))
+    section = {"name": ["er", "clare"], "buffer_size_per_task": 10, **SMALL_CLARE}
+    sgd = ("train.optimizer.name=sgd", "train.optimizer.lr=0.01", "train.optimizer.weight_decay=0", "train.steps=2")
+    two = ("dataset.task_order=[0,1]", f"output_dir={tmp_path}")
+    runs = [train(toy_config(toy_data, section, *sgd, *two, f"train.compile={c}"), c) for c in ("true", "false")]
+    assert sum(isinstance(f, torch.nn.Module) for f in asked) == 2  # once a task
+    a, b = (load_policy(checkpoint_folder(r, 1) / "policy").policy.state_dict() for r in runs)
+    assert a.keys() == b.keys()
+    assert max(float((a[n] - b[n]).abs().max()) for n in a) < 1e-5
+
+
+def test_compiling_without_a_compiler_is_said_at_once(
+    toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no working C++ compiler\nlong explanation")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(UserError, match=r"torch\.compile does not work here \(no working C\+\+ compiler\)"):
+        train(toy_config(toy_data, {"name": "seqfft"}, "train.compile=true", f"output_dir={tmp_path}"), "r")
+    assert not (tmp_path / "r" / "manifest.json").exists()
 
 
 def test_schedule() -> None:

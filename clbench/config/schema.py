@@ -49,6 +49,7 @@ class TrainConfig:
         gradient_accumulation: micro-batches a step is split into.
         optimizer_across_tasks: fresh | carried (moments live on from task to task).
         mixed_precision: fp32 | bf16 (autocast; weights stay fp32).
+        compile: torch.compile the policy for training on the stream; on the CPU this needs a C++ compiler.
         log_every: steps between log lines.
         num_workers: loader processes, for data that has to be decoded (images).
         threads: torch threads; null = torch's default.
@@ -63,6 +64,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     optimizer_across_tasks: str = "fresh"
     mixed_precision: str = "fp32"
+    compile: bool = False
     log_every: int = 25
     num_workers: int = 2
     threads: Optional[int] = None  # noqa: UP045 (OmegaConf reads this form)

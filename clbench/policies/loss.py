@@ -40,7 +40,7 @@ def without_dropout(policy: nn.Module) -> Iterator[None]:
 
 
 class PolicyLoss:
-    """Losses of raw batches: processes them, runs the policy (`module` may be its distributed wrapper)."""
+    """Losses of raw batches: processes them, runs the policy (`module`: the policy, or its compiled form)."""
 
     def __init__(
         self,
@@ -95,12 +95,15 @@ class PolicyLoss:
     ) -> dict[str, Tensor]:
         """Σ_n (∂ℓ(θ; x_n) / ∂θ_i)², by name, in fp32: gradients are squared per sample, then summed.
 
-        `vectorized` (default: where the policy takes its draw from outside) differentiates many samples in one call
-        of torch.func.vmap; otherwise one sample after the other. Leaves `.grad` alone.
+        `vectorized` (default: where the policy takes its draw from outside and keeps its activations) differentiates
+        many samples in one call of torch.func.vmap; otherwise one sample after the other. Leaves `.grad` alone.
         """
         total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
         n = batch_size(batch)
-        if self.takes_draw if vectorized is None else vectorized:
+        if vectorized is None:  # vmap cannot look into activation checkpointing
+            recomputes = getattr(getattr(self.policy, "config", None), "gradient_checkpointing", False)
+            vectorized = self.takes_draw and not recomputes
+        if vectorized:
             inputs = {k: v for k, v in self.processor(batch).items() if torch.is_tensor(v) and v.shape[:1] == (n,)}
             values = {name: p.detach() for name, p in parameters.items()}
 

@@ -159,8 +159,9 @@ class Backend:
             raise UserError("train.strategy zero2 rebuilds its optimizer: train.optimizer_across_tasks must be fresh.")
         self.device = self.accelerator.device
         self.parameters: Mapping[str, nn.Parameter] = {}
-        self._accumulation = config.gradient_accumulation
         self._engine: Any = None
+        if config.compile:
+            _check_compiler(self.device)
 
     # ---- processes ------------------------------------------------------------------------------
     @property
@@ -215,6 +216,11 @@ class Backend:
     # ---- training -------------------------------------------------------------------------------
     def autocast(self) -> AbstractContextManager[Any]:
         return self.accelerator.autocast()
+
+    def compiled(self, policy: nn.Module) -> nn.Module:
+        """The policy compiled anew: its structure may have changed since the last phase."""
+        torch.compiler.reset()
+        return torch.compile(policy)  # type: ignore[return-value]
 
     def prepare(
         self, policy: nn.Module, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
@@ -293,6 +299,18 @@ def _join(cpu: bool, config: TrainConfig) -> None:
                 f"train.strategy zero2 needs DeepSpeed, which cannot be imported ({e}): install the extra 'deepspeed'."
             ) from e
         deepspeed.init_distributed("gloo" if cpu else "nccl", auto_mpi_discovery=False, timeout=timeout)
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Raise UserError unless torch.compile works here, before anything long is started."""
+    try:
+        torch.compile(lambda x: (x + 1).sin())(torch.zeros(2, device=device))
+    except Exception as e:  # whatever the compiler's trouble is
+        reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
+        raise UserError(
+            f"train.compile is on, but torch.compile does not work here ({reason}). On the CPU it needs a C++ compiler "
+            "(g++); or set train.compile=false."
+        ) from e
 
 
 def _zero2_engine(policy: nn.Module, optimizer: torch.optim.Optimizer, ranks: int) -> Any:

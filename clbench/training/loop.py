@@ -128,6 +128,8 @@ class PhaseRunner:
         optimizer = None if phase.optimizer is None else self._optimizer(phase)
         if optimizer is not None:
             self.backend.prepare(ctx.policy, optimizer, self.trained)
+        compiles = ctx.train.compile and phase.policy_training
+        self.loss.module = self.backend.compiled(ctx.policy) if compiles else ctx.policy
         progress = Progress(f"task {ctx.k + 1}/{len(ctx.stream.visits)} {ctx.visit.task} · {phase.name}", phase.steps,
                             self.progress_mode)  # fmt: skip
         last: float | None = None

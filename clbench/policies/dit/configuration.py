@@ -30,6 +30,7 @@ class DitConfig(PreTrainedConfig):
         state_clip: normalised state is clipped to ± this, in standard deviations.
         std_floor: smallest standard deviation used for normalising.
         raw_below: dimensions whose standard deviation is below this pass through un-normalised.
+        gradient_checkpointing: transformer blocks keep no activations and compute them again in the backward pass.
     """
 
     n_obs_steps: int = 1
@@ -52,6 +53,7 @@ class DitConfig(PreTrainedConfig):
     state_clip: float = 5.0
     std_floor: float = 0.05
     raw_below: float = 1e-3
+    gradient_checkpointing: bool = False
 
     normalization_mapping: dict[str, NormalizationMode] = field(
         default_factory=lambda: {

@@ -15,9 +15,17 @@ import torch
 import torch.nn.functional as F
 from lerobot.utils.constants import OBS_ENV_STATE, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from clbench.policies.dit.configuration import DitConfig
 from clbench.policies.dit.text import frozen_word_table
+
+
+def run_block(block: nn.Module, recompute: bool, *inputs: Any) -> Tensor:
+    """block(*inputs); with `recompute` its activations are not kept for the backward pass but computed again there."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
+    return block(*inputs)  # type: ignore[no-any-return]
 
 
 class FeedForward(nn.Module):
@@ -215,6 +223,7 @@ class ObservationEncoder(nn.Module):
             EncoderLayer(d, config.n_heads, config.ffn_mult) for _ in range(config.encoder_layers)
         )
         self.norm = nn.LayerNorm(d)
+        self.recompute = config.gradient_checkpointing
 
     @property
     def n_tokens(self) -> int:
@@ -231,5 +240,5 @@ class ObservationEncoder(nn.Module):
         x_BLD, mask_BL = torch.cat(parts, 1), torch.cat(masks, 1)
         attention_mask = None if self.n_tokens == len(self.tokenizers) else mask_BL
         for layer in self.layers:
-            x_BLD = layer(x_BLD, attention_mask)
+            x_BLD = run_block(layer, self.recompute, x_BLD, attention_mask)
         return self.norm(x_BLD), mask_BL

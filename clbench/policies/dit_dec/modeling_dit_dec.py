@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from clbench.policies.dit.configuration import DitConfig
 from clbench.policies.dit.flow_policy import FlowMatchingModel, FlowMatchingPolicy
-from clbench.policies.dit.layers import ActionTokens, AdaLNBlock, ObservationEncoder, TimeEmbedding
+from clbench.policies.dit.layers import ActionTokens, AdaLNBlock, ObservationEncoder, TimeEmbedding, run_block
 from clbench.policies.dit_dec.configuration_dit_dec import DitDecConfig
 
 
@@ -22,12 +22,13 @@ class VelocityNet(nn.Module):
         self.blocks = nn.ModuleList(
             AdaLNBlock(d, config.n_heads, config.ffn_mult) for _ in range(config.decoder_layers)
         )
+        self.recompute = config.gradient_checkpointing
 
     def forward(self, x_BHA: Tensor, t_B: Tensor, cond_BD: Tensor) -> Tensor:
         c_BD = cond_BD + self.time(t_B)
         x_BPD = self.actions.embed(x_BHA)
         for block in self.blocks:
-            x_BPD = block(x_BPD, c_BD)
+            x_BPD = run_block(block, self.recompute, x_BPD, c_BD)
         return self.actions.predict(x_BPD)
 
 

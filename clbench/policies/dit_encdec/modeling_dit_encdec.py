@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from clbench.policies.dit.configuration import DitConfig
 from clbench.policies.dit.flow_policy import FlowMatchingModel, FlowMatchingPolicy
-from clbench.policies.dit.layers import ActionTokens, AdaLNBlock, ObservationEncoder, TimeEmbedding
+from clbench.policies.dit.layers import ActionTokens, AdaLNBlock, ObservationEncoder, TimeEmbedding, run_block
 from clbench.policies.dit_encdec.configuration_dit_encdec import DitEncDecConfig
 
 
@@ -21,12 +21,13 @@ class CrossVelocityNet(nn.Module):
         self.blocks = nn.ModuleList(
             AdaLNBlock(d, config.n_heads, config.ffn_mult, cross=True) for _ in range(config.decoder_layers)
         )
+        self.recompute = config.gradient_checkpointing
 
     def forward(self, x_BHA: Tensor, t_B: Tensor, tokens_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         c_BD = self.time(t_B)
         x_BPD = self.actions.embed(x_BHA)
         for block in self.blocks:
-            x_BPD = block(x_BPD, c_BD, tokens_BLD, mask_BL)
+            x_BPD = run_block(block, self.recompute, x_BPD, c_BD, tokens_BLD, mask_BL)
         return self.actions.predict(x_BPD)
 
 
