@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clbench import __version__
-from clbench.errors import UserError
+from clbench.errors import RESUME_EXIT, Interrupted, UserError
 
 if TYPE_CHECKING:
     from clbench.config.schema import Config
@@ -33,7 +33,9 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--seed", type=int, help="the run's seed (default 0)")
     train.add_argument("--run-id", help="name of the run's folder (default MODEL_ALGO_DATASET_sSEED)")
     train.add_argument("--resume", nargs="?", const=True, default=False, metavar="RUN",
-                       help="continue a run after its last whole checkpoint; starts it when there is none")  # fmt: skip
+                       help="continue a run from its newest whole state; starts it when there is none")  # fmt: skip
+    train.add_argument("--allow-change", action="append", default=[], metavar="KEY",
+                       help="with --resume: let this key differ from what the run was started with")  # fmt: skip
     train.add_argument("--init-from", metavar="RUN[:K]", help="start from another run's checkpoint K (default: last)")
     train.add_argument("--gpus", help="a count (0 = CPU), or ids as in 0,1: one process for each")
     train.add_argument("--nproc", type=int, help="processes on the CPU (default 1)")
@@ -96,7 +98,7 @@ def _axes(p: argparse.ArgumentParser, algo: bool = True) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. 0: done; 2: the user can mend it (one message); 130: interrupted."""
+    """Entry point. 0: done; 2: the user can mend it (one message); 75: stopped and saved; 130: interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     overrides: list[str] = []
     if "--" in argv:
@@ -121,6 +123,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = " ".join(f"{type(e).__name__}: {e}".split())
         print(f"clbench: unexpected error, {text} (--debug shows where; please report it)", file=sys.stderr)
         return 1
+    except Interrupted as e:
+        print(f"clbench: {e}", file=sys.stderr)
+        return RESUME_EXIT
     except KeyboardInterrupt:
         print("clbench: interrupted", file=sys.stderr)
         return 130
@@ -177,18 +182,15 @@ def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str]) 
     if args.seed is not None:
         overrides = [f"seed={args.seed}", *overrides]
     if isinstance(args.resume, str):  # where it runs may change, what it computes may not
-        if overrides or args.run_id or args.yaml or args.init_from or args.smoke:
-            raise UserError(
-                f"--resume {args.resume} continues that run with its own settings; leave the other flags "
-                f"{'and ' + ' '.join(overrides) + ' ' if overrides else ''}away."
-            )
+        if args.run_id or args.yaml or args.init_from or args.smoke:
+            raise UserError(f"--resume {args.resume} continues that run with its own settings; leave other flags away.")
         from clbench.checkpoints.run_folder import run_folder
         from clbench.evaluation.evaluate import run_config
 
         folder = run_folder(args.resume)
         from clbench.config.compose import override
 
-        config = override(run_config(folder), where)
+        config = override(run_config(folder), [*where, *overrides])
         files, run_id = [str(folder / "config.yaml")], folder.name
         if folder.parent.resolve() != _results(config):
             config.output_dir = str(folder.parent)
@@ -215,7 +217,9 @@ def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str]) 
         return launch(argv, ranks, args.port)
     from clbench.training.trainer import train
 
-    train(config, run_id, resume=bool(args.resume), command=["clbench", *sys.argv[1:]], files=files)
+    command = ["clbench", *sys.argv[1:]]
+    allowed = [key for keys in args.allow_change for key in keys.split(",")]
+    train(config, run_id, resume=bool(args.resume), allow_change=allowed, command=command, files=files)
     return 0
 
 
@@ -305,8 +309,10 @@ def _pretrain(args: argparse.Namespace, overrides: list[str]) -> int:
     config, _ = _compose(args, overrides, "seqfft")
     from clbench.training.backend import Backend
     from clbench.training.pretrain import ensure_base
+    from clbench.training.stop import StopRequest
 
-    folder, _ = ensure_base(config, Backend(config.train), config.log.progress)
+    with StopRequest() as stop:
+        folder, _ = ensure_base(config, Backend(config.train), stop, config.log.progress)
     print(folder)
     return 0
 

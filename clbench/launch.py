@@ -15,7 +15,10 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
+from clbench.errors import RESUME_EXIT
+
 EXPECTED_RANKS = "CLBENCH_RANKS"  # how many processes there must be; read by training/backend.py
+LAUNCHER = "CLBENCH_LAUNCHER"  # the process that started the ranks: without it they stop
 GRACE_S = 10.0  # between asking the other ranks to end and ending them
 
 
@@ -31,20 +34,27 @@ def free_port() -> int:
 
 
 def launch(arguments: Sequence[str], ranks: int, port: int | None = None) -> int:
-    """Run `clbench ARGUMENTS` as `ranks` processes; returns 0, or the exit status of the rank that failed first."""
+    """Run `clbench ARGUMENTS` as `ranks` processes.
+
+    Returns 0, or the exit status of the rank that failed first, or RESUME_EXIT when they were asked to stop.
+    """
     shared = {
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port or free_port()),
         EXPECTED_RANKS: str(ranks),
+        LAUNCHER: str(os.getpid()),
     }
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
     processes = []
     for rank in range(ranks):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         environment = {"OMP_NUM_THREADS": threads, **os.environ, **shared, **own}
-        processes.append(subprocess.Popen([sys.executable, "-m", "clbench.cli", *arguments], env=environment))
+        # A session of their own: a signal reaches them once, through `forward`, and not from the terminal as well.
+        processes.append(
+            subprocess.Popen([sys.executable, "-m", "clbench.cli", *arguments], env=environment, start_new_session=True)
+        )
 
     def forward(number: int, frame: FrameType | None) -> None:
         for p in processes:
@@ -63,7 +73,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
     """Wait for all; when one fails, end the others, which would wait for it in vain."""
     while True:
         codes = [p.poll() for p in processes]
-        failed = [(rank, c) for rank, c in enumerate(codes) if c not in (None, 0)]
+        failed = [(rank, c) for rank, c in enumerate(codes) if c not in (None, 0, RESUME_EXIT)]
         if failed:
             rank, code = failed[0]
             how = f"was ended by signal {-code}" if code is not None and code < 0 else f"failed (exit status {code})"
@@ -79,6 +89,6 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
                     p.kill()
                     p.wait()
             return code if code is not None and code > 0 else 1
-        if all(c == 0 for c in codes):
-            return 0
+        if None not in codes:
+            return max(c or 0 for c in codes)
         time.sleep(0.2)

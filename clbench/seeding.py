@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -22,6 +23,17 @@ def generator(*parts: int | str) -> torch.Generator:
     import torch
 
     return torch.Generator().manual_seed(derive_seed(*parts))
+
+
+def seed_everything(*parts: int | str) -> None:
+    """Seed the global generators (torch, numpy, Python), for whatever draws from them next."""
+    import numpy as np
+    import torch
+
+    seed = derive_seed(*parts)
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 @contextmanager

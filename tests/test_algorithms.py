@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -17,13 +18,16 @@ from clbench.checkpoints.policy_io import LoadedPolicy, load_policy
 from clbench.checkpoints.run_folder import checkpoint_folder
 from clbench.checkpoints.state import load_state
 from clbench.data.frames import StreamFrames
+from clbench.errors import Interrupted
 from clbench.io import read_json, read_jsonl
 from clbench.policies.loss import PolicyLoss
 from clbench.registry import ALGORITHMS
 from clbench.seeding import generator
 from clbench.streams.stream import build_stream
+from clbench.training.stop import StopRequest
 from clbench.training.trainer import train
 from tests.algorithm_cases import CASES, Case
+from tests.same import assert_same_run, files
 from tests.toy import toy_config
 
 
@@ -40,10 +44,6 @@ def trained(
     out = tmp_path_factory.mktemp("runs")
     config = toy_config(toy_data, case.section, f"output_dir={out}", *case.overrides)
     return case, train(config, f"run_{case.label}")
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def weights(folder: Path, k: int) -> dict[str, torch.Tensor]:
@@ -120,15 +120,27 @@ def test_resumed_equals_uninterrupted(trained: tuple[Case, Path], toy_data: Path
     if case.visits == 1:
         shutil.rmtree(checkpoint_folder(copy, 0))
     train(toy_config(toy_data, case.section, f"output_dir={tmp_path}", *case.overrides), folder.name, resume=True)
-    assert files(folder / "checkpoints") == files(copy / "checkpoints")
+    assert_same_run(folder, copy)
 
-    def steps(run: Path) -> list[str]:
-        rows = [r for r in read_jsonl(run / "log.jsonl") if r["event"] != "run_end"]
-        return [
-            json.dumps({k: v for k, v in r.items() if k not in ("time", "seconds", "peak_memory_mb")}) for r in rows
-        ]
 
-    assert steps(folder) == steps(copy)
+@pytest.mark.parametrize("every", [7, pytest.param(3, marks=pytest.mark.slow)])
+def test_stopped_anywhere_and_resumed_equals_uninterrupted(
+    trained: tuple[Case, Path], toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    """Asked to stop again and again, every few steps: in every phase, at its first steps, middle and last."""
+    case, folder = trained
+    asked = itertools.cycle([*[""] * (every - 1), "a test"])
+    monkeypatch.setattr(StopRequest, "reason", property(lambda self: next(asked)))
+    config = toy_config(toy_data, case.section, f"output_dir={tmp_path}", *case.overrides)
+    stopped = []
+    for _ in range(200):
+        try:
+            train(config, folder.name, resume=True)
+            break
+        except Interrupted as e:
+            stopped.append(str(e))
+    assert sum("phase" in s for s in stopped) > (2 if every == 3 else 0)
+    assert_same_run(folder, tmp_path / folder.name)
 
 
 def test_state_survives_saving_and_loading(trained: tuple[Case, Path], toy_data: Path) -> None:

@@ -7,7 +7,8 @@ PEFT adapters (adapter_config.json, adapter_model.safetensors) over the base's f
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,23 @@ def merge(policy: nn.Module) -> None:
         setattr(policy.get_submodule(parent), child, layer.get_base_layer())
     if hasattr(policy, "peft_config"):
         del policy.peft_config
+
+
+@contextmanager
+def taken_out(policy: nn.Module) -> Iterator[None]:
+    """The policy as it was before LoRA layers were put in, inside the block."""
+    layers = lora_layers(policy)
+
+    def put(modules: Mapping[str, nn.Module]) -> None:
+        for name, module in modules.items():
+            parent, _, child = name.rpartition(".")
+            setattr(policy.get_submodule(parent), child, module)
+
+    put({n: layer.get_base_layer() for n, layer in layers.items()})
+    try:
+        yield
+    finally:
+        put(layers)  # type: ignore[arg-type]
 
 
 def save(policy: nn.Module, folder: Path, base_path: str) -> None:

@@ -145,6 +145,7 @@ class CLARE(CLAlgorithm):
         self.learned = 0
         self._peft: ClareConfig | None = None
         self._layers: list[ClareLayer] = []
+        self._in_task = False
         self._found = self._Detection()
         self._expanded: list[bool] = []
 
@@ -226,7 +227,7 @@ class CLARE(CLAlgorithm):
         if not self._layers:
             assert self._peft is not None  # made by check
             self._layers = inject(ctx.policy, self._peft)
-        self._found = self._Detection()
+        self._in_task, self._found, self._expanded = True, self._Detection(), []
 
     def phases(self, ctx: Context) -> Sequence[Phase]:
         c = self.config
@@ -346,6 +347,7 @@ class CLARE(CLAlgorithm):
 
     def on_task_end(self, ctx: Context) -> None:
         self.learned += 1
+        self._in_task = False
         ctx.policy.requires_grad_(False)
         ctx.log(
             "clare_structure",
@@ -364,12 +366,24 @@ class CLARE(CLAlgorithm):
 
     # ---- checkpoints and evaluation -------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        return {"learned": self.learned}
+        state: dict[str, Any] = {"learned": self.learned}
+        if self._in_task:
+            found = {"batches": self._found.batches, "z": self._found.z, "error": self._found.error}
+            forced = [layer.forced for layer in self._layers]
+            state["task"] = {"found": found, "expanded": self._expanded, "forced": forced}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if set(state) != {"learned"}:
+        if set(state) - {"task"} != {"learned"}:
             raise UserError(f"the checkpoint's state of clare should hold 'learned', holds {sorted(state)}.")
         self.learned = int(state["learned"])
+        if "task" in state:  # in the middle of one
+            self._in_task, self._expanded = True, list(state["task"]["expanded"])
+            found = state["task"]["found"]
+            z, error = ([v.to(self.ctx.device) for v in found[name]] for name in ("z", "error"))
+            self._found = self._Detection(found["batches"], z, error)
+            for layer, forced in zip(self._layers, state["task"]["forced"], strict=True):
+                layer.forced = forced
 
     def save_policy(self, policy: nn.Module, folder: Any, base_path: str) -> bool:
         if not self._layers or self._peft is None:

@@ -17,6 +17,9 @@
         algorithm.on_task_end(ctx)                             # fill buffers, consolidate
         checkpoint(k)
 
+A run may stop after any step and go on from there (checkpoints/training_state.py): on_task_start and on_enter are not
+called again, but state_dict's contents are back, and phases(ctx) is asked anew.
+
 The per-step hooks (`observe`, `modify_batch`, `compute_penalty`, `after_backward`, `after_step`) run only in phases
 marked `policy_training`. Every hook is a no-op by default. `task_id` is the visit index k. `model` is the policy.
 """
@@ -210,6 +213,8 @@ class Phase:
             to log.
         parameters: names → parameters that train; null = every parameter that requires a gradient.
         on_enter, on_exit: structure changes go into on_enter; the optimizer is built after it.
+        on_resume: called instead of on_enter when a run goes on in the middle of this phase, after structure, weights
+            and the algorithm's state_dict are back; for what can be worked out from those.
         log_every: steps between log lines; null = the run's.
     """
 
@@ -223,6 +228,7 @@ class Phase:
     parameters: Callable[[], dict[str, nn.Parameter]] | None = None
     on_enter: Callable[[Context], None] = _nothing
     on_exit: Callable[[Context], None] = _nothing
+    on_resume: Callable[[Context], None] = _nothing
     log_every: int | None = None
 
 
@@ -322,7 +328,10 @@ class CLAlgorithm:
         return tensor_bytes(self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, numbers, strings and nested dicts/lists of them: all that resuming and evaluating need."""
+        """Tensors, numbers, strings and nested dicts/lists of them: all that resuming and evaluating need.
+
+        Asked after a task and, for a training state, after any step in the middle of one.
+        """
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -331,7 +340,10 @@ class CLAlgorithm:
             raise UserError(f"algorithm '{self.name}' keeps no state, but the checkpoint has {sorted(state)}.")
 
     def save_policy(self, policy: nn.Module, folder: Any, base_path: str) -> bool:
-        """Write the policy as an adapter over its base into `folder`; False = save all of its weights instead."""
+        """Write the policy as an adapter over its base into `folder`; False = save all of its weights instead.
+
+        All weights are saved without LoRA layers; an algorithm that has such in the middle of a task adds them here.
+        """
         return False
 
     def restore_structure(self, policy: nn.Module, folder: Any) -> None:

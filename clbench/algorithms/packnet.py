@@ -119,9 +119,11 @@ class PackNet(CLAlgorithm):
         train = training_phase(ctx)
         steps = train.steps if self.config.retrain_steps is None else self.config.retrain_steps
         trains = self._matrices if ctx.k > 0 else None  # None: everything that trains
+        both = replace(train, parameters=trains)
+        retrain = replace(both, name="retrain", steps=steps, on_enter=self._prune, on_exit=self._release)
         return [
-            replace(train, parameters=trains, on_enter=self._hold_owned),
-            replace(train, name="retrain", steps=steps, parameters=trains, on_enter=self._prune, on_exit=self._release),
+            replace(both, on_enter=self._hold_owned, on_resume=self._hold_owned),
+            replace(retrain, on_resume=self._hold_all_but_new),
         ]
 
     def _matrices(self) -> dict[str, nn.Parameter]:
@@ -134,6 +136,9 @@ class PackNet(CLAlgorithm):
             if not self.owner:
                 raise UserError("packnet finds no matrix that trains in this policy.")
         self._hold({n: o != FREE for n, o in self.owner.items()})
+
+    def _hold_all_but_new(self, ctx: Context) -> None:
+        self._hold({n: o != ctx.k + 1 for n, o in self.owner.items()})
 
     def _hold(self, frozen: dict[str, Tensor]) -> None:
         parameters = self._matrices()
@@ -151,7 +156,7 @@ class PackNet(CLAlgorithm):
             owner[kept] = ctx.k + 1
             with torch.no_grad():
                 parameters[name].masked_fill_(free & ~kept, 0.0)
-        self._hold({n: o != ctx.k + 1 for n, o in self.owner.items()})
+        self._hold_all_but_new(ctx)
         total = sum(o.numel() for o in self.owner.values())
         ctx.log(
             "packnet_capacity",

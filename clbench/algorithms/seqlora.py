@@ -23,6 +23,8 @@ from clbench.config.schema import LoraConfig
 from clbench.errors import UserError
 from clbench.seeding import seeded
 
+UNMERGED = "unmerged"  # folder of a training state with the adapter that is being trained
+
 
 class SeqLoRA(CLAlgorithm):
     """Train low-rank adapters one after the other, merging each."""
@@ -63,7 +65,13 @@ class SeqLoRA(CLAlgorithm):
             lora.merge(ctx.policy)
 
     def save_policy(self, policy: nn.Module, folder: Any, base_path: str) -> bool:
-        if self.config.merge:
-            return False
-        lora.save(policy, Path(folder), base_path)
-        return True
+        if not self.config.merge:
+            lora.save(policy, Path(folder), base_path)
+            return True
+        if lora.lora_layers(policy):  # in the middle of a task: the weights under the adapter are no longer the base's
+            lora.save(policy, Path(folder) / UNMERGED, base_path)
+        return False
+
+    def restore_structure(self, policy: nn.Module, folder: Any) -> None:
+        if (Path(folder) / UNMERGED).is_dir():
+            lora.load(policy, Path(folder) / UNMERGED)

@@ -59,7 +59,8 @@ def save_policy(loaded: LoadedPolicy, folder: Path, *, adapter_only: bool = Fals
         if adapter_only:
             config._save_pretrained(folder)
         else:
-            loaded.policy.save_pretrained(folder)
+            with lora.taken_out(loaded.policy):
+                loaded.policy.save_pretrained(folder)
     finally:
         config.use_peft, config.pretrained_path = before
     loaded.preprocessor.save_pretrained(folder)

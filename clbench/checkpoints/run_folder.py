@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import clbench
+from clbench.checkpoints.whole import DESCRIPTION, damage, write_whole
 from clbench.config.compose import to_dict, to_yaml
 from clbench.config.schema import Config
 from clbench.errors import UserError, nearest
@@ -93,15 +94,17 @@ def write_description(
     stream: TaskStream,
     *,
     base: dict[str, Any],
-    command: list[str],
+    session: dict[str, Any],
     files: list[str],
 ) -> None:
-    """Write config.yaml and manifest.json."""
+    """Write config.yaml and manifest.json; adds `session` (how the run is started or continued) to earlier ones'."""
     from clbench.algorithms.build import algorithm_classes
 
     own_base = config.dataset.pretrain is not None and not config.policy.get("path")
     heldout = pretraining_tasks(config.dataset)[0] if own_base else []
     algorithm = config.algorithm["name"]
+    before = read_json(folder / "manifest.json") if (folder / "manifest.json").is_file() else {}
+    earlier = before.get("sessions", []) if isinstance(before, dict) else []
     write_text(folder / "config.yaml", to_yaml(config))
     write_json(
         folder / "manifest.json",
@@ -125,7 +128,8 @@ def write_description(
             "base": base,
             "versions": versions(),
             "git_revision": git_revision(),
-            "command": command,
+            "command": session["command"],
+            "sessions": [*earlier, {**session, "time": round(time.time(), 3), "git_revision": git_revision()}],
             "config_files": files,
         },
     )
@@ -154,43 +158,44 @@ def checkpoint_folder(folder: Path, k: int) -> Path:
 def finished_visits(folder: Path) -> int:
     """How many visits, counted from the first, have a whole checkpoint."""
     k = 0
-    while (checkpoint_folder(folder, k) / "checkpoint.json").is_file():
+    while (checkpoint_folder(folder, k) / DESCRIPTION).is_file():
         k += 1
     return k
 
 
-def save_checkpoint(folder: Path, k: int, fill: Callable[[Path], dict[str, Any]]) -> None:
-    """Let `fill` write a checkpoint into a temporary folder, then rename it into place whole."""
-    final = checkpoint_folder(folder, k)
-    temporary = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        description = fill(temporary)
-        write_json(temporary / "checkpoint.json", {"k": k, **description, "digest": folder_digest(temporary)})
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(temporary, final)
-    except OSError as e:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"cannot save the checkpoint of task {k} in {final.parent}: {e.strerror or e}. What was saved before is "
-            "whole; free some space and continue with --resume."
-        ) from e
+def save_checkpoint(folder: Path, k: int, fill: Callable[[Path], dict[str, Any]], size: Callable[[], int]) -> None:
+    """Let `fill` write visit k's checkpoint and return what describes it; it is there whole or not at all."""
+    write_whole(checkpoint_folder(folder, k), lambda temporary: {"k": k, **fill(temporary)}, size)
 
 
-def folder_digest(folder: Path) -> str:
-    """sha256 over names and contents of all files in a folder: what an evaluation was made with."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != "checkpoint.json"):
-        digest.update(str(path.relative_to(folder)).encode() + b"\0")
-        with path.open("rb") as f:
-            digest.update(hashlib.file_digest(f, "sha256").digest())
-    return digest.hexdigest()
+def whole_checkpoints(folder: Path) -> int:
+    """How many visits, counted from the first, have a checkpoint of which every byte is as it was saved.
+
+    A damaged last one is named and left out; the run makes it again. Raises UserError for one in the middle.
+    """
+    count = finished_visits(folder)
+    for k in range(count):
+        reason = damage(checkpoint_folder(folder, k))
+        if reason is None:
+            continue
+        here = checkpoint_folder(folder, k)
+        if k < count - 1:
+            raise UserError(
+                f"{here} is damaged ({reason}), and later tasks have checkpoints. Put the file back from a copy, or "
+                f"remove the checkpoints from {here.name} on to train again from there."
+            )
+        print(f"warning: {here} is damaged ({reason}); it is made again.", file=sys.stderr)
+        return k
+    return count
 
 
 def changed_keys(folder: Path, config: Config, ignore: tuple[str, ...]) -> list[str]:
-    """Keys whose values differ between config.yaml and `config`; keys that start like `ignore` are left out.
+    """Keys whose values differ between config.yaml and `config`; keys that start like `ignore` are left out."""
+    return [k for k in changed_values(folder, config) if not k.startswith(ignore)]
+
+
+def changed_values(folder: Path, config: Config) -> dict[str, list[Any]]:
+    """Keys whose values differ between config.yaml and `config`: key → [there, here].
 
     A key that config.yaml lacks (an option that came later) counts with its default.
     """
@@ -201,9 +206,8 @@ def changed_keys(folder: Path, config: Config, ignore: tuple[str, ...]) -> list[
     old = OmegaConf.to_container(load_yaml(folder / "config.yaml"))
     assert isinstance(old, dict)
     flat_old, flat_new = {**_defaults(config), **_flatten(old)}, _flatten(to_dict(config))
-    return sorted(
-        k for k in flat_old.keys() | flat_new.keys() if not k.startswith(ignore) and flat_old.get(k) != flat_new.get(k)
-    )
+    keys = sorted(flat_old.keys() | flat_new.keys())
+    return {k: [flat_old.get(k), flat_new.get(k)] for k in keys if flat_old.get(k) != flat_new.get(k)}
 
 
 def _defaults(config: Config) -> dict[str, Any]:

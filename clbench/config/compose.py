@@ -257,6 +257,12 @@ def check_values(c: Config) -> None:
     _choice(problems, "train.mixed_precision", t.mixed_precision, ("fp32", "bf16"))
     _choice(problems, "train.strategy", t.strategy, ("ddp", "zero2"))
     need(0 < t.collective_timeout_s < math.inf, "train.collective_timeout_s must be positive")
+    need(t.save_every_steps is None or t.save_every_steps >= 1, "train.save_every_steps must be at least 1 (or null)")
+    need(
+        t.save_every_minutes is None or 0 < t.save_every_minutes < math.inf,
+        "train.save_every_minutes must be positive (or null)",
+    )
+    _choice(problems, "train.on_nonfinite", t.on_nonfinite, ("stop", "skip"))
     _choice(problems, "train.device", t.device, ("auto", "cpu", "cuda"))
     _choice(problems, "eval.cells", e.cells, ("full", "lower", "last", "diagonal"))
     _choice(problems, "log.progress", c.log.progress, ("auto", "bar", "lines", "quiet"))

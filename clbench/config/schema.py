@@ -56,6 +56,9 @@ class TrainConfig:
         device: cpu | cuda | auto.
         strategy: ddp | zero2, how several processes share the work (docs/multi_gpu.md).
         collective_timeout_s: seconds after which ranks give up waiting for one that is gone.
+        save_every_steps, save_every_minutes: how often the state in the middle of a task is saved, by steps of the
+            run and by the clock; null = not by that.
+        on_nonfinite: stop | skip, what a NaN or infinite loss or gradient does: end the run, or leave the step out.
     """
 
     steps: int = 300
@@ -71,6 +74,9 @@ class TrainConfig:
     device: str = "auto"
     strategy: str = "ddp"
     collective_timeout_s: float = 1800.0
+    save_every_steps: Optional[int] = None  # noqa: UP045
+    save_every_minutes: Optional[float] = 10.0  # noqa: UP045
+    on_nonfinite: str = "stop"
 
 
 @dataclass

@@ -12,6 +12,8 @@ change from phase to phase, so a phase is prepared when it starts and released w
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import resource
 import sys
@@ -33,6 +35,7 @@ from clbench.launch import EXPECTED_RANKS
 from clbench.paths import CONFIG_ROOT
 
 ZERO2_FILE = CONFIG_ROOT / "accelerate" / "zero2.json"
+MASTER = "master"  # key of a low-precision parameter's fp32 value in a saved optimizer state
 BUCKET_NUMBERS = 2**23  # gradients that are averaged in one collective call (32 MB in fp32)
 
 
@@ -188,6 +191,26 @@ class Backend:
         dist.broadcast(flag, 0)
         return bool(flag.item())
 
+    def any(self, *flags: bool) -> list[bool]:
+        """Of each flag, whether it is set on any rank."""
+        if self.world_size == 1:
+            return list(flags)
+        found = torch.tensor([int(f) for f in flags], device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return [bool(f) for f in found.tolist()]
+
+    def tell(self, value: Any) -> Any:
+        """Rank 0's `value` (anything JSON can hold), on every rank."""
+        if self.world_size == 1:
+            return value
+        text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=self.device)
+        size = torch.tensor([len(text)], device=self.device)
+        dist.broadcast(size, 0)
+        if not self.is_main:
+            text = torch.empty(int(size), dtype=torch.uint8, device=self.device)
+        dist.broadcast(text, 0)
+        return json.loads(bytes(text.tolist()))
+
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Add tensors over all ranks, in place."""
         if self.world_size > 1:
@@ -277,6 +300,74 @@ class Backend:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    def skip(self, optimizer: torch.optim.Optimizer) -> None:
+        """Leave the step out: drop its gradients."""
+        if self._engine is not None:
+            # DeepSpeed leaves out a step whose gradients are not finite, when it looks: let it look and find one.
+            first = next(iter(self.parameters))
+            poison = torch.full_like(self.parameters[first], float("nan"), dtype=torch.float32)
+            ZeroGradients(self.parameters).set(first, poison)
+            before = self._engine.optimizer.check_grad_overflow
+            self._engine.optimizer.check_grad_overflow = True
+            self._engine.step()
+            self._engine.optimizer.check_grad_overflow = before
+            return
+        optimizer.zero_grad(set_to_none=True)
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The optimizer's state_dict, whole on every rank, in torch's form whatever the strategy.
+
+        Under ZeRO-2 with low-precision parameters it has their fp32 masters too. Every rank must call this.
+        """
+        if self._engine is None:
+            return optimizer.state_dict()
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        inner = self._engine.optimizer.optimizer
+        state: dict[int, dict[str, Any]] = {}
+        numbers = itertools.count()
+        for parameters, group in zip(self._engine.optimizer.bit16_groups, inner.param_groups, strict=True):
+            flat = inner.state.get(group["params"][0], {})
+            for p in parameters:
+                own: dict[str, Any] = {
+                    key: safe_get_full_optimizer_state(p, key) if _is_flat(v, group) else v for key, v in flat.items()
+                }
+                if p.dtype != torch.float32:
+                    own[MASTER] = safe_get_full_fp32_param(p)
+                state[next(numbers)] = own
+        return {"state": state, "param_groups": _described(inner.param_groups, self._engine.optimizer.bit16_groups)}
+
+    def load_optimizer_state(self, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+        """Restore `optimizer_state`, saved under either strategy and any number of ranks; after `prepare`."""
+        if self._engine is None:
+            plain = {i: {k: v for k, v in s.items() if k != MASTER} for i, s in saved["state"].items()}
+            optimizer.load_state_dict({"state": plain, "param_groups": saved["param_groups"]})
+            return
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        zero = self._engine.optimizer
+        inner = zero.optimizer
+        states = iter([saved["state"].get(i, {}) for i in range(sum(len(g) for g in zero.bit16_groups))])
+        todo: list[tuple[nn.Parameter, dict[str, Any]]] = []
+        for parameters, group in zip(zero.bit16_groups, inner.param_groups, strict=True):
+            flat = group["params"][0]
+            pairs = [(p, next(states)) for p in parameters]
+            todo += pairs
+            for p, own in pairs:
+                for key, value in own.items():
+                    if key == MASTER:
+                        continue
+                    spread = torch.is_tensor(value) and value.shape == p.shape and value.ndim > 0
+                    inner.state[flat][key] = torch.zeros_like(flat) if spread else value
+        if any(own for _, own in todo):
+            zero._lazy_init_hp_params_optimizer_state()
+        for p, own in todo:
+            for key, value in own.items():
+                if key == MASTER:
+                    safe_set_full_fp32_param(p, value.to(self.device))
+                elif torch.is_tensor(value) and value.shape == p.shape and value.ndim > 0:
+                    safe_set_full_optimizer_state(p, value.to(self.device), key)
+
     def peak_memory_mb(self) -> float:
         """Peak memory of this process so far: allocated on the device, else resident, in MB."""
         if self.device.type == "cuda":
@@ -333,6 +424,20 @@ def _zero2_engine(policy: nn.Module, optimizer: torch.optim.Optimizer, ranks: in
     }
     engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine
+
+
+def _is_flat(value: Any, group: dict[str, Any]) -> bool:
+    return torch.is_tensor(value) and value.shape == group["params"][0].shape and value.ndim > 0
+
+
+def _described(groups: Sequence[dict[str, Any]], parameters: Sequence[Sequence[nn.Parameter]]) -> list[dict[str, Any]]:
+    """param_groups of a state_dict: settings, and parameters by number."""
+    out, start = [], 0
+    for group, own in zip(groups, parameters, strict=True):
+        settings = {k: v for k, v in group.items() if k != "params"}
+        out.append({**settings, "params": list(range(start, start + len(own)))})
+        start += len(own)
+    return out
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterable[list[Tensor]]:

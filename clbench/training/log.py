@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -53,19 +54,34 @@ class RunLog:
                     print(f"warning: {sink.name} failed ({e}); going on without it.", file=sys.stderr)
                     self._sinks.remove(sink)
 
+    def flushed(self) -> int:
+        """Bring what was written to the disk; returns the file's length."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return int(os.fstat(self._file.fileno()).st_size)
+
+    def cut(self, length: int | None, last_k: int) -> None:
+        """Drop what was written after a checkpoint or training state, when the log had `length` bytes.
+
+        A resumed run writes those events anew. `length` None (saved by an earlier version): events of visits after
+        `last_k` are dropped. A log that is shorter than that has lost lines: a warning says so.
+        """
+        path = Path(self._file.name)
+        if length is None:
+            self._file.close()
+            write_jsonl(path, [r for r in read_jsonl(path) if r.get("k", 0) <= last_k and r.get("event") != "run_end"])
+            self._file = path.open("a", encoding="utf-8")
+            return
+        if self.flushed() < length:
+            print(f"warning: {path} has lost lines: it is shorter than when the state was saved.", file=sys.stderr)
+            return
+        os.ftruncate(self._file.fileno(), length)
+
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
         for sink in self._sinks:
             sink.close()
-
-
-def truncate(folder: Path, last_k: int) -> None:
-    """Drop events of visits after `last_k` (a resumed run writes them anew)."""
-    path = folder / FILE
-    if path.is_file():
-        rows = [r for r in read_jsonl(path) if r.get("k", 0) <= last_k and r.get("event") != "run_end"]
-        write_jsonl(path, rows)
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +16,21 @@ from clbench.config.schema import OptimizerConfig
 from clbench.data.frames import Batch, SampleOrder, batch_size, load_batches, select
 from clbench.errors import UserError
 from clbench.policies.loss import PolicyLoss
-from clbench.seeding import derive_seed
+from clbench.seeding import seed_everything
 from clbench.training.backend import Backend
 from clbench.training.log import RunLog
 from clbench.training.progress import Progress
+
+ADVICE = "Lower the learning rate (train.optimizer.lr) or clip harder (train.optimizer.grad_clip)"
+MAX_SKIPPED = 20  # steps left out in a row after which something else must be wrong
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a phase goes on: after `step` steps, with the state its optimizer had then."""
+
+    step: int
+    optimizer: dict[str, Any] | None
 
 
 class NonFiniteLossError(UserError):
@@ -56,6 +69,9 @@ class PhaseRunner:
         self.total_steps = 0
         self.trained: dict[str, nn.Parameter] = {}  # what the present (or last) phase trains
         self.progress_mode = "auto"
+        # Called after every step with the phase, its steps done so far and its optimizer; may raise to stop there.
+        self.after_step: Callable[[Phase, int, torch.optim.Optimizer | None], None] = lambda *_: None
+        self.skipped = 0  # steps left out in a row, because of on_nonfinite skip
 
     # ---- what a phase trains ----------------------------------------------------------------------
     def _select_parameters(self, phase: Phase) -> list[tuple[dict[str, nn.Parameter], float]]:
@@ -96,16 +112,16 @@ class PhaseRunner:
         B, ctx = phase.batch_size, self.ctx
         return B * ctx.rank // ctx.world_size, B * (ctx.rank + 1) // ctx.world_size
 
-    def _references(self, phase: Phase, plans: list[Plan | None]) -> Iterator[Tensor]:
+    def _references(self, phase: Phase, start: int, plans: dict[int, Plan | None]) -> Iterator[Tensor]:
         """This rank's references of every step: current samples, then planned ones. Fills `plans` as it goes."""
         ctx, k, B = self.ctx, self.ctx.k, phase.batch_size
         order = SampleOrder(ctx.frames.length(k), ctx.seed, k, phase.name)
         low, high = self._share(phase)
-        for step in range(phase.steps):
+        for step in range(start, phase.steps):
             index = order.take(step * B, B)[low:high]
             refs = torch.stack([torch.full_like(index, k), index], 1)
             plan = self.algorithm.plan_batch(ctx, step) if phase.policy_training else None
-            plans.append(plan)
+            plans[step] = plan
             if plan is not None:
                 m = len(plan.refs)
                 mine = plan.refs if plan.shared else plan.refs[m * low // B : m * high // B]
@@ -113,11 +129,13 @@ class PhaseRunner:
             yield refs
 
     # ---- the loop ---------------------------------------------------------------------------------
-    def run(self, phase: Phase) -> None:
-        """Run one phase of the current visit."""
+    def run(self, phase: Phase, resumed: Resumed | None = None) -> None:
+        """Run one phase of the current visit, from its start or from where it was `resumed`."""
         ctx = self.ctx
-        ctx.phase, ctx.step = phase.name, 0
-        phase.on_enter(ctx)
+        start = 0 if resumed is None else resumed.step
+        ctx.phase, ctx.step = phase.name, start
+        seed_everything("enter", ctx.seed, ctx.k, phase.name)
+        (phase.on_enter if resumed is None else phase.on_resume)(ctx)
         ranks = ctx.world_size * (ctx.train.gradient_accumulation if phase.policy_training else 1)
         if phase.batch_size % ranks:
             raise UserError(
@@ -128,20 +146,22 @@ class PhaseRunner:
         optimizer = None if phase.optimizer is None else self._optimizer(phase)
         if optimizer is not None:
             self.backend.prepare(ctx.policy, optimizer, self.trained)
+            if resumed is not None and resumed.optimizer is not None:
+                self.backend.load_optimizer_state(optimizer, resumed.optimizer)
         compiles = ctx.train.compile and phase.policy_training
         self.loss.module = self.backend.compiled(ctx.policy) if compiles else ctx.policy
         progress = Progress(f"task {ctx.k + 1}/{len(ctx.stream.visits)} {ctx.visit.task} · {phase.name}", phase.steps,
-                            self.progress_mode)  # fmt: skip
+                            self.progress_mode, start)  # fmt: skip
         last: float | None = None
         ctx.policy.train()
         ctx.policy.zero_grad(set_to_none=True)
         if phase.optimizer is None or optimizer is not None:
-            plans: list[Plan | None] = []
-            batches = load_batches(ctx.frames, self._references(phase, plans), ctx.train.num_workers)
+            plans: dict[int, Plan | None] = {}
+            batches = load_batches(ctx.frames, self._references(phase, start, plans), ctx.train.num_workers)
             log_every = phase.log_every or ctx.train.log_every
-            for step, batch in enumerate(batches):
+            for step, batch in enumerate(batches, start):
                 ctx.step = step
-                plan = plans[step] if len(plans) > step else None
+                plan = plans.pop(step)
                 extra = 0 if plan is None else max(len(plan.refs), plan.added)
                 draw = self.loss.draw(phase.batch_size + extra, ctx.generator("draw", step))  # all ranks': see "slot"
                 if optimizer is None:
@@ -149,7 +169,7 @@ class PhaseRunner:
                     numbers = self._forward_only(phase, batch, {n: v[low:high] for n, v in draw.items()})
                 else:
                     numbers = self._train_step(phase, optimizer, batch, plan, draw)
-                    last = numbers["loss"]
+                    last = numbers.get("loss", last)
                 self.total_steps += 1
                 if numbers and (step % log_every == 0 or step == phase.steps - 1):
                     numbers = self.backend.mean_numbers(numbers)
@@ -163,7 +183,9 @@ class PhaseRunner:
                         total=self.total_steps,
                     )
                 progress.update(step + 1, last)
+                self.after_step(phase, step + 1, optimizer)
         self.backend.release()
+        seed_everything("exit", ctx.seed, ctx.k, phase.name)
         phase.on_exit(ctx)
         progress.close(last)
 
@@ -182,7 +204,7 @@ class PhaseRunner:
         draw: dict[str, Tensor],
     ) -> dict[str, float]:
         ctx, algorithm = self.ctx, self.algorithm
-        torch.manual_seed(derive_seed("step", ctx.seed, ctx.k, phase.name, ctx.step, ctx.rank))  # dropout's, if any
+        seed_everything("step", ctx.seed, ctx.k, phase.name, ctx.step, ctx.rank)  # dropout's draws, if any
         B = phase.batch_size
         planned = 0 if plan is None else len(plan.refs)
         # A sample that replaces a current one takes over its slot of the draw; an added one has its own.
@@ -195,7 +217,7 @@ class PhaseRunner:
         factor = schedule_factor(phase.optimizer, ctx.step, phase.steps)  # type: ignore[arg-type]
         for group in optimizer.param_groups:
             group["lr"] = phase.optimizer.lr * group["factor"] * factor  # type: ignore[union-attr]
-        policy_loss, penalties = 0.0, dict[str, float]()
+        policy_loss, penalties, bad = 0.0, dict[str, float](), ""
         for i in range(parts):
             low, high = begin + own * i // parts, begin + own * (i + 1) // parts
             ctx.positions = torch.arange(low, high)
@@ -222,13 +244,18 @@ class PhaseRunner:
                 for name, value in self._penalties().items():
                     penalties[name] = float(value.detach())
                     loss = loss + value
-            self._check_finite(float(loss.detach()), phase, "loss")
+            bad = bad or self._not_finite(float(loss.detach()), phase, "loss")
             self.backend.backward(loss, last=i == parts - 1)
         ctx.planned, ctx.step_batch = None, {}
+        if ctx.train.on_nonfinite == "skip" and self.backend.any(bool(bad))[0]:
+            return self._skip(optimizer, phase, bad or "the loss is not finite on another rank")
         if phase.policy_training:
             algorithm.after_backward(ctx.policy, self.backend.gradients())
         norm = self.backend.clip(phase.optimizer.grad_clip)  # type: ignore[union-attr]
-        self._check_finite(norm, phase, "gradient")
+        bad = self._not_finite(norm, phase, "gradient")
+        if bad:
+            return self._skip(optimizer, phase, bad)
+        self.skipped = 0
         self.backend.step(optimizer)
         if phase.policy_training:
             algorithm.after_step(ctx.policy, self.backend.weights())
@@ -245,10 +272,23 @@ class PhaseRunner:
         value = self.algorithm.compute_penalty(self.ctx.policy)
         return {} if value is None else {self.algorithm.name: value}
 
-    def _check_finite(self, value: float, phase: Phase, what: str) -> None:
-        if not math.isfinite(value):
-            ctx = self.ctx
-            raise NonFiniteLossError(
-                f"the {what} is {value} at task {ctx.k + 1} ({ctx.visit.task}), phase {phase.name}, step {ctx.step}. "
-                "Lower the learning rate (train.optimizer.lr) or clip harder (train.optimizer.grad_clip)."
-            )
+    def _not_finite(self, value: float, phase: Phase, what: str) -> str:
+        """What is wrong with a loss or gradient norm, or ""; raises when such a thing is to end the run."""
+        if math.isfinite(value):
+            return ""
+        ctx = self.ctx
+        text = f"the {what} is {value} at task {ctx.k + 1} ({ctx.visit.task}), phase {phase.name}, step {ctx.step}"
+        if ctx.train.on_nonfinite == "stop":
+            raise NonFiniteLossError(f"{text}. {ADVICE}, or leave such steps out (train.on_nonfinite=skip).")
+        return text
+
+    def _skip(self, optimizer: torch.optim.Optimizer, phase: Phase, why: str) -> dict[str, float]:
+        """Leave this step out: neither weights nor moments change. Raises when too many in a row are left out."""
+        ctx = self.ctx
+        self.backend.skip(optimizer)
+        self.skipped += 1
+        at = {"k": ctx.k, "task": ctx.visit.task, "phase": phase.name, "step": ctx.step}
+        self.log.event("nonfinite", **at, reason=why, in_a_row=self.skipped)
+        if self.skipped >= MAX_SKIPPED:
+            raise NonFiniteLossError(f"{why}, and so it was for {MAX_SKIPPED} steps in a row. {ADVICE}.")
+        return {}

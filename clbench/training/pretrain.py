@@ -22,20 +22,24 @@ from lerobot.policies import make_pre_post_processors
 from lerobot.policies.factory import get_policy_class
 from lerobot.utils.feature_utils import dataset_to_policy_features
 
-from clbench.algorithms.hooks import CLAlgorithm, Context, training_phase
+from clbench.algorithms.hooks import CLAlgorithm, Context, Phase, training_phase
 from clbench.checkpoints.policy_io import LoadedPolicy, load_policy, pick_device, policy_config, save_policy
 from clbench.checkpoints.run_folder import versions
+from clbench.checkpoints.state import load_state, save_state, tensor_bytes
+from clbench.checkpoints.training_state import StateKeeper
+from clbench.checkpoints.whole import DESCRIPTION
 from clbench.config.schema import Config, TrainConfig
 from clbench.data.frames import StreamFrames
-from clbench.errors import UserError
+from clbench.errors import Interrupted, UserError
 from clbench.io import read_json, write_json
 from clbench.paths import cache_root
 from clbench.policies.loss import PolicyLoss
 from clbench.seeding import seeded
 from clbench.streams.stream import Task, TaskStream, Visit, pretraining_tasks
-from clbench.training.backend import Backend, autocast_precision
+from clbench.training.backend import Backend, autocast_precision, say
 from clbench.training.log import RunLog
-from clbench.training.loop import PhaseRunner
+from clbench.training.loop import PhaseRunner, Resumed
+from clbench.training.stop import StopRequest
 
 # Settings of acting: they may differ from those a given checkpoint was trained with.
 ACTING = ("n_action_steps", "num_inference_steps")
@@ -62,8 +66,13 @@ def base_folder(config: Config, fingerprint: str) -> Path:
     return cache_root() / "bases" / f"{config.policy.get('type')}-{data}-{digest}"
 
 
-def ensure_base(config: Config, backend: Backend, progress: str = "auto") -> tuple[Path, dict[str, Any]]:
-    """Return the base's folder, training it first when it is not there; and its description for the manifest."""
+def ensure_base(
+    config: Config, backend: Backend, stop: StopRequest, progress: str = "auto"
+) -> tuple[Path, dict[str, Any]]:
+    """Return the base's folder, training it first when it is not there; and its description for the manifest.
+
+    A pretraining that was stopped or killed goes on from its newest state.
+    """
     if config.policy.get("path"):
         path = Path(str(config.policy["path"])).expanduser()
         if not (path / "config.json").is_file():
@@ -83,7 +92,7 @@ def ensure_base(config: Config, backend: Backend, progress: str = "auto") -> tup
             if backend.is_main:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be making it: wait, then look again
             if not backend.agree((folder / "base.json").is_file()):
-                _pretrain(config, tasks, fingerprint, folder, backend, progress)
+                _pretrain(config, tasks, fingerprint, folder, backend, stop, progress)
     return folder, {"path": str(folder), "kind": "pretrained", **base_key(config, fingerprint)}
 
 
@@ -131,16 +140,16 @@ def frame_statistics(frames: StreamFrames) -> dict[str, dict[str, torch.Tensor]]
 
 
 def _pretrain(
-    config: Config, tasks: list[Task], fingerprint: str, folder: Path, backend: Backend, progress: str
+    config: Config,
+    tasks: list[Task],
+    fingerprint: str,
+    folder: Path,
+    backend: Backend,
+    stop: StopRequest,
+    progress: str,
 ) -> None:
     start = time.monotonic()
-    if backend.is_main:
-        print(f"pretraining a base on {len(tasks)} tasks → {folder}", flush=True)
-    section = {k: v for k, v in config.policy.items() if k != "path"}
-    device = pick_device(config.train.device)
-    kind = policy_config(section, device)
-    frames = StreamFrames([tuple(tasks)], kind)
-    loaded = new_policy(section, frames, device, config.pretrain.seed)
+    temporary = folder.with_name(f".{folder.name}.partial")
     p = config.pretrain
     train = TrainConfig(
         steps=p.steps,
@@ -151,13 +160,33 @@ def _pretrain(
         num_workers=config.train.num_workers,
         device=config.train.device,
         strategy=config.train.strategy,
+        save_every_steps=config.train.save_every_steps,
+        save_every_minutes=config.train.save_every_minutes,
+        on_nonfinite=config.train.on_nonfinite,
     )
+    keeper = StateKeeper(temporary, train.save_every_steps, train.save_every_minutes)
+    found = keeper.newest(0) if backend.is_main else None
+    told = backend.tell(None if found is None else [str(found.source), found.step])
+    source, done = (None, 0) if told is None else (Path(told[0]), int(told[1]))
+    if backend.is_main and source is None:
+        shutil.rmtree(temporary, ignore_errors=True)
+    section = {k: v for k, v in config.policy.items() if k != "path"}
+    device = pick_device(config.train.device)
+    frames = StreamFrames([tuple(tasks)], policy_config(section, device))
+    on = f", from step {done} on" if done else ""
+    say(backend, f"pretraining a base on {len(tasks)} tasks{on} → {folder}")
+    if source is None:
+        loaded = new_policy(section, frames, device, p.seed)
+        counters: dict[str, Any] = {"log_bytes": 0, "seconds": 0.0}
+    else:
+        loaded = load_policy(source / "policy", device)
+        counters = {**read_json(source / DESCRIPTION), **load_state(source, "training")}
     visit = Visit(0, "pretraining", tuple(tasks))
     stream = TaskStream(f"pretraining of {config.dataset.name}", (visit,), tuple(tasks), "multitask")
-    temporary = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
     log = RunLog(temporary, config.log.__class__(), folder.name, backend.is_main)
     try:
+        if backend.is_main:
+            log.cut(int(counters["log_bytes"]), -1)
         policy_loss = PolicyLoss(loaded.policy, loaded.policy, loaded.preprocessor, backend.autocast)
         ctx = Context(
             stream=stream, policy=loaded.policy, frames=frames, train=train, seed=p.seed, device=backend.device,
@@ -168,26 +197,52 @@ def _pretrain(
         algorithm.bind(ctx)
         runner = PhaseRunner(ctx, algorithm, backend, policy_loss, log)
         runner.progress_mode = progress if backend.is_main else "quiet"
-        runner.run(training_phase(ctx))
+        runner.total_steps = done
+
+        def seconds() -> float:
+            return float(counters["seconds"]) + time.monotonic() - start
+
+        def after_step(phase: Phase, step: int, optimizer: torch.optim.Optimizer | None) -> None:
+            due = backend.is_main and keeper.due(runner.total_steps)
+            stopping, due = backend.any(bool(stop.reason), due)
+            if not (stopping or due) or optimizer is None:
+                return
+            moments = backend.optimizer_state(optimizer)
+            if backend.is_main:
+
+                def fill(state: Path) -> dict[str, Any]:
+                    save_policy(loaded, state / "policy")
+                    save_state(state, "training", {"optimizer": moments})
+                    return {"log_bytes": log.flushed(), "seconds": round(seconds(), 3)}
+
+                size = tensor_bytes(dict(loaded.policy.state_dict())) + tensor_bytes(moments)
+                keeper.save(0, phase.name, step, runner.total_steps, fill, lambda: size)
+            backend.barrier()
+            if stopping:
+                raise Interrupted(
+                    f"stopped by {stop.reason or 'a signal to another rank'} in pretraining, after step {step}; saved. "
+                    "The same command goes on from there."
+                )
+
+        runner.after_step = after_step
+        runner.run(training_phase(ctx), None if source is None else Resumed(done, counters["optimizer"]))
         if backend.is_main:
             save_policy(loaded, temporary)
             write_json(
                 temporary / "base.json",
                 {
                     **base_key(config, fingerprint),
-                    "seconds": round(time.monotonic() - start, 1),
+                    "seconds": round(seconds(), 1),
                     "parameters": sum(q.numel() for q in loaded.policy.parameters()),
                     "versions": versions(),
                 },
             )
+    finally:
         log.close()
-        if backend.is_main:
-            os.replace(temporary, folder)
-        backend.barrier()
-    except BaseException:
-        log.close()
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    if backend.is_main:
+        keeper.remove()
+        os.replace(temporary, folder)
+    backend.barrier()
 
 
 def load_base(path: Path, config: Config) -> LoadedPolicy:

@@ -9,17 +9,17 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Progress of one phase. `mode`: auto | bar | lines | quiet."""
+    """Progress of one phase, from step `start` on. `mode`: auto | bar | lines | quiet."""
 
     SECONDS = 10.0  # between lines
 
-    def __init__(self, title: str, steps: int, mode: str = "auto") -> None:
+    def __init__(self, title: str, steps: int, mode: str = "auto", start: int = 0) -> None:
         if mode == "auto":
             mode = "bar" if sys.stderr.isatty() else "lines"
         self.title, self.steps, self.mode = title, steps, mode
         self.start = self.last = time.monotonic()
-        self.done = 0
-        self._bar = tqdm(total=steps, desc=title, unit="step", leave=False) if mode == "bar" else None
+        self.first = self.done = start
+        self._bar = tqdm(total=steps, initial=start, desc=title, unit="step", leave=False) if mode == "bar" else None
 
     def update(self, step: int, loss: float | None) -> None:
         """Say that `step` steps are done."""
@@ -31,7 +31,7 @@ class Progress:
         now = time.monotonic()
         if self.mode == "lines" and now - self.last >= self.SECONDS:
             self.last = now
-            left = (now - self.start) / max(step, 1) * (self.steps - step)
+            left = (now - self.start) / max(step - self.first, 1) * (self.steps - step)
             print(
                 f"{self.title}: step {step}/{self.steps} {text} ({left:.0f} s left)",
                 file=sys.stderr,
@@ -44,4 +44,4 @@ class Progress:
         if self.mode != "quiet":
             seconds = time.monotonic() - self.start
             text = "" if loss is None else f", loss {loss:.4f}"
-            print(f"{self.title}: {self.done} steps in {seconds:.1f} s{text}", file=sys.stderr, flush=True)
+            print(f"{self.title}: {self.done - self.first} steps in {seconds:.1f} s{text}", file=sys.stderr, flush=True)

@@ -3,41 +3,49 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from clbench.adapters import lora
 from clbench.algorithms.build import build_algorithm
-from clbench.algorithms.hooks import CLAlgorithm, Context
+from clbench.algorithms.hooks import CLAlgorithm, Context, Phase
 from clbench.checkpoints.policy_io import LoadedPolicy, load_policy, pick_device, save_policy
 from clbench.checkpoints.run_folder import (
-    changed_keys,
+    changed_values,
     checkpoint_folder,
-    finished_visits,
     new_run_folder,
     read_manifest,
     results_folder,
     save_checkpoint,
+    whole_checkpoints,
     write_description,
 )
-from clbench.checkpoints.state import load_state, save_state
+from clbench.checkpoints.state import load_state, save_state, tensor_bytes
+from clbench.checkpoints.training_state import Position, StateKeeper
+from clbench.checkpoints.whole import DESCRIPTION
 from clbench.config.compose import to_yaml
 from clbench.config.schema import Config
 from clbench.data.frames import StreamFrames
-from clbench.errors import UserError
-from clbench.io import write_text
+from clbench.errors import Interrupted, UserError, nearest
+from clbench.io import read_json, write_text
+from clbench.lock import held
 from clbench.policies.loss import PolicyLoss
-from clbench.seeding import seeded
+from clbench.seeding import seed_everything, seeded
 from clbench.streams.stream import TaskStream, build_stream
 from clbench.training import log as run_log
 from clbench.training.backend import Backend, count, say
-from clbench.training.loop import PhaseRunner
+from clbench.training.loop import PhaseRunner, Resumed
 from clbench.training.pretrain import ensure_base, load_base
+from clbench.training.stop import StopRequest
 
 # What may differ when a run is resumed: it changes no weight (threads, ranks and devices change last bits of sums).
 FREE_ON_RESUME = (
     "log.", "eval.", "output_dir", "train.threads", "train.num_workers", "train.log_every", "train.strategy",
-    "train.collective_timeout_s", "train.device",
+    "train.collective_timeout_s", "train.device", "train.save_every_", "train.compile", "train.on_nonfinite",
 )  # fmt: skip
 
 
@@ -46,48 +54,85 @@ def train(
     run_id: str,
     *,
     resume: bool = False,
+    allow_change: Sequence[str] = (),
     command: list[str] | None = None,
     files: list[str] | None = None,
 ) -> Path:
     """Train a run and return its folder. Everything that a configuration can show to be wrong is raised first.
 
+    Args:
+        allow_change: keys that may differ from those a resumed run was started with, beside FREE_ON_RESUME.
+
     Raises:
         UserError: bad configuration, missing data or base, an existing run, a loss that is not finite.
+        Interrupted: a signal asked to stop; the state is saved.
     """
     algorithm = build_algorithm(config)
     sequential = "stream" not in algorithm.claims
     stream = algorithm.transform_stream(build_stream(config.dataset, sequential=sequential))
     backend = Backend(config.train)
-    if backend.is_main:
-        new_run_folder(run_id, config.output_dir, resume)
-    backend.barrier()
     folder = results_folder(run_id, config.output_dir)
-    done = finished_visits(folder)
-    if done:
-        changed = changed_keys(folder, config, FREE_ON_RESUME)
-        if read_manifest(folder).get("data_fingerprint") != stream.fingerprint:
-            changed.append(f"the data in {config.dataset.data}")
-        if changed:
-            raise UserError(
-                f"run '{run_id}' was started with other settings; these differ: {', '.join(changed)}. Use the old "
-                "ones, or another --run-id."
-            )
-    if resume:
-        where = f"after task {done} of {len(stream.visits)}" if done else "from the start: there is nothing to resume"
-        say(backend, f"resuming run '{run_id}' {where}")
-    if done == len(stream.visits):
+    with ExitStack() as stack:
         if backend.is_main:
-            write_text(folder / "config.yaml", to_yaml(config))  # its eval and log sections may be new
-        say(backend, f"run '{run_id}' is complete: {folder}")
-        return folder
-    base_path, base = ensure_base(config, backend, config.log.progress)
-    if backend.is_main:
-        write_description(folder, run_id, config, stream, base=base, command=command or [], files=files or [])
-    return Trainer(config, algorithm, stream, folder, run_id, backend, base_path).run(done)
+            new_run_folder(run_id, config.output_dir, resume)
+            stack.enter_context(held(folder, "training"))
+        backend.barrier()
+        stop = stack.enter_context(StopRequest())
+        keeper = StateKeeper(folder, config.train.save_every_steps, config.train.save_every_minutes)
+        found = _position(folder, keeper) if backend.is_main else Position()
+        told = backend.tell([found.k, str(found.source or ""), found.phase, found.step])
+        position = Position(told[0], Path(told[1]) if told[1] else None, told[2], told[3])
+        changed = {} if position == Position() else _changes(folder, config, stream, allow_change)
+        if resume:
+            say(backend, f"resuming run '{run_id}' {_where(position, len(stream.visits))}")
+        if position.k == len(stream.visits):
+            if backend.is_main:
+                write_text(folder / "config.yaml", to_yaml(config))  # its eval and log sections may be new
+                keeper.remove()
+            say(backend, f"run '{run_id}' is complete: {folder}")
+            return folder
+        base_path, base = ensure_base(config, backend, stop, config.log.progress)
+        if backend.is_main:
+            session = {"command": command or [], "k": position.k, "phase": position.phase, "step": position.step,
+                       "ranks": backend.world_size, "changed": changed}  # fmt: skip
+            write_description(folder, run_id, config, stream, base=base, session=session, files=files or [])
+        trainer = Trainer(config, algorithm, stream, folder, run_id, backend, base_path, keeper, stop)
+        return trainer.run(position)
+
+
+def _position(folder: Path, keeper: StateKeeper) -> Position:
+    """Where the run in `folder` stands: after its newest whole state or checkpoint."""
+    done = whole_checkpoints(folder)
+    return keeper.newest(done) or Position(done, checkpoint_folder(folder, done - 1) if done else None)
+
+
+def _where(position: Position, visits: int) -> str:
+    if position.phase:
+        return f"in task {position.k + 1} of {visits}, phase {position.phase}, after step {position.step}"
+    return f"after task {position.k} of {visits}" if position.k else "from the start: there is nothing to resume"
+
+
+def _changes(folder: Path, config: Config, stream: TaskStream, allowed: Sequence[str]) -> dict[str, list[Any]]:
+    """What differs from the settings that the run was started with: key → [then, now]. Raises for what may not."""
+    differing = changed_values(folder, config)
+    fingerprint = read_manifest(folder).get("data_fingerprint")
+    if fingerprint != stream.fingerprint:
+        differing.setdefault("dataset.data", [f"data {fingerprint}", f"data {stream.fingerprint}"])
+    for key in allowed:
+        if key not in differing:
+            raise UserError(f"--allow-change {key}: that key is as it was.{nearest(key, differing)}")
+    refused = {k: v for k, v in differing.items() if k not in allowed and not k.startswith(FREE_ON_RESUME)}
+    if refused:
+        listed = ", ".join(f"{k} (was {then!r}, is {now!r})" for k, (then, now) in refused.items())
+        raise UserError(
+            f"run '{folder.name}' was started with other settings: {listed}. Use the old ones, or another --run-id, "
+            "or --allow-change KEY for each that is meant."
+        )
+    return differing
 
 
 class Trainer:
-    """Runs the visits of a stream from visit `start` on."""
+    """Runs the visits of a stream from a position on."""
 
     def __init__(
         self,
@@ -98,36 +143,54 @@ class Trainer:
         run_id: str,
         backend: Backend,
         base_path: Path,
+        keeper: StateKeeper,
+        stop: StopRequest,
     ) -> None:
         self.config, self.algorithm, self.stream = config, algorithm, stream
         self.folder, self.run_id, self.backend, self.base_path = folder, run_id, backend, base_path
+        self.keeper, self.stop = keeper, stop
         self.total_steps = 0
+        # Seconds of earlier sessions, and of them in the task under way.
+        self.seconds = self.task_seconds = 0.0
+        self.trained = 0  # parameters that a phase of the task under way trains, at most
 
-    def run(self, start: int = 0) -> Path:
-        """Train visits start … end; returns the run folder."""
-        began = time.monotonic()
-        if self.backend.is_main:
-            run_log.truncate(self.folder, start - 1)
+    def run(self, start: Position) -> Path:
+        """Train from `start` to the end; returns the run folder."""
+        self.began = time.monotonic()
         self.log = run_log.RunLog(self.folder, self.config.log, self.run_id, self.backend.is_main)
         try:
-            self._load(start)
-            for k in range(start, len(self.stream.visits)):
-                if self.stream.mode == "singletask" and k != start:
-                    self._load(0)
-                self._visit(k)
-            self.log.event("run_end", seconds=round(time.monotonic() - began, 2))
+            training = self._load(start.source, within=bool(start.phase))
+            for k in range(start.k, len(self.stream.visits)):
+                if self.stream.mode == "singletask" and k != start.k:
+                    self._load(None)
+                resumed = training if k == start.k and start.phase else None
+                self._visit(k, start if resumed else None, resumed)
+                if k + 1 < len(self.stream.visits):
+                    self._stop_if_asked(f"after task {k + 1} of {len(self.stream.visits)}")
+            self.log.event("run_end", seconds=round(self._seconds(), 2), saving_seconds=round(self.keeper.seconds, 2))
         finally:
             self.log.close()
+        if self.backend.is_main:
+            self.keeper.remove()
         say(self.backend, f"trained: {self.folder}")
         return self.folder
 
-    def _load(self, start: int) -> None:
-        """Build policy, context and runner, from the base or from the checkpoint before visit `start`."""
-        fresh = start == 0 or self.stream.mode == "singletask"
-        previous = checkpoint_folder(self.folder, start - 1)
+    def _seconds(self) -> float:
+        return self.seconds + time.monotonic() - self.began
+
+    def _load(self, source: Path | None, within: bool = False) -> dict[str, Any]:
+        """Build policy, context and runner, from the base or from a checkpoint or training state.
+
+        Args:
+            within: `source` is a state in the middle of a task.
+
+        Returns:
+            The counters saved in `source`.
+        """
+        fresh = source is None or (self.stream.mode == "singletask" and not within)
         device = pick_device(self.config.train.device)
         self.loaded: LoadedPolicy = (
-            load_base(self.base_path, self.config) if fresh else load_policy(previous / "policy", device)
+            load_base(self.base_path, self.config) if fresh else load_policy(source / "policy", device)  # type: ignore[operator]
         )
         policy = self.loaded.policy
         self.parameters_before = count(policy.parameters())
@@ -145,48 +208,120 @@ class Trainer:
         self.runner = PhaseRunner(self.ctx, self.algorithm, self.backend, loss, self.log)
         self.runner.progress_mode = self.config.log.progress if self.backend.is_main else "quiet"
         self.runner.total_steps = self.total_steps
+        self.runner.after_step = self._after_step
         self.algorithm.bind(self.ctx)
-        if start:
-            training = load_state(previous, "training")
-            self.runner.total_steps = int(training["total_steps"])
-            self.runner.carried_state = None if fresh else training["optimizer"]
+        training: dict[str, Any] = {}
+        if source is not None:
+            described = read_json(source / DESCRIPTION)
+            training = {**load_state(source, "training"), "task_seconds": described.get("task_seconds", 0.0)}
+            if self.backend.is_main:
+                self.log.cut(described.get("log_bytes"), described["k"])
+            self.total_steps = self.runner.total_steps = int(training["total_steps"])
+            self.seconds = float(described.get("seconds", 0.0))
+            self.runner.carried_state = None if fresh or within else training["optimizer"]
+        elif self.backend.is_main and self.total_steps == 0:
+            self.log.cut(0, -1)
         if not fresh:
-            self.algorithm.restore_structure(policy, previous / "policy")
-            self.algorithm.load_state_dict(load_state(previous, "algorithm"))
+            assert source is not None
+            self.algorithm.restore_structure(policy, source / "policy")
+            self.algorithm.load_state_dict(load_state(source, "algorithm"))
+        return training
 
     def _event(self, event: str, /, **fields: Any) -> None:
         self.log.event(event, k=self.ctx.k, task=self.ctx.visit.task, **fields)
 
-    def _visit(self, k: int) -> None:
+    def _visit(self, k: int, position: Position | None, resumed: dict[str, Any] | None) -> None:
+        """Train visit k, from its start, or from `position` in it with the counters saved there."""
         ctx, algorithm, policy = self.ctx, self.algorithm, self.loaded.policy
         began = time.monotonic()
         ctx.k, ctx.phase, ctx.step = k, "", 0
-        self._event("task_start", samples=ctx.frames.length(k))
-        algorithm.on_task_start(ctx)
-        trained = 0
-        for phase in algorithm.phases(ctx):
-            self.runner.run(phase)
-            trained = max(trained, count(self.runner.trained.values()))
+        if position is None or resumed is None:
+            self.task_seconds, self.trained = 0.0, 0
+            self._event("task_start", samples=ctx.frames.length(k))
+            seed_everything("task_start", ctx.seed, k)
+            algorithm.on_task_start(ctx)
+        else:
+            self.task_seconds, self.trained = float(resumed["task_seconds"]), int(resumed["trained"])
+            self.parameters_before = int(resumed["parameters_before"])
+        self.task_began = began
+        phases = list(algorithm.phases(ctx))
+        names = [p.name for p in phases]
+        assert len(set(names)) == len(names), f"phases of one task need different names: {names}"
+        first = 0
+        if position is not None and resumed is not None:
+            if position.phase not in names:
+                raise UserError(
+                    f"{position.source} is in phase '{position.phase}', but this run's phases are {', '.join(names)}: "
+                    "another version of the algorithm wrote it. Remove that folder to go on from the last checkpoint."
+                )
+            first = names.index(position.phase)
+        for i, phase in enumerate(phases[first:], first):
+            within = Resumed(position.step, resumed["optimizer"]) if resumed and position and i == first else None
+            self.runner.run(phase, within)
+            self.trained = max(self.trained, count(self.runner.trained.values()))
         ctx.phase, ctx.step = "", 0
+        seed_everything("task_end", ctx.seed, k)
         algorithm.on_task_end(ctx)
         policy.eval()
         total = count(policy.parameters())
         numbers = {
             "parameters_total": total,
             "parameters_added": total - self.parameters_before,
-            "parameters_trainable": trained,
+            "parameters_trainable": self.trained,
             "exemplar_bytes": algorithm.exemplar_bytes(),
             "state_bytes": algorithm.state_bytes(),
             "peak_memory_mb": round(self.backend.peak_memory_mb(), 1),
         }
         self.parameters_before = total
-        if self.backend.is_main:
-            save_checkpoint(self.folder, k, lambda temporary: self._save(temporary, numbers))
-        self.backend.barrier()
         self.total_steps = self.runner.total_steps
-        self._event("task_end", seconds=round(time.monotonic() - began, 2), **numbers)
+        # Before the checkpoint, which says how long the log was: a run that is killed in between goes on with both.
+        self._event("task_end", seconds=round(self.task_seconds + time.monotonic() - began, 2), **numbers)
+        if self.backend.is_main:
+            began = time.monotonic()
+            memory = {n: v for n, v in numbers.items() if n != "peak_memory_mb"}  # not a function of the seed
+            carried = None if self.runner.carried is None else self.runner.carried.state_dict()
 
-    def _save(self, folder: Path, numbers: dict[str, Any]) -> dict[str, Any]:
+            def fill(folder: Path) -> dict[str, Any]:
+                adapter = self._save(folder, {"optimizer": carried})
+                return {"task": ctx.visit.task, "adapter": adapter, **memory, **self._progress()}
+
+            save_checkpoint(self.folder, k, fill, lambda: self._bytes(carried))
+            self.keeper.saved(began)
+        self.backend.barrier()
+
+    # ---- saving ---------------------------------------------------------------------------------
+    def _after_step(self, phase: Phase, step: int, optimizer: torch.optim.Optimizer | None) -> None:
+        due = self.backend.is_main and self.keeper.due(self.runner.total_steps)
+        stop, due = self.backend.any(bool(self.stop.reason), due)
+        if not (stop or due):
+            return
+        moments = None if optimizer is None else self.backend.optimizer_state(optimizer)
+        self.total_steps = self.runner.total_steps
+        if self.backend.is_main:
+            trained = max(self.trained, count(self.runner.trained.values()))
+
+            def fill(folder: Path) -> dict[str, Any]:
+                counters = {"trained": trained, "parameters_before": self.parameters_before}
+                self._save(folder, {"optimizer": moments, **counters})
+                seconds = self.task_seconds + time.monotonic() - self.task_began
+                return {**self._progress(), "task_seconds": round(seconds, 3)}
+
+            self.keeper.save(self.ctx.k, phase.name, step, self.total_steps, fill, lambda: self._bytes(moments))
+        self.backend.barrier()
+        if stop:
+            self._stop_if_asked(f"in task {self.ctx.k + 1}, phase {phase.name}, after step {step}", sure=True)
+
+    def _stop_if_asked(self, where: str, sure: bool = False) -> None:
+        if sure or self.backend.any(bool(self.stop.reason))[0]:
+            why = self.stop.reason or "a signal to another rank"
+            raise Interrupted(f"stopped by {why} {where}; saved. Go on with: clbench train --resume {self.run_id}")
+
+    def _progress(self) -> dict[str, Any]:
+        """What describes a checkpoint or state without being a function of the seed."""
+        return {"log_bytes": self.log.flushed(), "seconds": round(self._seconds(), 3)}
+
+    def _save(self, folder: Path, training: dict[str, Any]) -> bool:
+        """Write policy, algorithm state and `training`; returns whether the policy is an adapter over its base."""
         policy_folder = folder / "policy"
         policy_folder.mkdir()
         adapter = self.algorithm.save_policy(self.loaded.policy, policy_folder, str(self.base_path))
@@ -195,14 +330,10 @@ class Trainer:
             adapter = True
         save_policy(self.loaded, policy_folder, adapter_only=adapter)
         save_state(folder, "algorithm", self.algorithm.state_dict())
-        carried = self.runner.carried
-        save_state(
-            folder,
-            "training",
-            {
-                "total_steps": self.runner.total_steps,
-                "optimizer": None if carried is None else carried.state_dict(),
-            },
-        )
-        memory = {k: v for k, v in numbers.items() if k != "peak_memory_mb"}  # not a function of the seed
-        return {"task": self.ctx.visit.task, "adapter": adapter, **memory}
+        save_state(folder, "training", {"total_steps": self.total_steps, **training})
+        return adapter
+
+    def _bytes(self, optimizer: dict[str, Any] | None) -> int:
+        """About how large a checkpoint or training state is."""
+        parts = [self.loaded.policy.state_dict(), self.algorithm.state_dict(), optimizer]
+        return sum(tensor_bytes(p if p is None or isinstance(p, dict) else dict(p)) for p in parts)

@@ -1,0 +1,122 @@
+"""Training states: what a run needs to go on in the middle of a task as if it had never stopped.
+
+    training_state/<k>-<phase>-<step>/     `step` steps of that phase of visit k are done; the last two are kept
+        policy/                            as in a checkpoint
+        algorithm.json, .safetensors       the algorithm's state_dict
+        training.json, .safetensors        optimizer moments and counters
+        checkpoint.json                    position, sums of all files, length of log.jsonl, seconds so far
+    training_state/LATEST                  the newest one's name
+
+Random numbers need no state: every draw is a function of (seed, k, phase, step).
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clbench.checkpoints.whole import DESCRIPTION, damage, write_whole
+from clbench.errors import UserError
+from clbench.io import read_json, write_text
+
+FOLDER = "training_state"
+LATEST = "LATEST"
+KEEP = 2
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands.
+
+    Attributes:
+        k: the visit that is under way, or comes next.
+        source: what holds policy and state: a training state, or the checkpoint before visit k; None = the base.
+        phase, step: steps done of the phase under way; "" = visit k has not begun.
+    """
+
+    k: int = 0
+    source: Path | None = None
+    phase: str = ""
+    step: int = 0
+
+
+class StateKeeper:
+    """Says when a state is due, writes it, and keeps the last two."""
+
+    def __init__(self, folder: Path, every_steps: int | None, every_minutes: float | None) -> None:
+        self.folder = folder / FOLDER
+        self.every_steps, self.every_minutes = every_steps, every_minutes
+        self.seconds = 0.0  # spent on saving
+        self._last = time.monotonic()
+
+    def due(self, total_steps: int) -> bool:
+        """Whether it is time to save, after `total_steps` steps of the run."""
+        if self.every_steps is not None and total_steps % self.every_steps == 0:
+            return True
+        return self.every_minutes is not None and time.monotonic() - self._last >= 60 * self.every_minutes
+
+    def saved(self, began: float) -> None:
+        """Something newer was saved just now, from `began` (time.monotonic) on."""
+        self._last = time.monotonic()
+        self.seconds += self._last - began
+
+    def save(
+        self, k: int, phase: str, step: int, total: int, fill: Callable[[Path], dict[str, Any]], size: Callable[[], int]
+    ) -> Path:
+        """Let `fill` write a state and return what else describes it; then drop all but the last two."""
+        began = time.monotonic()
+        name = f"{k:02d}-{phase}-{step:06d}"
+
+        def describe(folder: Path) -> dict[str, Any]:
+            return {"k": k, "phase": phase, "step": step, "total_steps": total, **fill(folder)}
+
+        write_whole(self.folder / name, describe, size)
+        write_text(self.folder / LATEST, name + "\n")
+        others = sorted((p for p in self._all() if p.name != name), key=_total, reverse=True)
+        for old in others[KEEP - 1 :]:
+            shutil.rmtree(old, ignore_errors=True)
+        self.saved(began)
+        return self.folder / name
+
+    def remove(self) -> None:
+        """The run is complete: no state is needed any more."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def newest(self, k: int) -> Position | None:
+        """The newest whole state of visit k or a later one. Damaged ones are named and left out."""
+        states = sorted(self._all(), key=_total, reverse=True)
+        try:
+            latest = (self.folder / LATEST).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            latest = ""
+        states.sort(key=lambda p: p.name != latest)
+        for folder in states:
+            reason = damage(folder)
+            d = {} if reason else read_json(folder / DESCRIPTION)
+            kinds = {"k": int, "phase": str, "step": int, "total_steps": int}
+            if reason is None and not all(isinstance(d.get(key), kind) for key, kind in kinds.items()):
+                reason = f"{DESCRIPTION} is no training state's"
+            if reason is not None:
+                print(f"warning: training state {folder} is damaged ({reason}); using what is before it.",
+                      file=sys.stderr)  # fmt: skip
+                continue
+            if d["k"] >= k:
+                return Position(d["k"], folder, d["phase"], d["step"])
+        return None
+
+    def _all(self) -> list[Path]:
+        if not self.folder.is_dir():
+            return []
+        return [p for p in self.folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
+
+
+def _total(folder: Path) -> int:
+    try:
+        return int(read_json(folder / DESCRIPTION)["total_steps"])
+    except (UserError, KeyError, TypeError, ValueError):
+        return -1

@@ -1,0 +1,142 @@
+"""Folders that are there whole or not at all, and of which every byte can be checked.
+
+A folder is filled under a temporary name beside its own, flushed to the disk, described in `checkpoint.json` (each
+file's size and sha256; `seal`, the sha256 of the description itself), and renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from clbench.errors import UserError
+from clbench.io import read_json, write_json
+
+DESCRIPTION = "checkpoint.json"
+
+
+def write_whole(final: Path, fill: Callable[[Path], dict[str, Any]], size: Callable[[], int]) -> None:
+    """Let `fill` write a temporary folder and return its description, then rename it to `final` (replacing that).
+
+    Args:
+        size: bytes that the folder needs, about; asked when there is no space for it.
+
+    Raises:
+        UserError: the disk is full or cannot be written. `final` is as it was.
+    """
+    temporary = final.with_name(f".{final.name}.partial")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        description = fill(temporary)
+        files = _files(temporary)
+        for name in files:
+            _flush(temporary / name)
+        described = {**description, "digest": _digest(files), "files": files}
+        write_json(temporary / DESCRIPTION, {**described, "seal": _seal(described)})
+        for folder in {temporary, *(p.parent for p in map(temporary.joinpath, files))}:
+            _flush(folder)
+        _replace(temporary, final)
+        _flush(final.parent)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
+        raise UserError(f"cannot save {final} ({reason}): {_space(final.parent, size())} {_ADVICE}") from e
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+_ADVICE = "What was saved before is whole: make space there, then continue with --resume."
+
+
+def _space(folder: Path, need: int) -> str:
+    try:
+        free = f"{shutil.disk_usage(folder).free:,} are free"
+    except OSError:
+        return f"it needs about {need:,} bytes."
+    return f"it needs about {need:,} bytes, {free}."
+
+
+def _replace(temporary: Path, final: Path) -> None:
+    aside = final.with_name(f".{final.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if final.exists():
+        os.replace(final, aside)
+    os.replace(temporary, final)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def damage(folder: Path) -> str | None:
+    """Why the folder is not what `write_whole` wrote, or None when every byte is."""
+    try:
+        described = read_json(folder / DESCRIPTION)
+    except UserError as e:
+        return str(e)
+    if not isinstance(described, dict) or not _is_list_of_files(described.get("files", {})):
+        return f"{DESCRIPTION} is no description"
+    if "seal" not in described:  # of an earlier version: it has the digest of all files
+        return None if described.get("digest") == _digest(_files(folder)) else "its files are not those saved"
+    if described.pop("seal") != _seal(described):
+        return f"{DESCRIPTION} was changed"
+    want, have = described.get("files", {}), {p: (folder / p).stat().st_size for p in _names(folder)}
+    for name in sorted(want.keys() | have.keys()):
+        if name not in have:
+            return f"{name} is missing"
+        if name not in want:
+            return f"{name} does not belong there"
+        if have[name] != want[name][0]:
+            return f"{name} has {have[name]} bytes instead of {want[name][0]}"
+    for name, (_, digest) in want.items():
+        if _sha256(folder / name) != digest:
+            return f"{name} was changed"
+    return None
+
+
+def _is_list_of_files(files: Any) -> bool:
+    return isinstance(files, dict) and all(
+        isinstance(v, list) and len(v) == 2 and isinstance(v[0], int) and isinstance(v[1], str) for v in files.values()
+    )
+
+
+def _names(folder: Path) -> list[str]:
+    """All files but the description, by their path in the folder."""
+    found = (p for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
+    return sorted(str(p.relative_to(folder)) for p in found if p != folder / DESCRIPTION)
+
+
+def _files(folder: Path) -> dict[str, list[Any]]:
+    """name → [bytes, sha256]."""
+    return {name: [(folder / name).stat().st_size, _sha256(folder / name)] for name in _names(folder)}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _digest(files: dict[str, list[Any]]) -> str:
+    """One sha256 over all names and contents: what an evaluation was made with."""
+    digest = hashlib.sha256()
+    for name in sorted(files, key=Path):
+        digest.update(name.encode() + b"\0" + bytes.fromhex(files[name][1]))
+    return digest.hexdigest()
+
+
+def _seal(description: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
