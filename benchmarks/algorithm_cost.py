@@ -2,10 +2,13 @@
 
 Every algorithm trains dit_dec_tiny on the same stream in a process of its own. All tasks but two are cut to a few
 steps; in those two the processes take turns of a few steps (A B C … A B C …), so that whatever else the machine does
-hits all of them alike; they share one processor core meanwhile. A turn's ratio is its time over seqfft's in the same
+hits all of them alike; on the CPU they share one core meanwhile, and with `--device cuda` one GPU, which is waited for
+before a clock is read. A turn's ratio is its time over seqfft's in the same
 round. `cost` is the ratio of the sums over rounds, which also holds what happens rarely (mir's choices); rounds in
 which any algorithm took more than 1.5 times its own median were disturbed from outside and are left out. `growth` is
 cost at the last task over cost at the second.
+
+Peak memory is the process's, between tasks included: resident, or what torch allocated on the GPU.
 
 The measured phase is the one that trains the policy (clare: adapters; packnet: train, with other tasks' weights held).
 Algorithms run at their defaults. What happens between tasks (Fisher, pruning, detection) is not part of it; minutes per
@@ -23,7 +26,17 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from common import machine, print_table, run, spread, stream_config
+from common import (
+    add_device_arguments,
+    check_device,
+    machine,
+    policy_size,
+    print_table,
+    run,
+    spread,
+    stream_config,
+    wait_for,
+)
 
 ALGORITHMS = ["seqfft", "seqlora", "er", "mir", "ewc", "packnet", "clare"]
 AIMS = {"er": 1.05, "mir": 1.15, "ewc": 1.10, "packnet": 1.05, "clare": 1.0}
@@ -37,6 +50,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--rounds", type=int, default=12, help="turns of every algorithm at each measured task (default 12)")
     p.add_argument("--steps", type=int, default=20, help="optimizer steps of a turn (default 20)")
     p.add_argument("--warm-up", type=int, default=10, help="steps before the first turn (default 10)")
+    add_device_arguments(p)
     return p.parse_args()
 
 
@@ -63,15 +77,17 @@ def work(name: str, args: argparse.Namespace, folder: str, pipe: Any) -> None:
             self.paced = phase.policy_training and phase.name != "retrain" and self.ctx.k in (1, last)
             self.done, self.began = -args.warm_up, 0.0
             cores = os.sched_getaffinity(0)
-            if self.paced:
+            if self.paced and args.device == "cpu":
                 os.sched_setaffinity(0, {max(cores)})
             super().run(replace(phase, steps=measured_steps if self.paced else 2))
             if self.paced:
+                wait_for(args.device)
                 pipe.send(time.perf_counter() - self.began)
                 os.sched_setaffinity(0, cores)
 
         def _train_step(self, *a: Any, **k: Any) -> dict[str, float]:
             if self.paced and self.done >= 0 and self.done % args.steps == 0:
+                wait_for(args.device)
                 pipe.send(time.perf_counter() - self.began if self.done else None)
                 pipe.recv()
                 self.began = time.perf_counter()
@@ -87,7 +103,8 @@ def work(name: str, args: argparse.Namespace, folder: str, pipe: Any) -> None:
 
     config, _ = compose(
         model="dit_dec_tiny", algorithms=[name], dataset=args.dataset, registered=[name],
-        overrides=["pretrain.steps=1", "train.device=cpu", "train.threads=1", "log.progress=quiet",
+        overrides=["pretrain.steps=1", f"train.device={args.device}", "train.threads=1", "log.progress=quiet",
+                   *(f"policy.{key}={value}" for key, value in policy_size(args.width).items()),
                    *(["algorithm.fisher_batches=1"] if name == "ewc" else [])],
     )  # fmt: skip
     algorithm = build_algorithm(config)
@@ -106,8 +123,9 @@ def work(name: str, args: argparse.Namespace, folder: str, pipe: Any) -> None:
 def main() -> None:
     args = arguments()
     names = ["seqfft", *(a for a in args.algorithms if a != "seqfft")]
+    check_device(args.device)
     stream_config(args.dataset)  # is the data there?
-    print(machine("1"), flush=True)
+    print(machine("1", args.device), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["CLBENCH_CACHE_ROOT"] = f"{folder}/cache"  # a base of one step, not to be kept
         context = mp.get_context("spawn")
@@ -148,11 +166,11 @@ def main() -> None:
     rows = []
     for name in names:
         ratio, growth = totals[name][1], totals[name][1] / totals[name][0]
-        aim = AIMS.get(name)
+        aim, mb = AIMS.get(name), memory[name]
         verdict = "–" if aim is None else f"≤ {aim:.2f} {'met' if ratio <= aim else 'MISSED'}"
         grown = f"{growth:.3f} {'' if growth <= GROWTH_AIM else f'(aim ≤ {GROWTH_AIM} MISSED)'}".strip()
-        rows.append([name, f"{ratio:.3f}", verdict, grown, f"{memory[name] / memory['seqfft']:.3f}"])
-    print_table(["algorithm", "cost", "aim", "growth from task 2", "peak memory"], rows)
+        rows.append([name, f"{ratio:.3f}", verdict, grown, f"{mb:.0f}", f"{mb / memory['seqfft']:.3f}"])
+    print_table(["algorithm", "cost", "aim", "growth from task 2", "peak MB", "peak memory"], rows)
 
 
 def receive(pipe: Any) -> Any:

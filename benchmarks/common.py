@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import bisect
 import contextlib
 import os
@@ -36,11 +37,44 @@ def stream_config(dataset: str) -> Config:
     return config
 
 
-def machine(threads: str) -> str:
+def add_device_arguments(p: argparse.ArgumentParser, width: int | None = None) -> None:
+    """Add --device and --width: where a benchmark trains, and how wide a policy."""
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train (default cpu)")
+    shown = f"default {width}" if width else "default: the preset's 128"
+    p.add_argument("--width", type=int, default=width, help=f"d_model of the policy, a multiple of 4 ({shown})")
+
+
+def check_device(device: str, count: int = 1) -> None:
+    """Raise UserError when torch does not see that many CUDA devices."""
+    import torch
+
+    if device == "cuda" and torch.cuda.device_count() < count:
+        raise UserError(f"torch sees {torch.cuda.device_count()} CUDA devices, {count} needed. There is --device cpu.")
+
+
+def policy_size(width: int | None) -> dict[str, int]:
+    """Keys of `policy` for a width: heads are 32 to 128 wide."""
+    return {} if width is None else {"d_model": width, "n_heads": max(4, width // 128)}
+
+
+def wait_for(device: str) -> None:
+    """Until the device has done what it was given: before a clock is read."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def machine(threads: str, device: str = "cpu") -> str:
     """One line about the machine. Other work on it shows in the load: about 0 on an idle machine."""
     load = ", ".join(f"{v:.1f}" for v in os.getloadavg())
+    gpus = ""
+    if device == "cuda":
+        import torch
+
+        gpus = f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}, torch {torch.__version__}, "
     return (
-        f"machine: {platform.machine()}, {os.cpu_count()} cores, torch threads {threads}, "
+        f"machine: {platform.machine()}, {os.cpu_count()} cores, {gpus}torch threads {threads}, "
         f"load over 1, 5, 15 minutes {load}"
     )
 

@@ -1,11 +1,12 @@
-"""Two CPU ranks against one: steps per second at the same batch per rank (weak scaling), and memory per rank under DDP
-and ZeRO-2.
+"""Two ranks against one: steps per second at the same batch per rank (weak scaling), and memory per rank under DDP and
+ZeRO-2. On CPUs or, with `--device cuda`, on a GPU per rank.
 
 One rank with a batch of B, then two with 2 B under `ddp` and under `zero2`, in turn (A B C C B A …), each in fresh
-processes with one torch thread. Speed is steps per second from step `--skip` to the last. Efficiency is the two ranks'
-speed over the one rank's: 1 would be perfect. Memory is a rank's resident peak over its resident size before the policy
-was built; AdamW's moments are its largest part, which ZeRO-2 divides among ranks. Needs `clbench data make
-metaworld_quick`.
+processes with one torch thread. Speed is steps per second from step `--skip` to the last; a GPU is waited for at each
+step's end. Efficiency is the two ranks' speed over the one rank's: 1 would be perfect. Memory is a rank's resident peak
+over its resident size before the policy was built, or the peak of what torch allocated on its GPU; AdamW's moments are
+its largest part, which ZeRO-2 divides among ranks. `--only "1 rank"` measures one process alone, for instance how fast
+and in how much memory a large policy trains. Needs `clbench data make metaworld_quick`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,20 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
-from common import machine, print_table, run, stream_config
+from common import (
+    add_device_arguments,
+    check_device,
+    machine,
+    policy_size,
+    print_table,
+    run,
+    stream_config,
+    wait_for,
+)
 
 SETTINGS = {"1 rank": (1, "ddp"), "2 ranks, ddp": (2, "ddp"), "2 ranks, zero2": (2, "zero2")}
 
@@ -30,20 +42,28 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--steps", type=int, default=60, help="optimizer steps of each training (default 60)")
     p.add_argument("--skip", type=int, default=20, help="first steps left out (default 20)")
     p.add_argument("--batch-size", type=int, default=64, help="samples per rank (default 64)")
-    p.add_argument("--width", type=int, default=512, help="d_model of the policy (default 512: 16 M parameters)")
+    add_device_arguments(p, width=512)
+    p.add_argument("--encoder-layers", type=int, default=2, help="default 2")
+    p.add_argument("--decoder-layers", type=int, default=3, help="default 3: with width 512, 16 M parameters")
+    p.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="train.mixed_precision (default fp32)")
+    p.add_argument("--only", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), help="default: all three")
     p.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     p.add_argument("--out", help=argparse.SUPPRESS)
     p.add_argument("--strategy", help=argparse.SUPPRESS)
-    return p.parse_args()
+    args = p.parse_args()
+    if not 0 <= args.skip < args.steps - 1:
+        p.error("--skip must leave at least two steps.")
+    return args
 
 
 def train_as_rank(args: argparse.Namespace) -> None:
-    """One rank's training of one task; writes its memory, rank 0 leaves the log."""
+    """One rank's training of one task; writes its memory and the moments at which steps ended."""
     import resource
 
     import psutil
 
     from clbench.algorithms.hooks import CLAlgorithm, Context, training_phase
+    from clbench.checkpoints.policy_io import policy_config
     from clbench.config.compose import compose
     from clbench.data.frames import StreamFrames
     from clbench.policies.loss import PolicyLoss
@@ -53,21 +73,32 @@ def train_as_rank(args: argparse.Namespace) -> None:
     from clbench.training.loop import PhaseRunner
     from clbench.training.pretrain import new_policy
 
+    times: list[float] = []
+
+    class Timed(PhaseRunner):
+        """Notes when each step has ended."""
+
+        def _train_step(self, *a: Any, **k: Any) -> dict[str, float]:
+            numbers = super()._train_step(*a, **k)
+            wait_for(args.device)
+            times.append(time.perf_counter())
+            return numbers
+
     ranks = int(os.environ["WORLD_SIZE"])
+    size = policy_size(args.width) | {"encoder_layers": args.encoder_layers, "decoder_layers": args.decoder_layers}
     config, _ = compose(
         model="dit_dec_tiny", algorithms=["seqfft"], dataset="metaworld_quick", registered=["seqfft"],
-        overrides=[f"train.batch_size={args.batch_size * ranks}", f"train.steps={args.steps}", "train.log_every=1",
-                   f"train.strategy={args.strategy}", "train.device=cpu", "train.threads=1",
-                   f"policy.d_model={args.width}", "log.progress=quiet"],
+        overrides=[f"train.batch_size={args.batch_size * ranks}", f"train.steps={args.steps}",
+                   f"train.strategy={args.strategy}", f"train.device={args.device}", "train.threads=1",
+                   f"train.mixed_precision={args.precision}", "log.progress=quiet",
+                   *(f"policy.{key}={value}" for key, value in size.items())],
     )  # fmt: skip
     backend = Backend(config.train)
     stream = build_stream(config.dataset)
-    from clbench.checkpoints.policy_io import policy_config
-
-    frames = StreamFrames([v.tasks for v in stream.visits], policy_config(config.policy, "cpu"))
+    frames = StreamFrames([v.tasks for v in stream.visits], policy_config(config.policy, args.device))
     frames.length(0)
     before = psutil.Process().memory_info().rss
-    loaded = new_policy(config.policy, frames, "cpu", 0)
+    loaded = new_policy(config.policy, frames, args.device, 0)
     loss = PolicyLoss(loaded.policy, loaded.policy, loaded.preprocessor, backend.autocast)
     log = RunLog(Path(args.out), config.log, "bench", backend.is_main)
     ctx = Context(
@@ -76,12 +107,13 @@ def train_as_rank(args: argparse.Namespace) -> None:
     )  # fmt: skip
     algorithm = CLAlgorithm(None)
     algorithm.bind(ctx)
-    runner = PhaseRunner(ctx, algorithm, backend, loss, log)
+    runner = Timed(ctx, algorithm, backend, loss, log)
     runner.progress_mode = "quiet"
     runner.run(training_phase(ctx))
     log.close()
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    record = {"memory_mb": (peak - before) / 1e6, "parameters": count(loaded.policy.parameters())}
+    memory = (peak - before) / 1e6 if args.device == "cpu" else backend.peak_memory_mb()
+    record = {"memory_mb": memory, "parameters": count(loaded.policy.parameters()), "times": times}
     (Path(args.out) / f"rank{backend.rank}.json").write_text(json.dumps(record))
 
 
@@ -92,8 +124,9 @@ def measure(ranks: int, strategy: str, args: argparse.Namespace, folder: Path) -
     folder.mkdir(parents=True)
     shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
               "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}  # fmt: skip
-    own = ["--rank", "--out", str(folder), "--strategy", strategy, "--steps", str(args.steps), "--width",
-           str(args.width), "--batch-size", str(args.batch_size)]  # fmt: skip
+    own = ["--rank", "--out", str(folder), "--strategy", strategy]
+    for name in ("device", "steps", "skip", "batch_size", "width", "encoder_layers", "decoder_layers", "precision"):
+        own += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, *own], stdout=subprocess.DEVNULL,
@@ -103,8 +136,8 @@ def measure(ranks: int, strategy: str, args: argparse.Namespace, folder: Path) -
     ]  # fmt: skip
     if any(p.wait() for p in processes):
         raise SystemExit(f"a rank of '{ranks} ranks, {strategy}' failed; its error stands above.")
-    times = [json.loads(line)["time"] for line in (folder / "log.jsonl").read_text().splitlines()]
     found = [json.loads((folder / f"rank{r}.json").read_text()) for r in range(ranks)]
+    times = found[0]["times"]
     speed = (len(times) - 1 - args.skip) / (times[-1] - times[args.skip])
     return speed, max(f["memory_mb"] for f in found), found[0]["parameters"]
 
@@ -114,28 +147,31 @@ def main() -> None:
     if args.rank:
         train_as_rank(args)
         return
+    check_device(args.device, max(SETTINGS[n][0] for n in args.only))
     stream_config("metaworld_quick")  # is the data there?
-    print(machine("1 per rank"), flush=True)
-    speeds: dict[str, list[float]] = {n: [] for n in SETTINGS}
-    memory: dict[str, list[float]] = {n: [] for n in SETTINGS}
+    print(machine("1 per rank", args.device), flush=True)
+    names = [n for n in SETTINGS if n in args.only]
+    speeds: dict[str, list[float]] = {n: [] for n in names}
+    memory: dict[str, list[float]] = {n: [] for n in names}
     parameters = 0
     with tempfile.TemporaryDirectory() as folder:
         for i in range(args.repeats):
-            for name in list(SETTINGS) if i % 2 == 0 else list(SETTINGS)[::-1]:
+            for name in names if i % 2 == 0 else names[::-1]:
                 speed, mb, parameters = measure(*SETTINGS[name], args, Path(folder) / f"{i}-{name}")
                 speeds[name].append(speed)
                 memory[name].append(mb)
                 print(f"round {i + 1}, {name}: {speed:.2f} steps/s, {mb:.0f} MB", flush=True)
-    print(f"\npolicy of {parameters / 1e6:.1f} M parameters, {args.batch_size} samples per rank, fp32, AdamW")
+    where = f"{args.precision}, AdamW, {args.device}"
+    print(f"\npolicy of {parameters / 1e6:.1f} M parameters, {args.batch_size} samples per rank, {where}")
     rows = []
-    for name in SETTINGS:
-        ratios = [a / b for a, b in zip(speeds[name], speeds["1 rank"], strict=True)]
-        samples = statistics.median(ratios) * SETTINGS[name][0]
+    for name in names:
+        ratios = [a / b for a, b in zip(speeds[name], speeds[names[0]], strict=True)]
+        samples = statistics.median(speeds[name]) * SETTINGS[name][0] * args.batch_size
         rows.append([
-            name, f"{statistics.median(speeds[name]):.2f}", f"{statistics.median(ratios):.2f}", f"{samples:.2f}",
+            name, f"{statistics.median(speeds[name]):.2f}", f"{samples:.1f}", f"{statistics.median(ratios):.2f}",
             f"{statistics.median(memory[name]):.0f}",
         ])  # fmt: skip
-    print_table(["setting", "steps/s", "efficiency", "samples/s over 1 rank's", "MB per rank"], rows)
+    print_table(["setting", "steps/s", "samples/s", "efficiency", "MB per rank"], rows)
 
 
 if __name__ == "__main__":

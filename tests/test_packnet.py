@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from clbench.algorithms.build import build_algorithm
-from clbench.algorithms.packnet import PackNet, keep_largest
+from clbench.algorithms.packnet import PackNet, keep_largest, matrices
 from clbench.checkpoints.policy_io import load_policy
 from clbench.checkpoints.run_folder import checkpoint_folder
 from clbench.checkpoints.state import load_state
@@ -28,6 +28,33 @@ def test_keeps_the_largest_free_weights() -> None:
     assert keep_largest(w, free, 0.4).tolist() == [[True, True, False], [False, False, False]]
     assert keep_largest(w, free, 0.6).tolist() == [[True, True, False], [True, False, False]]  # a tie: the earlier one
     assert not keep_largest(w, free, 0.0).any() and torch.equal(keep_largest(w, free, 1.0), free)
+
+
+def test_matrices_are_the_weights_of_linear_attention_and_convolution_layers() -> None:
+    """Attention keeps its projections as parameters of its own: one, or three where keys and values differ in width."""
+    policy = nn.ModuleDict(
+        {
+            "same": nn.MultiheadAttention(4, 2, add_bias_kv=True),
+            "other": nn.MultiheadAttention(4, 2, kdim=3, vdim=5),
+            "conv": nn.Conv2d(3, 4, 2),
+            "up1": nn.ConvTranspose1d(3, 4, 2),
+            "up2": nn.ConvTranspose2d(3, 4, 2),
+            "norm": nn.LayerNorm(4),
+            "words": nn.Embedding(7, 4),
+            "frozen": nn.Linear(4, 4).requires_grad_(False),
+        }
+    )
+    assert {n: tuple(p.shape) for n, p in matrices(policy).items()} == {
+        "same.in_proj_weight": (12, 4),  # not bias_k and bias_v
+        "same.out_proj.weight": (4, 4),
+        "other.q_proj_weight": (4, 4),
+        "other.k_proj_weight": (4, 3),
+        "other.v_proj_weight": (4, 5),
+        "other.out_proj.weight": (4, 4),
+        "conv.weight": (4, 3, 2, 2),
+        "up1.weight": (3, 4, 2),  # torch stores a transposed convolution's input channels first
+        "up2.weight": (3, 4, 2, 2),
+    }
 
 
 def test_three_tasks_by_hand() -> None:

@@ -17,7 +17,7 @@ from lerobot.policies import make_policy, make_pre_post_processors
 import clbench.policies  # noqa: F401
 from clbench.checkpoints.policy_io import LoadedPolicy, load_policy, policy_config, save_policy
 from clbench.policies.dit.text import frozen_word_table, word_ids
-from clbench.policies.loss import PolicyLoss
+from clbench.policies.loss import PolicyLoss, without_dropout
 
 TYPES = ("dit_dec", "dit_encdec")
 SMALL = {"chunk_size": 4, "n_action_steps": 2, "d_model": 32, "n_heads": 2, "encoder_layers": 1, "decoder_layers": 2}
@@ -131,6 +131,39 @@ def test_a_lerobot_policy_gets_per_sample_losses_from_a_loop(toy_data: Path) -> 
     assert first.shape == (3,) and torch.equal(first, second)
     assert not torch.equal(first, measure.per_sample(batch, measure.draw(3, torch.Generator().manual_seed(1))))
     assert torch.equal(state, torch.get_rng_state())
+
+
+class TwoTerms(torch.nn.Module):
+    """Like LeRobot's ACT: a term of the loss exists in training mode alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.BatchNorm1d(4), torch.nn.Dropout1d(0.5))
+        self.frozen = torch.nn.BatchNorm1d(4).eval()  # a part in evaluation mode stays in it afterwards
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        loss = self.net(x).square().sum()
+        return loss + 100 if self.training else loss
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_without_dropout_keeps_the_training_loss_and_draws_nothing(training: bool) -> None:
+    policy = TwoTerms()
+    policy.train(training)
+    policy.frozen.eval()
+    modes = {n: m.training for n, m in policy.named_modules()}
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    statistics = {n: b.clone() for n, b in policy.named_buffers()}
+    with without_dropout(policy):
+        first, second = policy(x), policy(x)
+    assert torch.equal(first, second)  # no dropout
+    normalised = x / (1 + 1e-5) ** 0.5  # by the running statistics: mean 0, variance 1
+    assert torch.allclose(first, normalised.square().sum() + 100)  # with the term of the training mode
+    assert all(torch.equal(statistics[n], b) for n, b in policy.named_buffers())
+    assert {n: m.training for n, m in policy.named_modules()} == modes
+    with pytest.raises(RuntimeError, match="broken"), without_dropout(policy):
+        raise RuntimeError("broken")
+    assert {n: m.training for n, m in policy.named_modules()} == modes
 
 
 @pytest.mark.parametrize("kind", TYPES)

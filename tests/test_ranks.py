@@ -6,73 +6,41 @@ the same training, so weights agree to rounding, and masks, choices and expansio
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from clbench.checkpoints.policy_io import load_policy
 from clbench.checkpoints.run_folder import checkpoint_folder
 from clbench.checkpoints.state import load_state
 from clbench.io import read_json, read_jsonl
-from clbench.launch import free_port
 from clbench.training.trainer import train
-from tests.algorithm_cases import MEMORY, SMALL_CLARE, SMALL_MIR
+from tests.ranks import (
+    PLAIN,
+    ROOT,
+    RUNS,
+    STRATEGIES,
+    difference_and_move,
+    overrides,
+    train_alone,
+    train_together,
+    weights,
+)
 from tests.toy import toy_config
 
-ROOT = Path(__file__).resolve().parents[1]
-PLAIN = (
-    "train.optimizer.name=sgd", "train.optimizer.lr=0.05", "train.optimizer.weight_decay=0", "dataset.task_order=[0,1]",
-)  # fmt: skip
-LORA = ("lora.enabled=true", "lora.rank=2")
-HALVES = ("train.gradient_accumulation=2",)
-RUNS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
-    ("seqfft", {"name": "seqfft"}, HALVES),
-    ("seqlora", {"name": "seqlora"}, ("lora.rank=2",)),
-    ("er", {"name": "er", **MEMORY}, HALVES),
-    ("er-append", {"name": "er", **MEMORY, "mode": "append"}, ()),
-    ("mir", {"name": "mir", **SMALL_MIR, "mir_refresh_interval": 2}, HALVES),
-    ("ewc", {"name": "ewc", "ewc_lambda": 10.0, "fisher_batches": 2}, HALVES),
-    ("packnet", {"name": "packnet", "prune_ratio": 0.5}, HALVES),
-    ("clare", {"name": "clare", **SMALL_CLARE}, ()),
-    ("multitask", {"name": "multitask"}, ()),
-    ("er+ewc-lora", {"name": ["er", "ewc"], **MEMORY, "ewc_lambda": 10.0, "fisher_batches": 2}, LORA),
-]
-STRATEGIES = ["ddp", pytest.param("zero2", marks=pytest.mark.skipif(
-    find_spec("deepspeed") is None, reason="DeepSpeed is not installed"))]  # fmt: skip
-
-
+TOLERANCE = {"er-bf16": 1e-4}  # bf16 rounds halves of a batch in its own way: 1e-5 when measured, weights move by 8e-3
 SHARED = pytest.mark.xdist_group("ranks")  # one process trains the runs once for all of these tests
-
-
-def overrides(own: tuple[str, ...]) -> list[str]:
-    return [*PLAIN, *own]
 
 
 @pytest.fixture(scope="module")
 def alone(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All runs, by one process."""
     out = tmp_path_factory.mktemp("alone")
-    for label, section, own in RUNS:
-        train(toy_config(toy_data, section, f"output_dir={out}", *overrides(own)), label)
+    train_alone(RUNS, toy_data, out)
     return out
-
-
-def start(rank: int, port: int, arguments: list[str]) -> subprocess.Popen[str]:
-    environment = {
-        **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "CLBENCH_RANKS": "2",
-    }  # fmt: skip
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.rank_worker", *arguments], cwd=ROOT, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=STRATEGIES)
@@ -81,35 +49,33 @@ def together(
 ) -> tuple[str, Path]:
     """All runs, by one pair of ranks."""
     out = tmp_path_factory.mktemp(request.param)
-    runs = json.dumps([(label, section, overrides(own)) for label, section, own in RUNS])
-    port = free_port()
-    ranks = [start(r, port, [str(toy_data), str(out), request.param, runs]) for r in range(2)]
-    try:
-        printed = [p.communicate(timeout=600)[0] for p in ranks]
-    finally:
-        for p in ranks:
-            p.kill()
-    assert [p.returncode for p in ranks] == [0, 0], "\n".join(printed)
+    train_together(RUNS, toy_data, out, request.param)
     return request.param, out
-
-
-def weights(folder: Path, k: int) -> dict[str, torch.Tensor]:
-    return load_policy(checkpoint_folder(folder, k) / "policy").policy.state_dict()
 
 
 @SHARED
 @pytest.mark.parametrize("label", [r[0] for r in RUNS])
 def test_ranks_train_what_one_process_trains(label: str, alone: Path, together: tuple[str, Path]) -> None:
     strategy, out = together
-    last = len(read_json(alone / label / "manifest.json")["checkpoints"]) - 1
-    one, two = weights(alone / label, last), weights(out / label, last)
-    base = load_policy(read_json(alone / label / "manifest.json")["base"]["path"]).policy.state_dict()
-    assert one.keys() == two.keys()
-    difference = max(float((one[n] - two[n]).abs().max()) for n in one)
-    moved = max(float((one[n] - base[n]).abs().max()) if n in base else 1.0 for n in one)
+    difference, moved = difference_and_move(alone / label, out / label)
     print(f"parity {strategy} {label}: largest difference {difference:.1e}, largest move {moved:.1e}")  # pytest -s
     assert moved > 1e-3
-    assert difference < 5e-6, difference
+    assert difference < TOLERANCE.get(label, 5e-6), difference
+
+
+@SHARED
+def test_ranks_make_the_same_collective_calls(together: tuple[str, Path]) -> None:
+    """The same functions with the same sizes and types in the same order: none depends on the rank."""
+    strategy, out = together
+    first, second = (read_json(out / f"collectives-{rank}.json") for rank in (0, 1))
+    assert first.keys() == second.keys() == {r[0] for r in RUNS}
+    for label in first:
+        assert first[label] == second[label], label
+        steps = len(events(out / label, "step"))
+        sums = [call for call in first[label] if call[0] in ("all_reduce", "reduce", "reduce_scatter_tensor")]
+        assert len(sums) >= steps > 0, label  # at least the gradients' of every step
+    if strategy == "zero2":  # DeepSpeed's own calls are among them: the stepped parts of the weights
+        assert any(call[0] in ("all_gather", "all_gather_into_tensor") for call in first["seqfft"])
 
 
 def events(folder: Path, *names: str) -> list[dict[str, Any]]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from clbench.algorithms.build import build_algorithm
-from clbench.algorithms.er import replaced_positions
+from clbench.algorithms.er import ER, replaced_positions
+from clbench.algorithms.hooks import Context, Plan
 from clbench.checkpoints.run_folder import checkpoint_folder
 from clbench.data.frames import Batch, TaskFrames, packed, unpacked
 from clbench.data.replay import ReplayMemory, ReservoirMemory
@@ -131,6 +132,26 @@ def test_a_reservoir_that_is_not_full_keeps_all_and_survives_saving() -> None:
     for m in (memory, again):
         m.store(1, torch.zeros(60, dtype=torch.int64), g(1))
     assert torch.equal(memory.slots, again.slots) and len(again) == 50
+
+
+def test_every_phase_of_a_task_replays_draws_of_its_own(
+    toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PackNet trains a task in two phases, each from step 0: the second does not repeat the first's replay."""
+    drawn: dict[tuple[int, str], list[torch.Tensor]] = {}
+    original = ER.plan_batch
+
+    def plan_batch(self: ER, ctx: Context, step: int) -> Plan | None:
+        plan = original(self, ctx, step)
+        if plan is not None:
+            drawn.setdefault((ctx.k, ctx.phase), []).append(plan.refs)
+        return plan
+
+    monkeypatch.setattr(ER, "plan_batch", plan_batch)
+    train(toy_config(toy_data, {"name": ["er", "packnet"]}, f"output_dir={tmp_path}", "dataset.task_order=[0,1]"), "r")
+    assert {key: len(refs) for key, refs in drawn.items()} == {(1, "train"): 4, (1, "retrain"): 4}
+    for step in range(4):
+        assert not torch.equal(drawn[1, "train"][step], drawn[1, "retrain"][step])
 
 
 @pytest.mark.parametrize("selection", ["per_task", "reservoir"])

@@ -252,6 +252,18 @@ def test_runs_with_other_settings_are_not_averaged(tmp_path: Path) -> None:
     assert "settings of the algorithm differ" in page and "er [er_s1]" in page
 
 
+def test_a_run_on_lora_has_a_row_of_its_own(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, seed=s) for s in (0, 1, 2, 3)]
+    for folder, lora in zip(runs, ({}, {"enabled": False}, {"enabled": True}, {"enabled": True}), strict=True):
+        manifest = json.loads((folder / "manifest.json").read_text()) | {"lora": lora}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    index = build_report(runs, bootstrap=0)
+    assert "not averaged" not in index.read_text()
+    table = (index.parent / "table.md").read_text().splitlines()
+    assert [[c.strip() for c in r.split("|")[1:3]] for r in table[2:]] == [["er", "2"], ["er on LoRA", "2"]]
+    assert "er on LoRA" in (index.parent / "table.tex").read_text()
+
+
 def test_one_task_and_a_joint_run_alone(tmp_path: Path) -> None:
     build_report([write_run(tmp_path, tasks=["only"])])
     page = build_report([write_run(tmp_path, "multitask", mode="multitask")]).read_text()

@@ -1,0 +1,99 @@
+"""What the parity tests share (test_ranks.py on CPU ranks, test_gpu.py on GPUs): the runs, and ways to train them.
+
+fp32 and plain SGD: under AdamW, parameters whose true gradient is zero amplify rounding.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clbench.checkpoints.policy_io import load_policy
+from clbench.checkpoints.run_folder import checkpoint_folder
+from clbench.io import read_json
+from clbench.launch import free_port
+from clbench.training.trainer import train
+from tests.algorithm_cases import MEMORY, SMALL_CLARE, SMALL_MIR
+from tests.toy import toy_config
+
+ROOT = Path(__file__).resolve().parents[1]
+PLAIN = (
+    "train.optimizer.name=sgd", "train.optimizer.lr=0.05", "train.optimizer.weight_decay=0", "dataset.task_order=[0,1]",
+)  # fmt: skip
+LORA = ("lora.enabled=true", "lora.rank=2")
+HALVES = ("train.gradient_accumulation=2",)
+ParityRun = tuple[str, dict[str, Any], tuple[str, ...]]  # label, algorithm section, own overrides
+RUNS: list[ParityRun] = [
+    ("seqfft", {"name": "seqfft"}, HALVES),
+    ("seqlora", {"name": "seqlora"}, ("lora.rank=2",)),
+    ("er", {"name": "er", **MEMORY}, HALVES),
+    ("er-append", {"name": "er", **MEMORY, "mode": "append"}, ()),
+    ("mir", {"name": "mir", **SMALL_MIR, "mir_refresh_interval": 2}, HALVES),
+    ("ewc", {"name": "ewc", "ewc_lambda": 10.0, "fisher_batches": 2}, HALVES),
+    ("packnet", {"name": "packnet", "prune_ratio": 0.5}, HALVES),
+    ("clare", {"name": "clare", **SMALL_CLARE}, ()),
+    ("multitask", {"name": "multitask"}, ()),
+    ("singletask", {"name": "singletask"}, ()),
+    ("er+ewc-lora", {"name": ["er", "ewc"], **MEMORY, "ewc_lambda": 10.0, "fisher_batches": 2}, LORA),
+    ("er-bf16", {"name": "er", **MEMORY}, ("train.mixed_precision=bf16",)),
+]
+STRATEGIES = ["ddp", pytest.param("zero2", marks=pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="DeepSpeed is not installed"))]  # fmt: skip
+
+
+def overrides(own: Sequence[str], device: str = "cpu") -> list[str]:
+    return [*PLAIN, f"train.device={device}", *own]
+
+
+def train_alone(runs: Sequence[ParityRun], toy_data: Path, out: Path, device: str = "cpu") -> None:
+    """The runs, by this process."""
+    for label, section, own in runs:
+        train(toy_config(toy_data, section, f"output_dir={out}", *overrides(own, device)), label)
+
+
+def train_together(runs: Sequence[ParityRun], toy_data: Path, out: Path, strategy: str, device: str = "cpu") -> None:
+    """The runs, by one pair of ranks."""
+    listed = json.dumps([(label, section, overrides(own, device)) for label, section, own in runs])
+    port = free_port()
+    ranks = [_start(r, port, [str(toy_data), str(out), strategy, listed]) for r in range(2)]
+    try:
+        printed = [p.communicate(timeout=600)[0] for p in ranks]
+    finally:
+        for p in ranks:
+            p.kill()
+    assert [p.returncode for p in ranks] == [0, 0], "\n".join(printed)
+
+
+def _start(rank: int, port: int, arguments: list[str]) -> subprocess.Popen[str]:
+    environment = {
+        **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "CLBENCH_RANKS": "2",
+    }  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.rank_worker", *arguments], cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def weights(folder: Path, k: int) -> dict[str, torch.Tensor]:
+    return load_policy(checkpoint_folder(folder, k) / "policy").policy.state_dict()
+
+
+def difference_and_move(one: Path, other: Path) -> tuple[float, float]:
+    """The largest difference between two runs' last weights, and the largest move of one of them from its base."""
+    manifest = read_json(one / "manifest.json")
+    last = len(manifest["checkpoints"]) - 1
+    a, b = weights(one, last), weights(other, last)
+    base = load_policy(manifest["base"]["path"]).policy.state_dict()
+    assert a.keys() == b.keys()
+    difference = max(float((a[n] - b[n]).abs().max()) for n in a)
+    return difference, max(float((a[n] - base[n]).abs().max()) if n in base else 1.0 for n in a)
