@@ -1,9 +1,13 @@
-"""The one exception type that means "the user can mend this"."""
+"""The exception type that means "the user can mend this", and the one that means "stopped, to be continued"."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+
+# The exit status of a command that a signal stopped in good order: run again, it continues. This is EX_TEMPFAIL of
+# sysexits.h, on which schedulers can requeue.
+RESUME_EXIT = 75
 
 
 class UserError(ValueError):
@@ -11,6 +15,10 @@ class UserError(ValueError):
 
     The command line prints the message alone and exits with status 2; `--debug` adds the traceback.
     """
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked to stop; what was done is kept. The command line prints the message, exits with RESUME_EXIT."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -1,0 +1,231 @@
+"""One writer per folder: a lock that its holder's death frees, and that says who holds it. Standard library only.
+
+    with held(run_folder / "eval", "evaluation"):
+        ...
+
+FOLDER/.evaluation.lock is locked by the operating system (`flock`) and names its holder: host, process, time, command.
+Released, it is removed. A holder that was killed leaves the file behind, but not the lock, so the next one takes over.
+Where a file system has no `flock` (ENOLCK, EOPNOTSUPP, ENOSYS; some network mounts), the file alone is the lock: its
+holder counts as dead when its process is gone from this machine. From another machine nothing can be told, neither
+there nor where `flock` reaches no further than one machine: its file is respected until someone removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import functools
+import json
+import os
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from clbench.errors import UserError
+
+NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
+TRIES = 100  # at a file that is being taken or given back this very moment
+SETTLE_S = 0.1  # without flock: longer than two processes need to find the same dead holder
+
+_held: dict[int, int] = {}  # descriptors of the lock files that this process holds → its pid
+
+
+@contextlib.contextmanager
+def held(folder: Path | str, what: str) -> Iterator[None]:
+    """Be the only `what` ("training", "evaluation") in `folder`, which is made if need be, while the block runs.
+
+    A process started inside the block does not hold the lock, so nothing that outlives this process keeps it.
+
+    Raises:
+        UserError: another process holds it (the message says who, since when, what to do), or the folder is not
+            writable.
+    """
+    path = Path(folder) / f".{what}.lock"
+    _hook_forks()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _take(path, what)
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}. Choose a writable folder with free space.") from e
+    _held[descriptor] = os.getpid()
+    try:
+        yield
+    finally:
+        if _held.pop(descriptor, None) == os.getpid():  # a forked child that comes by here holds nothing
+            if _same_file(descriptor, path):
+                path.unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+@functools.cache
+def _hook_forks() -> None:
+    """A forked child (a loader process) closes its copies, or a lock would outlive this process in it."""
+    os.register_at_fork(after_in_child=_let_go)
+
+
+def _let_go() -> None:
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+def _take(path: Path, what: str) -> int:
+    """Return the descriptor of the lock file, locked and with this process named in it."""
+    for _ in range(TRIES):
+        try:
+            descriptor, new = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), True
+        except FileExistsError:
+            try:
+                descriptor, new = os.open(path, os.O_RDWR), False
+            except FileNotFoundError:
+                continue
+        try:
+            if _try(descriptor, path, what, new):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+        time.sleep(0.01)
+    raise UserError(f"{path} changes hands all the time: another {what} runs here. Try again when it has ended.")
+
+
+def _try(descriptor: int, path: Path, what: str, new: bool) -> bool:
+    """Lock the open lock file; False when it was removed meanwhile. Raises UserError when another holds it."""
+    locked = _flock(descriptor)
+    owner = _read(descriptor)
+    if locked is False or (owner and not _is_gone(owner, locked is True)) or (locked is None and not (owner or new)):
+        if not _same_file(descriptor, path):
+            return False
+        raise UserError(_refusal(path, what, owner))
+    if not _same_file(descriptor, path):
+        return False
+    if owner:
+        print(f"note: {_name(owner)} is gone and left {path} behind; taking over.", file=sys.stderr)
+    if locked is None and not new:
+        path.unlink(missing_ok=True)  # and make a new one, which only one process can
+        return False
+    _write(descriptor, path)
+    if locked is None:
+        time.sleep(SETTLE_S)  # for a process that took this file for the one of the dead holder, and removes it
+    return _same_file(descriptor, path)
+
+
+def _flock(descriptor: int) -> bool | None:
+    """True: locked; False: another process holds it; None: this file system has no such locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as e:
+        if e.errno in NO_LOCKS:
+            return None
+        raise
+    return True
+
+
+def _same_file(descriptor: int, path: Path) -> bool:
+    try:
+        there, here = path.stat(), os.fstat(descriptor)
+    except FileNotFoundError:
+        return False
+    return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
+
+
+def _write(descriptor: int, path: Path) -> None:
+    """Name this process in the file. A file that cannot be written is not left behind."""
+    owner = {
+        "host": socket.gethostname(),
+        "boot": _boot(),
+        "pid": os.getpid(),
+        "started": _start_of(os.getpid()),
+        "time": time.time(),
+        "command": shlex.join(sys.orig_argv),
+    }
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, (json.dumps(owner) + "\n").encode(), 0)
+        os.fsync(descriptor)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _read(descriptor: int) -> dict[str, Any]:
+    """The holder that the file names; {} in a new file, or one whose writer was killed over it."""
+    try:
+        owner = json.loads(os.pread(descriptor, 1 << 20, 0))
+    except ValueError:
+        return {}
+    return owner if isinstance(owner, dict) and isinstance(owner.get("pid"), int) else {}
+
+
+def _is_gone(owner: dict[str, Any], locked: bool) -> bool:
+    """Whether the holder that the file names has ended. `locked`: we have the file's lock, so nobody here has it."""
+    if not _is_here(owner):
+        return owner.get("host") == socket.gethostname()  # this machine, before it was started anew
+    if locked:
+        return True
+    try:
+        os.kill(owner["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False  # another user's
+    return _start_of(owner["pid"]) != owner.get("started")  # the same number, given to another process since
+
+
+def _is_here(owner: dict[str, Any]) -> bool:
+    """Whether the holder ran on this machine, since it was started last."""
+    boot = _boot()
+    return owner.get("boot") == boot if boot else owner.get("host") == socket.gethostname()
+
+
+def _boot() -> str | None:
+    """What tells this machine, since it was started, from others. Containers on it share it."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+
+
+def _start_of(pid: int) -> int | None:
+    """When a process started, in clock ticks since the machine did; None where that cannot be read."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return int(text.rpartition(")")[2].split()[19])  # field 22; the second, the program's name, may hold anything
+
+
+def _name(owner: dict[str, Any]) -> str:
+    return f"process {owner['pid']} on {owner.get('host')}"
+
+
+def _refusal(path: Path, what: str, owner: dict[str, Any]) -> str:
+    """Who holds the lock, since when, and what to do about it."""
+    if not owner:
+        return (
+            f"{path.parent} is in use by another {what} that is just starting: wait for it to end. If there is none, "
+            f"remove the lock: rm {shlex.quote(str(path))}"
+        )
+    began = owner.get("time")
+    since = f", since {_when(began)}" if isinstance(began, int | float) else ""
+    text = f"{path.parent} is in use by another {what}: {_name(owner)}{since} ({owner.get('command')}). "
+    if _is_here(owner):
+        return text + f"Wait for it to end, or end it: kill {owner['pid']}"
+    return (
+        text + "It cannot be seen from this machine whether it still runs there. If not, remove the lock: "
+        f"rm {shlex.quote(str(path))}"
+    )
+
+
+def _when(seconds: float) -> str:
+    age = max(0.0, time.time() - seconds)
+    unit, size = next(((u, s) for u, s in (("days", 86400), ("h", 3600), ("min", 60)) if age >= 2 * s), ("s", 1))
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(seconds))}, {age / size:.0f} {unit} ago"
