@@ -96,7 +96,7 @@ def test_it_is_given_back_and_taken_again(tmp_path: Path, locks: str, capsys: py
 
 def test_a_forked_child_does_not_keep_it(tmp_path: Path, holder: Holder) -> None:
     """As a loader process of a killed training would: it lives on, and the lock is free."""
-    process = holder(tmp_path, "import os; pid = os.fork(); pid and print(pid, flush=True); time.sleep(60)")
+    process = holder(tmp_path, "import os; os.fork() or print(os.getpid(), flush=True); time.sleep(60)")
     assert process.stdout is not None
     child = int(process.stdout.readline())
     try:
