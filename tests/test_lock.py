@@ -19,9 +19,7 @@ import pytest
 from clbench.errors import UserError
 from clbench.lock import held
 
-HOLDER = (
-    "import sys, time; from clbench.lock import held\nwith held(sys.argv[1], 'job'): print('has it', flush=True); "
-)
+HOLDER = "import sys, time; from clbench.lock import held\nwith held(sys.argv[1], 'job'): print('has it', flush=True); "
 Holder = Callable[..., "subprocess.Popen[str]"]
 
 
