@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clbench import __version__
-from clbench.errors import UserError
+from clbench.errors import RESUME_EXIT, Interrupted, UserError
 
 if TYPE_CHECKING:
     from clbench.config.schema import Config
@@ -96,7 +96,7 @@ def _axes(p: argparse.ArgumentParser, algo: bool = True) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. 0: done; 2: the user can mend it (one message); 130: interrupted."""
+    """Entry point. 0: done; 2: the user can mend it (one message); 75: stopped in good order; 130: interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     overrides: list[str] = []
     if "--" in argv:
@@ -121,6 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = " ".join(f"{type(e).__name__}: {e}".split())
         print(f"clbench: unexpected error, {text} (--debug shows where; please report it)", file=sys.stderr)
         return 1
+    except Interrupted as e:
+        print(f"clbench: {e}", file=sys.stderr)
+        return RESUME_EXIT
     except KeyboardInterrupt:
         print("clbench: interrupted", file=sys.stderr)
         return 130
@@ -314,7 +317,7 @@ def _pretrain(args: argparse.Namespace, overrides: list[str]) -> int:
 def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     from clbench.checkpoints.run_folder import run_folder
     from clbench.config.compose import override
-    from clbench.evaluation.evaluate import evaluate, run_config
+    from clbench.evaluation.evaluate import CellsFailed, evaluate, run_config
 
     folder = run_folder(args.run_id)
     for item in overrides:
@@ -333,7 +336,11 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     ]
     config = override(run_config(folder), overrides)
     output = Path(args.output_base) / folder.name if args.output_base else None
-    matrix = evaluate(folder, config, output, progress=config.log.progress != "quiet")
+    try:
+        matrix = evaluate(folder, config, output, progress=config.log.progress != "quiet")
+    except CellsFailed as e:
+        _print_matrix(e.matrix)
+        raise
     _print_matrix(matrix)
     print(f"matrix: {(output or folder) / 'eval' / 'matrix.json'}")
     return 0
