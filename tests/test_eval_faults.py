@@ -75,6 +75,7 @@ def start(run: Path, out: Path, *overrides: str, faults: dict[str, str] | None =
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
@@ -223,10 +224,14 @@ def stuck(run: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     finish(process)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
 def test_two_evaluations_and_a_signal(
-    run: Path, undisturbed: Files, tmp_path: Path, stuck: subprocess.Popen[str]
+    run: Path, undisturbed: Files, tmp_path: Path, stuck: subprocess.Popen[str], number: signal.Signals
 ) -> None:
-    """The second one is refused and told by whom; the first one stops on SIGTERM, and can be continued."""
+    """The second one is refused and told by whom; the first one stops on a signal, and can be continued.
+
+    Its processes get the signal too, as from a terminal or a scheduler.
+    """
     second = finish(start(run, tmp_path))
     assert second.returncode == 2
     (line,) = second.stderr.splitlines()
@@ -234,13 +239,13 @@ def test_two_evaluations_and_a_signal(
 
     workers = children(stuck)
     assert workers
-    stuck.send_signal(signal.SIGTERM)
+    os.killpg(stuck.pid, number)
     began = time.monotonic()
     done = finish(stuck)
     assert done.returncode == RESUME_EXIT and time.monotonic() - began < 10
     assert "evaluating" in done.stderr.splitlines()[0]
     (line,) = done.stderr.splitlines()[1:]
-    assert "stopped by SIGTERM. Finished episodes are kept" in line
+    assert f"stopped by {number.name}. Finished episodes are kept" in line
     assert ended(workers)
     assert not list(evaluation(tmp_path).glob(".*"))
     kept = recorded(tmp_path)
