@@ -35,6 +35,7 @@ from clbench.errors import UserError
 from clbench.evaluation.evaluate import _jobs, _play
 from clbench.evaluation.records import BASE, CellFile
 from clbench.evaluation.worker import Settings
+from clbench.stopping import Stop
 from clbench.streams.stream import Task, build_stream, pretraining_tasks
 
 AIM = 1.8
@@ -127,7 +128,7 @@ def evaluator(config: Config, policy: Path, episodes: list[dict[str, Any]], work
         files: dict[tuple[int, int], CellFile] = {(BASE, j): TimedCell(Path(name), BASE, j, played) for j in columns}
         began = time.monotonic()
         jobs = _jobs({BASE: episodes}, Path(name), {"base": {"path": str(policy)}}, workers)
-        _play(jobs, settings, workers, files, len(episodes), progress=False)
+        _play(jobs, settings, workers, files, {}, len(episodes), False, Stop())
         played.whole = time.monotonic() - began
     return played
 

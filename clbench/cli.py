@@ -98,7 +98,7 @@ def _axes(p: argparse.ArgumentParser, algo: bool = True) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. 0: done; 2: the user can mend it (one message); 75: stopped and saved; 130: interrupted."""
+    """Entry point. 0: done; 2: the user can mend it (one message); 75: stopped in good order; 130: interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     overrides: list[str] = []
     if "--" in argv:
@@ -307,11 +307,11 @@ def _init_from(text: str) -> str:
 
 def _pretrain(args: argparse.Namespace, overrides: list[str]) -> int:
     config, _ = _compose(args, overrides, "seqfft")
+    from clbench.stopping import stoppable
     from clbench.training.backend import Backend
     from clbench.training.pretrain import ensure_base
-    from clbench.training.stop import StopRequest
 
-    with StopRequest() as stop:
+    with stoppable() as stop:
         folder, _ = ensure_base(config, Backend(config.train), stop, config.log.progress)
     print(folder)
     return 0
@@ -320,7 +320,7 @@ def _pretrain(args: argparse.Namespace, overrides: list[str]) -> int:
 def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     from clbench.checkpoints.run_folder import run_folder
     from clbench.config.compose import override
-    from clbench.evaluation.evaluate import evaluate, run_config
+    from clbench.evaluation.evaluate import CellsFailed, evaluate, run_config
 
     folder = run_folder(args.run_id)
     for item in overrides:
@@ -339,7 +339,11 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     ]
     config = override(run_config(folder), overrides)
     output = Path(args.output_base) / folder.name if args.output_base else None
-    matrix = evaluate(folder, config, output, progress=config.log.progress != "quiet")
+    try:
+        matrix = evaluate(folder, config, output, progress=config.log.progress != "quiet")
+    except CellsFailed as e:
+        _print_matrix(e.matrix)
+        raise
     _print_matrix(matrix)
     print(f"matrix: {(output or folder) / 'eval' / 'matrix.json'}")
     return 0

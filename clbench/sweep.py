@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from clbench.config.compose import check_keys, compose, load_yaml
 from clbench.config.schema import Config
-from clbench.errors import UserError, nearest
+from clbench.errors import RESUME_EXIT, UserError, nearest
 from clbench.io import read_json
 from clbench.paths import CONFIG_ROOT, results_root
 from clbench.registry import algorithm_names
@@ -193,7 +193,7 @@ def _call(arguments: Sequence[str], log: Path) -> bool:
         process.terminate()
         process.wait()
         raise
-    if code == 130:
+    if code in (130, RESUME_EXIT):
         raise KeyboardInterrupt
     return code == 0
 

@@ -16,6 +16,9 @@
 #   -- key=value ... overrides of the eval section, e.g. -- eval.slots=16
 #   -h, --help       this text
 #
+# Exit status: 0 done; 2 the message says what is wrong (simulators that failed again and again included);
+# 75 stopped by SIGTERM or SIGINT. The same command continues after any of them, and after kill -9.
+#
 # Next: scripts/compute_cl_matrix_metrics.py results/RUN, and clbench report RUN [RUN ...]
 set -euo pipefail
 

@@ -23,8 +23,8 @@ from clbench.io import read_json, read_jsonl
 from clbench.policies.loss import PolicyLoss
 from clbench.registry import ALGORITHMS
 from clbench.seeding import generator
+from clbench.stopping import Stop
 from clbench.streams.stream import build_stream
-from clbench.training.stop import StopRequest
 from clbench.training.trainer import train
 from tests.algorithm_cases import CASES, Case
 from tests.same import assert_same_run, files
@@ -130,7 +130,7 @@ def test_stopped_anywhere_and_resumed_equals_uninterrupted(
     """Asked to stop again and again, every few steps: in every phase, at its first steps, middle and last."""
     case, folder = trained
     asked = itertools.cycle([*[""] * (every - 1), "a test"])
-    monkeypatch.setattr(StopRequest, "reason", property(lambda self: next(asked)))
+    monkeypatch.setattr(Stop, "reason", property(lambda self: next(asked)))
     config = toy_config(toy_data, case.section, f"output_dir={tmp_path}", *case.overrides)
     stopped = []
     for _ in range(200):

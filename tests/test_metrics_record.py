@@ -211,6 +211,26 @@ def test_other_bad_paths(tmp_path: Path, run_folder: Path) -> None:
         load_record(run_folder)
 
 
+def test_cells_that_were_given_up_are_not_evaluated(run_folder: Path) -> None:
+    """Whatever the matrix says, which may be older; and nothing is made of the episodes behind a gap."""
+    failed = [{"k": 1, "j": 2, "reason": "it hung"}, {"k": -1, "j": 0, "reason": "it died"}]
+    write(run_folder / "eval/failures.json", json.dumps([{**f, "attempts": 3} for f in failed]))
+    cell = run_folder / "eval/cells/k00_j00.jsonl"
+    lines = cell.read_text().splitlines(keepends=True)
+    cell.write_text("".join(lines[:3] + lines[5:]))
+    record = load_record(run_folder)
+    assert np.isnan(record.success[1, 2]) and record.base is not None and np.isnan(record.base[0])
+    assert np.isnan(record.success).sum() == np.isnan(record.base).sum() == 1
+    assert (1, 2) not in record.outcomes and (-1, 0) not in record.outcomes
+    notes = [n for n in record.notes if "could not be evaluated" in n]
+    assert len(notes) == 2 and "k01_j02 (c)" in notes[0] and "it hung (3 attempts)" in notes[0]
+    assert list(record.outcomes[0, 0]) == [1000, 1001, 1002]
+    assert record.episodes is not None and record.episodes[0, 0] == 3
+    write(run_folder / "eval/failures.json", "[1]")
+    with pytest.raises(UserError, match=r"failures\.json"):
+        load_record(run_folder)
+
+
 # ----------------------------------------------------------------------------------------- command lines
 
 

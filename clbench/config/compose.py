@@ -283,6 +283,8 @@ def check_values(c: Config) -> None:
     need(len(set(e.views)) == len(e.views), "eval.views names a view twice")
     need(e.slots >= 1, "eval.slots must be at least 1")
     need(e.workers is None or e.workers >= 1, "eval.workers must be at least 1 (or null)")
+    need(0 < e.step_timeout_s < math.inf, "eval.step_timeout_s must be positive")
+    need(0 <= e.retries <= 1000, "eval.retries must be between 0 and 1000")
     need(e.steps_after_success >= 0, "eval.steps_after_success must not be negative")
     need(c.lora.rank >= 1, f"lora.rank must be at least 1, is {c.lora.rank}")
     need(c.lora.alpha >= 1, f"lora.alpha must be at least 1, is {c.lora.alpha}")

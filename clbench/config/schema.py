@@ -158,6 +158,10 @@ class EvalConfig:
         views: other views of the same checkpoints, where the algorithm has any (packnet: task_id, no_task_id); each is
             stored in eval/views/NAME.
         heldout_episodes: episodes per pretraining task of the base, for the base and the last checkpoint (0 = none).
+        step_timeout_s: after so long in one step or reset a simulator counts as hanging (building it may take ten
+            times that); its process is replaced.
+        retries: how often episodes of one cell are played again because the simulator raised, died or hung, before
+            the cell is given up.
     """
 
     episodes: int = 20
@@ -170,6 +174,8 @@ class EvalConfig:
     random_row: bool = False
     views: list[str] = field(default_factory=list)
     heldout_episodes: int = 0
+    step_timeout_s: float = 120.0
+    retries: int = 2
 
 
 @dataclass

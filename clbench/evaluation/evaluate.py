@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
-import queue
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +16,33 @@ from clbench.checkpoints.run_folder import checkpoint_folder, describe_columns, 
 from clbench.config.compose import check_keys, load_yaml, to_config
 from clbench.config.schema import Config
 from clbench.envs.base import EVAL_SEED_BASE
-from clbench.errors import UserError
-from clbench.evaluation.records import BASE, RANDOM, CellFile, build_matrix
-from clbench.evaluation.worker import Job, Settings, work
+from clbench.errors import Interrupted, UserError
+from clbench.evaluation.crew import Cell, Crew
+from clbench.evaluation.records import (
+    BASE,
+    RANDOM,
+    CellFile,
+    build_matrix,
+    cell_name,
+    read_failures,
+    write_failures,
+)
+from clbench.evaluation.worker import Job, Settings
 from clbench.io import read_json, write_json
+from clbench.lock import held
+from clbench.stopping import Stop, stoppable
 from clbench.streams.stream import pretraining_tasks
+
+
+class CellsFailed(UserError):
+    """Cells were given up, for their simulators failed again and again; everything else is done.
+
+    `matrix`: as in matrix.json; the failed cells are null.
+    """
+
+    def __init__(self, message: str, matrix: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.matrix = matrix
 
 
 def run_config(folder: Path) -> Config:
@@ -65,8 +85,16 @@ def evaluate(folder: Path, config: Config, output: Path | None = None, progress:
         The matrix, as in matrix.json.
 
     Raises:
-        UserError: no checkpoint yet, records of another setting in the way, or a worker that failed.
+        UserError: no checkpoint yet, records of another setting in the way, another evaluation at work in that folder,
+            a folder that cannot be written, or a worker that failed.
+        CellsFailed: all is done and written but cells whose simulator failed more than `eval.retries` times.
+        Interrupted: SIGINT or SIGTERM; finished episodes are kept.
     """
+    with stoppable() as stop:
+        return _evaluate(folder, config, output, progress, stop)
+
+
+def _evaluate(folder: Path, config: Config, output: Path | None, progress: bool, stop: Stop) -> dict[str, Any]:
     manifest = read_manifest(folder)
     e = config.eval
     views = _view_overrides(config)
@@ -80,23 +108,42 @@ def evaluate(folder: Path, config: Config, output: Path | None = None, progress:
             f"warning: run {folder.name} has {rows} of {len(manifest['checkpoints'])} checkpoints; evaluating those.",
             file=sys.stderr,
         )
-    columns = manifest["visits"]
-    run = _Run(folder, manifest, config, rows, progress)
-    cells = wanted_cells(manifest["mode"], e.cells, rows, len(columns))
-    extra = [(BASE, j) for j in range(len(columns))] if e.base_row else []
-    extra += [(RANDOM, j) for j in range(len(columns))] if e.random_row else []
-    matrix = run.fill(out, columns, cells + extra, e.episodes, range(rows))
-    for name, overrides in views.items():
-        seen = replace(config, algorithm={**config.algorithm, **overrides})
-        view = _Run(folder, manifest, seen, rows, progress)
-        view.fill(out / "views" / name, columns, cells, e.episodes, range(rows))
-    if e.heldout_episodes:
-        pairs = [(k, j) for k in (BASE, rows - 1) for j in range(len(heldout))]
-        run.fill(out / "heldout", heldout, pairs, e.heldout_episodes, [rows - 1], first_id=len(columns))
-    if rows == len(manifest["checkpoints"]):  # for `clbench sweep`: what was asked for is there
-        asked = {"cells": e.cells, "episodes": e.episodes, "views": e.views, "heldout_episodes": e.heldout_episodes}
-        write_json(out / "complete.json", asked)
+    with held(out, "evaluation"):
+        for left in out.rglob(".*.tmp"):  # of an evaluation that was killed while it wrote a file
+            left.unlink()
+        columns = manifest["visits"]
+        run = _Run(folder, manifest, config, rows, progress, stop)
+        cells = wanted_cells(manifest["mode"], e.cells, rows, len(columns))
+        extra = [(BASE, j) for j in range(len(columns))] if e.base_row else []
+        extra += [(RANDOM, j) for j in range(len(columns))] if e.random_row else []
+        matrix = run.fill(out, columns, cells + extra, e.episodes, range(rows))
+        for name, overrides in views.items():
+            seen = replace(config, algorithm={**config.algorithm, **overrides})
+            view = replace(run, config=seen)
+            view.fill(out / "views" / name, columns, cells, e.episodes, range(rows))
+        if e.heldout_episodes:
+            pairs = [(k, j) for k in (BASE, rows - 1) for j in range(len(heldout))]
+            run.fill(out / "heldout", heldout, pairs, e.heldout_episodes, [rows - 1], first_id=len(columns))
+        complete = out / "complete.json"
+        if run.failed:
+            complete.unlink(missing_ok=True)
+            raise CellsFailed(_failed_cells(run.failed), matrix)
+        if rows == len(manifest["checkpoints"]):  # for `clbench sweep`: what was asked for is there
+            asked = {"cells": e.cells, "episodes": e.episodes, "views": e.views, "heldout_episodes": e.heldout_episodes}
+            write_json(complete, asked)
     return matrix
+
+
+def _failed_cells(failed: list[tuple[Path, dict[str, Any]]]) -> str:
+    """The one message about cells that were given up."""
+    first, about = failed[0]
+    others = f"; {len(failed) - 1} more in failures.json" if len(failed) > 1 else ""
+    return (
+        f"{len(failed)} cell{'s' if len(failed) > 1 else ''} could not be evaluated: "
+        f"{first / 'cells' / cell_name(about['k'], about['j'])} ({about['task']}): {about['reason']} (episode "
+        f"{about['episode']}, {about['attempts']} attempts{others}). All others are done. A failed cell is null in its "
+        "matrix; the same command tries it again."
+    )
 
 
 def _view_overrides(config: Config) -> dict[str, dict[str, Any]]:
@@ -122,13 +169,15 @@ def heldout_columns(manifest: dict[str, Any], config: Config) -> list[dict[str, 
 
 @dataclass
 class _Run:
-    """A run under evaluation. `fill` plays what a matrix lacks."""
+    """A run under evaluation. `fill` plays what a matrix lacks; `failed` collects (its folder, the cell) given up."""
 
     folder: Path
     manifest: dict[str, Any]
     config: Config
     rows: int
     progress: bool
+    stop: Stop
+    failed: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
 
     def fill(
         self,
@@ -170,20 +219,35 @@ class _Run:
         workers = e.workers or max(1, min(2, os.cpu_count() or 1))
         jobs = _jobs(missing, self.folder, self.manifest, workers)
         total = sum(len(job.episodes) for job in jobs)
-        started = time.monotonic()
+        failed: dict[Cell, dict[str, Any]] = {}
         if total:
             print(f"evaluating {total} episodes in {workers} processes → {out}", file=sys.stderr, flush=True)
             settings = Settings(self.config, e.slots, e.steps_after_success, self.config.train.device, threads=1)
-            _play(jobs, settings, workers, files, total, self.progress)
+            before, started = _episodes(files), time.monotonic()
+            try:
+                _play(jobs, settings, workers, files, failed, total, self.progress, self.stop)
+            except Interrupted:
+                _add_summary(out, time.monotonic() - started, _episodes(files) - before, workers)
+                raise
+            seconds, played = time.monotonic() - started, _episodes(files) - before
         for k, j in cells:
             source = first[columns[j]["task"]]
             if source != j and (k, source) in files:
                 files[k, j].rows = {n: {**r, "j": j} for n, r in files[k, source].rows.items()}
+                if (k, source) in failed:
+                    failed[k, j] = {**failed[k, source], "j": j}
             files[k, j].sort()
-        matrix = build_matrix(out, [c["task"] for c in columns], shown)
+        given_up = {**{c: f for c, f in read_failures(out).items() if c not in files}, **failed}
+        write_failures(out, given_up)
+        self.failed += [(out, failed[cell]) for cell in sorted(failed)]
+        matrix = build_matrix(out, [c["task"] for c in columns], shown, failed=given_up)
         if total:
-            _add_summary(out, time.monotonic() - started, total, workers)
+            _add_summary(out, seconds, played, workers)
         return matrix
+
+
+def _episodes(files: dict[Cell, CellFile]) -> int:
+    return sum(len(f.rows) for f in files.values())
 
 
 def _check_settings(
@@ -223,20 +287,13 @@ def _play(
     jobs: list[Job],
     settings: Settings,
     workers: int,
-    files: dict[tuple[int, int], CellFile],
+    files: dict[Cell, CellFile],
+    failed: dict[Cell, dict[str, Any]],
     total: int,
     progress: bool,
+    stop: Stop,
 ) -> None:
-    context = mp.get_context("spawn")
-    todo, results = context.Queue(), context.Queue()
-    for job in jobs:
-        todo.put(job)
-    count = min(workers, len(jobs))
-    for _ in range(count):
-        todo.put(None)
-    processes = [context.Process(target=work, args=(todo, results, settings), daemon=True) for _ in range(count)]
-    previous = {n: os.environ.get(n) for n in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    os.environ.update(OMP_NUM_THREADS=str(settings.threads), MKL_NUM_THREADS=str(settings.threads))
+    """Play jobs; record episodes in `files`, cells that were given up in `failed`, as failures.json has them."""
     bar = tqdm(
         total=total,
         desc="episodes",
@@ -244,45 +301,21 @@ def _play(
         disable=not progress,
         mininterval=1 if sys.stderr.isatty() else 15,
     )
-    ended = successes = 0
+    successes = 0
+
+    def record(row: dict[str, Any]) -> None:
+        nonlocal successes
+        files[row["k"], row["j"]].append(row)
+        successes += row["success_once"]
+        bar.update()
+        bar.set_postfix_str(f"success {successes / bar.n:.2f}" if bar.n else "", refresh=False)
+
+    crew = Crew(jobs, settings, workers, record, stop)
     try:
-        for p in processes:
-            p.start()
-        while ended < count:
-            try:
-                message = results.get(timeout=1.0)
-            except queue.Empty:
-                dead = [p for p in processes if p.exitcode not in (None, 0)]
-                if dead:
-                    raise UserError(
-                        f"an evaluation process died (exit status {dead[0].exitcode}; -9 often means out of memory). "
-                        "Finished episodes are kept: run the same command again, with --workers 1 if memory is short."
-                    ) from None
-                continue
-            if message[0] == "episode":
-                row = message[1]
-                files[row["k"], row["j"]].append(row)
-                successes += row["success_once"]
-                bar.update()
-                bar.set_postfix_str(f"success {successes / bar.n:.2f}" if bar.n else "", refresh=False)
-            elif message[0] == "error":
-                if os.environ.get("CLBENCH_DEBUG"):
-                    print(message[2], file=sys.stderr)
-                raise UserError(f"an evaluation process failed: {message[1]}. Finished episodes are kept.")
-            elif message[0] == "end":
-                ended += 1
+        crew.play()
     finally:
         bar.close()
-        for p in processes:
-            if p.is_alive():
-                p.join(timeout=2 if ended == count else 0)
-            if p.is_alive():
-                p.terminate()
-        for name, value in previous.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        failed |= crew.failed
 
 
 def _add_summary(out: Path, seconds: float, episodes: int, workers: int) -> None:

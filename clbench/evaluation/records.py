@@ -2,17 +2,19 @@
 
 eval/cells/k00_j03.jsonl holds the episodes of checkpoint k on task j; base_j03 and random_j03 those of the base and
 of random actions. A file has one writer; it is appended to while episodes end and sorted when its cell is done.
+eval/failures.json lists the cells that were given up; there is none when there are none.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from clbench.errors import UserError
-from clbench.io import read_jsonl, write_json, write_jsonl
+from clbench.io import read_json, read_jsonl, write_json, write_jsonl
 
 BASE, RANDOM = -1, -2  # row numbers of the base and of random actions
 
@@ -31,15 +33,17 @@ class CellFile:
         self.rows: dict[int, dict[str, Any]] = {}
         self._repaired = False
         if self.path.is_file():
-            text = self.path.read_text(encoding="utf-8")
-            self._repaired = bool(text) and not text.endswith("\n")
+            self._repaired = not self.path.read_bytes().endswith(b"\n")
             for row in read_jsonl(self.path):
                 if not isinstance(row, dict) or not isinstance(row.get("episode"), int):
                     raise UserError(f"{self.path} holds a line that is no episode record; move the file away.")
                 self.rows[row["episode"]] = row
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add one episode."""
+        """Add one episode, so that it outlives this process and the machine's.
+
+        Raises UserError when it cannot be written, for example on a full disk.
+        """
         self.rows[row["episode"]] = row
         if self._repaired:  # a torn last line: rewrite instead of appending behind it
             self.sort()
@@ -48,22 +52,78 @@ class CellFile:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as f:
                 f.write(json.dumps(row, allow_nan=False) + "\n")
+                f.flush()
+                os.fsync(f.fileno())
         except OSError as e:
-            raise UserError(f"cannot write {self.path}: {e.strerror}. Finished episodes are kept.") from e
+            raise UserError(
+                f"cannot write {self.path}: {e.strerror}. Finished episodes are kept: mend that, then run the same "
+                "command again."
+            ) from e
 
     def sort(self) -> None:
-        """Rewrite the file in the order of episodes."""
+        """Rewrite the file in the order of episodes; a cell without any gets none."""
+        if not self.rows:
+            return
         self._repaired = False
         write_jsonl(self.path, [self.rows[e] for e in sorted(self.rows)])
 
 
+def counted(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Episodes 0, 1, … up to the first that is missing, in that order.
+
+    Those behind a gap are of an evaluation that did not end. Which ones it has depends on their outcome (a success ends
+    sooner, a failing simulator never), so they do not count until it is continued.
+    """
+    by_number = {row["episode"]: row for row in rows}
+    found: list[Mapping[str, Any]] = []
+    while len(found) in by_number:
+        found.append(by_number[len(found)])
+    return found
+
+
+def read_failures(folder: Path) -> dict[tuple[int, int], dict[str, Any]]:
+    """(k, j) → what failures.json of an eval folder says of a cell that was given up: episode, reason, attempts.
+
+    Raises UserError when the file is damaged.
+    """
+    path = folder / "failures.json"
+    if not path.is_file():
+        return {}
+    listed = read_json(path)
+    if not isinstance(listed, list) or not all(
+        isinstance(f, dict) and isinstance(f.get("k"), int) and isinstance(f.get("j"), int) for f in listed
+    ):
+        raise UserError(f"{path} is no list of cells; move the file away.")
+    return {(f["k"], f["j"]): f for f in listed}
+
+
+def write_failures(folder: Path, failures: Mapping[tuple[int, int], dict[str, Any]]) -> None:
+    """Write failures.json, or remove it when nothing failed."""
+    path = folder / "failures.json"
+    if failures:
+        write_json(path, [failures[cell] for cell in sorted(failures)])
+    else:
+        path.unlink(missing_ok=True)
+
+
 def build_matrix(
-    folder: Path, tasks: list[str], rows: Sequence[int], criterion: str = "success_once"
+    folder: Path,
+    tasks: list[str],
+    rows: Sequence[int],
+    criterion: str = "success_once",
+    failed: Container[tuple[int, int]] = (),
 ) -> dict[str, Any]:
-    """Write matrix.json from the cells of the checkpoints `rows`; a cell without episodes is null."""
+    """Write matrix.json from the cells of the checkpoints `rows`.
+
+    A cell without episodes is null, and so is one of `failed`: its episodes may be the easy ones. "episodes" counts
+    what a rate is of, or what a failed cell has.
+    """
 
     def rate(k: int, j: int) -> tuple[float | None, int]:
-        values = [bool(r[criterion]) for r in CellFile(folder, k, j).rows.values()]
+        found = CellFile(folder, k, j).rows.values()
+        if (k, j) in failed:
+            return None, len(found)
+        values = [bool(r[criterion]) for r in counted(found)]
         return (sum(values) / len(values) if values else None), len(values)
 
     def row(k: int) -> list[tuple[float | None, int]]:

@@ -1,14 +1,30 @@
-"""An evaluation process: takes rows of the matrix, plays their episodes, sends back records."""
+"""An evaluation process: takes rows of the matrix, plays their episodes, sends back records.
+
+A simulator that raises costs one try of its episode. One that takes the process with it, or never returns, is named in
+shared memory, where the parent (crew.py) finds it.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import multiprocessing
 import os
+import signal
 import traceback
+from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+from clbench.stopping import SIGNALS
+
+if TYPE_CHECKING:
+    from clbench.rollout.rollout import Episode
+
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
 @dataclass(frozen=True)
@@ -32,31 +48,79 @@ class Settings:
     threads: int
 
 
-def work(jobs: Any, results: Any, settings: Settings) -> None:
-    """Play jobs until None comes. Sends ("episode", record), ("done", k) and ("error", message, traceback)."""
+class Beat(Protocol):
+    """Three numbers in memory that this process and its parent share: what a parent sees of a process that hangs."""
+
+    def __getitem__(self, i: int) -> int: ...
+
+    def __setitem__(self, i: int, value: int) -> None: ...
+
+
+COUNT, EPISODE, CALL = range(3)  # calls of simulators so far; 1 + the episode of the one going on, 0 = none; which
+CALLS = ("make", "reset", "step")
+
+
+class Reporter:
+    """Tells the parent through shared memory which simulator is being called, and through the pipe which failed."""
+
+    def __init__(self, job: Job, beat: Beat, send: Callable[[tuple[Any, ...]], None], retries: int) -> None:
+        self.beat, self.send, self.retries = beat, send, retries
+        self.numbers = {(e["j"], e["episode"]): i + 1 for i, e in enumerate(job.episodes)}
+        self.failures: Counter[int] = Counter()
+
+    def before(self, episode: Episode, call: str) -> None:
+        self.beat[CALL] = CALLS.index(call)
+        self.beat[COUNT] += 1
+        self.beat[EPISODE] = self.numbers[episode.key]
+
+    def after(self) -> None:
+        self.beat[EPISODE] = 0
+
+    def failed(self, episode: Episode, error: Exception) -> bool:
+        """Report it; drop the task when the parent, who sees no less, gives it up as well."""
+        j, number = episode.key
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        self.send(("failed", j, number, f"the simulator raised {reason}"))
+        self.failures[j] += 1
+        return self.failures[j] > self.retries
+
+
+def work(pipe: Any, beat: Beat, settings: Settings) -> None:
+    """Play jobs that come through `pipe` until None does.
+
+    Sends ("ready",) before each job, ("episode", record), ("failed", j, episode, reason) when a simulator raised, and
+    ("error", message, traceback) before it ends for any other exception.
+    """
+    _belong_to_parent()
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(settings.threads)
     try:
-        import torch
-
-        torch.set_num_threads(settings.threads)
         from clbench.rollout.rollout import SimulatorPool
 
         pool = SimulatorPool()
-        results.put(("ready", os.getpid()))
-        while (job := jobs.get()) is not None:
-            for record in play(job, settings, pool):
-                results.put(("episode", record))
-            results.put(("done", job.k))
+        pipe.send(("ready",))
+        while (job := pipe.recv()) is not None:
+            watch = Reporter(job, beat, pipe.send, settings.config.eval.retries)
+            for record in play(job, settings, pool, watch):
+                pipe.send(("episode", record))
+            pipe.send(("ready",))
         pool.close()
-        results.put(("end", os.getpid()))
-    except KeyboardInterrupt:
-        results.put(("error", "interrupted", ""))
     except Exception as e:  # noqa: BLE001 (the parent raises it)
-        results.put(("error", str(e) or type(e).__name__, traceback.format_exc()))
+        pipe.send(("error", str(e) or type(e).__name__, traceback.format_exc()))
 
 
-def play(job: Job, settings: Settings, pool: Any) -> Any:
+def _belong_to_parent() -> None:
+    """Leave signals to the parent, which may get them too, and die when it dies, be it in a call that never returns."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked by the parent while this process started
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid != os.getppid():
+        os._exit(1)  # it died before
+
+
+def play(job: Job, settings: Settings, pool: Any, watch: Any = None) -> Any:
     """Play one job's episodes; yields a record per episode as it ends."""
     from clbench.rollout.rollout import Episode, run_episodes
 
@@ -65,7 +129,7 @@ def play(job: Job, settings: Settings, pool: Any) -> Any:
             Episode((e["j"], e["episode"]), e["seed"], e["env"], e["instruction"], e["max_steps"]) for e in chosen
         ]
         with view():
-            for o in run_episodes(actor, episodes, pool, settings.slots, settings.steps_after_success):
+            for o in run_episodes(actor, episodes, pool, settings.slots, settings.steps_after_success, watch):
                 yield _record(job.k, o)
 
 
@@ -87,8 +151,11 @@ def _record(k: int, o: Any) -> dict[str, Any]:
 
 def _actors(job: Job, settings: Settings) -> Any:
     """(actor, view to act in, its episodes): one, unless the algorithm's view differs between tasks."""
+    import torch
+
     from clbench.rollout.actors import PolicyActor, RandomActor
 
+    torch.set_num_threads(settings.threads)
     if job.policy is None:
         from clbench.envs.base import backend
 

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clbench.errors import UserError
+from clbench.evaluation.records import cell_name, counted, read_failures
 from clbench.io import MAX_JSON_BYTES, read_json, read_jsonl
 from clbench.metrics.definitions import FloatArray
 
@@ -305,12 +306,14 @@ def _load_eval(folder: Path, criterion: str | None, final_k: int | None = None) 
     record.criterion = criterion or record.criterion
     if final_k is not None and len(record.rows) == 1 and any((folder / "cells").glob(f"k{final_k:02d}_*")):
         record.rows = [final_k]
+    _add_failures(record, folder)
     _add_outcomes(record, folder / "cells", recompute)
     if not recompute:  # learning curves are kept by the matrix's own criterion alone
         _add_curves(record, folder / "curves")
     heldout = folder / "heldout"
     if (heldout / "matrix.json").is_file() and (not recompute or (heldout / "cells").is_dir()):
         record.heldout = _load_eval(heldout, criterion, final_k=record.rows[-1])
+        record.notes += [f"on the pretraining tasks, {note}" for note in record.heldout.notes]
     return record
 
 
@@ -350,6 +353,21 @@ def _outcomes(episodes: list[dict[str, Any]], criterion: str, where: str) -> dic
     return result
 
 
+def _add_failures(record: Record, folder: Path) -> None:
+    """Note the cells that were given up. They are not evaluated, whatever the matrix says."""
+    for (k, j), failure in read_failures(folder).items():
+        if not 0 <= j < len(record.tasks):
+            raise UserError(f"{folder / 'failures.json'} names a task j={j} that matrix.json does not have.")
+        if k in record.rows:
+            record.success[record.rows.index(k), j] = math.nan
+        elif k == BASE_ROW and record.base is not None:
+            record.base[j] = math.nan
+        record.notes.append(
+            f"{cell_name(k, j)} ({record.tasks[j]}) could not be evaluated and counts as not evaluated: "
+            f"{failure.get('reason')} ({failure.get('attempts')} attempts); running the evaluation again tries it again"
+        )
+
+
 def _add_outcomes(record: Record, cells: Path, recompute: bool) -> None:
     """Attach the episode records of every evaluated cell; they are the truth where the matrix disagrees."""
     stale = 0
@@ -361,7 +379,10 @@ def _add_outcomes(record: Record, cells: Path, recompute: bool) -> None:
         for j in range(n):
             if math.isnan(rates[j]):  # it may have records already, but the matrix says it is not done
                 continue
-            outcomes = _outcomes(read_cell(cells, record.tasks, k, j), record.criterion, f"{cells} (k={k}, j={j})")
+            played = read_cell(cells, record.tasks, k, j)
+            outcomes = _outcomes(played, record.criterion, f"{cells} (k={k}, j={j})")
+            if all(isinstance(e.get("episode"), int) for e in played):  # those that the matrix counts
+                outcomes = {e["seed"]: outcomes[e["seed"]] for e in counted(played)}
             if not outcomes:
                 if recompute:
                     rates[j] = math.nan

@@ -6,6 +6,9 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
+from clbench.metrics.definitions import FloatArray
 from clbench.report.runs import Group
 
 NONE = "–"
@@ -30,9 +33,14 @@ def _heldout(groups: Sequence[Group]) -> bool:
 def heldout_text(g: Group) -> str:
     """Mean success on the base's pretraining tasks, before → after the stream."""
     held = [r.record.heldout for r in g.runs if r.record.heldout is not None]
-    before = g.mean([None if h.base is None else float(h.base.mean()) for h in held])
-    after = g.mean([float(h.success[-1].mean()) for h in held])
+    before = g.mean([None if h.base is None else _mean(h.base) for h in held])
+    after = g.mean([_mean(h.success[-1]) for h in held])
     return NONE if after is None else f"{NONE if before is None else f'{before:.2f}'} → {after:.2f}"
+
+
+def _mean(rates: FloatArray) -> float | None:
+    """None when a task was not evaluated: a mean over the others would be of other tasks."""
+    return None if np.isnan(rates).any() else float(rates.mean())
 
 
 def rows(groups: Sequence[Group]) -> list[list[str]]:

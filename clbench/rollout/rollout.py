@@ -6,16 +6,20 @@ whose episode ended a new one. Simulators are kept from episode to episode (`Sim
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from clbench.envs.base import Observation, Simulator, make_simulator
-from clbench.rollout.actors import Actor
+from clbench.errors import UserError
+
+if TYPE_CHECKING:
+    from clbench.rollout.actors import Actor
 
 
 @dataclass(frozen=True)
@@ -63,26 +67,69 @@ class SimulatorPool:
         self._idle.clear()
 
 
+class Watch:
+    """Is told before and after every call of a simulator, and when one raises. This one lets the exception pass."""
+
+    def before(self, episode: Episode, call: str) -> None:
+        """The simulator of `episode` is called next; `call`: make, reset or step."""
+
+    def after(self) -> None:
+        """The call has ended."""
+
+    def failed(self, episode: Episode, error: Exception) -> bool:
+        """`episode` was dropped, for its simulator raised `error`. True: drop the waiting ones of its task, too."""
+        raise error
+
+
+class _SimulatorError(Exception):
+    """Carries what a simulator raised."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
 class _Slot:
     """A running episode."""
 
-    def __init__(self, episode: Episode, simulator: Simulator) -> None:
-        self.episode, self.simulator = episode, simulator
+    def __init__(self, episode: Episode, pool: SimulatorPool, watch: Watch) -> None:
+        self.episode, self.watch = episode, watch
+        self.simulator = self._call("make", pool.take, episode.env)
         self.start = time.monotonic()
-        self.observation: Observation = simulator.reset(episode.seed)
+        self.observation: Observation = self._call("reset", self.simulator.reset, episode.seed)
         self.calls = self.steps = 0
         self.first_success: int | None = None
         self.success = self.done = False
+        self.error: Exception | None = None
         self.total_reward = 0.0
         self.counts: dict[str, Counter[str]] = {}
 
+    def _call[T](self, name: str, function: Callable[..., T], *arguments: Any) -> T:
+        """Call the simulator. What ends the process in it, SystemExit included, leaves the watch at this call."""
+        self.watch.before(self.episode, name)
+        try:
+            result = function(*arguments)
+        except UserError:  # not a fault of this episode: the simulator is not installed, for example
+            raise
+        except Exception as e:
+            self.watch.after()
+            raise _SimulatorError(e) from e
+        self.watch.after()
+        return result
+
     def play(self, actions: np.ndarray, steps_after_success: int) -> None:
-        """Play actions (steps, A) until they or the episode end."""
+        """Play actions (steps, A) until they, the episode or its simulator end."""
         self.calls += 1
         for action in actions:
             if self.done:
                 return
-            step = self.simulator.step(action)
+            try:
+                step = self._call("step", self.simulator.step, action)
+            except _SimulatorError as e:
+                self.error, self.done = e.error, True
+                return
+            if not math.isfinite(step.reward):
+                self.error, self.done = ValueError(f"a step's reward is {step.reward}"), True
+                return
             self.observation = step.observation
             self.steps += 1
             self.total_reward += float(step.reward)
@@ -106,9 +153,19 @@ class _Slot:
 
 
 def run_episodes(
-    actor: Actor, episodes: Iterable[Episode], pool: SimulatorPool, slots: int, steps_after_success: int = 0
+    actor: Actor,
+    episodes: Iterable[Episode],
+    pool: SimulatorPool,
+    slots: int,
+    steps_after_success: int = 0,
+    watch: Watch | None = None,
 ) -> Iterator[Outcome]:
-    """Play all episodes, at most `slots` at a time, and yield each outcome as it ends."""
+    """Play all episodes, at most `slots` at a time, and yield each outcome as it ends.
+
+    Raises what a simulator raises, unless `watch` takes it: then its episode has no outcome, its simulator is not used
+    again (nor closed: its state is unknown), and the others go on.
+    """
+    watch = watch or Watch()
     queues: dict[str, deque[Episode]] = {}
     for e in episodes:
         queues.setdefault(repr(sorted(e.env.items())), deque()).append(e)
@@ -126,13 +183,22 @@ def run_episodes(
                 episode = queues[task].popleft()
                 if not queues[task]:
                     del queues[task]
-                running.append(_Slot(episode, pool.take(episode.env)))
-        _round(actor, running, steps_after_success)
+                try:
+                    running.append(_Slot(episode, pool, watch))
+                except _SimulatorError as e:
+                    if watch.failed(episode, e.error):
+                        queues.pop(task, None)
+        if running:
+            _round(actor, running, steps_after_success)
         still: list[_Slot] = []
         keep_all = actor.stateful and not all(s.done for s in running)
         for slot in running:
             if keep_all or not slot.done:
                 still.append(slot)
+                continue
+            if slot.error is not None:
+                if watch.failed(slot.episode, slot.error):
+                    queues.pop(repr(sorted(slot.episode.env.items())), None)
                 continue
             pool.give_back(slot.episode.env, slot.simulator)
             preferred.append(repr(sorted(slot.episode.env.items())))

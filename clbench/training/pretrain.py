@@ -35,11 +35,11 @@ from clbench.io import read_json, write_json
 from clbench.paths import cache_root
 from clbench.policies.loss import PolicyLoss
 from clbench.seeding import seeded
+from clbench.stopping import Stop
 from clbench.streams.stream import Task, TaskStream, Visit, pretraining_tasks
 from clbench.training.backend import Backend, autocast_precision, say
 from clbench.training.log import RunLog
 from clbench.training.loop import PhaseRunner, Resumed
-from clbench.training.stop import StopRequest
 
 # Settings of acting: they may differ from those a given checkpoint was trained with.
 ACTING = ("n_action_steps", "num_inference_steps")
@@ -66,9 +66,7 @@ def base_folder(config: Config, fingerprint: str) -> Path:
     return cache_root() / "bases" / f"{config.policy.get('type')}-{data}-{digest}"
 
 
-def ensure_base(
-    config: Config, backend: Backend, stop: StopRequest, progress: str = "auto"
-) -> tuple[Path, dict[str, Any]]:
+def ensure_base(config: Config, backend: Backend, stop: Stop, progress: str = "auto") -> tuple[Path, dict[str, Any]]:
     """Return the base's folder, training it first when it is not there; and its description for the manifest.
 
     A pretraining that was stopped or killed goes on from its newest state.
@@ -145,7 +143,7 @@ def _pretrain(
     fingerprint: str,
     folder: Path,
     backend: Backend,
-    stop: StopRequest,
+    stop: Stop,
     progress: str,
 ) -> None:
     start = time.monotonic()

@@ -35,12 +35,12 @@ from clbench.io import read_json, write_text
 from clbench.lock import held
 from clbench.policies.loss import PolicyLoss
 from clbench.seeding import seed_everything, seeded
+from clbench.stopping import Stop, stoppable
 from clbench.streams.stream import TaskStream, build_stream
 from clbench.training import log as run_log
 from clbench.training.backend import Backend, count, say
 from clbench.training.loop import PhaseRunner, Resumed
 from clbench.training.pretrain import ensure_base, load_base
-from clbench.training.stop import StopRequest
 
 # What may differ when a run is resumed: it changes no weight (threads, ranks and devices change last bits of sums).
 FREE_ON_RESUME = (
@@ -77,7 +77,7 @@ def train(
             new_run_folder(run_id, config.output_dir, resume)
             stack.enter_context(held(folder, "training"))
         backend.barrier()
-        stop = stack.enter_context(StopRequest())
+        stop = stack.enter_context(stoppable())
         keeper = StateKeeper(folder, config.train.save_every_steps, config.train.save_every_minutes)
         found = _position(folder, keeper) if backend.is_main else Position()
         told = backend.tell([found.k, str(found.source or ""), found.phase, found.step])
@@ -144,7 +144,7 @@ class Trainer:
         backend: Backend,
         base_path: Path,
         keeper: StateKeeper,
-        stop: StopRequest,
+        stop: Stop,
     ) -> None:
         self.config, self.algorithm, self.stream = config, algorithm, stream
         self.folder, self.run_id, self.backend, self.base_path = folder, run_id, backend, base_path

@@ -1,0 +1,270 @@
+"""Evaluation processes and the jobs they share out: a process that is lost is replaced, its episodes are played again.
+
+An episode's outcome depends on the checkpoint, the task and its seed alone, so playing it again changes nothing. Each
+process has a pipe of its own: one that is killed while it sends or receives stops no other.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import signal
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from multiprocessing.sharedctypes import RawArray
+from typing import Any
+
+from tqdm import tqdm
+
+from clbench.errors import Interrupted, UserError
+from clbench.evaluation.worker import CALL, CALLS, COUNT, EPISODE, Beat, Job, Settings, work
+from clbench.stopping import SIGNALS, Stop
+
+POLL_S = 0.5
+END_S = 2.0  # for a process to end by itself, or after it was killed
+MAKE_FACTOR = 10  # building a simulator may import, compile or load from a slow disk
+
+Cell = tuple[int, int]  # k, j
+
+
+@dataclass
+class _Worker:
+    """A process, its job, and how long it has been seen in one call of a simulator."""
+
+    process: SpawnProcess
+    pipe: Connection
+    beat: Beat
+    ready: bool = False
+    job: Job | None = None
+    left: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)  # (j, episode): not recorded yet
+    count: int = 0
+    stuck_s: float = 0.0
+
+    def call(self) -> tuple[dict[str, Any], str] | None:
+        """The episode whose simulator is being called, or was when the process ended, and which call it is."""
+        number = self.beat[EPISODE]
+        if self.job is None or not number:
+            return None
+        return self.job.episodes[number - 1], CALLS[self.beat[CALL]]
+
+
+class Crew:
+    """Plays jobs. `record` gets every finished episode's row; `failed` has the cells that were given up, and why.
+
+    Args:
+        workers: processes at most.
+        stop: asked between messages.
+    """
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        settings: Settings,
+        workers: int,
+        record: Callable[[dict[str, Any]], None],
+        stop: Stop,
+    ) -> None:
+        e = settings.config.eval
+        self.settings, self.workers, self.record, self.stop = settings, workers, record, stop
+        self.retries, self.timeout_s = int(e.retries), float(e.step_timeout_s)
+        self.todo = deque(jobs)
+        self.crew: list[_Worker] = []
+        self.tries: Counter[Cell] = Counter()
+        self.failed: dict[Cell, dict[str, Any]] = {}
+        self.lost = 0  # processes that ended outside simulators since the last finished episode
+
+    def play(self) -> None:
+        """Play all jobs.
+
+        Raises:
+            UserError: a process failed for another reason than its simulators, or a record cannot be written.
+            Interrupted: a signal asked to stop.
+        """
+        before = time.monotonic()
+        try:
+            with _threads(self.settings.threads):
+                while self.todo or any(w.job for w in self.crew):
+                    self.stop.check("Finished episodes are kept: run the same command again to continue.")
+                    self._share_out()
+                    for pipe in wait([w.pipe for w in self.crew], timeout=POLL_S):
+                        self._read(next(w for w in self.crew if w.pipe is pipe))
+                    now = time.monotonic()
+                    self._look_after(min(now - before, 2 * POLL_S))  # more: this process was suspended, as were they
+                    before = now
+        except Interrupted:
+            for w in self.crew:
+                self._read(w)  # what they have finished meanwhile
+            raise
+        finally:
+            self._end()
+
+    def _share_out(self) -> None:
+        for w in self.crew:
+            while w.ready and self.todo:
+                job = self.todo.popleft()
+                episodes = tuple(e for e in job.episodes if (job.k, e["j"]) not in self.failed)
+                if episodes:
+                    w.ready, w.job = False, replace(job, episodes=episodes)
+                    w.left = {(e["j"], e["episode"]): e for e in episodes}
+                    self._send(w, w.job)
+        wanted = min(self.workers, len(self.todo) + sum(w.job is not None for w in self.crew))
+        while len(self.crew) < wanted:
+            self.crew.append(_start(self.settings))
+
+    def _send(self, w: _Worker, job: Job | None) -> None:
+        try:
+            w.pipe.send(job)
+        except OSError:  # it is dead: _look_after will see it
+            w.stuck_s = 0.0
+
+    def _read(self, w: _Worker) -> None:
+        """Take all messages that a process has sent."""
+        try:
+            while w.pipe.poll():
+                self._take(w, w.pipe.recv())
+        except (EOFError, OSError):  # it has ended: nothing more will come
+            w.process.join(END_S)
+
+    def _take(self, w: _Worker, message: tuple[Any, ...]) -> None:
+        kind = message[0]
+        if kind == "ready":
+            self._done(w)
+            w.ready = True
+        elif kind == "episode":
+            row = message[1]
+            self.record(row)
+            w.left.pop((row["j"], row["episode"]), None)
+            self.lost = 0
+        elif kind == "failed":
+            _, j, episode, reason = message
+            assert w.job is not None
+            self._failed(w.job.k, w.left[j, episode], reason)
+        else:
+            if os.environ.get("CLBENCH_DEBUG"):
+                print(message[2], file=sys.stderr)
+            raise UserError(f"an evaluation process failed: {message[1]}. Finished episodes are kept.")
+
+    def _done(self, w: _Worker) -> None:
+        """A job has ended, or its process has: what is left of it becomes a job again."""
+        if w.job is not None:
+            left = tuple(e for (j, _), e in w.left.items() if (w.job.k, j) not in self.failed)
+            if left:
+                self.todo.appendleft(replace(w.job, episodes=left))
+        w.job, w.left = None, {}
+
+    def _failed(self, k: int, episode: dict[str, Any], reason: str) -> None:
+        """An episode failed through its simulator: it is played again, or its cell is given up."""
+        j = episode["j"]
+        self.tries[k, j] += 1
+        tries = self.tries[k, j]
+        where = f"k={k} j={j} episode {episode['episode']}"
+        if tries <= self.retries:
+            _say(f"{where}: {reason}; playing it again (retry {tries} of {self.retries})")
+        elif (k, j) not in self.failed:
+            _say(f"{where}: {reason}; giving this cell up")
+            self.failed[k, j] = {
+                "k": k,
+                "j": j,
+                "task": episode["env"]["task"],
+                "episode": episode["episode"],
+                "seed": episode["seed"],
+                "reason": reason,
+                "attempts": tries,
+            }
+
+    def _look_after(self, passed_s: float) -> None:
+        """Replace processes that have ended, or have been in one call of a simulator for too long."""
+        for w in list(self.crew):
+            if not w.process.is_alive():
+                self._read(w)
+                self._lose(w, _how(w.process.exitcode))
+                continue
+            call = w.call()
+            if call is None or w.beat[COUNT] != w.count:
+                w.count, w.stuck_s = w.beat[COUNT], 0.0
+                continue
+            w.stuck_s += passed_s
+            limit_s = self.timeout_s * (MAKE_FACTOR if call[1] == "make" else 1)
+            if w.stuck_s > limit_s:
+                w.process.kill()
+                w.process.join(END_S)
+                self._read(w)
+                self._lose(w, f"did not return within {limit_s:g} s")
+
+    def _lose(self, w: _Worker, how: str) -> None:
+        """A process is gone: blame the simulator it was in, if any."""
+        self.crew.remove(w)
+        call = w.call()
+        if call is not None and w.job is not None:
+            self._failed(w.job.k, call[0], f"the simulator's {call[1]} {how}")
+        else:
+            self.lost += 1
+            if self.lost > self.retries:
+                raise UserError(
+                    f"an evaluation process {how}. Finished episodes are kept: run the same command again, with "
+                    "--workers 1 if memory is short."
+                )
+            _say(f"an evaluation process {how}; starting another one")
+        self._done(w)
+        w.pipe.close()
+
+    def _end(self) -> None:
+        """End all processes; those that do not do so by themselves are killed."""
+        for w in self.crew:
+            if w.ready:
+                self._send(w, None)
+        deadline = time.monotonic() + END_S
+        for w in self.crew:
+            if w.ready:
+                w.process.join(max(0.0, deadline - time.monotonic()))
+            w.process.kill()
+        for w in self.crew:
+            w.process.join(END_S)
+            w.pipe.close()
+
+
+def _start(settings: Settings) -> _Worker:
+    context = mp.get_context("spawn")
+    here, there = context.Pipe()
+    beat: Any = RawArray("q", 3)
+    process = context.Process(target=work, args=(there, beat, settings), daemon=True)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited, until the process can ignore them
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    there.close()  # else the pipe would not end with the process
+    return _Worker(process, here, beat)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Processes started in the block find these limits in their environment when they import numpy and torch."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    previous = {n: os.environ.get(n) for n in names}
+    os.environ.update(dict.fromkeys(names, str(count)))
+    try:
+        yield
+    finally:
+        for name, value in previous.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _say(text: str) -> None:
+    tqdm.write(f"note: {text}", file=sys.stderr)  # beside the progress bar
+
+
+def _how(exitcode: int | None) -> str:
+    if exitcode is not None and exitcode < 0:
+        name = signal.Signals(-exitcode).name
+        return f"was killed by {name}" + (" (often: out of memory)" if name == "SIGKILL" else "")
+    return f"ended its process (exit status {exitcode})"

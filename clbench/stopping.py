@@ -1,0 +1,64 @@
+"""Stopping in good order: the first SIGINT or SIGTERM is noted, for the work to end where it loses nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+from clbench.errors import Interrupted
+from clbench.launch import LAUNCHER
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAME_S = 0.5  # signals so close together are one request: terminals and launchers signal a process and its children
+
+
+class Stop:
+    """Whether a signal asked to stop, or what started this process as a rank has ended."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._since = 0.0
+        self._launcher = int(os.environ.get(LAUNCHER, "0"))
+
+    @property
+    def reason(self) -> str:
+        """Why to stop, or ""."""
+        if self.signal is not None:
+            return self.signal.name
+        return "the end of what started the ranks" if self._launcher and os.getppid() != self._launcher else ""
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal: note the first, let a later one end the process at once."""
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal, self._since = signal.Signals(number), now
+            if os.environ.get("RANK", "0") == "0":  # no print(): this may have come in the middle of one
+                os.write(2, f"{self.signal.name}: stopping in good order; again to stop at once.\n".encode())
+        elif now - self._since > SAME_S:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    def check(self, kept: str) -> None:
+        """Raise Interrupted, whose message ends with `kept`, when a signal asked to stop."""
+        if self.signal is not None:
+            raise Interrupted(f"stopped by {self.signal.name}. {kept}")
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[Stop]:
+    """Note signals while the block runs. Signals that are ignored (`nohup`, a script's background job) stay ignored."""
+    stop = Stop()
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # others cannot, and get no signals
+        wanted = [s for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
+        before = {s: signal.signal(s, stop.note) for s in wanted}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

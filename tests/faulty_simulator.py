@@ -1,0 +1,108 @@
+"""`python -m tests.faulty_simulator ARGUMENTS`: clbench with a simulator that fails on request, and a policy of noise.
+
+$FAULTS names a folder. A file TASK-EPISODE in it makes that episode (counted from the evaluation range's start) fail in
+a step, TASK-make the task's building: it holds what happens (raise, die, exit, hang; reset-raise, … for its reset) and
+how often: "raise 2". Evaluation processes import the main module, this one, and so have both as well; that policy
+spares them the seconds that importing LeRobot takes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clbench.envs import base, metaworld
+from clbench.envs.base import EVAL_SEED_BASE, STATE_KEY, Observation, Step
+from clbench.evaluation import worker
+
+FPS, ROBOT_TYPE, STATE_DIM, ACTION_DIM, MAX_STEPS = 80, "none", 39, 4, 500
+STEP_S = 0.002
+instruction = metaworld.instruction
+tasks = metaworld.tasks
+
+
+def make(task: str) -> Simulator:
+    return Simulator(task)
+
+
+class Simulator:
+    """A point that actions push; success when its first coordinate is far enough. Remembers nothing across resets."""
+
+    def __init__(self, task: str) -> None:
+        self.task = task
+        self._fail("make", "make")
+
+    def reset(self, seed: int) -> Observation:
+        self.episode, self.steps = seed - EVAL_SEED_BASE, 0
+        self._fail(str(self.episode), "reset")
+        self.x = np.random.default_rng([seed, len(self.task)]).normal(size=39).astype(np.float32)
+        return {STATE_KEY: self.x.copy()}
+
+    def step(self, action: np.ndarray) -> Step:
+        time.sleep(STEP_S)
+        self.steps += 1
+        if self.steps == 3:
+            self._fail(str(self.episode), "step")
+        self.x[:4] += 0.1 * action
+        return Step({STATE_KEY: self.x.copy()}, float(self.x[0]), bool(self.x[0] > 0.3))
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    def _fail(self, episode: str, call: str) -> None:
+        if "FAULTS" not in os.environ:
+            return
+        path = Path(os.environ["FAULTS"]) / f"{self.task}-{episode}"
+        if not path.is_file():
+            return
+        what, times = path.read_text().split()
+        if int(times) == 0 or (call == "reset") != what.startswith("reset-"):
+            return
+        path.write_text(f"{what} {int(times) - 1}")
+        match what.removeprefix("reset-"):
+            case "raise":
+                raise RuntimeError("the physics blew up")
+            case "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "exit":
+                sys.exit(3)
+            case "hang":
+                time.sleep(3600)
+
+
+class Noise:
+    """Two actions at a time, drawn from the episode's own seed."""
+
+    def __init__(self, stateful: bool = False) -> None:
+        self.stateful = stateful
+
+    def reset(self) -> None:
+        """Nothing to forget."""
+
+    def act(
+        self, observations: Sequence[Observation], instructions: Any, seeds: Sequence[int], calls: Sequence[int]
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        rows = [np.random.default_rng([s, c]).normal(size=(2, 4)) for s, c in zip(seeds, calls, strict=True)]
+        return np.stack(rows), {}
+
+
+def actors(job: worker.Job, settings: worker.Settings) -> Iterator[Any]:
+    yield Noise(), nullcontext, job.episodes
+
+
+if __name__ in ("__main__", "__mp_main__"):  # the evaluation and its processes
+    base.BACKENDS["metaworld"] = "tests.faulty_simulator"
+    worker._actors = actors
+
+if __name__ == "__main__":
+    from clbench.cli import main
+
+    sys.exit(main())

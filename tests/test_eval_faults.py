@@ -1,0 +1,350 @@
+"""Evaluations that are killed, stopped, doubled or out of disk; simulators that raise, die and hang: nothing is lost.
+
+All are run as a user runs them, with a simulator that fails on request (tests/faulty_simulator.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from clbench.cli import main
+from clbench.config.compose import to_yaml
+from clbench.envs.base import EVAL_SEED_BASE, Step
+from clbench.errors import RESUME_EXIT
+from clbench.evaluation.records import CellFile, build_matrix
+from clbench.io import read_json, read_jsonl, write_json, write_text
+from clbench.rollout.rollout import Episode, SimulatorPool, Watch, run_episodes
+from tests.faulty_simulator import Noise, Simulator
+from tests.toy import STREAM, toy_config
+
+ROOT = Path(__file__).resolve().parents[1]
+TRIALS = 8
+Files = dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three tasks, without weights: the policy here is noise."""
+    folder = tmp_path_factory.mktemp("run") / "r"
+    config = toy_config(Path("nowhere"), {"name": "seqfft"}, f"eval.episodes={TRIALS}", "eval.cells=last")
+    write_text(folder / "config.yaml", to_yaml(config))
+    visits = [
+        {"k": j, "task": t, "instruction": t, "env": {"type": "metaworld", "task": t, "max_steps": 20}}
+        for j, t in enumerate(STREAM)
+    ]
+    manifest = {"visits": visits, "checkpoints": STREAM, "mode": "sequential", "base": {"path": None}}
+    write_json(folder / "manifest.json", manifest)
+    for k in range(len(STREAM)):
+        write_json(folder / "checkpoints" / f"task_{k:02d}" / "checkpoint.json", {"k": k, "digest": str(k)})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """The files of an evaluation that nothing happened to."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    done = finish(start(run, out))
+    assert done.returncode == 0, done.stderr
+    return files(out)
+
+
+def start(run: Path, out: Path, *overrides: str, faults: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """Start an evaluation of `run` into `out` whose simulators fail as `faults` says (for what, see the module)."""
+    folder = out / "faults"
+    folder.mkdir(exist_ok=True)
+    for name, what in (faults or {}).items():
+        (folder / name).write_text(what)
+    command = [sys.executable, "-m", "tests.faulty_simulator", "eval", "--run-id", str(run), "--output-base", str(out)]
+    return subprocess.Popen(
+        [*command, "--", "log.progress=quiet", *overrides],
+        cwd=ROOT,
+        env={**os.environ, "FAULTS": str(folder), "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def evaluation(out: Path) -> Path:
+    return out / "r" / "eval"
+
+
+def files(out: Path) -> Files:
+    """All files of an evaluation, the times in them blanked; summary.json holds nothing else."""
+    folder = evaluation(out)
+    paths = [p for p in folder.rglob("*") if p.is_file() and p.name != "summary.json"]
+    return {
+        str(p.relative_to(folder)): re.sub(r'"seconds": [0-9.]+', '"seconds": _', p.read_text()) for p in sorted(paths)
+    }
+
+
+def recorded(out: Path) -> int:
+    """Whole lines in the cells."""
+    return sum(p.read_bytes().count(b"\n") for p in (evaluation(out) / "cells").glob("*.jsonl"))
+
+
+def wait_for(condition: Any, what: str, seconds: float = 40.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited for {what}"
+        time.sleep(0.005)
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    """Its evaluation processes (multiprocessing's resource tracker is another child)."""
+    found = []
+    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            found.append(int(pid))
+    return found
+
+
+def ended(pids: Sequence[int]) -> bool:
+    return not any(Path(f"/proc/{p}").exists() and "Z" not in stat_of(p) for p in pids)
+
+
+def stat_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][:3]
+    except OSError:
+        return "Z"
+
+
+def test_killed_at_any_moment_it_continues_with_what_is_missing(run: Path, undisturbed: Files, tmp_path: Path) -> None:
+    """kill -9 of the whole evaluation, four times, and a line cut in half; then as if nothing had happened."""
+    rng = random.Random(time.time_ns())
+    total, before = 3 * TRIALS, 0
+    for part in (0.0, 0.2, 0.5, 0.8):
+        process = start(run, tmp_path, f"eval.workers={rng.choice((1, 2))}")
+        if part:
+            wait_for(lambda: recorded(tmp_path) >= max(before + 1, part * total), "episodes")  # noqa: B023
+        time.sleep(0.05 * rng.random())
+        workers = children(process)
+        process.kill()
+        finish(process)
+        wait_for(lambda: ended(workers), "the orphans to end", 5)  # noqa: B023
+        assert recorded(tmp_path) >= before
+        before = recorded(tmp_path)
+    cell = max((evaluation(tmp_path) / "cells").glob("*.jsonl"), key=lambda p: p.stat().st_size)
+    os.truncate(cell, cell.stat().st_size - rng.randrange(1, 60))
+    before = recorded(tmp_path)
+    done = finish(start(run, tmp_path))
+    assert done.returncode == 0, done.stderr
+    whole_but_for_its_newline = total - before - 1
+    assert re.search(rf"evaluating ({total - before}|{whole_but_for_its_newline}) episodes", done.stderr)
+    assert files(tmp_path) == undisturbed
+
+
+def test_simulators_that_raise_die_and_hang_are_replaced(run: Path, undisturbed: Files, tmp_path: Path) -> None:
+    """Each once, and a process killed from outside before it did anything: no trace but the notes."""
+    a, b, c = STREAM
+    faults = {f"{a}-1": "raise 1", f"{a}-2": "reset-raise 1", f"{b}-0": "die 1", f"{c}-make": "raise 1",
+              f"{c}-3": "hang 1", f"{c}-5": "exit 1"}  # fmt: skip
+    process = start(run, tmp_path, "eval.step_timeout_s=1", "eval.retries=3", faults=faults)
+    wait_for(lambda: children(process), "the first process")
+    os.kill(children(process)[0], signal.SIGKILL)
+    done = finish(process)
+    assert done.returncode == 0, done.stderr
+    assert files(tmp_path) == undisturbed
+    for note in (
+        "note: an evaluation process was killed by SIGKILL (often: out of memory); starting another one",
+        "k=2 j=0 episode 1: the simulator raised RuntimeError: the physics blew up; playing it again (retry ",
+        "k=2 j=0 episode 2: the simulator raised RuntimeError: the physics blew up; playing it again (retry ",
+        "k=2 j=1 episode 0: the simulator's step was killed by SIGKILL (often: out of memory); playing it again (retry",
+        "k=2 j=2 episode 5: the simulator's step ended its process (exit status 3); playing it again (retry ",
+        "k=2 j=2 episode 3: the simulator's step did not return within 1 s; playing it again (retry ",
+    ):
+        assert done.stderr.count(note) == 1, done.stderr
+
+
+def test_a_cell_that_fails_again_and_again_is_named_and_tried_again(
+    run: Path, undisturbed: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b, _ = STREAM
+    out = tmp_path
+    faults = {f"{a}-0": "raise 99", f"{b}-1": "reset-hang 99"}
+    done = finish(start(run, out, "eval.step_timeout_s=1", "eval.retries=1", faults=faults))
+    assert done.returncode == 2
+    (message,) = [line for line in done.stderr.splitlines() if line.startswith("clbench:")]
+    assert "2 cells could not be evaluated" in message and "tries it again" in message and a in message
+    first, second = read_json(evaluation(out) / "failures.json")
+    assert first == {"k": 2, "j": 0, "task": a, "episode": 0, "seed": 1_000_000, "attempts": 2,
+                     "reason": "the simulator raised RuntimeError: the physics blew up"}  # fmt: skip
+    assert (second["j"], second["episode"], second["attempts"]) == (1, 1, 2) and "reset did not" in second["reason"]
+    matrix = read_json(evaluation(out) / "matrix.json")
+    whole = json.loads(undisturbed["matrix.json"])
+    assert matrix["success"][2] == [None, None, whole["success"][2][2]]
+    assert matrix["episodes"][2][2] == TRIALS and matrix["episodes"][2][0] < TRIALS
+    assert not (evaluation(out) / "complete.json").exists()
+    assert files(out)["cells/k02_j02.jsonl"] == undisturbed["cells/k02_j02.jsonl"]
+
+    assert main(["metrics", str(evaluation(out)), "--bootstrap", "0"]) == 0
+    text = capsys.readouterr().out
+    assert f"note: k02_j00 ({a}) could not be evaluated and counts as not evaluated: the simulator raised" in text
+    (asr,) = [line for line in text.splitlines() if line.startswith("asr ")]
+    assert "missing: " in asr and "not evaluated" in asr
+
+    for fault in faults:
+        (out / "faults" / fault).unlink()
+    done = finish(start(run, out))
+    assert done.returncode == 0, done.stderr
+    assert files(out) == undisturbed
+
+
+@pytest.fixture
+def stuck(run: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """An evaluation that has recorded something and now hangs, in a simulator that has all the time."""
+    fault = f"{STREAM[2]}-4"
+    process = start(run, tmp_path, "eval.slots=2", faults={fault: "hang 1"})
+    wait_for(lambda: (tmp_path / "faults" / fault).read_text() == "hang 0", "the simulator to hang")
+    yield process
+    finish(process)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+def test_two_evaluations_and_a_signal(
+    run: Path, undisturbed: Files, tmp_path: Path, stuck: subprocess.Popen[str], number: signal.Signals
+) -> None:
+    """The second one is refused and told by whom; the first one stops on a signal, and can be continued.
+
+    Its processes get the signal too, as from a terminal or a scheduler.
+    """
+    second = finish(start(run, tmp_path))
+    assert second.returncode == 2
+    (line,) = second.stderr.splitlines()
+    assert f"in use by another evaluation: process {stuck.pid} on" in line and f"kill {stuck.pid}" in line
+
+    workers = children(stuck)
+    assert workers
+    os.killpg(stuck.pid, number)
+    began = time.monotonic()
+    done = finish(stuck)
+    assert done.returncode == RESUME_EXIT and time.monotonic() - began < 10
+    assert "evaluating" in done.stderr.splitlines()[0]
+    (line,) = done.stderr.splitlines()[1:]
+    assert f"stopped by {number.name}. Finished episodes are kept" in line
+    assert ended(workers)
+    assert not list(evaluation(tmp_path).glob(".*"))
+    kept = recorded(tmp_path)
+    assert kept >= 2 and read_json(evaluation(tmp_path) / "summary.json")["episodes"] == kept
+
+    done = finish(start(run, tmp_path))
+    assert done.returncode == 0 and f"evaluating {3 * TRIALS - kept} episodes" in done.stderr
+    assert files(tmp_path) == undisturbed
+
+
+def test_the_second_signal_ends_at_once() -> None:
+    code = (
+        "import time; from clbench.stopping import stoppable\n"
+        "with stoppable() as stop:\n    print('on', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "on\n"
+    process.terminate()
+    process.terminate()  # a launcher's echo of the same request
+    time.sleep(0.8)
+    assert process.poll() is None
+    process.terminate()
+    assert process.wait(5) == -signal.SIGTERM
+    process.stdout.close()
+
+
+def test_a_full_disk(run: Path, tmp_path: Path) -> None:
+    cells = evaluation(tmp_path) / "cells"
+    cells.mkdir(parents=True)
+    (cells / "k02_j01.jsonl").symlink_to("/dev/full")
+    done = finish(start(run, tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[1:] == [
+        f"clbench: cannot write {cells / 'k02_j01.jsonl'}: No space left on device. Finished episodes are kept: "
+        "mend that, then run the same command again."
+    ]
+
+
+def test_what_a_killed_writer_left_is_cleared_away(run: Path, undisturbed: Files, tmp_path: Path) -> None:
+    folder = evaluation(tmp_path)
+    for name, text in undisturbed.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text.replace('"seconds": _', '"seconds": 1.5'))
+    (folder / "cells" / ".k02_j01.jsonl.abc.tmp").write_text("{")
+    done = finish(start(run, tmp_path))
+    assert done.returncode == 0 and "evaluating" not in done.stderr
+    assert files(tmp_path) == undisturbed
+
+
+# ---- parts ------------------------------------------------------------------------------------------
+
+
+class Breaking(Simulator):
+    """Raises in the first step of episode 2, and has no reward for episode 4."""
+
+    def step(self, action: np.ndarray) -> Step:
+        if self.episode == 2 and self.steps == 0:
+            raise RuntimeError("broken")
+        step = super().step(action)
+        return step._replace(reward=float("nan")) if self.episode == 4 else step
+
+
+class Collect(Watch):
+    def __init__(self, drop: bool = False) -> None:
+        self.drop, self.keys = drop, list[tuple[Any, ...]]()
+
+    def failed(self, episode: Episode, error: Exception) -> bool:
+        self.keys.append(episode.key)
+        return self.drop
+
+
+def outcomes(simulator: type[Simulator], watch: Watch | None, stateful: bool = False) -> dict[tuple[Any, ...], float]:
+    pool = SimulatorPool(lambda spec: simulator(spec["task"]))
+    todo = [Episode((t, i), EVAL_SEED_BASE + i, {"task": t}, t, 15) for t in ("a", "bb") for i in range(6)]
+    return {o.episode.key: o.total_reward for o in run_episodes(Noise(stateful), todo, pool, 3, 0, watch)}
+
+
+@pytest.mark.parametrize("stateful", [False, True])
+def test_a_simulator_that_raises_takes_no_other_episode_with_it(stateful: bool) -> None:
+    watch = Collect()
+    found = outcomes(Breaking, watch, stateful)
+    assert sorted(watch.keys) == [("a", 2), ("a", 4), ("bb", 2), ("bb", 4)]
+    whole = outcomes(Simulator, None, stateful)
+    assert len(whole) == 12 and found == {k: v for k, v in whole.items() if k[1] not in (2, 4)}
+    with pytest.raises(RuntimeError, match="broken"):
+        outcomes(Breaking, None, stateful)
+
+
+def test_a_task_that_is_given_up_is_not_played_further() -> None:
+    watch = Collect(drop=True)
+    found = outcomes(Breaking, watch)
+    assert len(found) + len(watch.keys) < 12
+
+
+def test_episodes_behind_a_gap_do_not_count_and_failed_cells_are_null(tmp_path: Path) -> None:
+    for j in (0, 1):
+        cell = CellFile(tmp_path, 0, j)
+        for e in (0, 1, 3):
+            cell.append({"k": 0, "j": j, "episode": e, "seed": e, "success_once": e != 1, "success_at_end": False})
+    matrix = build_matrix(tmp_path, ["a", "b"], [0], failed={(0, 1)})
+    assert matrix["success"] == [[0.5, None]] and matrix["episodes"] == [[2, 3]]
+    assert len(read_jsonl(cell.path)) == 3
