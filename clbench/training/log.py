@@ -64,7 +64,10 @@ def truncate(folder: Path, last_k: int) -> None:
     """Drop events of visits after `last_k` (a resumed run writes them anew)."""
     path = folder / FILE
     if path.is_file():
-        rows = [r for r in read_jsonl(path) if r.get("k", 0) <= last_k and r.get("event") != "run_end"]
+        rows = read_jsonl(path)
+        if not all(isinstance(r, dict) and isinstance(r.get("k", 0), int) for r in rows):
+            raise UserError(f"{path} holds lines that are no events; move the file away.")
+        rows = [r for r in rows if r.get("k", 0) <= last_k and r.get("event") != "run_end"]
         write_jsonl(path, rows)
 
 
