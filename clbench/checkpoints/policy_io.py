@@ -122,7 +122,10 @@ def _check_processors(folder: Path) -> None:
 
 
 def _load_weights(config: PreTrainedConfig, folder: Path) -> PreTrainedPolicy:
-    shapes = tensor_shapes(folder / "model.safetensors")
+    try:
+        shapes = tensor_shapes(folder / "model.safetensors")
+    except UserError as e:
+        raise UserError(f"cannot load the policy in {folder}: {e}") from e
     if isinstance(config, DitConfig):
         _check_sizes(config, shapes, folder)
     with contextlib.redirect_stdout(io.StringIO()):  # LeRobot prints where it loads from
