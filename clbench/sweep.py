@@ -71,6 +71,8 @@ def load_experiment(name: str) -> tuple[Experiment, list[Run]]:
     assert isinstance(experiment, Experiment)
     if not experiment.algorithms or not experiment.seeds:
         raise UserError(f"{path}: algorithms and seeds must not be empty.")
+    if not all(isinstance(o, str) for o in experiment.overrides):
+        raise UserError(f"{path}: overrides is a list of texts like train.steps=500.")
     experiment.name = experiment.name or path.stem
     results_folder(experiment.name, None)  # its logs and its report go to folders of that name
     entries = []

@@ -45,9 +45,9 @@ def load_state(folder: Path, name: str) -> Any:
     try:
         state = _decode(tree, left)
     except (KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{description} does not fit its tensors ({e}): the checkpoint is damaged.") from e
+        raise UserError(f"{description} does not fit its tensors ({str(e)[:200]}): the checkpoint is damaged.") from e
     if left:
-        raise UserError(f"{description} does not fit its tensors ({min(left)!r} is not in it): it is damaged.")
+        raise UserError(f"{description} does not fit its tensors ({min(left)[:200]!r} is not in it): it is damaged.")
     return state
 
 

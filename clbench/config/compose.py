@@ -239,6 +239,7 @@ def to_config(config: Any) -> Config:
             raise
         raise UserError(f"the configuration is not valid: {_one_line(e)}") from e
     assert isinstance(obj, Config)
+    _check_lists(obj)
     check_values(obj)
     return obj
 
@@ -354,6 +355,21 @@ def check_values(c: Config) -> None:
         problems.append("policy.type (or policy.path, a checkpoint folder) is missing")
     if problems:
         raise UserError("the configuration is not valid: " + clip("; ".join(problems), 2000) + ".")
+
+
+def _check_lists(c: Config) -> None:
+    """Raise UserError for a list or mapping inside a plain list, which OmegaConf lets through."""
+    lists: dict[str, tuple[list[Any], Any]] = {
+        "dataset.tasks": (c.dataset.tasks, str),
+        "dataset.pretrain.tasks": ([] if c.dataset.pretrain is None else c.dataset.pretrain.tasks, str),
+        "eval.views": (c.eval.views, str),
+        "train.optimizer.betas": (c.train.optimizer.betas, int | float),
+        "pretrain.optimizer.betas": (c.pretrain.optimizer.betas, int | float),
+    }
+    for key, (values, kind) in lists.items():
+        if not all(isinstance(v, kind) for v in values):
+            what = "names" if kind is str else "numbers"
+            raise UserError(f"the configuration is not valid: {key} must be a list of {what}.")
 
 
 def _odd_numbers(value: Any, key: str = "") -> list[str]:
