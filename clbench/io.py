@@ -1,45 +1,75 @@
-"""Reading and writing small files so that a reader never sees half of one."""
+"""Reading and writing small files: a reader never sees half of one, and what is read is taken for hostile.
+
+Parsed files are bounded in size and in nesting; only regular files are opened (a pipe would block for ever).
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import math
 import os
+import re
+import stat
 import tempfile
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from clbench.errors import UserError
 
-MAX_JSON_BYTES = 256 * 1024 * 1024
+MAX_JSON_BYTES = 64 * 1024 * 1024
+MAX_DEPTH = 64  # of nested lists and objects
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write `text` to `path` atomically: temporary name in the same folder, flush, rename."""
-    write_bytes(path, text.encode("utf-8"))
+    """Write `text` to `path` atomically (see `write_bytes`). What UTF-8 cannot hold becomes "?"."""
+    write_bytes(path, text.encode("utf-8", "replace"))
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:
-    """Write `data` to `path` atomically: temporary name in the same folder, flush, rename."""
+    """Write `data` to `path` atomically and durably: temporary file beside it, flush, rename, flush the folder.
+
+    Raises:
+        UserError: it could not be written; the old file is as it was and no temporary file stays.
+    """
     path = Path(path)
+    tmp = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd, tmp = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    except OSError as e:
-        raise UserError(f"cannot write {path}: {e.strerror}. Choose a writable folder with free space.") from e
-    try:
+        fd, tmp = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".tmp", dir=path.parent)
         with os.fdopen(fd, "wb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
         os.chmod(tmp, 0o644)
         os.replace(tmp, path)
+        tmp = None
+        sync_folder(path.parent)
+    except (OSError, ValueError) as e:  # ValueError: a NUL in the path
+        what = e.strerror if isinstance(e, OSError) else str(e)
+        raise UserError(
+            f"cannot write {path} ({len(data)} bytes needed): {what}. Choose a writable folder with free space."
+        ) from e
+    finally:
+        if tmp is not None:
+            with contextlib.suppress(OSError):  # the first error says it all
+                os.unlink(tmp)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut, where the file system can."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
     except OSError as e:
-        Path(tmp).unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({len(data)} bytes): {e.strerror}.") from e
-    except BaseException:
-        Path(tmp).unlink(missing_ok=True)
-        raise
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
+            raise
+    finally:
+        os.close(fd)
 
 
 def write_json(path: Path | str, obj: Any, indent: int | None = 1) -> None:
@@ -52,17 +82,48 @@ def write_jsonl(path: Path | str, rows: Iterable[Any]) -> None:
     write_text(path, "".join(json.dumps(r, allow_nan=False) + "\n" for r in rows))
 
 
-def read_json(path: Path | str) -> Any:
-    """Read a JSON file; raises UserError that names the file when it is missing, too large or not JSON."""
+def read_bytes(path: Path | str, limit: int = MAX_JSON_BYTES) -> bytes:
+    """Read a whole regular file of at most `limit` bytes; UserError for anything else."""
     path = Path(path)
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise UserError(f"{path} is larger than {MAX_JSON_BYTES} bytes; refusing to parse it.")
-        return json.loads(path.read_text(encoding="utf-8"))
+        with open(path, "rb", opener=_open) as f:
+            if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
+                raise UserError(f"cannot read {path}: it is no regular file.")
+            data = f.read(limit + 1)
     except FileNotFoundError as e:
         raise UserError(f"{path} does not exist.") from e
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}.") from e
+    except ValueError as e:
+        if isinstance(e, UserError):
+            raise
+        raise UserError(f"cannot read {str(path)!r}: {e}.") from e
+    if len(data) > limit:
+        raise UserError(f"{path} is larger than {limit} bytes; refusing to parse it.")
+    return data
+
+
+def _open(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe without a writer must not block
+
+
+def read_text(path: Path | str, limit: int = MAX_JSON_BYTES) -> str:
+    """Read a whole UTF-8 file of at most `limit` bytes (a byte order mark is dropped); UserError for anything else."""
+    try:
+        return read_bytes(path, limit).decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise UserError(f"cannot read {path} as text: it is not UTF-8 (byte {e.start}).") from e
+
+
+def read_json(path: Path | str, limit: int = MAX_JSON_BYTES) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: that names the file when it is missing, larger than `limit`, nested too deeply, or not strict JSON:
+            NaN, Infinity, numbers that overflow, an object with a key twice and halves of characters are refused.
+    """
+    try:
+        return _parse(read_text(path, limit))
     except (ValueError, RecursionError) as e:
         if isinstance(e, UserError):
             raise
@@ -71,24 +132,69 @@ def read_json(path: Path | str) -> Any:
 
 def read_jsonl(path: Path | str) -> list[Any]:
     """Read a JSON-lines file. A torn last line (a write that was cut off) is dropped; any other bad line raises."""
-    path = Path(path)
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise UserError(f"{path} is larger than {MAX_JSON_BYTES} bytes; refusing to parse it.")
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as e:
-        raise UserError(f"{path} does not exist.") from e
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"cannot read {path}: {e}.") from e
-    lines = text.split("\n")
+    lines = read_text(path).split("\n")
     rows = []
     for i, line in enumerate(lines):
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
+            rows.append(_parse(line))
         except (ValueError, RecursionError) as e:
             if i == len(lines) - 1:  # no newline after it: the write was cut off
                 break
             raise UserError(f"{path}, line {i + 1}, is not valid JSON: {e}.") from e
     return rows
+
+
+def refuse_links(folder: Path) -> None:
+    """Raise UserError for a symbolic link in a run's folder that leaves it: what is written there would go elsewhere.
+
+    The folder itself, and those above it, may be links.
+    """
+    root = folder.resolve()
+    for parent, folders, files in os.walk(root):
+        for path in (Path(parent, name) for name in (*folders, *files)):
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                raise UserError(
+                    f"{folder / path.relative_to(root)} is a link to {os.readlink(path)}, outside of the run's "
+                    "folder. Replace it by what it stands for; to keep runs elsewhere, set CLBENCH_RESULTS_ROOT."
+                )
+
+
+def _parse(text: str) -> Any:
+    value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            c
+            for v in level
+            if isinstance(v, dict | list)
+            for c in (v.values() if isinstance(v, dict) else v)
+            if isinstance(c, dict | list)
+        ]
+        if not level:
+            break
+    else:
+        raise ValueError(f"more than {MAX_DEPTH} levels of nesting")
+    if _SURROGATE.search(text):
+        json.dumps(value, ensure_ascii=False).encode()  # half a character (\ud800) could not be printed
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"key {twice[:60]!r} stands twice in one object")
+    return result
+
+
+def _constant(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON number; write null for a cell or value that is not known")
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:60]} is larger than any number")
+    return value

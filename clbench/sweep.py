@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from clbench.config.compose import check_keys, compose, load_yaml
+from clbench.config.compose import check_keys, compose, load_yaml, merge
 from clbench.config.schema import Config
 from clbench.errors import RESUME_EXIT, UserError, nearest
 from clbench.io import read_json
@@ -59,6 +58,8 @@ class Run:
 
 def load_experiment(name: str) -> tuple[Experiment, list[Run]]:
     """Read an experiment file and list its runs; raises UserError for unknown keys and names."""
+    from clbench.checkpoints.run_folder import results_folder
+
     path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIG_ROOT / "experiments" / f"{name}.yaml"
     if not path.is_file():
         known = [p.stem for p in (CONFIG_ROOT / "experiments").glob("*.yaml")]
@@ -66,25 +67,29 @@ def load_experiment(name: str) -> tuple[Experiment, list[Run]]:
     values = load_yaml(path)
     schema = OmegaConf.structured(Experiment)
     check_keys(schema, values, str(path))
-    try:
-        experiment = OmegaConf.to_object(OmegaConf.merge(schema, values))
-    except OmegaConfBaseException as e:
-        raise UserError(f"{path}: {' '.join(str(e).split())}") from e
+    experiment = OmegaConf.to_object(merge(schema, values, str(path)))
     assert isinstance(experiment, Experiment)
     if not experiment.algorithms or not experiment.seeds:
         raise UserError(f"{path}: algorithms and seeds must not be empty.")
+    if not all(isinstance(o, str) for o in experiment.overrides):
+        raise UserError(f"{path}: overrides is a list of texts like train.steps=500.")
     experiment.name = experiment.name or path.stem
+    results_folder(experiment.name, None)  # its logs and its report go to folders of that name
     entries = []
     for entry in experiment.algorithms:
         entry = {"algo": entry} if isinstance(entry, str) else entry
         if not isinstance(entry, dict) or "algo" not in entry or set(entry) - {"algo", "label", "overrides"}:
             raise UserError(f"{path}: an algorithm is a name or {{algo, label, overrides}}, not {entry!r}.")
-        entries.append({"label": entry["algo"], "overrides": [], **entry})
+        entry = {"label": entry["algo"], "overrides": [], **entry}
+        if not isinstance(entry["overrides"], list):
+            raise UserError(f"{path}: the overrides of an algorithm are a list, not {entry['overrides']!r}.")
+        entries.append(entry)
     runs = []
     for seed in experiment.seeds:  # one seed of everything before the next
         for entry in entries:
             algo = str(entry["algo"])
             run_id = f"{experiment.name}_{entry['label']}_s{seed}"
+            results_folder(run_id, None)  # a name or label must not lead elsewhere
             own = ("--algo", algo, "--seed", str(seed), "--run-id", run_id, "--resume")
             overrides = (*_overrides(experiment), *map(str, entry["overrides"]))
             config, _ = compose(
@@ -121,8 +126,10 @@ def finished(run: Run) -> bool:
     if finished_visits(folder) != len(read_manifest(folder)["checkpoints"]):
         return False
     done, asked = read_json(complete), run.config.eval
+    if not isinstance(done, dict) or not isinstance(done.get("views", []), list):
+        raise UserError(f"{complete} is damaged: it does not say what was evaluated. Remove it and evaluate again.")
     covered = done.get("cells") in {asked.cells, "full"} and done.get("episodes") == asked.episodes
-    covered &= set(asked.views) <= set(done.get("views", []))
+    covered &= all(v in done.get("views", []) for v in asked.views)
     covered &= asked.heldout_episodes in (0, done.get("heldout_episodes", 0))
     return covered and not changed_keys(folder, run.config, FREE_ON_RESUME)
 

@@ -29,13 +29,15 @@ import torch
 import torch.nn.functional as F
 from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clbench.errors import UserError, nearest
+from clbench.tensor_files import read_tensors
 
 ADAPTER = "default"  # PEFT's name for an adapter when there is one
 WEIGHTS_FILE = "adapter_model.safetensors"
+MAX_PARTS = 10_000  # adapters, or discriminators, of one layer
 PREFIX = "base_model.model."  # of every key in PEFT's weight files
 
 
@@ -134,7 +136,11 @@ class ClareConfig(PeftConfig):
                 raise UserError(f"CLARE configuration: {name} must be a positive integer, is {value!r}.")
         if not isinstance(d["momentum"], int | float) or not 0 < d["momentum"] <= 1:
             raise UserError(f"CLARE configuration: discriminator_cfg.momentum must be in (0, 1], is {d['momentum']}.")
-        for key, (adapters, discriminators) in self.structure.items():
+        for key, counts in self.structure.items():
+            good = isinstance(counts, list | tuple) and len(counts) == 2
+            if not good or not all(type(n) is int and 0 <= n <= MAX_PARTS for n in counts):
+                raise UserError(f"CLARE configuration: structure of layer {key} is not two counts up to {MAX_PARTS}.")
+            adapters, discriminators = counts
             links = self.links.get(key, list(range(discriminators)) if adapters == discriminators else None)
             if links is None or len(links) != discriminators or any(not 0 <= i < adapters for i in links):
                 raise UserError(
@@ -479,8 +485,9 @@ def load_adapter(policy: nn.Module, folder: Path) -> ClareConfig:
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, ClareConfig):
         raise UserError(f"{folder} holds a {config.peft_type} adapter, not CLARE's.")
+    state = read_tensors(folder / WEIGHTS_FILE)
+    _check_sizes(config, state, folder)
     inject(policy, config)
-    state = load_file(folder / WEIGHTS_FILE)
     expected = {
         PREFIX + k for k in get_peft_model_state_dict(policy, adapter_name=ADAPTER, save_embedding_layers=False)
     }
@@ -490,3 +497,13 @@ def load_adapter(policy: nn.Module, folder: Path) -> ClareConfig:
     set_peft_model_state_dict(policy, state, adapter_name=ADAPTER)
     policy.requires_grad_(False)
     return config
+
+
+def _check_sizes(config: ClareConfig, state: dict[str, Tensor], folder: Path) -> None:
+    """Raise UserError when the configuration claims more than the weights hold, before memory is taken for it."""
+    parts = sum(sum(counts) for counts in config.structure.values())
+    widest = max((n for t in state.values() for n in t.shape), default=0)
+    d, a = config.discriminator_cfg, config.func_adapter_cfg
+    widths = [d["hidden_dim"], d["latent_dim"], a["lora_rank"] if a["use_lora"] else a["hidden_dim"]]
+    if parts > len(state) or (parts and max(widths) > widest):
+        raise UserError(f"{folder / 'adapter_config.json'} claims more than {WEIGHTS_FILE} holds.")

@@ -16,11 +16,12 @@ import peft
 from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils.save_and_load import get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from clbench.config.schema import LoraConfig
 from clbench.errors import UserError
+from clbench.tensor_files import read_tensors
 
 ADAPTER = "default"
 PREFIX = "base_model.model."
@@ -117,8 +118,12 @@ def load(policy: nn.Module, folder: Path) -> None:
     """Put a saved LoRA adapter into its base policy."""
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = False
+    state = read_tensors(folder / WEIGHTS_FILE)
+    ranks = {t.shape[0] for name, t in state.items() if ".lora_" in name and t.ndim}
+    claimed = [getattr(config, "r", 0), *(getattr(config, "rank_pattern", None) or {}).values()]
+    if not all(type(r) is int and 0 < r <= max(ranks, default=0) for r in claimed):  # memory for it is taken next
+        raise UserError(f"{folder / 'adapter_config.json'} claims a rank that {WEIGHTS_FILE} does not have.")
     inject_adapter_in_model(config, policy, ADAPTER)
-    state = load_file(folder / WEIGHTS_FILE)
     own = get_peft_model_state_dict(policy, adapter_name=ADAPTER, save_embedding_layers=False)
     _check_names(folder, state, (PREFIX + k for k in own))
     set_peft_model_state_dict(policy, {k.removeprefix(PREFIX): v for k, v in state.items()}, adapter_name=ADAPTER)

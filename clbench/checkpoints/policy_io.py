@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,14 @@ import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies import PreTrainedPolicy, make_pre_post_processors
 from lerobot.policies.factory import get_policy_class
-from safetensors import SafetensorError
+from lerobot.utils.constants import POLICY_POSTPROCESSOR_DEFAULT_NAME, POLICY_PREPROCESSOR_DEFAULT_NAME
 
 import clbench.policies  # noqa: F401 (registers our policies)
 from clbench.adapters import clare, lora
 from clbench.errors import UserError, nearest
+from clbench.io import read_json
+from clbench.policies.dit.configuration import DitConfig
+from clbench.tensor_files import tensor_shapes
 
 
 @dataclass
@@ -77,6 +79,7 @@ def load_policy(folder: Path | str, device: str = "cpu", overrides: dict[str, An
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no LeRobot checkpoint folder: it has no config.json.")
     try:
+        _check_processors(folder)
         config = PreTrainedConfig.from_pretrained(folder, cli_overrides=[f"--device={device}"])
         for key, value in (overrides or {}).items():
             if key not in {f.name for f in fields(config)}:
@@ -90,22 +93,60 @@ def load_policy(folder: Path | str, device: str = "cpu", overrides: dict[str, An
             pretrained_path=str(folder),
             preprocessor_overrides={"device_processor": {"device": device}},
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
-        if isinstance(e, UserError):
-            raise
-        raise UserError(f"cannot load the policy in {folder}: {e}") from e
+    except UserError:
+        raise
+    except (Exception, SystemExit) as e:  # LeRobot and PEFT raise anything for a damaged folder
+        raise UserError(f"cannot load the policy in {folder}: {' '.join(str(e).split()) or type(e).__name__}") from e
     return LoadedPolicy(policy, pre, post, str(folder))
 
 
+def _check_processors(folder: Path) -> None:
+    """Raise UserError for processors that would run code or read files from elsewhere.
+
+    LeRobot imports whatever a step's "class" names and calls it with the step's settings, so that
+    {"class": "subprocess.Popen", …} would run a program: only steps that are registered by name are loaded.
+    """
+    for name in (POLICY_PREPROCESSOR_DEFAULT_NAME, POLICY_POSTPROCESSOR_DEFAULT_NAME):
+        path = folder / f"{name}.json"
+        described = read_json(path)
+        steps = described.get("steps") if isinstance(described, dict) else None
+        if not isinstance(steps, list) or not all(isinstance(s, dict) for s in steps):
+            raise UserError(f"{path} is no processor: it has no list of steps.")
+        for step in steps:
+            state = step.get("state_file", "x")
+            if not isinstance(step.get("registry_name"), str) or "class" in step:
+                raise UserError(f"{path}: a step has no registry_name; a class named by a file is never imported.")
+            if not isinstance(state, str) or "/" in state or "\0" in state or not state:
+                raise UserError(f"{path}: state_file {state!r} is no file name in that folder.")
+            if "state_file" in step:
+                tensor_shapes(folder / state)
+
+
 def _load_weights(config: PreTrainedConfig, folder: Path) -> PreTrainedPolicy:
+    try:
+        shapes = tensor_shapes(folder / "model.safetensors")
+    except UserError as e:
+        raise UserError(f"cannot load the policy in {folder}: {e}") from e
+    if isinstance(config, DitConfig):
+        _check_sizes(config, shapes, folder)
     with contextlib.redirect_stdout(io.StringIO()):  # LeRobot prints where it loads from
         return get_policy_class(config.type).from_pretrained(folder, config=config, strict=True)
 
 
+def _check_sizes(config: DitConfig, shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
+    """Raise UserError when the configuration claims more than the weights hold, before memory is taken for it."""
+    widest = max((n for shape in shapes.values() for n in shape), default=0)
+    fits = config.d_model * config.ffn_mult <= widest and config.text_vocab_size * config.text_dim <= 2**26
+    fits &= config.encoder_layers + config.decoder_layers <= len(shapes) and config.image_tokens_side <= 256
+    if not fits or max(config.chunk_size, config.text_max_words, config.num_inference_steps) > 65_536:
+        raise UserError(f"{folder / 'config.json'} claims more than model.safetensors holds.")
+
+
 def _load_adapter(config: PreTrainedConfig, folder: Path) -> PreTrainedPolicy:
-    described = json.loads((folder / "adapter_config.json").read_text())
-    base = described.get("base_model_name_or_path")
-    if not base or not (Path(base) / "config.json").is_file():
+    described = read_json(folder / "adapter_config.json")
+    base = described.get("base_model_name_or_path") if isinstance(described, dict) else None
+    tensor_shapes(folder / lora.WEIGHTS_FILE)  # PEFT would fall back to a pickle
+    if not isinstance(base, str) or not base or not (Path(base) / "config.json").is_file():
         raise UserError(
             f"{folder} is an adapter over the base '{base}', which is not there. Make it again with "
             "`clbench pretrain`, or put the base's folder back."

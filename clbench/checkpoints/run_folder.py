@@ -17,12 +17,17 @@ from clbench.checkpoints.whole import DESCRIPTION, damage, write_whole
 from clbench.config.compose import to_dict, to_yaml
 from clbench.config.schema import Config
 from clbench.errors import UserError, nearest
-from clbench.io import read_json, write_json, write_text
+from clbench.io import read_json, refuse_links, write_json, write_text
 from clbench.paths import PROJECT_ROOT, results_root
 from clbench.streams.stream import Task, TaskStream, pretraining_tasks
 
 PACKAGES = ("torch", "lerobot", "accelerate", "peft", "transformers", "numpy", "metaworld", "mujoco", "hf-libero",
             "robosuite", "deepspeed")  # fmt: skip
+
+
+MAX_RUN_ID_BYTES = 200
+MAX_VISITS = 1000
+MAX_EPISODE_STEPS = 1_000_000
 
 
 def versions() -> dict[str, str]:
@@ -57,13 +62,15 @@ def run_folder(run: str | Path) -> Path:
         root = results_root()
         known = [p.parent.name for p in root.glob("*/manifest.json")]
         raise UserError(f"there is no run '{run}' under {root}.{nearest(str(run), known)}")
+    refuse_links(path)
     return path
 
 
 def results_folder(run_id: str, output_dir: str | None) -> Path:
     """Where a run of that name belongs."""
-    if not run_id or run_id in (".", "..") or "/" in run_id or "\\" in run_id:
-        raise UserError(f"run id '{run_id}' must be a plain folder name.")
+    plain = run_id.isprintable() and len(run_id.encode("utf-8", "replace")) <= MAX_RUN_ID_BYTES
+    if not plain or not run_id or run_id in (".", "..") or "/" in run_id or "\\" in run_id:
+        raise UserError(f"run id {run_id[:MAX_RUN_ID_BYTES]!r} must be a plain folder name.")
     return (Path(output_dir).expanduser() if output_dir else results_root()) / run_id
 
 
@@ -73,6 +80,8 @@ def new_run_folder(run_id: str, output_dir: str | None, resume: bool) -> tuple[P
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, not a run's folder. Choose another --run-id.")
     exists = folder.exists() and any(folder.iterdir())
+    if exists:
+        refuse_links(folder)
     if exists and not resume:
         raise UserError(
             f"run '{run_id}' exists already ({folder}). Continue it with --resume, or choose another --run-id."
@@ -231,9 +240,46 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    manifest = read_json(folder / "manifest.json")
+    """The run's manifest; UserError when it is missing, or when what a run is evaluated by is not in it."""
+    path = folder / "manifest.json"
+    manifest = read_json(path)
     need = {"visits": list, "checkpoints": list, "mode": str, "base": dict}
     for key, kind in need.items():
         if not isinstance(manifest, dict) or not isinstance(manifest.get(key), kind):
-            raise UserError(f"{folder / 'manifest.json'} is damaged: it has no proper '{key}'.")
+            raise UserError(f"{path} is damaged: it has no proper '{key}'.")
+    modes = ("sequential", "multitask", "singletask")
+    base = manifest["base"].get("path")
+    for key, good in (
+        ("mode", manifest["mode"] in modes),
+        ("base", base is None or (isinstance(base, str) and base.isprintable())),
+        ("visits", _are_columns(manifest["visits"])),
+        ("heldout", _are_columns(manifest.get("heldout") or [])),
+        ("checkpoints", len(manifest["checkpoints"]) <= MAX_VISITS),
+    ):
+        if not good:
+            raise UserError(f"{path} is damaged: it has no proper '{key}'.")
     return manifest
+
+
+def _are_columns(value: Any) -> bool:
+    """Whether these are columns as `describe_columns` writes them, as far as an evaluation relies on them."""
+    if not isinstance(value, list) or len(value) > MAX_VISITS:
+        return False
+    for c in value:
+        env = c.get("env") if isinstance(c, dict) else None
+        if not isinstance(env, dict) or not all(isinstance(c.get(n), str) for n in ("task", "instruction")):
+            return False
+        steps = env.get("max_steps")
+        if not all(isinstance(env.get(n), str) for n in ("type", "task")) or type(steps) is not int:
+            return False
+        if not 1 <= steps <= MAX_EPISODE_STEPS:
+            return False
+    return True
+
+
+def read_checkpoint(folder: Path) -> dict[str, Any]:
+    """A checkpoint's description; UserError when it is damaged."""
+    description = read_json(folder / DESCRIPTION)
+    if not isinstance(description, dict):
+        raise UserError(f"{folder / DESCRIPTION} is damaged: it is no object.")
+    return description

@@ -2,38 +2,63 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import reprlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from clbench.errors import UserError
 from clbench.io import read_json, write_json
+from clbench.tensor_files import read_tensors
 
 
 def save_state(folder: Path, name: str, state: Any) -> None:
     """Write `state` (dicts with str or int keys, lists, tuples, numbers, strings, None, tensors) under `name`."""
     tensors: dict[str, Tensor] = {}
     tree = _encode(state, "", tensors)
-    write_json(folder / f"{name}.json", tree)
-    save_file(tensors, folder / f"{name}.safetensors")
+    path = folder / f"{name}.safetensors"
+    save_file(tensors, path)
+    write_json(folder / f"{name}.json", {"state": tree, "sha256": _digest(tree, path)})
 
 
 def load_state(folder: Path, name: str) -> Any:
-    """Read what `save_state` wrote; raises UserError when a file is missing or damaged."""
-    tree = read_json(folder / f"{name}.json")
-    path = folder / f"{name}.safetensors"
+    """Read what `save_state` wrote.
+
+    Raises:
+        UserError: a file is missing, damaged (a checksum covers both), or does not belong to the other.
+    """
+    path, description = folder / f"{name}.safetensors", folder / f"{name}.json"
+    stored = read_json(description)
+    tree = stored
+    if isinstance(stored, dict) and "state" in stored:  # states of clbench 0.1 had no checksum
+        tree = stored["state"]
+        if stored.keys() != {"state", "sha256"} or stored["sha256"] != _digest(tree, path):
+            raise UserError(f"{description} and {path.name} do not fit their checksum: the checkpoint is damaged.")
+    tensors = read_tensors(path)
+    left = dict(tensors)
     try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"cannot read {path}: {e}. The checkpoint is incomplete or damaged.") from e
+        state = _decode(tree, left)
+    except (KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{description} does not fit its tensors ({str(e)[:200]}): the checkpoint is damaged.") from e
+    if left:
+        raise UserError(f"{description} does not fit its tensors ({min(left)[:200]!r} is not in it): it is damaged.")
+    return state
+
+
+def _digest(tree: Any, tensors: Path) -> str:
+    digest = hashlib.sha256(json.dumps(tree, separators=(",", ":")).encode())
     try:
-        return _decode(tree, tensors)
-    except (KeyError, TypeError, IndexError, ValueError) as e:
-        raise UserError(f"{folder / name}.json does not fit its tensors ({e}): the checkpoint is damaged.") from e
+        with open(tensors, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    except OSError as e:
+        raise UserError(f"cannot read {tensors}: {e.strerror}. The checkpoint is incomplete or damaged.") from e
+    return digest.hexdigest()
 
 
 def tensor_bytes(state: Any) -> int:
@@ -57,14 +82,22 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     raise TypeError(f"state at '{path}' has a {type(value).__name__}; only tensors, numbers and strings are saved")
 
 
-def _decode(node: Any, tensors: dict[str, Tensor]) -> Any:
+def _decode(node: Any, left: dict[str, Tensor]) -> Any:
+    """The state of a node. Takes its tensors out of `left`: every tensor stands in one place."""
+    if not isinstance(node, dict) or len(node) != 1:
+        raise ValueError(f"{reprlib.repr(node)} is no node")
     ((kind, value),) = node.items()
-    if kind == "t":
-        return tensors[value]
-    if kind == "d":
-        return {k: _decode(v, tensors) for k, v in value}
-    if kind == "l":
-        return [_decode(v, tensors) for v in value]
-    if kind == "v":
+    if kind == "t" and isinstance(value, str):
+        return left.pop(value)
+    if kind == "l" and isinstance(value, list):
+        return [_decode(v, left) for v in value]
+    if kind == "d" and isinstance(value, list):
+        state = {}
+        for k, v in value:
+            if type(k) not in (str, int) or k in state:
+                raise ValueError(f"key {reprlib.repr(k)} is no name, or stands twice")
+            state[k] = _decode(v, left)
+        return state
+    if kind == "v" and (value is None or isinstance(value, bool | int | float | str)):
         return value
-    raise ValueError(f"unknown node '{kind}'")
+    raise ValueError(f"{reprlib.repr(node)} is no node")

@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from clbench.errors import UserError
-from clbench.io import read_json, write_json
+from clbench.io import read_json, sync_folder, write_json
 
 DESCRIPTION = "checkpoint.json"
 
@@ -42,9 +42,9 @@ def write_whole(final: Path, fill: Callable[[Path], dict[str, Any]], size: Calla
         described = {**description, "digest": _digest(files), "files": files}
         write_json(temporary / DESCRIPTION, {**described, "seal": _seal(described)})
         for folder in {temporary, *(p.parent for p in map(temporary.joinpath, files))}:
-            _flush(folder)
+            sync_folder(folder)
         _replace(temporary, final)
-        _flush(final.parent)
+        sync_folder(final.parent)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)

@@ -3,6 +3,9 @@
     base.yaml ← models/M ← datasets/D ← algorithms/A… ← recipes/{A}_{D} ← --yaml files ← smoke ← dotlist overrides
 
 Later wins. A key that nobody defined is an error that names the nearest valid one.
+
+Files are taken for hostile: no tags, no aliases, no ${…} (docs/security.md). Overrides are the user's own and may
+refer to other keys or to the environment as OmegaConf lets them.
 """
 
 from __future__ import annotations
@@ -10,7 +13,9 @@ from __future__ import annotations
 import math
 import os
 import re
+import reprlib
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +25,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from clbench.config.schema import Config
 from clbench.errors import UserError, nearest
+from clbench.io import read_text
 from clbench.paths import CONFIG_ROOT
 
 SECRET = re.compile(r"(^|_)(api_?key|key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
-MAX_YAML_BYTES = 1024 * 1024
+MAX_YAML_BYTES = 256 * 1024
+MAX_YAML_DEPTH = 20
+# What OmegaConf, its parsers and Python's conversions raise for values that do not fit; 10**5000 is a ValueError.
+INVALID = (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, IndexError, AttributeError, OverflowError,
+           RecursionError)  # fmt: skip
 
 
 def available(kind: str) -> list[str]:
@@ -32,25 +42,58 @@ def available(kind: str) -> list[str]:
 
 
 def load_yaml(path: Path | str) -> DictConfig:
-    """Read one YAML mapping (no tags that construct objects)."""
+    """Read one YAML mapping.
+
+    Raises:
+        UserError: it is missing, too large, no YAML, no mapping, or holds what a configuration file may not: tags,
+            aliases, ${…}, a key twice, more than MAX_YAML_DEPTH levels.
+    """
     path = Path(path)
+    text = read_text(path, MAX_YAML_BYTES)
     try:
-        if path.stat().st_size > MAX_YAML_BYTES:
-            raise UserError(f"{path} is larger than {MAX_YAML_BYTES} bytes; that is no configuration file.")
-        value = OmegaConf.create(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise UserError(f"configuration file {path} does not exist.") from e
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"cannot read configuration file {path}: {e}.") from e
-    except (yaml.YAMLError, OmegaConfBaseException, RecursionError) as e:
+        _check_yaml(text, references=False)
+        value = OmegaConf.create(text)
+    except INVALID as e:
         raise UserError(f"{path} is not valid YAML: {_one_line(e)}") from e
     if not isinstance(value, DictConfig):
         raise UserError(f"{path} must hold a mapping of keys to values.")
     return value
 
 
+def _check_yaml(text: str, references: bool) -> None:
+    """Raise ValueError for YAML that could construct objects, grow when it is read, or read the environment."""
+    depth = 0
+    event: Any
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        line = f"line {event.start_mark.line + 1}: "
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"{line}an alias (*{event.anchor}); write the value out")
+        if getattr(event, "tag", None) is not None:
+            raise ValueError(f"{line}a tag ({event.tag}); only plain values are read")
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > MAX_YAML_DEPTH:
+                raise ValueError(f"{line}more than {MAX_YAML_DEPTH} levels of nesting")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        elif isinstance(event, yaml.ScalarEvent):
+            if depth == 0 and event.value and not references:
+                raise ValueError("it must hold a mapping of keys to values")
+            if "${" in event.value and not references:
+                raise ValueError(f"{line}'${{' refers to another value, which files may not; write the value out")
+            if event.implicit[0] and len(event.value) > 1000 and event.value.lstrip("+-")[:1].isdigit():
+                raise ValueError(f"{line}a number of {len(event.value)} digits")
+            if "\0" in event.value or event.value != event.value.encode("utf-8", "replace").decode():
+                raise ValueError(f"{line}a character that no text may hold")
+
+
 def _one_line(e: BaseException) -> str:
-    return " ".join(str(e).split("full_key:")[0].split())
+    return clip(" ".join(str(e).split("full_key:")[0].split()) or type(e).__name__)
+
+
+def clip(text: str, length: int = 500) -> str:
+    """The beginning of a text that may be of any length, for a message."""
+    return text if len(text) <= length else text[:length] + " …"
 
 
 def find(kind: str, name: str, known: Iterable[str] = ()) -> Path | None:
@@ -120,22 +163,23 @@ def _merge(files: Sequence[Path], head: dict[str, Any], overrides: Sequence[str]
     config: Any = OmegaConf.structured(Config)
     for source, layer in layers:
         check_keys(OmegaConf.structured(Config), layer, source)
-        try:
-            config = OmegaConf.merge(config, layer)
-        except OmegaConfBaseException as e:
-            key = getattr(e, "full_key", None)
-            raise UserError(f"{source}: {key}: {_one_line(e)}") from e
+        config = merge(config, layer, source)
     return to_config(config)
+
+
+def merge(config: Any, layer: DictConfig, source: str) -> Any:
+    """`config` overlaid with `layer`; UserError, naming `source` and the key, for a value of the wrong type."""
+    try:
+        return OmegaConf.merge(config, layer)
+    except INVALID as e:
+        raise UserError(f"{source}: {getattr(e, 'full_key', None) or 'not valid'}: {_one_line(e)}") from e
 
 
 def override(config: Config, overrides: Sequence[str]) -> Config:
     """Apply dotlist overrides to a composed configuration."""
     layer = _dotlist(overrides)
     check_keys(OmegaConf.structured(Config), layer, "the command line")
-    try:
-        return to_config(OmegaConf.merge(OmegaConf.structured(config), layer))
-    except OmegaConfBaseException as e:
-        raise UserError(f"the command line: {getattr(e, 'full_key', None)}: {_one_line(e)}") from e
+    return to_config(merge(OmegaConf.structured(config), layer, "the command line"))
 
 
 def _dotlist(overrides: Sequence[str]) -> DictConfig:
@@ -143,12 +187,14 @@ def _dotlist(overrides: Sequence[str]) -> DictConfig:
     for item in overrides:
         text = item.removeprefix("--")
         if "=" not in text:
-            raise UserError(f"override '{item}' is not of the form key=value (for example train.steps=500).")
+            raise UserError(f"override '{clip(item)}' is not of the form key=value (for example train.steps=500).")
         items.append(text)
     try:
+        for item in items:
+            _check_yaml(item.partition("=")[2], references=True)
         return OmegaConf.from_dotlist(items)
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError, IndexError, TypeError) as e:
-        raise UserError(f"cannot read the overrides {items}: {_one_line(e)}") from e
+    except INVALID as e:
+        raise UserError(f"cannot read the overrides {reprlib.repr(items)}: {_one_line(e)}") from e
 
 
 def check_keys(schema: Any, value: Any, source: str, prefix: str = "") -> None:
@@ -158,7 +204,7 @@ def check_keys(schema: Any, value: Any, source: str, prefix: str = "") -> None:
     if not isinstance(value, DictConfig):
         plain = value._value() if isinstance(value, Node) else value
         if plain is not None and prefix and not str(plain).startswith("${"):
-            raise UserError(f"{source}: '{prefix.rstrip('.')}' must hold keys and values, is {value}.")
+            raise UserError(f"{source}: '{clip(prefix.rstrip('.'))}' must hold keys and values, is {clip(str(value))}.")
         return
     if OmegaConf.get_type(schema) is dict:  # an open mapping: checked by whoever owns it
         return
@@ -166,7 +212,7 @@ def check_keys(schema: Any, value: Any, source: str, prefix: str = "") -> None:
     for key in value:
         name = str(key)
         if name not in known:
-            raise UserError(f"{source}: unknown key '{prefix}{name}'.{nearest(name, known)}")
+            raise UserError(f"{source}: unknown key '{prefix}{clip(name)}'.{nearest(clip(name), known)}")
         try:
             child = schema[key] if not OmegaConf.is_missing(schema, key) else None
         except OmegaConfBaseException:
@@ -188,9 +234,12 @@ def to_config(config: Any) -> Config:
             config.model = str(config.policy.get("type", "policy"))
         OmegaConf.resolve(config)
         obj = OmegaConf.to_object(config)
-    except OmegaConfBaseException as e:
+    except INVALID as e:
+        if isinstance(e, UserError):
+            raise
         raise UserError(f"the configuration is not valid: {_one_line(e)}") from e
     assert isinstance(obj, Config)
+    _check_lists(obj)
     check_values(obj)
     return obj
 
@@ -245,6 +294,7 @@ def check_values(c: Config) -> None:
         need(o.warmup_steps >= 0, f"{label}.optimizer.warmup_steps must not be negative")
         need(0 <= o.final_lr_ratio <= 1, f"{label}.optimizer.final_lr_ratio must be in [0, 1]")
         need(0 <= o.grad_clip < math.inf, f"{label}.optimizer.grad_clip must not be negative (0 = off)")
+    problems += _odd_numbers({f.name: getattr(c, f.name) for f in fields(c)})
     t, e, d = c.train, c.eval, c.dataset
     need(t.gradient_accumulation >= 1, "train.gradient_accumulation must be at least 1")
     if t.gradient_accumulation >= 1:
@@ -312,7 +362,35 @@ def check_values(c: Config) -> None:
     if "type" not in c.policy and "path" not in c.policy:
         problems.append("policy.type (or policy.path, a checkpoint folder) is missing")
     if problems:
-        raise UserError("the configuration is not valid: " + "; ".join(problems) + ".")
+        raise UserError("the configuration is not valid: " + clip("; ".join(problems), 2000) + ".")
+
+
+def _check_lists(c: Config) -> None:
+    """Raise UserError for a list or mapping inside a plain list, which OmegaConf lets through."""
+    lists: dict[str, tuple[list[Any], Any]] = {
+        "dataset.tasks": (c.dataset.tasks, str),
+        "dataset.pretrain.tasks": ([] if c.dataset.pretrain is None else c.dataset.pretrain.tasks, str),
+        "eval.views": (c.eval.views, str),
+        "train.optimizer.betas": (c.train.optimizer.betas, int | float),
+        "pretrain.optimizer.betas": (c.pretrain.optimizer.betas, int | float),
+    }
+    for key, (values, kind) in lists.items():
+        if not all(isinstance(v, kind) for v in values):
+            what = "names" if kind is str else "numbers"
+            raise UserError(f"the configuration is not valid: {key} must be a list of {what}.")
+
+
+def _odd_numbers(value: Any, key: str = "") -> list[str]:
+    """Numbers that no setting can have: not finite, or beyond 64 bits."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = {f.name: getattr(value, f.name) for f in fields(value)}
+    if isinstance(value, dict):
+        return [p for k, v in value.items() for p in _odd_numbers(v, f"{key}.{k}".removeprefix("."))]
+    if isinstance(value, list | tuple):
+        return [p for i, v in enumerate(value) for p in _odd_numbers(v, f"{key}[{i}]")]
+    if isinstance(value, int | float) and not abs(value) < 2**63:
+        return [f"{key} must be a finite number of at most 63 bits"]
+    return []
 
 
 def _choice(problems: list[str], key: str, value: str, known: Sequence[str]) -> None:

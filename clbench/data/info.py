@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
 import numpy as np
@@ -90,13 +91,13 @@ def load_info(root: Path | str) -> DataInfo:
         raise UserError(f"there is no data set in {root}. Make it with: clbench data make {root.name}")
     raw = read_json(path)
     found = raw.get("format") if isinstance(raw, dict) else None
-    if not isinstance(found, int):
+    if type(found) is not int:
         raise UserError(f"{path} has no 'format': it is damaged. Make the set again with --force.")
     if found > FORMAT:
         raise UserError(f"{path} has format {found}, this clbench reads up to {FORMAT}. Use a newer clbench.")
     try:
         return _parse(root, raw)
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
         what = f"'{e.args[0]}' is missing" if isinstance(e, KeyError) else str(e)
         raise UserError(f"{path} is damaged: {what}. Make the set again with --force.") from e
 
@@ -117,34 +118,52 @@ def _parse(root: Path, raw: dict[str, Any]) -> DataInfo:
     return DataInfo(
         root=root,
         format=raw["format"],
-        name=str(raw["name"]),
-        env_type=str(raw["env_type"]),
-        seed=int(raw["seed"]),
-        action_noise=float(raw["action_noise"]),
-        tail_steps=int(raw["tail_steps"]),
-        max_steps=int(raw["max_steps"]),
-        demos_per_task=int(raw["demos_per_task"]),
-        ceiling_episodes=int(raw["ceiling_episodes"]),
+        name=_text(raw["name"]),
+        env_type=_text(raw["env_type"]),
+        seed=_whole(raw["seed"]),
+        action_noise=_number(raw["action_noise"]),
+        tail_steps=_whole(raw["tail_steps"]),
+        max_steps=_whole(raw["max_steps"]),
+        demos_per_task=_whole(raw["demos_per_task"]),
+        ceiling_episodes=_whole(raw["ceiling_episodes"]),
         tasks=tuple(
             TaskInfo(
-                name=str(t["name"]),
-                instruction=str(t["instruction"]),
-                task_index=int(t["task_index"]),
-                episodes=tuple(int(e) for e in t["episodes"]),
-                frames=int(t["frames"]),
-                expert_attempts=int(t["expert_attempts"]),
-                expert_successes=int(t["expert_successes"]),
+                name=_text(t["name"]),
+                instruction=_text(t["instruction"]),
+                task_index=_whole(t["task_index"]),
+                episodes=tuple(_whole(e) for e in t["episodes"]),
+                frames=_whole(t["frames"]),
+                expert_attempts=_whole(t["expert_attempts"]),
+                expert_successes=_whole(t["expert_successes"]),
                 expert_success_rate=_number_or_none(t["expert_success_rate"]),
-                demo_attempts=int(t["demo_attempts"]),
-                demo_successes=int(t["demo_successes"]),
-                demo_success_rate=float(t["demo_success_rate"]),
+                demo_attempts=_whole(t["demo_attempts"]),
+                demo_successes=_whole(t["demo_successes"]),
+                demo_success_rate=_number(t["demo_success_rate"]),
             )
             for t in raw["tasks"]
         ),
-        fingerprint=str(raw["fingerprint"]),
+        fingerprint=_text(raw["fingerprint"]),
         versions={str(k): str(v) for k, v in raw["versions"].items()},
     )
 
 
+def _whole(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{shown(value)} is no whole number")
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{shown(value)} is no number")
+    return float(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{shown(value)} is no text")
+    return value
+
+
 def _number_or_none(value: Any) -> float | None:
-    return None if value is None else float(value)
+    return None if value is None else _number(value)

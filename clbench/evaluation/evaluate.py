@@ -12,8 +12,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from clbench.checkpoints.run_folder import checkpoint_folder, describe_columns, finished_visits, read_manifest
-from clbench.config.compose import check_keys, load_yaml, to_config
+from clbench.checkpoints.run_folder import (
+    checkpoint_folder,
+    describe_columns,
+    finished_visits,
+    read_checkpoint,
+    read_manifest,
+)
+from clbench.checkpoints.whole import damage
+from clbench.config.compose import check_keys, load_yaml, merge, to_config
 from clbench.config.schema import Config
 from clbench.envs.base import EVAL_SEED_BASE
 from clbench.errors import Interrupted, UserError
@@ -48,15 +55,11 @@ class CellsFailed(UserError):
 def run_config(folder: Path) -> Config:
     """The configuration of a finished or running run."""
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     path = folder / "config.yaml"
     values = load_yaml(path)
     check_keys(OmegaConf.structured(Config), values, str(path))
-    try:
-        return to_config(OmegaConf.merge(OmegaConf.structured(Config), values))
-    except OmegaConfBaseException as e:
-        raise UserError(f"{path} is not valid: {' '.join(str(e).split())}") from e
+    return to_config(merge(OmegaConf.structured(Config), values, str(path)))
 
 
 def wanted_cells(mode: str, cells: str, rows: int, columns: int) -> list[tuple[int, int]]:
@@ -112,6 +115,8 @@ def _evaluate(folder: Path, config: Config, output: Path | None, progress: bool,
         for left in out.rglob(".*.tmp"):  # of an evaluation that was killed while it wrote a file
             left.unlink()
         columns = manifest["visits"]
+        if not columns:
+            raise UserError(f"run {folder.name} has no visits in its manifest.json: there is nothing to evaluate.")
         run = _Run(folder, manifest, config, rows, progress, stop)
         cells = wanted_cells(manifest["mode"], e.cells, rows, len(columns))
         extra = [(BASE, j) for j in range(len(columns))] if e.base_row else []
@@ -216,6 +221,14 @@ class _Run:
                             "max_steps": columns[j]["env"]["max_steps"],
                         }
                     )
+        for k in sorted(missing):
+            here = checkpoint_folder(self.folder, k)
+            reason = damage(here) if k >= 0 else None
+            if reason is not None:
+                raise UserError(
+                    f"{here} is damaged ({reason}). Put the file back from a copy, or remove the checkpoints from "
+                    f"{here.name} on and make them again: clbench train --resume {self.folder.name}"
+                )
         workers = e.workers or max(1, min(2, os.cpu_count() or 1))
         jobs = _jobs(missing, self.folder, self.manifest, workers)
         total = sum(len(job.episodes) for job in jobs)
@@ -255,12 +268,13 @@ def _check_settings(
 ) -> None:
     """Records of other settings or other checkpoints must not mix with new ones."""
     path = out / "settings.json"  # one per matrix: views and held-out tasks have their own
-    digests = [read_json(checkpoint_folder(folder, k) / "checkpoint.json").get("digest") for k in range(rows)]
+    digests = [read_checkpoint(checkpoint_folder(folder, k)).get("digest") for k in range(rows)]
     now = {"steps_after_success": steps_after_success, "max_steps": max_steps, "seed": seed, "checkpoints": digests}
     if path.is_file():
         before = read_json(path)
         before = before if isinstance(before, dict) else {}
-        earlier = before.get("checkpoints") or []
+        earlier = before.get("checkpoints")
+        earlier = earlier if isinstance(earlier, list) else []
         before["checkpoints"] = [*earlier, *digests[len(earlier) :]]  # a run may have gone on since
         differing = [k for k, v in now.items() if before.get(k) != v]
         if differing:
@@ -322,6 +336,8 @@ def _add_summary(out: Path, seconds: float, episodes: int, workers: int) -> None
     """Add this evaluation's time to eval/summary.json."""
     path = out / "summary.json"
     before = read_json(path) if path.is_file() else {"seconds": 0.0, "episodes": 0}
+    if not isinstance(before, dict) or not all(isinstance(before.get(n), int | float) for n in ("seconds", "episodes")):
+        raise UserError(f"{path} is damaged: it has no seconds and episodes. Move it away.")
     write_json(
         path,
         {

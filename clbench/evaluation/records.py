@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clbench.errors import UserError
-from clbench.io import read_json, read_jsonl, write_json, write_jsonl
+from clbench.io import read_bytes, read_json, read_jsonl, write_json, write_jsonl
 
 BASE, RANDOM = -1, -2  # row numbers of the base and of random actions
 
@@ -22,6 +22,12 @@ BASE, RANDOM = -1, -2  # row numbers of the base and of random actions
 def cell_name(k: int, j: int) -> str:
     row = {BASE: "base", RANDOM: "random"}.get(k, f"k{k:02d}")
     return f"{row}_j{j:02d}"
+
+
+def _is_record(row: Any) -> bool:
+    if not isinstance(row, dict) or type(row.get("episode")) is not int:
+        return False
+    return all(row.get(c) in (0, 1) for c in ("success_once", "success_at_end") if c in row) and "success_once" in row
 
 
 class CellFile:
@@ -33,9 +39,9 @@ class CellFile:
         self.rows: dict[int, dict[str, Any]] = {}
         self._repaired = False
         if self.path.is_file():
-            self._repaired = not self.path.read_bytes().endswith(b"\n")
+            self._repaired = not read_bytes(self.path).endswith(b"\n")
             for row in read_jsonl(self.path):
-                if not isinstance(row, dict) or not isinstance(row.get("episode"), int):
+                if not _is_record(row):
                     raise UserError(f"{self.path} holds a line that is no episode record; move the file away.")
                 self.rows[row["episode"]] = row
 

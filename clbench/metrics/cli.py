@@ -162,6 +162,5 @@ def _printable(text: str) -> str:
 
 def default_run(path: str | Path) -> Path:
     """`path` itself, or the run of that name among the results when only that exists."""
-    path = Path(path)
     run = results_root() / path
-    return run if not path.exists() and run.is_dir() else path
+    return run if not os.path.exists(path) and os.path.isdir(run) else Path(path)  # no error for a name too long

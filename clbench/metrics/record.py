@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
+import itertools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
 import numpy as np
@@ -13,13 +16,16 @@ import numpy.typing as npt
 
 from clbench.errors import UserError
 from clbench.evaluation.records import cell_name, counted, read_failures
-from clbench.io import MAX_JSON_BYTES, read_json, read_jsonl
+from clbench.io import read_json, read_jsonl, read_text
 from clbench.metrics.definitions import FloatArray
 
 BASE_ROW = -1
 NOT_EVALUATED = {"", "null", "none", "nan", "na", "n/a", "-"}
 LABEL_HEADERS = {"", "k", "row", "task", "after", "visit", "checkpoint"}
 CRITERIA = ("success_once", "success_at_end")
+MODES = ("sequential", "multitask", "singletask")
+MAX_TASKS = 1000  # columns, and so rows
+MAX_EPISODES = 100_000  # of one cell
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,13 @@ def load_record(path: Path | str, *, criterion: str | None = None) -> Record:
     Raises:
         UserError: `path` is missing or holds no matrix of rates in [0, 1].
     """
-    path = Path(path)
+    try:
+        return _load(Path(path), criterion)
+    except OSError as e:  # a name too long, a disk that fails
+        raise UserError(f"cannot read {path}: {e.strerror}.") from e
+
+
+def _load(path: Path, criterion: str | None) -> Record:
     if path.is_dir():
         for folder in (path / "eval", path):
             if (folder / "matrix.json").is_file():
@@ -96,7 +108,7 @@ def load_record(path: Path | str, *, criterion: str | None = None) -> Record:
         raise UserError(f"{path} does not exist. Give a run, its eval folder, or a matrix as JSON or CSV.")
     if path.name == "matrix.json" and (path.parent / "cells").is_dir():
         return _load_eval(path.parent, criterion)
-    if path.suffix.lower() == ".json" or _looks_like_json(path):
+    if path.suffix.lower() == ".json" or read_text(path).lstrip()[:1] in ("[", "{"):
         record = _from_json(read_json(path), str(path))
     else:
         record = _from_csv(path)
@@ -114,12 +126,12 @@ def _cell(value: Any, where: str) -> float:
     if value is None:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"{where} is {value!r}, not a number (null = not evaluated).")
-    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where} is {shown(value)}, not a number (null = not evaluated).")
+    if isinstance(value, float) and not math.isfinite(value):  # from CSV; JSON has none
         raise UserError(f"{where} is {value}, not a rate; write null for a cell that was not evaluated.")
     if not 0 <= value <= 1:
         hint = " This looks like percent; divide by 100." if 1 < value <= 100 else ""
-        raise UserError(f"{where} is {value}, outside [0, 1].{hint}")
+        raise UserError(f"{where} is {shown(value)}, outside [0, 1].{hint}")
     return float(value)
 
 
@@ -139,6 +151,8 @@ def _matrix(rows: Any, where: str, n: int | None = None) -> FloatArray:
         raise UserError(f"{where} is not a matrix: its rows are not lists. A single row is written [[…]].")
     if not rows or rows[0] == []:
         raise UserError(f"{where} is empty.")
+    if max(len(rows), *(len(r) if isinstance(r, list) else 0 for r in rows)) > MAX_TASKS:
+        raise UserError(f"{where} has more than {MAX_TASKS} rows or columns.")
     width = n if n is not None else len(rows[0]) if isinstance(rows[0], list) else None
     matrix = np.stack([_row(r, f"{where}, row {k}", width) for k, r in enumerate(rows)])
     if len(matrix) > matrix.shape[1]:
@@ -174,7 +188,7 @@ def _from_json(data: Any, where: str) -> Record:
     }
     criterion = data.get("criterion", CRITERIA[0])
     if criterion not in CRITERIA:
-        raise UserError(f'{where}: "criterion" is {criterion!r}; known: {", ".join(CRITERIA)}.')
+        raise UserError(f'{where}: "criterion" is {shown(criterion)}; known: {", ".join(CRITERIA)}.')
     return Record(
         tasks=tasks if tasks is not None else _default_names(n),
         success=success,
@@ -198,16 +212,8 @@ def _counts(counts: Any, success: FloatArray, where: str) -> npt.NDArray[np.int6
     for row in counts:
         for n in row:
             if n is not None and (isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < 2**53):
-                raise UserError(f'{where}: "episodes" holds {n!r}, not a count.')
+                raise UserError(f'{where}: "episodes" holds {shown(n)}, not a count.')
     return np.array([[n or 0 for n in row] for row in counts], dtype=np.int64)
-
-
-def _looks_like_json(path: Path) -> bool:
-    try:
-        with path.open("rb") as f:
-            return f.read(256).lstrip()[:1] in (b"[", b"{")
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}.") from e
 
 
 def _from_csv(path: Path) -> Record:
@@ -215,15 +221,11 @@ def _from_csv(path: Path) -> Record:
 
     Rows labelled "base" or "random" are taken as such; an empty cell, null or nan means not evaluated.
     """
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise UserError(f"{path} is larger than {MAX_JSON_BYTES} bytes; refusing to parse it.")
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"cannot read {path} as text: {e}.") from e
+    text = read_text(path)
+    lines = io.StringIO(text, newline="")  # not splitlines: U+2028 in a name ends no line
     delimiter = next((d for d in (",", "\t", ";") if d in text), ",")
     try:
-        table = [[c.strip() for c in row] for row in csv.reader(text.splitlines(), delimiter=delimiter) if row]
+        table = [[c.strip() for c in row] for row in csv.reader(lines, delimiter=delimiter) if row]
     except csv.Error as e:
         raise UserError(f"{path} is not CSV: {e}.") from e
     table = [row for row in table if any(row) or len(row) > 1]
@@ -244,6 +246,7 @@ def _from_csv(path: Path) -> Record:
         table = [row[1:] for row in table]
         if header is not None and not by_width:
             header = header[1:]
+        _check_labels(labels, path)
 
     rows: list[Any] = []
     extra: dict[str, FloatArray] = {}
@@ -266,11 +269,26 @@ def _from_csv(path: Path) -> Record:
     )
 
 
+def _check_labels(labels: list[str], path: Path) -> None:
+    """Rows are taken in the file's order: labels that say another one are an error."""
+    numbers = [int(label) for label in labels if label.isascii() and label.isdigit() and len(label) < 10]
+    if any(b <= a for a, b in itertools.pairwise(numbers)):
+        raise UserError(f"{path}: its rows are not in order: {shown(numbers)}.")
+    if any(labels.count(name) > 1 for name in ("base", "random")):
+        raise UserError(f"{path} has more than one base or random row.")
+
+
+def _float(cell: str) -> float:
+    if "_" in cell:  # Python's own way of writing numbers, nobody else's
+        raise ValueError
+    return float(cell)
+
+
 def _is_text(cell: str) -> bool:
     if cell.lower() in NOT_EVALUATED:
         return False
     try:
-        float(cell)
+        _float(cell)
     except ValueError:
         return True
     return False
@@ -280,10 +298,10 @@ def _number(cell: str, where: str) -> float | None:
     if cell.lower() in NOT_EVALUATED:
         return None
     try:
-        return float(cell)
+        return _float(cell)
     except ValueError:
         hint = " Write the rate as a fraction in [0, 1]." if cell.endswith("%") else ""
-        raise UserError(f"{where} is {cell!r}, not a number.{hint}") from None
+        raise UserError(f"{where} is {shown(cell)}, not a number.{hint}") from None
 
 
 # ---------------------------------------------------------------------------------------- eval folders
@@ -324,6 +342,9 @@ def _manifest(folder: Path) -> dict[str, Any]:
             manifest = read_json(parent / "manifest.json")
             if not isinstance(manifest, dict):
                 raise UserError(f"{parent / 'manifest.json'} is not a JSON object.")
+            seed, mode = manifest.get("seed"), manifest.get("mode")
+            if not (seed is None or type(seed) is int) or not (mode is None or mode in MODES):
+                raise UserError(f"{parent / 'manifest.json'} is damaged: it has no proper 'seed' or 'mode'.")
             return manifest
     return {}
 
@@ -335,6 +356,8 @@ def read_cell(cells: Path, tasks: list[str], k: int, j: int) -> list[dict[str, A
         path = cells / (f"base_j{i:02d}.jsonl" if k == BASE_ROW else f"k{k:02d}_j{i:02d}.jsonl")
         if path.is_file():
             episodes = read_jsonl(path)
+            if len(episodes) > MAX_EPISODES:
+                raise UserError(f"{path} holds more than {MAX_EPISODES} episodes.")
             if not all(isinstance(e, dict) for e in episodes):
                 raise UserError(f"{path} holds lines that are not JSON objects.")
             return episodes
@@ -346,7 +369,7 @@ def _outcomes(episodes: list[dict[str, Any]], criterion: str, where: str) -> dic
     result: dict[int, float] = {}
     for e in episodes:
         seed, success = e.get("seed"), e.get(criterion)
-        if not isinstance(seed, int) or not isinstance(success, bool | int | float) or not 0 <= success <= 1:
+        if type(seed) is not int or not isinstance(success, bool | int | float) or not 0 <= success <= 1:
             raise UserError(f'{where}: an episode record lacks a whole "seed" or a "{criterion}" in [0, 1].')
         if result.setdefault(seed, float(success)) != float(success):
             raise UserError(f"{where}: episode seed {seed} is recorded twice with different outcomes.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import json
 import math
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from clbench.metrics.cli import NOT_COMPARABLE, evaluated_counts, width_notes
 from clbench.metrics.definitions import METRICS
 from clbench.report import tables
 from clbench.report.runs import Group, Run
+from clbench.report.tables import escape_html
 
 CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222 }
@@ -45,10 +45,10 @@ def page(
 ) -> str:
     """The whole page: table and pictures, definitions with intervals, how wide they are, provenance."""
     body = [
-        f"<h1>{html.escape(title)}</h1>",
-        f'<p class="sub">{html.escape(_subtitle(runs))}</p>',
+        f"<h1>{escape_html(title)}</h1>",
+        f'<p class="sub">{escape_html(_subtitle(runs))}</p>',
         f'<div class="wide summary">{tables.to_html(tables.header(groups), tables.rows(groups))}</div>',
-        f'<p class="note">{html.escape(tables.CAPTION)}</p>',
+        f'<p class="note">{escape_html(tables.CAPTION)}</p>',
         *(_paragraph(n) for n in notes),
         "<h2>Success</h2>" if matrices else "",
         f'<div class="{"grid" if len(matrices) > 1 else ""}">{"".join(map(_image, matrices))}</div>',
@@ -60,7 +60,7 @@ def page(
         "<h2>How wide the intervals are</h2>",
         *(_width(run) for run in runs),
         "<h2>Where this comes from</h2>",
-        f"<pre>{html.escape(command)}</pre>",
+        f"<pre>{escape_html(command)}</pre>",
         *(_provenance(run) for run in runs),
     ]
     # No script, no request: a hostile name that slipped through escaping could still do nothing.
@@ -69,7 +69,7 @@ def page(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(title)}</title><style>{CSS}</style></head>\n<body>\n"
+        f"<title>{escape_html(title)}</title><style>{CSS}</style></head>\n<body>\n"
         + "\n".join(b for b in body if b)
         + "\n</body></html>\n"
     )
@@ -96,22 +96,22 @@ def _span(counts: Sequence[int]) -> str:
 
 
 def _paragraph(text: str) -> str:
-    return f'<p class="note">{html.escape(text)}</p>'
+    return f'<p class="note">{escape_html(text)}</p>'
 
 
 def _list(title: str, items: Sequence[str]) -> str:
     if not items:
         return ""
-    return f"<h2>{html.escape(title)}</h2><ul>{''.join(f'<li>{html.escape(i)}</li>' for i in items)}</ul>"
+    return f"<h2>{escape_html(title)}</h2><ul>{''.join(f'<li>{escape_html(i)}</li>' for i in items)}</ul>"
 
 
 def _image(image: Image) -> str:
     name, caption, png = image
     data = base64.b64encode(png).decode("ascii")
     return (
-        f'<figure><img alt="{html.escape(caption)}" title="{html.escape(name)}" '
+        f'<figure><img alt="{escape_html(caption)}" title="{escape_html(name)}" '
         f'src="data:image/png;base64,{data}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        f"<figcaption>{escape_html(caption)}</figcaption></figure>"
     )
 
 
@@ -137,7 +137,7 @@ def _reasons(groups: Sequence[Group]) -> str:
         for reason, names in by_reason.items():
             reasons.setdefault(f"{', '.join(names)}: {reason}", []).append(g.label)
     items = [f"{', '.join(labels)} lacks {what}" for what, labels in reasons.items()]
-    return "".join(["<ul>", *(f"<li>{html.escape(i)}</li>" for i in items), "</ul>"]) if items else ""
+    return "".join(["<ul>", *(f"<li>{escape_html(i)}</li>" for i in items), "</ul>"]) if items else ""
 
 
 def _full(m: dict[str, Any], reason: bool) -> str:
@@ -154,8 +154,8 @@ def _full(m: dict[str, Any], reason: bool) -> str:
 def _width(run: Run) -> str:
     """What is known about the widths, and every cell with its Wilson interval."""
     record = run.record
-    items = "".join(f"<li>{html.escape(n)}</li>" for n in width_notes(record, run.metrics))
-    text = f"<p><b>{html.escape(run.name)}</b></p><ul>{items}</ul>"
+    items = "".join(f"<li>{escape_html(n)}</li>" for n in width_notes(record, run.metrics))
+    text = f"<p><b>{escape_html(run.name)}</b></p><ul>{items}</ul>"
     if record.episodes is None:
         return text
     body = []
@@ -191,6 +191,6 @@ def _provenance(run: Run) -> str:
             if isinstance(v, dict):
                 rows.append([f"visit {v.get('k')}", f"{v.get('task')}: {v.get('instruction') or ''}"])
     return (
-        f"<details{' open' if run.notes else ''}><summary>{html.escape(run.name)}</summary>"
+        f"<details{' open' if run.notes else ''}><summary>{escape_html(run.name)}</summary>"
         f"{tables.to_html(['', ''], rows)}</details>"
     )

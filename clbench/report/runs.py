@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from clbench.errors import UserError
-from clbench.io import read_json, read_jsonl
+from clbench.io import read_json, read_jsonl, refuse_links
 from clbench.metrics import Record, aggregate, bootstrap_draws, compute_metrics, load_record
 from clbench.metrics.definitions import FloatArray
 from clbench.metrics.record import read_cell
 
+MAX_TASKS = 200  # that figures can show
+MAX_ADAPTERS = 100
+MAX_VALUE = 1e18  # of sizes, times and losses
 Routing = dict[str, list[dict[int, int]]]  # layer → per task j, {adapter: count}
 
 
@@ -116,8 +119,11 @@ def load_run(path: Path, view: str = "") -> Run:
     """Read a run folder; what is absent stays empty. Raises UserError when there is no evaluated matrix."""
     if not path.is_dir():
         raise UserError(f"{path} is not a run folder.")
+    refuse_links(path)  # the report is written into it
     folder = path / "eval" / "views" / view if view else path / "eval"
     run = Run(path=path.resolve(), record=load_record(folder if view else path), view=view)
+    if len(run.record.tasks) > MAX_TASKS:
+        raise UserError(f"{path} has {len(run.record.tasks)} tasks; a report draws at most {MAX_TASKS}.")
     run.notes += run.record.notes
     if not run.manifest:
         run.notes.append("no manifest.json: algorithm, seed and versions are unknown")
@@ -136,7 +142,9 @@ def views_of(path: Path) -> list[str]:
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    """A number that can be added up and drawn, else None."""
+    good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_VALUE
+    return float(value) if good else None
 
 
 def _read_log(run: Run) -> None:
@@ -147,6 +155,8 @@ def _read_log(run: Run) -> None:
         return
     try:
         events = [e for e in read_jsonl(path) if isinstance(e, dict)]
+        if not all(_number(e.get(key, 0)) is not None and e.get(key, 0) >= 0 for e in events for key in ("k", "step")):
+            raise UserError(f"{path} has an event at no proper k or step.")
     except UserError as error:  # results are still worth reporting when the log of a crashed run is damaged
         run.notes.append(f"the training log is left out: {error}")
         return
@@ -154,9 +164,10 @@ def _read_log(run: Run) -> None:
     ends: dict[int, dict[str, Any]] = {}
     for e in events:
         k, step = e.get("k"), e.get("step")
-        if e.get("event") == "step" and isinstance(k, int) and isinstance(step, int):
+        if e.get("event") == "step" and type(k) is int and type(step) is int:
+            e["loss"] = _number(e.get("loss"))
             steps[k, str(e.get("phase", "train")), step] = e
-        elif e.get("event") == "task_end" and isinstance(k, int):
+        elif e.get("event") == "task_end" and type(k) is int:
             ends[k] = e
     run.steps = list(steps.values())
     run.task_ends = [ends[k] for k in sorted(ends)]
@@ -178,7 +189,8 @@ def _read_routing(run: Run, cells: Path) -> Routing:
                     raise UserError(f"{run.path}: the routing of an episode (j={j}) is not counts per adapter.")
                 per_task = routing.setdefault(str(layer), [{} for _ in record.tasks])[j]
                 for adapter, count in counts.items():
-                    if not str(adapter).isdecimal() or _number(count) is None:
+                    number, index = _number(count), adapter.isascii() and adapter.isdigit() and len(adapter) < 10
+                    if not index or int(adapter) >= MAX_ADAPTERS or number is None or number < 0:
                         raise UserError(f"{run.path}: the routing of an episode (j={j}) is not counts per adapter.")
                     per_task[int(adapter)] = per_task.get(int(adapter), 0) + int(count)
     return routing

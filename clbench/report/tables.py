@@ -104,11 +104,21 @@ def _mb(value: float | None) -> float | None:
 
 def to_html(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     """An escaped HTML table; the first column is a row header."""
-    lines = ["<table><thead><tr>", *(f"<th>{html.escape(h)}</th>" for h in head), "</tr></thead><tbody>"]
+    lines = ["<table><thead><tr>", *(f"<th>{escape_html(h)}</th>" for h in head), "</tr></thead><tbody>"]
     for row in body:
-        cells = [f"<th>{html.escape(row[0])}</th>", *(f"<td>{html.escape(c)}</td>" for c in row[1:])]
+        cells = [f"<th>{escape_html(row[0])}</th>", *(f"<td>{escape_html(c)}</td>" for c in row[1:])]
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return "\n".join([*lines, "</tbody></table>"])
+
+
+def escape_html(text: str) -> str:
+    """Text as HTML shows it, in an element or a quoted attribute; without control and direction characters."""
+    return html.escape(plain(text))
+
+
+def plain(text: str) -> str:
+    """Without characters that do not print."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def to_markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -142,18 +152,24 @@ _LATEX = {
     "^": r"\textasciicircum{}",
     "±": r"$\pm$",
     "–": "--",
+    "−": "$-$",
+    "→": r"$\rightarrow$",
+    "…": r"\ldots{}",
+    '"': "''",  # active in some languages
+    "`": r"\textasciigrave{}",
+    "|": r"\textbar{}",
+    "*": "{*}",  # a row that begins with * would be read as part of the \\ before it
     "<": r"\textless{}",
     ">": r"\textgreater{}",
-    "[": "{[}",  # a row that begins with [ would be read as an option of \\
+    "[": "{[}",  # likewise, as its option
     "]": "{]}",
 }
 
 
 def escape_latex(text: str) -> str:
     """Text as LaTeX prints it."""
-    return "".join(_LATEX.get(c, c if c.isprintable() else " ") for c in text)
+    return "".join(_LATEX.get(c, c) for c in plain(text))
 
 
 def _escape_markdown(text: str) -> str:
-    plain = "".join(c if c.isprintable() else " " for c in html.escape(text, quote=False))
-    return "".join("\\" + c if c in "\\|`*_[]" else c for c in plain)
+    return "".join("\\" + c if c in "\\|`*_[]" else c for c in html.escape(plain(text), quote=False))

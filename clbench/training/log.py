@@ -69,7 +69,10 @@ class RunLog:
         path = Path(self._file.name)
         if length is None:
             self._file.close()
-            write_jsonl(path, [r for r in read_jsonl(path) if r.get("k", 0) <= last_k and r.get("event") != "run_end"])
+            rows = read_jsonl(path)
+            if not all(isinstance(r, dict) and isinstance(r.get("k", 0), int) for r in rows):
+                raise UserError(f"{path} holds lines that are no events; move the file away.")
+            write_jsonl(path, [r for r in rows if r.get("k", 0) <= last_k and r.get("event") != "run_end"])
             self._file = path.open("a", encoding="utf-8")
             return
         if self.flushed() < length:

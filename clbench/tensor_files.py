@@ -1,0 +1,41 @@
+"""Reading safetensors files, which can hold tensors and nothing else. Their sizes are checked against the file's."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from clbench.errors import UserError
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file; UserError when it is missing or damaged."""
+    try:
+        _check_regular(path)
+        return load_file(path)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as e:
+        raise _damaged(path, e) from e
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in a safetensors file, without reading its tensors; raises as `read_tensors`."""
+    try:
+        _check_regular(path)
+        with safe_open(path, framework="pt") as f:
+            return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as e:
+        raise _damaged(path, e) from e
+
+
+def _check_regular(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no regular file")  # a pipe would block for ever
+
+
+def _damaged(path: Path, e: Exception) -> UserError:
+    what = e.strerror if isinstance(e, OSError) and e.strerror else e
+    return UserError(f"cannot read {path}: {what}. The checkpoint is incomplete or damaged.")

@@ -1,0 +1,626 @@
+"""What a file from somebody else could try: code, paths that lead elsewhere, bombs, pipes. And failing writes."""
+
+from __future__ import annotations
+
+import errno
+import html.parser
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from clbench import io
+from clbench.checkpoints.run_folder import new_run_folder, read_manifest, results_folder, run_folder
+from clbench.checkpoints.state import load_state, save_state
+from clbench.config.compose import compose, compose_files, load_yaml, override, to_yaml
+from clbench.errors import UserError
+from clbench.evaluation.evaluate import run_config
+from clbench.evaluation.records import CellFile
+from clbench.io import read_json, read_jsonl, read_text, write_json, write_text
+from clbench.metrics import load_record
+from clbench.metrics.cli import main as metrics_main
+from clbench.report import build_report
+from clbench.report.tables import escape_latex
+from tests.test_report import write_run
+
+# ------------------------------------------------------------------------------------------------- JSON
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"success": [[0.1]], "success": [[0.9]]}', "stands twice"),
+        (b"[[NaN]]", "null for a cell"),
+        (b"[[1e999]]", "larger than any number"),
+        (b"[[" + b"1" * 5000 + b"]]", "not valid JSON"),
+        (b"[" * 70 + b"]" * 70, "levels of nesting"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b'{"tasks": ["\\ud800"], "success": [[1]]}', "not valid JSON"),
+        (b'{"tasks": ["a\0"], "success": [[1]]}', "not valid JSON"),
+        (b"\xff\xfe[\0[\0001\0]\0]\0", "not UTF-8"),
+    ],
+)
+def test_json_that_is_refused(tmp_path: Path, content: bytes, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "m.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load_record(path)
+    assert str(path) in str(caught.value) and len(str(caught.value)) < 500
+    assert metrics_main([str(path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_byte_order_mark_does_not_matter(tmp_path: Path) -> None:
+    (tmp_path / "m.json").write_bytes(b"\xef\xbb\xbf[[0.5]]")
+    assert load_record(tmp_path / "m.json").success.tolist() == [[0.5]]
+
+
+def test_too_large_files_are_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for read, name in ((read_json, "a.json"), (read_jsonl, "a.jsonl"), (load_record, "m.csv"), (load_yaml, "c.yaml")):
+        path = tmp_path / name
+        with path.open("wb") as f:
+            f.truncate(2**40)  # sparse: a terabyte that takes no space
+        with pytest.raises(UserError, match="larger than"):
+            read(path)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("read", [read_json, read_jsonl, read_text, load_record, load_yaml])
+def test_only_regular_files_are_opened(tmp_path: Path, read: Callable[[Path], Any]) -> None:
+    """A pipe without a writer would block for ever; a folder, a device and an odd name are errors too."""
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    (tmp_path / "folder.json").mkdir()
+    odd = [tmp_path / n for n in ("pipe.json", "loop.json", "folder.json", "x" * 300, "nul\0.json", "nowhere.json")]
+    for path in [*odd, Path("/dev/zero")]:
+        with pytest.raises(UserError):
+            read(path)
+
+
+def test_matrices_have_bounds(tmp_path: Path) -> None:
+    wide = tmp_path / "m.json"
+    wide.write_text(json.dumps([[0.5] * 1001]))
+    with pytest.raises(UserError, match="more than 1000"):
+        load_record(wide)
+    wide.write_text("[[1" + "0" * 4000 + "]]")
+    with pytest.raises(UserError, match="outside") as caught:
+        load_record(wide)
+    assert len(str(caught.value)) < 400  # not all of its digits
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("k,a,b\n1,0.5,0.5\n0,0.1,0.1\n", "not in order"),
+        ("k,a,b\nbase,0.5,0.5\nbase,0.1,0.1\n0,0.5,0.5\n", "more than one base"),
+        ("0.1_2,0.5\n0.5,0.5\n", "not a number"),
+    ],
+)
+def test_csv_that_would_give_a_wrong_number(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "m.csv").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_record(tmp_path / "m.csv")
+
+
+# --------------------------------------------------------------------------------------------- configurations
+
+LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (LAUGHS, "alias"),
+        ("algorithm: &a\n  b: *a\n", "alias"),
+        ("train: {steps: !!python/object/apply:os.system ['true']}\n", "tag"),
+        ("train: !!int 5\n", "tag"),
+        ("log: {project: '${oc.env:PATH}'}\n", "refers to another value"),
+        ("train: {steps: '${pretrain.steps}'}\n", "refers to another value"),
+        ("log: {'${oc.env:PATH}': 1}\n", "refers to another value"),
+        ("algorithm: " + "{a: " * 30 + "1" + "}" * 30, "levels of nesting"),
+        ("algorithm: " + "[" * 50_000, "levels of nesting"),
+        ("train: {steps: " + "9" * 5000 + "}", "5000 digits"),
+        ("train: {steps: 0x" + "f" * 9000 + "}", "digits"),
+        ("train: {steps: " + "9" * 500 + "}", "train.steps"),
+        ("algorithm: {strength: .nan}", "algorithm.strength"),
+        ('output_dir: "a\\0b"\n', "no text may hold"),
+        ('output_dir: "\\ud800"\n', "no text may hold"),
+        ("seed: 1\0\n", "not valid YAML"),
+        ("dataset: {tasks: [[a], b]}\n", "dataset.tasks must be a list of names"),
+        ("dataset: {pretrain: {tasks: [{a: 1}]}}\n", "list of names"),
+        ("eval: {views: [[a]]}\n", "eval.views"),
+        ("train: {optimizer: {betas: [[], []]}}\n", "list of numbers"),
+        ("false\n", "mapping"),
+        ("just text\n", "mapping"),
+    ],
+)
+def test_configuration_files_that_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    whole, path = tmp_path / "whole.yaml", tmp_path / "c.yaml"
+    whole.write_text(to_yaml(compose(model="dit_dec_tiny", algorithms=["er"], dataset="metaworld_quick")[0]))
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        compose_files([str(whole), str(path)])
+    assert len(str(caught.value)) < 1000
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError):
+        run_config(tmp_path)
+
+
+def test_the_command_line_may_refer_to_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Overrides are the user's own words; a secret is still not written down."""
+    monkeypatch.setenv("CLBENCH_PROJECT", "mine")
+    config, _ = compose(model="dit_dec_tiny", algorithms=["er"], dataset="metaworld_quick")
+    assert override(config, ["log.project=${oc.env:CLBENCH_PROJECT}"]).log.project == "mine"
+    assert override(config, ["train.steps=${pretrain.steps}"]).train.steps == config.pretrain.steps
+    for bad in ("train.steps=*a", "train.steps=!!python/name:os.system", "log.project=${", "a=" + "[" * 5000):
+        with pytest.raises(UserError):
+            override(config, [bad])
+
+
+def test_an_experiment_cannot_write_elsewhere(tmp_path: Path) -> None:
+    from clbench.sweep import load_experiment
+
+    path = tmp_path / "e.yaml"
+    for text in (
+        "name: ../../evil\nalgorithms: [er]\n",
+        "name: e\nalgorithms: [{algo: er, label: ../../evil}]\n",
+        "name: e\nalgorithms: [{algo: er, overrides: 'seed=1'}]\n",
+        "name: e\nalgorithms: [er]\noverrides: [[a]]\n",
+        "name: e\nalgorithms: [er]\noverrides: ['log.project=${oc.env:PATH}']\n",
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError):
+            load_experiment(str(path))
+
+
+# ------------------------------------------------------------------------------------------------ run folders
+
+
+@pytest.mark.parametrize(
+    "run_id", ["", ".", "..", "../x", "a/b", "a\\b", "a\0b", "a\nb", "\x1b[2J", "x" * 300, "é" * 150]
+)
+def test_run_ids_are_plain_names(run_id: str) -> None:
+    with pytest.raises(UserError, match="plain folder name"):
+        results_folder(run_id, None)
+
+
+def test_links_that_leave_a_run_are_refused(tmp_path: Path) -> None:
+    """Appending an episode, a log line or a report would otherwise write to where they point."""
+    run = write_run(tmp_path)
+    (run / "inside").symlink_to("log.jsonl")
+    assert run_folder(run) == run
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    for place, target in (("eval/cells/k09_j09.jsonl", victim), ("report", tmp_path), ("up", Path("../.."))):
+        link = run / place
+        link.symlink_to(target)
+        for use in (
+            lambda: run_folder(run),
+            lambda: build_report([run]),
+            lambda: new_run_folder(run.name, str(tmp_path), True),
+        ):
+            with pytest.raises(UserError, match="outside of the run's folder"):
+                use()
+        link.unlink()
+    (tmp_path / "elsewhere").symlink_to(run)  # the run's folder itself may be a link
+    assert run_folder(tmp_path / "elsewhere").resolve() == run
+    assert victim.read_text() == "mine"
+
+
+COLUMN = {"task": "a", "instruction": "do a", "env": {"type": "metaworld", "task": "a", "max_steps": 200}}
+MANIFEST = {"visits": [COLUMN], "checkpoints": ["a"], "mode": "sequential", "base": {"path": "/b"}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"visits": [3]},
+        {"visits": [{**COLUMN, "env": {}}]},
+        {"visits": [{**COLUMN, "task": None}]},
+        {"visits": [{**COLUMN, "env": {"type": "metaworld", "task": "a", "max_steps": 10**12}}]},
+        {"visits": [{**COLUMN, "env": {"type": "metaworld", "task": "a", "max_steps": True}}]},
+        {"visits": [COLUMN] * 1001},
+        {"heldout": [{}]},
+        {"mode": "diagonal"},
+        {"base": {"path": 5}},
+        {"base": {"path": "a\0b"}},
+    ],
+)
+def test_manifests_are_checked_before_they_are_used(tmp_path: Path, change: dict[str, Any]) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST))
+    assert read_manifest(tmp_path) == MANIFEST
+    (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST | change))
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "row", [{}, {"episode": 0}, {"episode": 0, "success_once": "yes"}, {"episode": True, "success_once": 1}]
+)
+def test_episode_records_are_checked(tmp_path: Path, row: dict[str, Any]) -> None:
+    path = tmp_path / "cells/k00_j00.jsonl"
+    path.parent.mkdir()
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match="no episode record"):
+        CellFile(tmp_path, 0, 0)
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def test_every_changed_bit_of_a_state_is_noticed(tmp_path: Path) -> None:
+    save_state(tmp_path, "s", {"a": torch.arange(3), 1: [None, 2.5]})
+    for name in ("s.json", "s.safetensors"):
+        good = (tmp_path / name).read_bytes()
+        for i in range(len(good)):
+            if good[i : i + 1].isspace():
+                continue  # white space of JSON
+            (tmp_path / name).write_bytes(good[:i] + bytes([good[i] ^ 1]) + good[i + 1 :])
+            with pytest.raises(UserError):
+                load_state(tmp_path, "s")
+        (tmp_path / name).write_bytes(good)
+    state = load_state(tmp_path, "s")
+    assert state["a"].tolist() == [0, 1, 2] and state[1] == [None, 2.5]
+
+
+def test_a_state_without_a_checksum_is_still_read(tmp_path: Path) -> None:
+    save_state(tmp_path, "s", {"a": torch.arange(3)})
+    (tmp_path / "s.json").write_text('{"d": [["a", {"t": "/a"}]]}')
+    assert load_state(tmp_path, "s")["a"].tolist() == [0, 1, 2]
+    for bad in (
+        '{"d": []}',
+        '{"d": [["a", {"t": "/a"}], ["b", {"t": "/a"}]]}',
+        '{"v": [1]}',
+        "[]",
+        '{"d": [[[], {"v": 1}]]}',
+    ):
+        (tmp_path / "s.json").write_text(bad)
+        with pytest.raises(UserError, match="does not fit"):
+            load_state(tmp_path, "s")
+
+
+def test_a_header_cannot_claim_more_than_its_file(tmp_path: Path) -> None:
+    save_state(tmp_path, "s", {})
+    header = json.dumps({"a": {"dtype": "F32", "shape": [10**9, 10**3], "data_offsets": [0, 4 * 10**12]}}).encode()
+    (tmp_path / "s.json").write_text('{"t": "a"}')
+    for data in (len(header).to_bytes(8, "little") + header, (10**15).to_bytes(8, "little"), b""):
+        (tmp_path / "s.safetensors").write_bytes(data)
+        with pytest.raises(UserError, match=r"s\.safetensors"):
+            load_state(tmp_path, "s")
+    (tmp_path / "s.safetensors").unlink()
+    os.mkfifo(tmp_path / "s.safetensors")
+    with pytest.raises(UserError, match="no regular file"):
+        load_state(tmp_path, "s")
+
+
+@pytest.fixture(scope="module")
+def policy_folder(tmp_path_factory: pytest.TempPathFactory, toy_data: Path) -> Path:
+    from clbench.checkpoints.policy_io import save_policy
+    from tests.test_policies import build
+
+    folder = tmp_path_factory.mktemp("policy")
+    save_policy(build("dit_dec", toy_data), folder)
+    return folder
+
+
+def test_a_checkpoint_cannot_run_programs(policy_folder: Path, tmp_path: Path) -> None:
+    """LeRobot imports and calls what a processor step's "class" names."""
+    from clbench.checkpoints.policy_io import load_policy
+
+    load_policy(policy_folder)
+    for name in ("policy_preprocessor.json", "policy_postprocessor.json"):
+        folder = tmp_path / name
+        shutil.copytree(policy_folder, folder)
+        described = json.loads((folder / name).read_text())
+        proof = tmp_path / "it-ran"
+        step = {"class": "subprocess.Popen", "config": {"args": ["touch", str(proof)]}}
+        for steps in ([step], [{**step, "registry_name": "device_processor"}], [{"registry_name": 3}], 5):
+            (folder / name).write_text(json.dumps(described | {"steps": steps}))
+            with pytest.raises(UserError, match=name):
+                load_policy(folder)
+        described["steps"][0]["state_file"] = "../elsewhere.safetensors"
+        (folder / name).write_text(json.dumps(described))
+        with pytest.raises(UserError, match="state_file"):
+            load_policy(folder)
+        assert not proof.exists()
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "5", "{", '{"type": "dit_dec", "d_model": "wide"}', '{"type": 5}', "null", "[" * 5000]
+)
+def test_a_damaged_policy_configuration_is_one_message(policy_folder: Path, tmp_path: Path, content: str) -> None:
+    from clbench.checkpoints.policy_io import load_policy
+
+    folder = tmp_path / "p"
+    shutil.copytree(policy_folder, folder)
+    (folder / "config.json").write_text(content)
+    with pytest.raises(UserError):
+        load_policy(folder)
+
+
+def test_an_adapter_cannot_claim_memory_or_bring_a_pickle(policy_folder: Path, tmp_path: Path) -> None:
+    from clbench.checkpoints.policy_io import load_policy
+
+    folder = tmp_path / "adapter"
+    shutil.copytree(policy_folder, folder)
+    (folder / "model.safetensors").unlink()
+    weights = folder / "adapter_model.safetensors"
+    lora = {"peft_type": "LORA", "base_model_name_or_path": str(policy_folder), "target_modules": ".*ffn.*", "r": 4}
+    clare = {"peft_type": "CLARE", "base_model_name_or_path": str(policy_folder), "target_modules": ".*ffn"}
+
+    def refused(config: Any, message: str) -> None:
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match=message):
+            load_policy(folder)
+
+    torch.save({}, folder / "adapter_model.bin")
+    refused(lora, "adapter_model.safetensors")  # not the pickle beside it
+    tensors = {f"base_model.model.{n}.lora_A.weight": torch.zeros(4, 8) for n in "xy"}
+    save_file(tensors, weights)
+    refused(lora | {"r": 10**12}, "claims a rank")
+    refused(lora | {"rank_pattern": {"x": 10**12}}, "claims a rank")
+    refused(clare | {"structure": {"ffn.0": [10**12, 10**12]}}, "two counts")
+    refused(clare | {"structure": {"ffn.0": [9000, 9000]}}, "claims more")
+    refused(clare | {"structure": {"ffn.0": [1, 1]}, "func_adapter_cfg": {"hidden_dim": 10**9}}, "claims more")
+    refused(clare | {"structure": {"ffn.0": 5}}, "two counts")
+    refused([], "is not there")
+    refused(lora | {"base_model_name_or_path": 5}, "is not there")
+    refused(lora | {"base_model_name_or_path": "../nowhere"}, "is not there")
+
+
+def test_a_policy_cannot_claim_memory(policy_folder: Path, tmp_path: Path) -> None:
+    from clbench.checkpoints.policy_io import load_policy
+
+    folder = tmp_path / "p"
+    shutil.copytree(policy_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    for change in ({"d_model": 40_000}, {"decoder_layers": 60_000}, {"text_vocab_size": 10**9}, {"chunk_size": 10**9}):
+        (folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UserError):
+            load_policy(folder)
+    assert load_file(folder / "model.safetensors")
+
+
+# ----------------------------------------------------------------------------------------------------- reports
+
+HOSTILE = """<script>alert(1)</script>"'><img src=x onerror=a()> \
+\\input{/etc/passwd} % $ _ & # ~ ^ {x} `b` \x00\x1b[31m\u202e\u2028"""
+
+
+class Page(html.parser.HTMLParser):
+    """All tags, attributes and text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture
+def hostile_run(tmp_path: Path) -> Path:
+    """Hostile text in every place that a report prints."""
+    tasks = [HOSTILE, HOSTILE + "2"]
+    run = write_run(tmp_path, routing=True, tasks=tasks)
+    m = json.loads((run / "manifest.json").read_text())
+    m |= dict.fromkeys(("run_id", "algorithm", "policy", "dataset", "git_revision", "data_fingerprint"), HOSTILE)
+    m |= {"versions": {HOSTILE: HOSTILE}, "base": {HOSTILE: [HOSTILE]}, "command": [HOSTILE]}
+    m |= {"algorithm_config": {HOSTILE: HOSTILE}, "lora": {"enabled": False, HOSTILE: HOSTILE}}
+    for v in m["visits"]:
+        v |= {"instruction": HOSTILE, "data": HOSTILE, "env": {HOSTILE: HOSTILE}}
+    (run / "manifest.json").write_text(json.dumps(m))
+    cell = run / "eval/cells/k01_j01.jsonl"
+    rows = [json.loads(line) | {"routing": {HOSTILE: {"0": 3}}} for line in cell.read_text().splitlines()]
+    cell.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    for e in log:
+        e |= {"phase": HOSTILE} if e["event"] == "step" else {}
+    (run / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in log))
+    named = run.with_name("<i>er\x1b$x$%_")  # a run id of the file system's own
+    return run.rename(named)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_nothing_in_a_report_is_interpreted(hostile_run: Path, several: bool) -> None:
+    runs = [hostile_run]
+    if several:
+        runs.append(hostile_run.with_name("second"))
+        shutil.copytree(*runs)
+    index = build_report(runs, bootstrap=20, name=HOSTILE, command=HOSTILE)
+    text = index.read_text()
+    assert all(c.isprintable() or c == "\n" for c in text)
+    page = Page(text)
+    known = (
+        "html head meta title style body h1 h2 p div table thead tbody tr th td figure img figcaption ul li b details"
+    )
+    assert {tag for tag, _ in page.tags} <= {*known.split(), "summary", "pre"}
+    allowed = {"lang", "charset", "http-equiv", "content", "name", "class", "alt", "title", "src", "open"}
+    for tag, attributes in page.tags:
+        assert set(attributes) <= allowed, (tag, attributes)
+        assert tag != "img" or str(attributes["src"]).startswith("data:image/png;base64,")
+    assert page.text.count("<script>alert(1)</script>") >= 10  # there, as text
+    latex = (index.parent / "table.tex").read_text()
+    body = [line for line in latex.splitlines() if not line.startswith("%")]
+    commands = set(re.findall(r"\\([A-Za-z]+)", "\n".join(body)))
+    assert commands <= {
+        *(
+            "begin",
+            "end",
+            "toprule",
+            "midrule",
+            "bottomrule",
+            "pm",
+            "rightarrow",
+            "textbackslash",
+            "textless",
+            "textgreater",
+        ),
+        *("textasciitilde", "textasciicircum", "textasciigrave", "textbar", "ldots"),
+    }
+    assert "input" in latex and all(c.isprintable() for line in body for c in line)
+    markdown = (index.parent / "table.md").read_text()
+    assert "<" not in markdown and all(c.isprintable() for line in markdown.splitlines() for c in line)
+    read_json(index.parent / "metrics.json")
+
+
+def test_latex_specials_are_text() -> None:
+    special = '\\ { } $ & # ^ _ ~ % < > | " ` [ ] * – − → …'
+    out = escape_latex(special)
+    plain = re.sub(r"\\[A-Za-z]+\{\}|\\[&%$#_{}]|\$\\?[a-z-]+\$|\{[\[\]*]\}|''|--", "", out)
+    assert plain.strip() == "", plain
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"event": "step", "k": 10**30, "step": 1, "loss": 1.0},
+        {"event": "step", "k": 0, "step": -(10**400), "loss": 1.0},
+        {"event": "step", "k": 0, "step": 1, "loss": 10**400},
+        {"event": "step", "k": 0, "step": 1, "loss": -1.7e308},
+        {"event": "step", "k": True, "step": 1, "loss": 1},
+        {"event": "task_end", "k": 0, "seconds": 1e308, "peak_memory_mb": 1e308, "parameters_added": 10**400},
+        {"event": "task_end", "k": 0, "seconds": "x", "peak_memory_mb": None, "parameters_added": []},
+    ],
+)
+def test_odd_numbers_in_a_log_are_left_out(tmp_path: Path, change: dict[str, Any]) -> None:
+    run = write_run(tmp_path)
+    with (run / "log.jsonl").open("a") as f:
+        f.write(json.dumps(change) + "\n")
+    text = build_report([run], bootstrap=0).read_text()
+    assert "inf" not in re.findall(r"<td>([^<]*)</td>", text)
+
+
+@pytest.mark.parametrize(
+    "routing", [{"a": {"999999999": 1}}, {"a": {"0": -1}}, {"a": {"0": "x"}}, {"a": {"٣": 1}}, {"a": 5}]
+)
+def test_odd_routing_is_refused(tmp_path: Path, routing: Any) -> None:
+    run = write_run(tmp_path)
+    cell = run / "eval/cells/k03_j00.jsonl"
+    rows = [json.loads(line) | {"routing": routing} for line in cell.read_text().splitlines()]
+    cell.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with pytest.raises(UserError, match="routing"):
+        build_report([run], bootstrap=0)
+
+
+@pytest.mark.parametrize("change", [{"seed": [1]}, {"seed": 1.5}, {"mode": ["sequential"]}, {"mode": "other"}])
+def test_odd_manifests_are_refused_by_reports(tmp_path: Path, change: dict[str, Any]) -> None:
+    run = write_run(tmp_path)
+    path = run / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        build_report([run], bootstrap=0)
+
+
+# ----------------------------------------------------------------------------------------------------- writing
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EROFS, errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("call", ["fsync", "replace", "chmod", "write"])
+def test_a_write_that_fails_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, code: int
+) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"old": 1})
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        if call == "write":
+
+            class Full:
+                def __init__(self, fd: int) -> None:
+                    self.fd = fd
+
+                def __enter__(self) -> Full:
+                    return self
+
+                def __exit__(self, *_: Any) -> None:
+                    os.close(self.fd)
+
+                write = fail
+
+            patch.setattr(io.os, "fdopen", lambda fd, mode: Full(fd))
+        else:
+            patch.setattr(io.os, call, fail)
+        with pytest.raises(UserError, match=r"a\.json \(14 bytes needed\): " + re.escape(os.strerror(code))):
+            write_json(path, {"new": 2})
+    assert read_json(path) == {"old": 1} and leftovers(tmp_path) == ["a.json"]
+
+
+def test_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file/a.json", tmp_path / ("x" * 300), tmp_path / "nul\0", tmp_path):
+        with pytest.raises(UserError, match="5 bytes needed"):
+            write_text(path, "12345")
+    with monkeypatch.context() as patch:  # a read-only folder; chmod would not stop root
+        patch.setattr(
+            io.tempfile, "mkstemp", lambda **_: os.open("/proc/version", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        )
+        with pytest.raises(UserError, match="bytes needed"):
+            write_text(tmp_path / "b", "12345")
+    assert leftovers(tmp_path) == ["file"]
+
+
+def test_the_folder_is_flushed_after_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it a power cut can undo a rename that was reported as done."""
+    order: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(fd: int) -> None:
+        order.append("folder" if os.path.isdir(f"/proc/self/fd/{fd}") else "file")
+        fsync(fd)
+        if order[-1] == "folder" and cannot:
+            raise OSError(errno.EINVAL, "this file system syncs no folders")
+
+    def renamed(*paths: Any) -> None:
+        order.append("rename")
+        replace(*paths)
+
+    monkeypatch.setattr(io.os, "fsync", synced)
+    monkeypatch.setattr(io.os, "replace", renamed)
+    for cannot in (False, True):  # noqa: B007 (read by `synced`)
+        order.clear()
+        write_text(tmp_path / "a", "x")
+        assert order == ["file", "rename", "folder"]
+
+
+def test_a_file_size_limit(tmp_path: Path) -> None:
+    """RLIMIT_FSIZE, as a full disk: one message with the size, the old file, no temporary file."""
+    code = (
+        "import resource, sys\n"
+        "from clbench.io import write_text\n"
+        "from clbench.errors import UserError\n"
+        "write_text(sys.argv[1], 'old')\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
+        "try:\n"
+        "    write_text(sys.argv[1], 'x' * 50_000)\n"
+        "except UserError as e:\n"
+        "    print(e)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "a")], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "(50000 bytes needed): File too large" in done.stdout and done.stdout.count("\n") == 1
+    assert (tmp_path / "a").read_text() == "old" and leftovers(tmp_path) == ["a"]
