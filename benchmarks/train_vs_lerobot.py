@@ -92,7 +92,6 @@ def arguments() -> argparse.Namespace:
 def environment(args: argparse.Namespace, cache: Path) -> dict[str, str]:
     """The subprocesses' environment: threads, no network, bases in a temporary folder."""
     env = {**os.environ, "CLBENCH_CACHE_ROOT": str(cache), "HF_HUB_OFFLINE": "1"}
-    env["TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"] = "1"
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         env.pop(name, None)
         if args.threads:
@@ -171,6 +170,7 @@ def train_clbench(config: Config, args: argparse.Namespace, folder: Path, seed: 
         "pretrain.optimizer.warmup_steps": 0,
         "train.num_workers": args.workers,
         "train.device": args.device,
+        "train.tf32": "true",  # as lerobot-train
         **{f"policy.{key}": value for key, value in policy_size(args.width).items()},
     }
     command = [sys.executable, "-m", "clbench.cli", "pretrain", "--model", "dit_dec_tiny", "--dataset", args.dataset]

@@ -8,7 +8,8 @@
 #   --dataset D      a stream under configs/datasets      (default metaworld_quick)
 #   --seed N         the run's seed                       (default 0)
 #   --run-id ID      the run's folder under results/      (default M_A_D_sN)
-#   --resume         continue after the last whole checkpoint; starts afresh, saying so, when there is none
+#   --resume         continue from the newest whole state; starts afresh, saying so, when there is none
+#   --allow-change   with --resume: a key that may differ from what the run was started with
 #   --init-from RUN[:K]   start from another run's checkpoint K instead of the stream's base
 #   --smoke          a few steps per task: proves that the pipeline runs, measures nothing
 #   --yaml A B ...   merge these YAML files left to right instead of the three axes

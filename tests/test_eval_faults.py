@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from clbench.checkpoints.run_folder import save_checkpoint
 from clbench.cli import main
 from clbench.config.compose import to_yaml
 from clbench.envs.base import EVAL_SEED_BASE, Step
@@ -48,7 +49,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     manifest = {"visits": visits, "checkpoints": STREAM, "mode": "sequential", "base": {"path": None}}
     write_json(folder / "manifest.json", manifest)
     for k in range(len(STREAM)):
-        write_json(folder / "checkpoints" / f"task_{k:02d}" / "checkpoint.json", {"k": k, "digest": str(k)})
+        save_checkpoint(folder, k, lambda _: {}, lambda: 0)
     return folder
 
 
@@ -244,7 +245,8 @@ def test_two_evaluations_and_a_signal(
     done = finish(stuck)
     assert done.returncode == RESUME_EXIT and time.monotonic() - began < 10
     assert "evaluating" in done.stderr.splitlines()[0]
-    (line,) = done.stderr.splitlines()[1:]
+    said, line = done.stderr.splitlines()[1:]
+    assert said.startswith(f"{number.name}: stopping in good order")
     assert f"stopped by {number.name}. Finished episodes are kept" in line
     assert ended(workers)
     assert not list(evaluation(tmp_path).glob(".*"))

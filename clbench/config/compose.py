@@ -388,8 +388,10 @@ def _odd_numbers(value: Any, key: str = "") -> list[str]:
         return [p for k, v in value.items() for p in _odd_numbers(v, f"{key}.{k}".removeprefix("."))]
     if isinstance(value, list | tuple):
         return [p for i, v in enumerate(value) for p in _odd_numbers(v, f"{key}[{i}]")]
-    if isinstance(value, int | float) and not abs(value) < 2**63:
-        return [f"{key} must be a finite number of at most 63 bits"]
+    if isinstance(value, float) and not math.isfinite(value):
+        return [f"{key} must be a finite number"]
+    if isinstance(value, int) and not abs(value) < 2**63:
+        return [f"{key} must be a number of at most 63 bits"]
     return []
 
 

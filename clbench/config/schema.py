@@ -49,6 +49,7 @@ class TrainConfig:
         gradient_accumulation: micro-batches a step is split into.
         optimizer_across_tasks: fresh | carried (moments live on from task to task).
         mixed_precision: fp32 | bf16 (autocast; weights stay fp32).
+        tf32: let NVIDIA GPUs round the inputs of fp32 matrix products to TF32: faster, less exact.
         compile: torch.compile the policy for training on the stream; on the CPU this needs a C++ compiler.
         log_every: steps between log lines.
         num_workers: loader processes, for data that has to be decoded (images).
@@ -67,6 +68,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     optimizer_across_tasks: str = "fresh"
     mixed_precision: str = "fp32"
+    tf32: bool = False
     compile: bool = False
     log_every: int = 25
     num_workers: int = 2

@@ -7,6 +7,8 @@ Batches are raw: LeRobot keys, not normalised, with `task` texts.
 
 from __future__ import annotations
 
+import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -302,6 +304,9 @@ class SampleOrder:
         return torch.cat(parts)
 
 
+MAX_DEATHS = 3  # of data-loading processes, without a batch in between
+
+
 class _Referenced(Dataset[Batch]):
     """Adapts StreamFrames to a loader whose sampler yields reference tensors."""
 
@@ -313,8 +318,37 @@ class _Referenced(Dataset[Batch]):
 
 
 def load_batches(frames: StreamFrames, refs: Iterator[Tensor], workers: int) -> Iterator[Batch]:
-    """Yield the batch of every reference tensor, in order. Data that must be decoded is read ahead by `workers`."""
+    """Yield the batch of every reference tensor, in order. Data that must be decoded is read ahead by `workers`.
+
+    A worker process that dies is replaced, and what it was to read is read again. Raises UserError when they die
+    again and again.
+    """
     if not frames.decoded or workers == 0:
         yield from map(frames.fetch, refs)
         return
-    yield from DataLoader(_Referenced(frames), batch_size=None, sampler=refs, num_workers=workers)  # type: ignore[arg-type]
+    asked: deque[Tensor] = deque()  # references whose batches have not come yet
+
+    def asking() -> Iterator[Tensor]:
+        yield from list(asked)  # of workers that died
+        for r in refs:
+            asked.append(r)
+            yield r
+
+    deaths = 0
+    while deaths < MAX_DEATHS:
+        loader = DataLoader(_Referenced(frames), batch_size=None, sampler=asking(), num_workers=workers)  # type: ignore[arg-type]
+        try:
+            for batch in loader:
+                asked.popleft()
+                deaths = 0
+                yield batch
+            return
+        except RuntimeError as e:
+            if "DataLoader worker" not in str(e):
+                raise
+            deaths += 1
+            print(f"warning: a data-loading process died ({e}); starting new ones.", file=sys.stderr)
+    raise UserError(
+        f"data-loading processes died {MAX_DEATHS} times in a row. Often memory is short: lower train.num_workers (0 "
+        "reads the data in the training process itself)."
+    )

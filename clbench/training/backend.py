@@ -143,6 +143,7 @@ class Backend:
             raise UserError("train.device is cuda, but torch sees no CUDA device. Use train.device=cpu or auto.")
         if config.threads is not None:
             torch.set_num_threads(config.threads)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
         cpu = config.device == "cpu" or not torch.cuda.is_available()
         self.strategy = config.strategy
         launched = int(os.environ.get("WORLD_SIZE", "1"))

@@ -35,7 +35,12 @@ class RunLog:
         makers = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}
         for name, maker in makers.items():
             if getattr(config, name):
-                self._sinks.append(maker(folder, config.project, run_id))
+                try:
+                    self._sinks.append(maker(folder, config.project, run_id))
+                except UserError:  # not installed
+                    raise
+                except Exception as e:  # noqa: BLE001 (a logger that is down must not keep a run from starting)
+                    print(f"warning: {name} cannot be reached ({e}); going on without it.", file=sys.stderr)
 
     def event(self, event: str, /, **fields: Any) -> None:
         """Write {"event": …, fields…, "time": seconds since the epoch}."""

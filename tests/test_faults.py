@@ -1,0 +1,396 @@
+"""What goes wrong while a run trains: damaged states, full disks, NaNs, signals, two writers, dying loaders."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clbench.checkpoints.run_folder import checkpoint_folder
+from clbench.checkpoints.training_state import StateKeeper
+from clbench.checkpoints.whole import damage, write_whole
+from clbench.config.schema import LogConfig
+from clbench.data.frames import StreamFrames, load_batches
+from clbench.errors import RESUME_EXIT, Interrupted, UserError
+from clbench.io import read_json, read_jsonl
+from clbench.lock import held
+from clbench.policies.loss import PolicyLoss
+from clbench.stopping import Stop
+from clbench.training.log import RunLog
+from clbench.training.trainer import train
+from tests.same import assert_same_run, files
+from tests.test_ranks import toy_arguments
+from tests.toy import STREAM, make_toy_data, toy_config
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = ("train.steps=6", "train.save_every_steps=2", "dataset.task_order=[0,1]")
+
+
+# ---------------------------------------------------------------------------------------------- damaged states
+
+
+@pytest.fixture(scope="module")
+def stopped(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A finished run, and one that was stopped in the middle of its second task with two states."""
+    out = tmp_path_factory.mktemp("stopped")
+    section = {"name": "er", "buffer_size_per_task": 10}
+    whole = train(toy_config(toy_data, section, f"output_dir={out}/whole", *STEPS), "r")
+    with pytest.MonkeyPatch.context() as patch:
+        asked = iter([""] * 10 + ["a test"] * 9)
+        patch.setattr(Stop, "reason", property(lambda self: next(asked)))
+        with pytest.raises(Interrupted, match="in task 2, phase train, after step 4"):
+            train(toy_config(toy_data, section, f"output_dir={out}/part", *STEPS), "r")
+    return whole, out / "part" / "r"
+
+
+def resumed(toy_data: Path, part: Path, to: Path) -> Path:
+    """A copy of the stopped run, to be damaged and resumed."""
+    shutil.copytree(part, to / "r")
+    return to / "r"
+
+
+def go_on(toy_data: Path, to: Path, **kwargs: Any) -> Path:
+    section = {"name": "er", "buffer_size_per_task": 10}
+    return train(toy_config(toy_data, section, f"output_dir={to}", *STEPS), "r", resume=True, **kwargs)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {"flipped": flip, "cut": cut, "missing": lambda p: p.unlink()}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_every_damage_of_a_state_is_noticed(stopped: tuple[Path, Path], tmp_path: Path, how: str) -> None:
+    state = stopped[1] / "training_state" / "01-train-000004"
+    names = sorted(str(p.relative_to(state)) for p in state.rglob("*") if p.is_file())
+    assert len(names) >= 9
+    assert damage(state) is None
+    for name in names:
+        copy = tmp_path / "state"
+        shutil.copytree(state, copy)
+        DAMAGES[how](copy / name)
+        assert damage(copy) is not None, name
+        shutil.rmtree(copy)
+    shutil.copytree(state, copy)
+    (copy / "policy" / "more.json").write_text("{}")
+    assert "more.json does not belong there" in str(damage(copy))
+
+
+@pytest.mark.parametrize(("name", "how"), [("policy/model.safetensors", "flipped"), ("training.safetensors", "cut"),
+                                           ("checkpoint.json", "missing"), ("algorithm.json", "flipped")])  # fmt: skip
+def test_a_damaged_newest_state_is_named_and_the_one_before_is_used(
+    stopped: tuple[Path, Path], toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, how: str
+) -> None:
+    run = resumed(toy_data, stopped[1], tmp_path)
+    DAMAGES[how](run / "training_state" / "01-train-000004" / name)
+    assert_same_run(stopped[0], go_on(toy_data, tmp_path))
+    said = capsys.readouterr().err
+    assert f"01-train-000004 is damaged ({'' if how == 'missing' else name}" in said
+    assert "in task 2 of 2, phase train, after step 2" in said
+
+
+def test_both_states_damaged_the_last_checkpoint_is_used(
+    stopped: tuple[Path, Path], toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = resumed(toy_data, stopped[1], tmp_path)
+    for state in (run / "training_state").glob("01-*"):
+        flip(state / "training.safetensors")
+    assert_same_run(stopped[0], go_on(toy_data, tmp_path))
+    assert "resuming run 'r' after task 1 of 2" in capsys.readouterr().err
+
+
+def test_a_torn_or_missing_pointer_to_the_newest_state(stopped: tuple[Path, Path], tmp_path: Path) -> None:
+    copy = tmp_path / "training_state"
+    shutil.copytree(stopped[1] / "training_state", copy)
+    keeper = StateKeeper(tmp_path, None, None)
+    for content in (b"01-train-000004\n", b"01-tr", b"\xff\xfe", b"../../etc", None):
+        (copy / "LATEST").unlink()
+        if content is not None:
+            (copy / "LATEST").write_bytes(content)
+        position = keeper.newest(0)
+        assert position is not None and (position.phase, position.step) == ("train", 4)
+        (copy / "LATEST").touch()
+
+
+def test_a_damaged_checkpoint_is_made_again_or_named(
+    stopped: tuple[Path, Path], toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(stopped[0], tmp_path / "r")
+    flip(checkpoint_folder(tmp_path / "r", 1) / "algorithm.safetensors")
+    assert_same_run(stopped[0], go_on(toy_data, tmp_path))
+    assert "task_01 is damaged (algorithm.safetensors was changed); it is made again" in capsys.readouterr().err
+    flip(checkpoint_folder(tmp_path / "r", 0) / "policy" / "model.safetensors")
+    with pytest.raises(UserError, match=r"task_00 is damaged .policy/model.safetensors was changed.*later tasks"):
+        go_on(toy_data, tmp_path)
+
+
+def test_a_state_made_elsewhere_by_hand_is_refused(tmp_path: Path) -> None:
+    """A description that is sealed but is no training state's."""
+    write_whole(tmp_path / "training_state" / "x", lambda f: {"k": "../..", "phase": 3}, lambda: 0)
+    assert StateKeeper(tmp_path, None, None).newest(0) is None
+
+
+# ---------------------------------------------------------------------------------------------- what may change
+
+
+def test_changes_are_refused_allowed_and_recorded(stopped: tuple[Path, Path], toy_data: Path, tmp_path: Path) -> None:
+    run = resumed(toy_data, stopped[1], tmp_path)
+    section = {"name": "er", "buffer_size_per_task": 10}
+    changed = toy_config(
+        toy_data, section, f"output_dir={tmp_path}", *STEPS, "train.optimizer.lr=0.5", "train.threads=2"
+    )
+    with pytest.raises(UserError, match=r"train\.optimizer\.lr \(was 0\.001, is 0\.5\)") as refused:
+        train(changed, "r", resume=True)
+    assert "train.threads" not in str(refused.value)
+    with pytest.raises(UserError, match=r"--allow-change train\.optimiser\.lr: .*Did you mean 'train\.optimizer\.lr'"):
+        train(changed, "r", resume=True, allow_change=["train.optimiser.lr"])
+    train(changed, "r", resume=True, allow_change=["train.optimizer.lr"])
+    first, second = read_json(run / "manifest.json")["sessions"]
+    assert first["changed"] == {} and (first["k"], first["step"]) == (0, 0)
+    assert second["changed"]["train.optimizer.lr"] == [0.001, 0.5]
+    assert second["changed"]["train.threads"] == [1, 2]
+    assert (second["k"], second["phase"], second["step"]) == (1, "train", 4)
+
+
+# ---------------------------------------------------------------------------------------------- one writer
+
+
+def test_two_trainings_cannot_write_one_run(stopped: tuple[Path, Path], toy_data: Path, tmp_path: Path) -> None:
+    run = resumed(toy_data, stopped[1], tmp_path)
+    before = files(run)
+    code = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from clbench.lock import held\n"
+    code += f"with held({str(run)!r}, 'training'): print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=rf"(?s)in use by another training: process {other.pid} .*kill {other.pid}"):
+            go_on(toy_data, tmp_path)
+        other.kill()
+    assert {k: v for k, v in files(run).items() if ".lock" not in k} == before
+    with held(run, "evaluation"):  # an evaluation beside a training is fine
+        assert_same_run(stopped[0], go_on(toy_data, tmp_path))
+
+
+# ---------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_asks_to_be_resumed(toy_data: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """Through the command line, with two ranks for one of the signals."""
+    ranks = ["--nproc", "2"] if number == signal.SIGTERM else []
+    more = ("train.steps=100000", "train.save_every_minutes=null")
+    command = [sys.executable, "-m", "clbench.cli", "train", "--algo", "er", "--run-id", "r", *ranks, "--"]
+    with subprocess.Popen(
+        [*command, *toy_arguments(toy_data, tmp_path, *more)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    ) as process:
+        log = tmp_path / "r" / "log.jsonl"
+        deadline = time.monotonic() + 120
+        while not (log.is_file() and b'"step"' in log.read_bytes()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(number)
+        said = process.communicate(timeout=120)[1]
+    assert process.returncode == RESUME_EXIT, said
+    last = said.strip().splitlines()[-1]
+    assert f"stopped by {number.name} in task 1, phase train, after step" in last
+    assert "clbench train --resume r" in last
+    state = (tmp_path / "r" / "training_state" / "LATEST").read_text().strip()
+    assert damage(tmp_path / "r" / "training_state" / state) is None
+    assert not (tmp_path / "r" / ".training.lock").exists()
+
+
+# ---------------------------------------------------------------------------------------------- disks
+
+
+def test_a_full_disk_ends_the_run_with_its_states_whole(
+    stopped: tuple[Path, Path], toy_data: Path, tmp_path: Path
+) -> None:
+    """A limit on the size of files stands for the full disk: writing past it fails in the middle of a file."""
+    run = resumed(toy_data, stopped[1], tmp_path)
+    code = f"""
+import resource, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from tests.test_faults import go_on
+from clbench.errors import UserError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+try:
+    go_on(Path({str(toy_data)!r}), Path({str(tmp_path)!r}))
+except UserError as e:
+    print(e)
+    sys.exit(2)
+"""
+    before = files(run / "training_state")
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert "cannot save" in done.stdout and "bytes" in done.stdout and "--resume" in done.stdout
+    assert "needs about" in done.stdout
+    assert files(run / "training_state") == before
+    assert_same_run(stopped[0], go_on(toy_data, tmp_path))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS])
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failing_disk_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, call: str
+) -> None:
+    def fill(content: str) -> Callable[[Path], dict[str, Any]]:
+        def write(folder: Path) -> dict[str, Any]:
+            (folder / "a").write_text(content)
+            return {}
+
+        return write
+
+    write_whole(tmp_path / "state", fill("old"), lambda: 3)
+    before = files(tmp_path)
+
+    def broken(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, broken)
+        with pytest.raises(UserError, match=os.strerror(code)):
+            write_whole(tmp_path / "state", fill("new"), lambda: 3)
+    assert files(tmp_path) == before and damage(tmp_path / "state") is None
+
+
+# ---------------------------------------------------------------------------------------------- losses
+
+
+def nan_at(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
+    """The policy's loss is NaN at these calls."""
+    original, count = PolicyLoss.total, [0]
+
+    def total(self: PolicyLoss, *args: Any) -> torch.Tensor:
+        count[0] += 1
+        return original(self, *args) * (float("nan") if count[0] in calls else 1.0)
+
+    monkeypatch.setattr(PolicyLoss, "total", total)
+
+
+def test_a_nan_stops_or_is_left_out(toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = [f"output_dir={tmp_path}", *STEPS]
+    train(toy_config(toy_data, {"name": "seqfft"}, *config), "plain")  # and the base
+    nan_at(monkeypatch, {3})
+    with pytest.raises(UserError, match=r"loss is nan at task 1 .hammer-v3., phase train, step 2\..*on_nonfinite=skip"):
+        train(toy_config(toy_data, {"name": "seqfft"}, *config), "stops")
+    assert (tmp_path / "stops" / "training_state" / "00-train-000002").is_dir()
+    nan_at(monkeypatch, {3})
+    skip = "train.on_nonfinite=skip"
+    folder = train(toy_config(toy_data, {"name": "seqfft"}, *config, skip), "skips")
+    rows = read_jsonl(folder / "log.jsonl")
+    assert [(r["k"], r["step"], r["in_a_row"]) for r in rows if r["event"] == "nonfinite"] == [(0, 2, 1)]
+    assert [r["step"] for r in rows if r["event"] == "step" and r["k"] == 0] == [0, 1, 3, 4, 5]
+    nan_at(monkeypatch, set(range(1000)))
+    many = toy_config(toy_data, {"name": "seqfft"}, *config, skip, "train.steps=50")
+    with pytest.raises(UserError, match="20 steps in a row"):
+        train(many, "all")
+
+
+def test_a_skipped_step_changes_neither_weights_nor_moments(
+    toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a constant learning rate, steps 0, 1 and 3 (2 left out) are what a plain loop over them gives."""
+    from clbench.training.backend import Backend
+
+    taken = []
+    original = Backend.step
+
+    def step(self: Backend, optimizer: torch.optim.Optimizer) -> None:
+        original(self, optimizer)
+        taken.append([{k: v.clone() for k, v in s.items()} for s in optimizer.state.values()])
+
+    monkeypatch.setattr(Backend, "step", step)
+    train(toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}", *STEPS), "plain")
+    taken.clear()
+    nan_at(monkeypatch, {3})
+    train(
+        toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}", *STEPS, "train.on_nonfinite=skip"), "skips"
+    )
+    assert [int(s[0]["step"]) for s in taken] == [1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 6]
+    assert all(bool(torch.isfinite(v).all()) for states in taken for s in states for v in s.values())
+
+
+# ---------------------------------------------------------------------------------------------- helpers that die
+
+
+def test_a_loader_that_dies_is_replaced(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from clbench.checkpoints.policy_io import policy_config
+    from clbench.streams.stream import build_stream
+
+    make_toy_data(tmp_path / "stream", STREAM, images=True)
+    make_toy_data(tmp_path / "pretrain", ["reach-v3", "door-open-v3"], images=True)
+    config = toy_config(tmp_path, {"name": "seqfft"})
+    stream = build_stream(config.dataset)
+    frames = StreamFrames([v.tasks for v in stream.visits], policy_config(config.policy, "cpu"))
+    assert frames.decoded
+    refs = [torch.tensor([[0, i], [1, i]]) for i in range(20)]
+    want = list(load_batches(frames, iter(refs), 0))
+    got = []
+    for batch in load_batches(frames, iter(refs), 2):
+        got.append(batch)
+        if len(got) in (3, 11):
+            os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+    assert "a data-loading process died" in capfd.readouterr().err
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k] for k in a)
+
+
+def test_a_logger_that_is_down_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import clbench.training.log as module
+
+    def down(*_: Any) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(module, "_Wandb", down)
+    log = RunLog(tmp_path, LogConfig(wandb=True), "r")
+    log.event("step", loss=1.0)
+    log.close()
+    assert capsys.readouterr().err.count("wandb cannot be reached (no route to host); going on without it") == 1
+    assert read_jsonl(tmp_path / "log.jsonl")[0]["loss"] == 1.0
+
+
+def test_pretraining_goes_on_where_it_was_stopped(
+    toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bases = []
+    for name in ("whole", "stopped"):
+        monkeypatch.setenv("CLBENCH_CACHE_ROOT", str(tmp_path / name))
+        config = toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}/out-{name}")
+        if name == "stopped":
+            asked = iter([*[""] * 25, "a test", "a test"])
+            with monkeypatch.context() as patch:
+                patch.setattr(Stop, "reason", property(lambda self, asked=asked: next(asked)))
+                with pytest.raises(Interrupted, match="in pretraining, after step 26"):
+                    train(config, "r")
+        train(config, "r", resume=True)
+        (base,) = (tmp_path / name / "bases").glob("dit*")
+        bases.append({k: v for k, v in files(base).items() if k not in ("base.json", "log.jsonl")})
+        steps = [r["step"] for r in read_jsonl(base / "log.jsonl") if r["event"] == "step"]
+        assert steps == [0, 59]
+        assert not (base / "training_state").exists()
+    assert bases[0] == bases[1]
+    assert "from step 26 on" in capsys.readouterr().err
+    assert_same_run(tmp_path / "out-whole" / "r", tmp_path / "out-stopped" / "r")
