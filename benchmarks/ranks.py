@@ -61,6 +61,7 @@ def train_as_rank(args: argparse.Namespace) -> None:
     import resource
 
     import psutil
+    import torch
 
     from clbench.algorithms.hooks import CLAlgorithm, Context, training_phase
     from clbench.checkpoints.policy_io import policy_config
@@ -109,16 +110,23 @@ def train_as_rank(args: argparse.Namespace) -> None:
     algorithm.bind(ctx)
     runner = Timed(ctx, algorithm, backend, loss, log)
     runner.progress_mode = "quiet"
+    held = [0.0]  # after the last step
+
+    def after_step(*_: object) -> None:
+        rss = psutil.Process().memory_info().rss - before
+        held[0] = (rss if args.device == "cpu" else torch.cuda.memory_allocated()) / 1e6
+
+    runner.after_step = after_step
     runner.run(training_phase(ctx))
     log.close()
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     memory = (peak - before) / 1e6 if args.device == "cpu" else backend.peak_memory_mb()
-    record = {"memory_mb": memory, "parameters": count(loaded.policy.parameters()), "times": times}
+    record = {"memory_mb": memory, "held_mb": held[0], "parameters": count(loaded.policy.parameters()), "times": times}
     (Path(args.out) / f"rank{backend.rank}.json").write_text(json.dumps(record))
 
 
-def measure(ranks: int, strategy: str, args: argparse.Namespace, folder: Path) -> tuple[float, float, int]:
-    """Steps per second, the larger rank's memory in MB, and the policy's parameters."""
+def measure(ranks: int, strategy: str, args: argparse.Namespace, folder: Path) -> tuple[float, float, float, int]:
+    """Steps per second, the larger rank's peak memory and memory between steps in MB, and the policy's parameters."""
     from clbench.launch import free_port
 
     folder.mkdir(parents=True)
@@ -139,7 +147,8 @@ def measure(ranks: int, strategy: str, args: argparse.Namespace, folder: Path) -
     found = [json.loads((folder / f"rank{r}.json").read_text()) for r in range(ranks)]
     times = found[0]["times"]
     speed = (len(times) - 1 - args.skip) / (times[-1] - times[args.skip])
-    return speed, max(f["memory_mb"] for f in found), found[0]["parameters"]
+    peak, held = (max(f[key] for f in found) for key in ("memory_mb", "held_mb"))
+    return speed, peak, held, found[0]["parameters"]
 
 
 def main() -> None:
@@ -153,14 +162,16 @@ def main() -> None:
     names = [n for n in SETTINGS if n in args.only]
     speeds: dict[str, list[float]] = {n: [] for n in names}
     memory: dict[str, list[float]] = {n: [] for n in names}
+    helds: dict[str, list[float]] = {n: [] for n in names}
     parameters = 0
     with tempfile.TemporaryDirectory() as folder:
         for i in range(args.repeats):
             for name in names if i % 2 == 0 else names[::-1]:
-                speed, mb, parameters = measure(*SETTINGS[name], args, Path(folder) / f"{i}-{name}")
+                speed, mb, held, parameters = measure(*SETTINGS[name], args, Path(folder) / f"{i}-{name}")
                 speeds[name].append(speed)
                 memory[name].append(mb)
-                print(f"round {i + 1}, {name}: {speed:.2f} steps/s, {mb:.0f} MB", flush=True)
+                helds[name].append(held)
+                print(f"round {i + 1}, {name}: {speed:.2f} steps/s, {mb:.0f} MB ({held:.0f} between steps)", flush=True)
     where = f"{args.precision}, AdamW, {args.device}"
     print(f"\npolicy of {parameters / 1e6:.1f} M parameters, {args.batch_size} samples per rank, {where}")
     rows = []
@@ -169,9 +180,9 @@ def main() -> None:
         samples = statistics.median(speeds[name]) * SETTINGS[name][0] * args.batch_size
         rows.append([
             name, f"{statistics.median(speeds[name]):.2f}", f"{samples:.1f}", f"{statistics.median(ratios):.2f}",
-            f"{statistics.median(memory[name]):.0f}",
+            f"{statistics.median(memory[name]):.0f}", f"{statistics.median(helds[name]):.0f}",
         ])  # fmt: skip
-    print_table(["setting", "steps/s", "samples/s", "efficiency", "MB per rank"], rows)
+    print_table(["setting", "steps/s", "samples/s", "efficiency", "peak MB per rank", "between steps"], rows)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@
 #   -- key=value ... overrides, each with or without leading dashes, e.g. -- train.steps=500 eval.episodes=50
 #   -h, --help       this text
 #
+# Exit status: 0 done, 2 a mistake that one message names, 75 stopped by a signal and saved: go on with --resume.
 # The run's folder holds config.yaml, manifest.json, log.jsonl and checkpoints/. Next: scripts/run_cl_eval.sh
 set -euo pipefail
 

@@ -57,12 +57,15 @@ def main() -> None:
     import torch
 
     from clbench.training.trainer import train
+    from tests.ranks import poisoned
     from tests.toy import toy_config
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     recorded: dict[str, list[Call]] = {}
     for label, section, overrides in runs:
-        train(toy_config(Path(data), section, f"output_dir={out}", f"train.strategy={strategy}", *overrides), label)
+        own = [f"output_dir={out}", f"train.strategy={strategy}", *overrides]
+        with poisoned(label):
+            train(toy_config(Path(data), section, *own), label)
         recorded[label] = calls.copy()
         calls.clear()
     (Path(out) / f"collectives-{os.environ['RANK']}.json").write_text(json.dumps(recorded))

@@ -9,7 +9,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from clbench.checkpoints.policy_io import load_policy
 from clbench.checkpoints.run_folder import checkpoint_folder
 from clbench.io import read_json
 from clbench.launch import free_port
+from clbench.policies.loss import PolicyLoss
+from clbench.training.loop import PhaseRunner
 from clbench.training.trainer import train
 from tests.algorithm_cases import MEMORY, SMALL_CLARE, SMALL_MIR
 from tests.toy import toy_config
@@ -45,9 +48,29 @@ RUNS: list[ParityRun] = [
     ("singletask", {"name": "singletask"}, ()),
     ("er+ewc-lora", {"name": ["er", "ewc"], **MEMORY, "ewc_lambda": 10.0, "fisher_batches": 2}, LORA),
     ("er-bf16", {"name": "er", **MEMORY}, ("train.mixed_precision=bf16",)),
+    ("er-nan", {"name": "er", **MEMORY}, ("train.on_nonfinite=skip",)),  # see poisoned
 ]
 STRATEGIES = ["ddp", pytest.param("zero2", marks=pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="DeepSpeed is not installed"))]  # fmt: skip
+
+
+@contextmanager
+def poisoned(label: str) -> Iterator[None]:
+    """With a label that ends in "nan": rank 0's loss at step 2 of the first task is NaN."""
+    if not label.endswith("nan"):
+        yield
+        return
+    step, total, now = PhaseRunner._train_step, PolicyLoss.total, [False]
+
+    def watched(self: PhaseRunner, *args: Any) -> dict[str, float]:
+        ctx = self.ctx
+        now[0] = (ctx.stream.mode, ctx.k, ctx.step, ctx.rank) == ("sequential", 0, 2, 0)
+        return step(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PhaseRunner, "_train_step", watched)
+        patch.setattr(PolicyLoss, "total", lambda self, *a: total(self, *a) * (float("nan") if now[0] else 1.0))
+        yield
 
 
 def overrides(own: Sequence[str], device: str = "cpu") -> list[str]:
@@ -57,7 +80,8 @@ def overrides(own: Sequence[str], device: str = "cpu") -> list[str]:
 def train_alone(runs: Sequence[ParityRun], toy_data: Path, out: Path, device: str = "cpu") -> None:
     """The runs, by this process."""
     for label, section, own in runs:
-        train(toy_config(toy_data, section, f"output_dir={out}", *overrides(own, device)), label)
+        with poisoned(label):
+            train(toy_config(toy_data, section, f"output_dir={out}", *overrides(own, device)), label)
 
 
 def train_together(runs: Sequence[ParityRun], toy_data: Path, out: Path, strategy: str, device: str = "cpu") -> None:

@@ -272,6 +272,17 @@ def test_a_failing_disk_leaves_what_was_there(
     assert files(tmp_path) == before and damage(tmp_path / "state") is None
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_under_the_log_is_one_message(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, LogConfig(), "r")
+    log.event("step", loss=1.0)
+    log._file.close()
+    log._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115 (the log closes it)
+    with pytest.raises(UserError, match=r"No space left on device\. Make space there, then continue with --resume"):
+        log.event("step", loss=2.0)
+    log.close()
+
+
 # ---------------------------------------------------------------------------------------------- losses
 
 

@@ -101,6 +101,13 @@ def test_choices_masks_and_expansions_are_the_same(alone: Path, together: tuple[
 
 
 @SHARED
+def test_a_nan_on_one_rank_leaves_the_step_out_on_all(alone: Path, together: tuple[str, Path]) -> None:
+    for root in (alone, together[1]):
+        assert [(r["k"], r["step"]) for r in events(root / "er-nan", "nonfinite")] == [(0, 2)]
+        assert (0, 2) not in [(r["k"], r["step"]) for r in events(root / "er-nan", "step")]
+
+
+@SHARED
 def test_frozen_weights_stay_bit_identical_on_ranks(together: tuple[str, Path]) -> None:
     """Edits in after_step and after_backward take effect, under ZeRO-2's masters too."""
     _, out = together

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -61,12 +62,27 @@ def save_policy(loaded: LoadedPolicy, folder: Path, *, adapter_only: bool = Fals
         if adapter_only:
             config._save_pretrained(folder)
         else:
-            with lora.taken_out(loaded.policy):
+            with lora.taken_out(loaded.policy), _own_memory(loaded.policy):
                 loaded.policy.save_pretrained(folder)
     finally:
         config.use_peft, config.pretrained_path = before
     loaded.preprocessor.save_pretrained(folder)
     loaded.postprocessor.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _own_memory(policy: PreTrainedPolicy) -> Iterator[None]:
+    """Inside the block, parameters that are parts of a larger buffer (under ZeRO-2) are copies on the CPU: safetensors
+    saves no parts."""
+    parts = [p for p in policy.parameters() if p.untyped_storage().nbytes() != p.numel() * p.element_size()]
+    buffers = [p.data for p in parts]
+    for p in parts:
+        p.data = p.data.to("cpu", copy=True)
+    try:
+        yield
+    finally:
+        for p, data in zip(parts, buffers, strict=True):
+            p.data = data
 
 
 def load_policy(folder: Path | str, device: str = "cpu", overrides: dict[str, Any] | None = None) -> LoadedPolicy:

@@ -29,7 +29,7 @@ class RunLog:
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = (folder / FILE).open("a", encoding="utf-8")
+            self._file = (folder / FILE).open("ab", buffering=0)
         except OSError as e:
             raise UserError(f"cannot write into {folder}: {e.strerror}.") from e
         makers = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}
@@ -47,8 +47,7 @@ class RunLog:
         if not self.enabled:
             return
         row = {"event": event, **_plain(fields), "time": round(time.time(), 3)}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        self._write(json.dumps(row, allow_nan=False).encode() + b"\n")
         if event == "step":
             self._steps += 1
             numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and k not in ("time", "total")}
@@ -59,9 +58,17 @@ class RunLog:
                     print(f"warning: {sink.name} failed ({e}); going on without it.", file=sys.stderr)
                     self._sinks.remove(sink)
 
+    def _write(self, line: bytes) -> None:
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as e:
+            raise UserError(
+                f"cannot write {self._file.name}: {e.strerror}. Make space there, then continue with --resume."
+            ) from e
+
     def flushed(self) -> int:
         """Bring what was written to the disk; returns the file's length."""
-        self._file.flush()
         os.fsync(self._file.fileno())
         return int(os.fstat(self._file.fileno()).st_size)
 
@@ -78,7 +85,7 @@ class RunLog:
             if not all(isinstance(r, dict) and isinstance(r.get("k", 0), int) for r in rows):
                 raise UserError(f"{path} holds lines that are no events; move the file away.")
             write_jsonl(path, [r for r in rows if r.get("k", 0) <= last_k and r.get("event") != "run_end"])
-            self._file = path.open("a", encoding="utf-8")
+            self._file = path.open("ab", buffering=0)
             return
         if self.flushed() < length:
             print(f"warning: {path} has lost lines: it is shorter than when the state was saved.", file=sys.stderr)
