@@ -57,14 +57,14 @@ def main() -> None:
     import torch
 
     from clbench.training.trainer import train
-    from tests.ranks import poisoned
+    from tests.ranks import poisoned, stopped
     from tests.toy import toy_config
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     recorded: dict[str, list[Call]] = {}
     for label, section, overrides in runs:
         own = [f"output_dir={out}", f"train.strategy={strategy}", *overrides]
-        with poisoned(label):
+        with poisoned(label), stopped(label):
             train(toy_config(Path(data), section, *own), label)
         recorded[label] = calls.copy()
         calls.clear()

@@ -5,6 +5,7 @@ fp32 and plain SGD: under AdamW, parameters whose true gradient is zero amplify 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -20,9 +21,11 @@ import torch
 
 from clbench.checkpoints.policy_io import load_policy
 from clbench.checkpoints.run_folder import checkpoint_folder
+from clbench.errors import Interrupted
 from clbench.io import read_json
 from clbench.launch import free_port
 from clbench.policies.loss import PolicyLoss
+from clbench.stopping import Stop
 from clbench.training.loop import PhaseRunner
 from clbench.training.trainer import train
 from tests.algorithm_cases import MEMORY, SMALL_CLARE, SMALL_MIR
@@ -49,6 +52,7 @@ RUNS: list[ParityRun] = [
     ("er+ewc-lora", {"name": ["er", "ewc"], **MEMORY, "ewc_lambda": 10.0, "fisher_batches": 2}, LORA),
     ("er-bf16", {"name": "er", **MEMORY}, ("train.mixed_precision=bf16",)),
     ("er-nan", {"name": "er", **MEMORY}, ("train.on_nonfinite=skip",)),  # see poisoned
+    ("er-stopped", {"name": "er", **MEMORY}, ("train.optimizer.momentum=0.9",)),  # see stopped
 ]
 STRATEGIES = ["ddp", pytest.param("zero2", marks=pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="DeepSpeed is not installed"))]  # fmt: skip
@@ -71,6 +75,19 @@ def poisoned(label: str) -> Iterator[None]:
         patch.setattr(PhaseRunner, "_train_step", watched)
         patch.setattr(PolicyLoss, "total", lambda self, *a: total(self, *a) * (float("nan") if now[0] else 1.0))
         yield
+
+
+@contextmanager
+def stopped(label: str) -> Iterator[None]:
+    """With a label that ends in "stopped": asked to stop after step 2 of the second task; one process goes on."""
+    if not label.endswith("stopped"):
+        yield
+        return
+    asked = itertools.chain([""] * 6, itertools.repeat("a test"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stop, "reason", property(lambda _: next(asked)))
+        with pytest.raises(Interrupted, match="in task 2, phase train, after step 2"):
+            yield
 
 
 def overrides(own: Sequence[str], device: str = "cpu") -> list[str]:

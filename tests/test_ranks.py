@@ -50,6 +50,8 @@ def together(
     """All runs, by one pair of ranks."""
     out = tmp_path_factory.mktemp(request.param)
     train_together(RUNS, toy_data, out, request.param)
+    label, section, own = next(r for r in RUNS if r[0] == "er-stopped")
+    train(toy_config(toy_data, section, f"output_dir={out}", *overrides(own)), label, resume=True)
     return request.param, out
 
 
