@@ -124,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"clbench: unexpected error, {text} (--debug shows where; please report it)", file=sys.stderr)
         return 1
     except Interrupted as e:
-        print(f"clbench: {e}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # said once, not once per rank
+            print(f"clbench: {e}", file=sys.stderr)
         return RESUME_EXIT
     except KeyboardInterrupt:
         print("clbench: interrupted", file=sys.stderr)
@@ -215,11 +216,15 @@ def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str]) 
 
         build_algorithm(config)  # what would fail in every rank is said once
         return launch(argv, ranks, args.port)
-    from clbench.training.trainer import train
+    from clbench.stopping import stoppable
 
     command = ["clbench", *sys.argv[1:]]
     allowed = [key for keys in args.allow_change for key in keys.split(",")]
-    train(config, run_id, resume=bool(args.resume), allow_change=allowed, command=command, files=files)
+    with stoppable() as stop:  # from before the imports on, which take seconds
+        from clbench.training.trainer import train
+
+        resume = bool(args.resume)
+        train(config, run_id, resume=resume, allow_change=allowed, command=command, files=files, stop=stop)
     return 0
 
 

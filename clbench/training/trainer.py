@@ -57,11 +57,13 @@ def train(
     allow_change: Sequence[str] = (),
     command: list[str] | None = None,
     files: list[str] | None = None,
+    stop: Stop | None = None,
 ) -> Path:
     """Train a run and return its folder. Everything that a configuration can show to be wrong is raised first.
 
     Args:
         allow_change: keys that may differ from those a resumed run was started with, beside FREE_ON_RESUME.
+        stop: says when to stop; null = when a signal comes from here on.
 
     Raises:
         UserError: bad configuration, missing data or base, an existing run, a loss that is not finite.
@@ -77,7 +79,7 @@ def train(
             new_run_folder(run_id, config.output_dir, resume)
             stack.enter_context(held(folder, "training"))
         backend.barrier()
-        stop = stack.enter_context(stoppable())
+        stop = stop or stack.enter_context(stoppable())
         keeper = StateKeeper(folder, config.train.save_every_steps, config.train.save_every_minutes)
         found = _position(folder, keeper) if backend.is_main else Position()
         told = backend.tell([found.k, str(found.source or ""), found.phase, found.step])
