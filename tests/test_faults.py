@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -29,6 +30,7 @@ from clbench.policies.loss import PolicyLoss
 from clbench.stopping import Stop
 from clbench.training.log import RunLog
 from clbench.training.trainer import train
+from tests.algorithm_cases import SMALL_MIR
 from tests.same import assert_same_run, files
 from tests.test_ranks import toy_arguments
 from tests.toy import STREAM, make_toy_data, toy_config
@@ -147,6 +149,33 @@ def test_a_state_made_elsewhere_by_hand_is_refused(tmp_path: Path) -> None:
     """A description that is sealed but is no training state's."""
     write_whole(tmp_path / "training_state" / "x", lambda f: {"k": "../..", "phase": 3}, lambda: 0)
     assert StateKeeper(tmp_path, None, None).newest(0) is None
+
+
+@pytest.mark.parametrize(
+    ("section", "own"),
+    [
+        ({"name": "seqfft"}, ["train.optimizer_across_tasks=carried"]),
+        ({"name": "multitask"}, ["lora.enabled=true", "lora.dropout=0.3", "lora.rank=2"]),
+        ({"name": "mir", **SMALL_MIR, "mir_refresh_interval": 3}, ["train.gradient_accumulation=2"]),
+        ({"name": "ewc", "ewc_lambda": 10.0, "fisher_batches": 2}, ["train.mixed_precision=bf16"]),
+    ],
+    ids=["carried", "dropout", "accumulation", "bf16"],
+)
+def test_stopped_again_and_again_with_other_settings(
+    toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: dict[str, Any], own: list[str]
+) -> None:
+    whole = train(toy_config(toy_data, section, f"output_dir={tmp_path}/whole", *own), "r")
+    asked = itertools.cycle([*[""] * 4, "a test"])
+    monkeypatch.setattr(Stop, "reason", property(lambda self: next(asked)))
+    stops = 0
+    while True:
+        try:
+            part = train(toy_config(toy_data, section, f"output_dir={tmp_path}/part", *own), "r", resume=True)
+            break
+        except Interrupted:
+            stops += 1
+    assert stops
+    assert_same_run(whole, part)
 
 
 # ---------------------------------------------------------------------------------------------- what may change
