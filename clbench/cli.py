@@ -15,6 +15,7 @@ from clbench.errors import RESUME_EXIT, Interrupted, UserError
 
 if TYPE_CHECKING:
     from clbench.config.schema import Config
+    from clbench.stopping import Stop
 
 OVERRIDES = "after --: overrides as key=value, e.g. -- train.steps=500 algorithm.expand_threshold=4"
 
@@ -144,7 +145,10 @@ def _run(args: argparse.Namespace, overrides: list[str], argv: Sequence[str]) ->
         "sweep": _sweep,
     }
     if args.command == "train":
-        return _train(args, overrides, [*argv, "--", *overrides] if overrides else argv)
+        from clbench.stopping import stoppable
+
+        with stoppable() as stop:  # from before the imports on, which take seconds
+            return _train(args, overrides, [*argv, "--", *overrides] if overrides else argv, stop)
     if args.command in commands:
         return commands[args.command](args, overrides)
     if args.command == "metrics":
@@ -177,7 +181,7 @@ def default_run_id(config: Config, dataset: str, smoke: bool) -> str:
     return f"{config.model}_{algo}_{dataset}_s{config.seed}" + ("_smoke" if smoke else "")
 
 
-def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str]) -> int:
+def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str], stop: Stop) -> int:
     ranks = _ranks(args)
     where = [*_device(args.gpus, args.nproc), *([f"train.strategy={args.strategy}"] if args.strategy else [])]
     if args.seed is not None:
@@ -215,16 +219,14 @@ def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str]) 
         from clbench.algorithms.build import build_algorithm
 
         build_algorithm(config)  # what would fail in every rank is said once
+        stop.check("Nothing was started.")
         return launch(argv, ranks, args.port)
-    from clbench.stopping import stoppable
+    from clbench.training.trainer import train
 
     command = ["clbench", *sys.argv[1:]]
     allowed = [key for keys in args.allow_change for key in keys.split(",")]
-    with stoppable() as stop:  # from before the imports on, which take seconds
-        from clbench.training.trainer import train
-
-        resume = bool(args.resume)
-        train(config, run_id, resume=resume, allow_change=allowed, command=command, files=files, stop=stop)
+    resume = bool(args.resume)
+    train(config, run_id, resume=resume, allow_change=allowed, command=command, files=files, stop=stop)
     return 0
 
 

@@ -47,48 +47,63 @@ def launch(arguments: Sequence[str], ranks: int, port: int | None = None) -> int
         LAUNCHER: str(os.getpid()),
     }
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
-    processes = []
-    for rank in range(ranks):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        environment = {"OMP_NUM_THREADS": threads, **os.environ, **shared, **own}
-        # A session of their own: a signal reaches them once, through `forward`, and not from the terminal as well.
-        processes.append(
-            subprocess.Popen([sys.executable, "-m", "clbench.cli", *arguments], env=environment, start_new_session=True)
-        )
+    processes: list[subprocess.Popen[bytes]] = []
+    signals: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
         for p in processes:
             if p.poll() is None:
                 p.send_signal(number)
 
     before = {s: signal.signal(s, forward) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        return _wait(processes)
+        for rank in range(ranks):
+            if signals:
+                break
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            environment = {"OMP_NUM_THREADS": threads, **os.environ, **shared, **own}
+            command = [sys.executable, "-m", "clbench.cli", *arguments]
+            # A session of their own: a signal reaches them once, through `forward`, and not from the terminal as well.
+            processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
+        return _wait(processes, signals) if len(processes) == ranks else _end(processes)
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait for all; when one fails, end the others, which would wait for it in vain."""
+def _wait(processes: Sequence[subprocess.Popen[bytes]], signals: Sequence[int]) -> int:
+    """Wait for all; when one fails, end the others, which would wait for it in vain.
+
+    A rank that a passed-on signal ended before it could listen has lost nothing: that counts as stopped.
+    """
     while True:
         codes = [p.poll() for p in processes]
         failed = [(rank, c) for rank, c in enumerate(codes) if c not in (None, 0, RESUME_EXIT)]
         if failed:
             rank, code = failed[0]
-            how = f"was ended by signal {-code}" if code is not None and code < 0 else f"failed (exit status {code})"
+            assert code is not None
+            if -code in signals:
+                return _end(processes)
+            how = f"was ended by signal {-code}" if code < 0 else f"failed (exit status {code})"
             print(f"rank {rank} {how}; ending the other ranks.", file=sys.stderr, flush=True)
-            for p in processes:
-                if p.poll() is None:
-                    p.terminate()
-            deadline = time.monotonic() + GRACE_S
-            for p in processes:
-                try:
-                    p.wait(timeout=max(0.1, deadline - time.monotonic()))
-                except subprocess.TimeoutExpired:
-                    p.kill()
-                    p.wait()
-            return code if code is not None and code > 0 else 1
+            _end(processes)
+            return code if code > 0 else 1
         if None not in codes:
             return max(c or 0 for c in codes)
         time.sleep(0.2)
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+    """End all that still run, and wait for them."""
+    for p in processes:
+        if p.poll() is None:
+            p.terminate()
+    deadline = time.monotonic() + GRACE_S
+    for p in processes:
+        try:
+            p.wait(timeout=max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            p.kill()
+            p.wait()
+    return RESUME_EXIT

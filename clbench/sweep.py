@@ -12,6 +12,7 @@ parallel: 2                         # runs at once, each with one thread
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ from clbench.errors import RESUME_EXIT, UserError, nearest
 from clbench.io import read_json
 from clbench.paths import CONFIG_ROOT, results_root
 from clbench.registry import algorithm_names
+from clbench.stopping import Stop, stoppable
 
 PROGRESS_SECONDS = 15.0
 
@@ -135,7 +137,15 @@ def finished(run: Run) -> bool:
 
 
 def run_sweep(name: str, dry_run: bool = False) -> int:
-    """Run what is left of an experiment; returns 1 when a run failed, after the others have finished."""
+    """Run what is left of an experiment; returns 1 when a run failed, after the others have finished.
+
+    Raises Interrupted when a signal asked to stop; the runs under way have saved.
+    """
+    with stoppable() as stop:
+        return _run_sweep(name, dry_run, stop)
+
+
+def _run_sweep(name: str, dry_run: bool, stop: Stop) -> int:
     experiment, runs = load_experiment(name)
     left = [r for r in runs if not finished(r)]
     print(f"experiment {experiment.name}: {len(runs) - len(left)} of {len(runs)} runs are finished", flush=True)
@@ -153,11 +163,13 @@ def run_sweep(name: str, dry_run: bool = False) -> int:
         print(f"runs → {results_root()}, their output → {logs}", flush=True)
     # The base is shared: it is made before runs race for it.
     base = ("pretrain", *_axes(experiment), "--", *experiment.overrides)
-    if left and not _call(base, logs / "pretrain.log"):
+    if left and not _call(base, logs / "pretrain.log", stop):
+        stop.check(KEPT)
         print(f"failed: the base; see {logs / 'pretrain.log'}", file=sys.stderr)
         return 1
     with ThreadPoolExecutor(max_workers=max(1, experiment.parallel)) as pool:
-        results = list(pool.map(lambda r: _one(r, logs, experiment.parallel), left))
+        results = list(pool.map(lambda r: _one(r, logs, experiment.parallel, stop), left))
+    stop.check(KEPT)
     failed = [r.run_id for r, ok in zip(left, results, strict=True) if not ok]
     for run_id in failed:
         print(f"failed: {run_id}; see {logs / run_id}.log", file=sys.stderr)
@@ -170,39 +182,45 @@ def run_sweep(name: str, dry_run: bool = False) -> int:
     return 1 if failed else 0
 
 
-def _one(run: Run, logs: Path, parallel: int) -> bool:
+KEPT = "What is done is kept: give the same command again."
+
+
+def _one(run: Run, logs: Path, parallel: int, stop: Stop) -> bool:
     began = time.monotonic()
     log = logs / f"{run.run_id}.log"
-    ok = _call(("train", *run.train), log)
-    ok = ok and _call(("eval", "--run-id", run.run_id, *(("--workers", "1") if parallel > 1 else ())), log)
+    ok = _call(("train", *run.train), log, stop)
+    ok = ok and _call(("eval", "--run-id", run.run_id, *(("--workers", "1") if parallel > 1 else ())), log, stop)
+    if stop.signal is not None:
+        return False
     print(f"{'done' if ok else 'FAILED'}: {run.run_id} in {(time.monotonic() - began) / 60:.1f} min", flush=True)
     return ok
 
 
-def _call(arguments: Sequence[str], log: Path) -> bool:
-    """Run one clbench command with its output in `log`; says now and then how far it is."""
+def _call(arguments: Sequence[str], log: Path, stop: Stop) -> bool:
+    """Run one clbench command with its output in `log`; says now and then how far it is.
+
+    Asked to stop, it asks the command to, waits for it, and returns False.
+    """
+    if stop.signal is not None:
+        return False
     with log.open("a", encoding="utf-8") as f:
         process = subprocess.Popen(
             [sys.executable, "-m", "clbench.cli", *arguments], stdout=f, stderr=subprocess.STDOUT
         )
-    said = ""
-    try:
-        while True:
-            try:
-                code = process.wait(timeout=PROGRESS_SECONDS)
-                break
-            except subprocess.TimeoutExpired:
-                line = _last_line(log)
-                if line and line != said:
-                    print(f"  {log.stem}: {line}", flush=True)
-                    said = line
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
-    if code in (130, RESUME_EXIT):
-        raise KeyboardInterrupt
-    return code == 0
+    said, asked, told = "", time.monotonic(), False
+    while process.poll() is None:
+        time.sleep(0.2)
+        if stop.signal is not None and not told:
+            process.terminate()
+            told = True
+        if time.monotonic() - asked >= PROGRESS_SECONDS:
+            asked, line = time.monotonic(), _last_line(log)
+            if line and line != said:
+                print(f"  {log.stem}: {line}", flush=True)
+                said = line
+    if process.returncode in (130, RESUME_EXIT):  # it was asked by someone else, or by the terminal
+        stop.signal = stop.signal or signal.SIGTERM
+    return process.returncode == 0
 
 
 def _last_line(log: Path) -> str:

@@ -100,8 +100,9 @@ class Run:
             for pid in ranks:
                 if pid not in codes and (done := os.waitpid(pid, os.WNOHANG))[0]:
                     codes[pid] = os.waitstatus_to_exitcode(done[1])
-            dead = any(c != 0 for c in codes.values())
-            if time.monotonic() > deadline or dead:
+            crashed = [c for c in codes.values() if c not in (0, SIGKILLED)]
+            dead = SIGKILLED in codes.values()  # by its own call; or a crash, which is no kill
+            if time.monotonic() > deadline or dead or crashed:
                 for pid in [ranks[first], *ranks]:
                     if pid not in codes:
                         os.kill(pid, signal.SIGKILL)
@@ -109,10 +110,7 @@ class Run:
                         codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             time.sleep(0.005)
         assert after_s < LIMIT_S or time.monotonic() < deadline, f"an attempt hung: {self.said()}"
-        bad = [c for c in codes.values() if c not in (0, SIGKILLED)]
-        if bad and SIGKILLED in codes.values() and self.ranks > 1:
-            return SIGKILLED  # the other rank saw its companion go
-        return bad[0] if bad else min(codes.values())
+        return crashed[0] if crashed and not dead else min(codes.values())
 
     def _fork(self, saving: bool, rank: int, port: int, at_call: int | None, after: bool) -> int:
         pid = os.fork()

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from clbench.algorithms.hooks import CLAlgorithm, Context
 from clbench.checkpoints.run_folder import checkpoint_folder
 from clbench.checkpoints.training_state import StateKeeper
 from clbench.checkpoints.whole import damage, write_whole
@@ -27,6 +28,7 @@ from clbench.errors import RESUME_EXIT, Interrupted, UserError
 from clbench.io import read_json, read_jsonl
 from clbench.lock import held
 from clbench.policies.loss import PolicyLoss
+from clbench.registry import ALGORITHMS
 from clbench.stopping import Stop
 from clbench.training.log import RunLog
 from clbench.training.trainer import train
@@ -128,7 +130,7 @@ def test_a_torn_or_missing_pointer_to_the_newest_state(stopped: tuple[Path, Path
         (copy / "LATEST").unlink()
         if content is not None:
             (copy / "LATEST").write_bytes(content)
-        position = keeper.newest(0)
+        position = keeper.newest(1)
         assert position is not None and (position.phase, position.step) == ("train", 4)
         (copy / "LATEST").touch()
 
@@ -143,6 +145,57 @@ def test_a_damaged_checkpoint_is_made_again_or_named(
     flip(checkpoint_folder(tmp_path / "r", 0) / "policy" / "model.safetensors")
     with pytest.raises(UserError, match=r"task_00 is damaged .policy/model.safetensors was changed.*later tasks"):
         go_on(toy_data, tmp_path)
+
+
+def test_a_damaged_last_checkpoint_is_made_again_though_a_later_state_is_whole(
+    stopped: tuple[Path, Path], toy_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = resumed(toy_data, stopped[1], tmp_path)
+    flip(checkpoint_folder(run, 0) / "algorithm.safetensors")
+    assert_same_run(stopped[0], go_on(toy_data, tmp_path))
+    said = capsys.readouterr().err
+    assert "task_00 is damaged" in said and "from the start" in said
+    assert damage(checkpoint_folder(run, 0)) is None
+
+
+@pytest.mark.parametrize("end", [b"", b'{"event": "run_', b'{"event": "run_end", "seconds": 1.0}'])
+def test_killed_after_its_last_checkpoint(
+    stopped: tuple[Path, Path], toy_data: Path, tmp_path: Path, end: bytes
+) -> None:
+    """The last event is written again, whatever there is of it."""
+    shutil.copytree(stopped[0], tmp_path / "r")
+    log = tmp_path / "r" / "log.jsonl"
+    log.write_bytes(
+        log.read_bytes()[: read_json(checkpoint_folder(tmp_path / "r", 1) / "checkpoint.json")["log_bytes"]]
+    )
+    with log.open("ab") as f:
+        f.write(end)
+    assert_same_run(stopped[0], go_on(toy_data, tmp_path))
+
+
+def test_what_kills_leave_is_cleared_away(stopped: tuple[Path, Path], toy_data: Path, tmp_path: Path) -> None:
+    run = resumed(toy_data, stopped[1], tmp_path)
+    leftovers = [
+        run / "training_state" / ".01-train-000005.partial" / "policy",
+        run / "checkpoints" / ".task_01.partial",
+    ]
+    for folder in leftovers:
+        folder.mkdir(parents=True)
+    (run / ".manifest.json.abc.tmp").write_text("half")
+    go_on(toy_data, tmp_path)
+    assert not [p for p in run.rglob(".*") if p.name != ".training.lock"]
+
+
+def test_a_state_that_cannot_be_read_is_damaged(
+    stopped: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import clbench.checkpoints.whole as module
+
+    def broken(path: Path) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(module, "_sha256", broken)
+    assert "cannot be read: Input/output error" in str(damage(stopped[1] / "training_state" / "01-train-000004"))
 
 
 def test_a_state_made_elsewhere_by_hand_is_refused(tmp_path: Path) -> None:
@@ -181,7 +234,9 @@ def test_stopped_again_and_again_with_other_settings(
 # ---------------------------------------------------------------------------------------------- what may change
 
 
-def test_changes_are_refused_allowed_and_recorded(stopped: tuple[Path, Path], toy_data: Path, tmp_path: Path) -> None:
+def test_changes_are_refused_allowed_and_recorded(
+    stopped: tuple[Path, Path], toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = resumed(toy_data, stopped[1], tmp_path)
     section = {"name": "er", "buffer_size_per_task": 10}
     changed = toy_config(
@@ -190,14 +245,25 @@ def test_changes_are_refused_allowed_and_recorded(stopped: tuple[Path, Path], to
     with pytest.raises(UserError, match=r"train\.optimizer\.lr \(was 0\.001, is 0\.5\)") as refused:
         train(changed, "r", resume=True)
     assert "train.threads" not in str(refused.value)
-    with pytest.raises(UserError, match=r"--allow-change train\.optimiser\.lr: .*Did you mean 'train\.optimizer\.lr'"):
+    with pytest.raises(
+        UserError,
+        match=r"--allow-change train\.optimiser\.lr: there is no such key.*Did you mean 'train\.optimizer\.lr'",
+    ):
         train(changed, "r", resume=True, allow_change=["train.optimiser.lr"])
-    train(changed, "r", resume=True, allow_change=["train.optimizer.lr"])
-    first, second = read_json(run / "manifest.json")["sessions"]
+    asked = iter([""] + ["a test"] * 2)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Stop, "reason", property(lambda self: next(asked)))
+        train(changed, "r", resume=True, allow_change=["train.optimizer.lr"])
+    train(changed, "r", resume=True, allow_change=["train.optimizer.lr"])  # a scheduler gives the same command again
+    first, second, third = read_json(run / "manifest.json")["sessions"]
     assert first["changed"] == {} and (first["k"], first["step"]) == (0, 0)
     assert second["changed"]["train.optimizer.lr"] == [0.001, 0.5]
     assert second["changed"]["train.threads"] == [1, 2]
     assert (second["k"], second["phase"], second["step"]) == (1, "train", 4)
+    assert third["changed"] == {} and (third["k"], third["step"]) == (1, 6)
+    with pytest.raises(UserError, match=r"is complete: nothing is left to train with another train\.optimizer\.lr"):
+        changed.train.optimizer.lr = 0.1
+        train(changed, "r", resume=True, allow_change=["train.optimizer.lr"])
 
 
 # ---------------------------------------------------------------------------------------------- one writer
@@ -291,12 +357,16 @@ def test_a_failing_disk_leaves_what_was_there(
     write_whole(tmp_path / "state", fill("old"), lambda: 3)
     before = files(tmp_path)
 
-    def broken(*_: Any) -> None:
+    original = getattr(os, call)
+
+    def broken(*args: Any) -> Any:
+        if call == "replace" and Path(args[1]) != tmp_path / "state":
+            return original(*args)  # the small files' own
         raise OSError(code, os.strerror(code))
 
     with monkeypatch.context() as patch:
         patch.setattr(os, call, broken)
-        with pytest.raises(UserError, match=os.strerror(code)):
+        with pytest.raises(UserError, match=rf"cannot save .*{os.strerror(code)}.* needs about 3 bytes.*--resume"):
             write_whole(tmp_path / "state", fill("new"), lambda: 3)
     assert files(tmp_path) == before and damage(tmp_path / "state") is None
 
@@ -345,6 +415,51 @@ def test_a_nan_stops_or_is_left_out(toy_data: Path, tmp_path: Path, monkeypatch:
         train(many, "all")
 
 
+def test_skipped_steps_in_a_row_are_counted_across_a_stop(
+    toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def config(out: str) -> Any:
+        return toy_config(
+            toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}/{out}", *STEPS, "train.on_nonfinite=skip"
+        )
+
+    train(config("base"), "r")
+    nan_at(monkeypatch, {2, 3, 4})
+    whole = train(config("whole"), "r")
+    monkeypatch.undo()
+    nan_at(monkeypatch, {2, 3, 4})
+    asked = iter(["", "", "a test", "a test"])
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Stop, "reason", property(lambda self: next(asked)))
+        train(config("part"), "r")
+    assert_same_run(whole, train(config("part"), "r", resume=True))
+
+
+class Freezer(CLAlgorithm):
+    """Trains the decoder alone: what is frozen at the start of a run stays so."""
+
+    name = "freezer"
+
+    def on_task_start(self, ctx: Context) -> None:
+        if ctx.k == 0:
+            for name, p in ctx.policy.named_parameters():
+                p.requires_grad_("velocity_net" in name)
+
+
+def test_frozen_parameters_stay_frozen(toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ALGORITHMS, "freezer", f"{__name__}:Freezer")
+    whole = train(toy_config(toy_data, {"name": "freezer"}, f"output_dir={tmp_path}/whole"), "r")
+    asked = itertools.cycle([*[""] * 4, "a test"])  # between tasks too
+    monkeypatch.setattr(Stop, "reason", property(lambda self: next(asked)))
+    for _ in range(20):
+        try:
+            part = train(toy_config(toy_data, {"name": "freezer"}, f"output_dir={tmp_path}/part"), "r", resume=True)
+            break
+        except Interrupted:
+            continue
+    assert_same_run(whole, part)
+
+
 def test_a_skipped_step_changes_neither_weights_nor_moments(
     toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -389,7 +504,13 @@ def test_a_loader_that_dies_is_replaced(tmp_path: Path, capfd: pytest.CaptureFix
         got.append(batch)
         if len(got) in (3, 11):
             os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
-    assert "a data-loading process died" in capfd.readouterr().err
+            time.sleep(0.3)  # a training step goes on undisturbed
+        if len(got) == 6:  # a signal to the whole process group is not for them
+            for child in multiprocessing.active_children():
+                os.kill(child.pid or 0, signal.SIGTERM)
+                os.kill(child.pid or 0, signal.SIGINT)
+            time.sleep(0.3)
+    assert capfd.readouterr().err.count("a data-loading process died") == 2
     assert len(got) == len(want)
     for a, b in zip(got, want, strict=True):
         assert a.keys() == b.keys()
@@ -411,6 +532,21 @@ def test_a_logger_that_is_down_is_left_out(
     assert capsys.readouterr().err.count("wandb cannot be reached (no route to host); going on without it") == 1
     assert read_jsonl(tmp_path / "log.jsonl")[0]["loss"] == 1.0
 
+    class Closing(module._Sink):
+        name = "wandb"
+
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        def write(self, numbers: dict[str, Any], step: int) -> None:
+            pass
+
+        close = down  # type: ignore[assignment]
+
+    monkeypatch.setattr(module, "_Wandb", Closing)
+    RunLog(tmp_path, LogConfig(wandb=True), "r").close()
+    assert "wandb could not be closed (no route to host)" in capsys.readouterr().err
+
 
 def test_pretraining_goes_on_where_it_was_stopped(
     toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -427,10 +563,15 @@ def test_pretraining_goes_on_where_it_was_stopped(
                     train(config, "r")
         train(config, "r", resume=True)
         (base,) = (tmp_path / name / "bases").glob("dit*")
-        bases.append({k: v for k, v in files(base).items() if k not in ("base.json", "log.jsonl")})
+        times = ("base.json", "log.jsonl", "checkpoint.json")
+        bases.append({k: v for k, v in files(base).items() if k not in times})
         steps = [r["step"] for r in read_jsonl(base / "log.jsonl") if r["event"] == "step"]
         assert steps == [0, 59]
         assert not (base / "training_state").exists()
     assert bases[0] == bases[1]
     assert "from step 26 on" in capsys.readouterr().err
     assert_same_run(tmp_path / "out-whole" / "r", tmp_path / "out-stopped" / "r")
+    flip(base / "model.safetensors")
+    train(config, "again")
+    assert "is damaged (model.safetensors was changed); it is made again" in capsys.readouterr().err
+    assert {k: v for k, v in files(base).items() if k not in times} == bases[0]

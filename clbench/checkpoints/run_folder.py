@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -196,6 +197,21 @@ def whole_checkpoints(folder: Path) -> int:
         print(f"warning: {here} is damaged ({reason}); it is made again.", file=sys.stderr)
         return k
     return count
+
+
+def flat_keys(config: Config) -> list[str]:
+    """All keys of a configuration, with dots."""
+    return list(_flatten(to_dict(config)))
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a killed training left half written. Only for the holder of the run's lock."""
+    for pattern in (".*.tmp", ".probe-*", "checkpoints/.*.partial", "checkpoints/.*.old"):
+        for path in folder.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def changed_keys(folder: Path, config: Config, ignore: tuple[str, ...]) -> list[str]:

@@ -71,6 +71,8 @@ def tensor_bytes(state: Any) -> int:
 
 def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if torch.is_tensor(value):
+        if path in tensors:
+            raise TypeError(f"state has two tensors that would be saved as '{path}'; use other keys")
         tensors[path] = value.detach().cpu().contiguous().clone()
         return {"t": path}
     if isinstance(value, dict):

@@ -52,6 +52,7 @@ class StateKeeper:
         self.folder = folder / FOLDER
         self.every_steps, self.every_minutes = every_steps, every_minutes
         self.seconds = 0.0  # spent on saving
+        self._damaged: list[Path] = []
         self._last = time.monotonic()
 
     def due(self, total_steps: int) -> bool:
@@ -83,12 +84,25 @@ class StateKeeper:
         self.saved(began)
         return self.folder / name
 
+    def clear(self, position: Position) -> None:
+        """Drop what is of no use when the run goes on at `position`: later and damaged states, what kills left."""
+        if not self.folder.is_dir():
+            return
+        now = (position.k, _total(position.source) if position.phase and position.source else -1)
+        for path in self.folder.iterdir():
+            if path.name == LATEST:
+                continue
+            if not path.is_dir():
+                path.unlink()
+            elif path.name.startswith(".") or path in self._damaged or (_visit(path), _total(path)) > now:
+                shutil.rmtree(path)
+
     def remove(self) -> None:
         """The run is complete: no state is needed any more."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def newest(self, k: int) -> Position | None:
-        """The newest whole state of visit k or a later one. Damaged ones are named and left out."""
+        """The newest whole state of visit k. Damaged ones are named and left out."""
         states = sorted(self._all(), key=_total, reverse=True)
         try:
             latest = (self.folder / LATEST).read_text(encoding="utf-8").strip()
@@ -102,10 +116,11 @@ class StateKeeper:
             if reason is None and not all(isinstance(d.get(key), kind) for key, kind in kinds.items()):
                 reason = f"{DESCRIPTION} is no training state's"
             if reason is not None:
+                self._damaged.append(folder)
                 print(f"warning: training state {folder} is damaged ({reason}); using what is before it.",
                       file=sys.stderr)  # fmt: skip
                 continue
-            if d["k"] >= k:
+            if d["k"] == k:
                 return Position(d["k"], folder, d["phase"], d["step"])
         return None
 
@@ -116,7 +131,15 @@ class StateKeeper:
 
 
 def _total(folder: Path) -> int:
+    return _number(folder, "total_steps")
+
+
+def _visit(folder: Path) -> int:
+    return _number(folder, "k")
+
+
+def _number(folder: Path, key: str) -> int:
     try:
-        return int(read_json(folder / DESCRIPTION)["total_steps"])
+        return int(read_json(folder / DESCRIPTION)[key])
     except (UserError, KeyError, TypeError, ValueError):
         return -1

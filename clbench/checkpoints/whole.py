@@ -45,9 +45,12 @@ def write_whole(final: Path, fill: Callable[[Path], dict[str, Any]], size: Calla
             sync_folder(folder)
         _replace(temporary, final)
         sync_folder(final.parent)
-    except (OSError, SafetensorError) as e:
+    except (OSError, SafetensorError, UserError) as e:
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
+        cause = e.__cause__ if isinstance(e, UserError) else e
+        if not isinstance(cause, OSError | SafetensorError):
+            raise
+        reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
         raise UserError(f"cannot save {final} ({reason}): {_space(final.parent, size())} {_ADVICE}") from e
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -70,7 +73,12 @@ def _replace(temporary: Path, final: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     if final.exists():
         os.replace(final, aside)
-    os.replace(temporary, final)
+    try:
+        os.replace(temporary, final)
+    except OSError:
+        if aside.exists():
+            os.rename(aside, final)
+        raise
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -82,11 +90,19 @@ def damage(folder: Path) -> str | None:
         return str(e)
     if not isinstance(described, dict) or not _is_list_of_files(described.get("files", {})):
         return f"{DESCRIPTION} is no description"
-    if "seal" not in described:  # of an earlier version: it has the digest of all files
-        return None if described.get("digest") == _digest(_files(folder)) else "its files are not those saved"
-    if described.pop("seal") != _seal(described):
-        return f"{DESCRIPTION} was changed"
-    want, have = described.get("files", {}), {p: (folder / p).stat().st_size for p in _names(folder)}
+    try:
+        if "seal" not in described:  # of an earlier version: it has the digest of all files
+            return None if described.get("digest") == _digest(_files(folder)) else "its files are not those saved"
+        if described.pop("seal") != _seal(described):
+            return f"{DESCRIPTION} was changed"
+        return _difference(folder, described.get("files", {}))
+    except OSError as e:
+        return f"{e.filename or 'a file'} cannot be read: {e.strerror}"
+
+
+def _difference(folder: Path, want: dict[str, list[Any]]) -> str | None:
+    """What is not as `want` says: name → [bytes, sha256]."""
+    have = {p: (folder / p).stat().st_size for p in _names(folder)}
     for name in sorted(want.keys() | have.keys()):
         if name not in have:
             return f"{name} is missing"

@@ -7,7 +7,10 @@ Batches are raw: LeRobot keys, not normalised, with `task` texts.
 
 from __future__ import annotations
 
+import re
+import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -317,6 +320,26 @@ class _Referenced(Dataset[Batch]):
         return self.frames.fetch(refs)
 
 
+def _leave_signals(worker: int) -> None:
+    """A signal to the whole process group is for the training process, which stops its workers when it has saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _quietly_watched(loader: DataLoader[Batch]) -> Iterator[Batch]:
+    """The loader's batches. A worker that dies raises RuntimeError here, when its batch is asked for.
+
+    torch's own handler of SIGCHLD would raise it wherever the main thread is, in the middle of a training step; torch
+    also notices a dead worker while it waits for a batch.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    signal.signal(signal.SIGCHLD, before)
+    return batches
+
+
 def load_batches(frames: StreamFrames, refs: Iterator[Tensor], workers: int) -> Iterator[Batch]:
     """Yield the batch of every reference tensor, in order. Data that must be decoded is read ahead by `workers`.
 
@@ -336,15 +359,17 @@ def load_batches(frames: StreamFrames, refs: Iterator[Tensor], workers: int) -> 
 
     deaths = 0
     while deaths < MAX_DEATHS:
-        loader = DataLoader(_Referenced(frames), batch_size=None, sampler=asking(), num_workers=workers)  # type: ignore[arg-type]
+        loader = DataLoader(
+            _Referenced(frames), batch_size=None, sampler=asking(), num_workers=workers, worker_init_fn=_leave_signals,  # type: ignore[arg-type]
+        )  # fmt: skip
         try:
-            for batch in loader:
+            for batch in _quietly_watched(loader):
                 asked.popleft()
                 deaths = 0
                 yield batch
             return
         except RuntimeError as e:
-            if "DataLoader worker" not in str(e):
+            if re.search(r"DataLoader worker \(pid", str(e)) is None:  # an error in reading, not a death
                 raise
             deaths += 1
             print(f"warning: a data-loading process died ({e}); starting new ones.", file=sys.stderr)

@@ -96,7 +96,10 @@ class RunLog:
         if self._file is not None:
             self._file.close()
         for sink in self._sinks:
-            sink.close()
+            try:
+                sink.close()
+            except Exception as e:  # noqa: BLE001 (a logger that is down must not end the run)
+                print(f"warning: {sink.name} could not be closed ({e}).", file=sys.stderr)
 
 
 def _plain(value: Any) -> Any:

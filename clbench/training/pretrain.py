@@ -9,12 +9,12 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from lerobot.configs import FeatureType
@@ -27,17 +27,19 @@ from clbench.checkpoints.policy_io import LoadedPolicy, load_policy, pick_device
 from clbench.checkpoints.run_folder import versions
 from clbench.checkpoints.state import load_state, save_state, tensor_bytes
 from clbench.checkpoints.training_state import StateKeeper
-from clbench.checkpoints.whole import DESCRIPTION
+from clbench.checkpoints.whole import DESCRIPTION, damage, write_whole
 from clbench.config.schema import Config, TrainConfig
 from clbench.data.frames import StreamFrames
 from clbench.errors import Interrupted, UserError
 from clbench.io import read_json, write_json
+from clbench.lock import NO_LOCKS
 from clbench.paths import cache_root
 from clbench.policies.loss import PolicyLoss
 from clbench.seeding import seeded
 from clbench.stopping import Stop
 from clbench.streams.stream import Task, TaskStream, Visit, pretraining_tasks
 from clbench.training.backend import Backend, autocast_precision, say
+from clbench.training.log import FILE as LOG_FILE
 from clbench.training.log import RunLog
 from clbench.training.loop import PhaseRunner, Resumed
 
@@ -84,14 +86,38 @@ def ensure_base(config: Config, backend: Backend, stop: Stop, progress: str = "a
         return path.resolve(), {"path": str(path.resolve()), "kind": "given"}
     tasks, fingerprint = pretraining_tasks(config.dataset)
     folder = base_folder(config, fingerprint)
-    if not backend.agree((folder / "base.json").is_file()):
+    if not backend.agree(_is_whole(folder)):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with (folder.parent / f".{folder.name}.lock").open("w") as lock:
-            if backend.is_main:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be making it: wait, then look again
-            if not backend.agree((folder / "base.json").is_file()):
+            while not backend.agree(_locked(lock) if backend.is_main else True):
+                if backend.any(bool(stop.reason))[0]:
+                    raise Interrupted("stopped while another run makes the base. The same command goes on from there.")
+                time.sleep(1)  # another run is making it: wait, then look again
+            if not backend.agree(_is_whole(folder)):
                 _pretrain(config, tasks, fingerprint, folder, backend, stop, progress)
     return folder, {"path": str(folder), "kind": "pretrained", **base_key(config, fingerprint)}
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a base is there; a damaged one is named and made again."""
+    if not (folder / "base.json").is_file():
+        return False
+    reason = damage(folder) if (folder / DESCRIPTION).is_file() else None  # one of an earlier version has no sums
+    if reason is not None:
+        print(f"warning: the base {folder} is damaged ({reason}); it is made again.", file=sys.stderr)
+    return reason is None
+
+
+def _locked(lock: IO[str]) -> bool:
+    """Lock a file, unless another process has; where a file system has no locks, go on without."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as e:
+        if e.errno not in NO_LOCKS:
+            raise
+    return True
 
 
 def _check_given(path: Path, config: Config) -> None:
@@ -147,7 +173,7 @@ def _pretrain(
     progress: str,
 ) -> None:
     start = time.monotonic()
-    temporary = folder.with_name(f".{folder.name}.partial")
+    temporary = folder.with_name(f".{folder.name}.training")
     p = config.pretrain
     train = TrainConfig(
         steps=p.steps,
@@ -224,22 +250,24 @@ def _pretrain(
 
         runner.after_step = after_step
         runner.run(training_phase(ctx), None if source is None else Resumed(done, counters["optimizer"]))
-        if backend.is_main:
-            save_policy(loaded, temporary)
-            write_json(
-                temporary / "base.json",
-                {
-                    **base_key(config, fingerprint),
-                    "seconds": round(seconds(), 1),
-                    "parameters": sum(q.numel() for q in loaded.policy.parameters()),
-                    "versions": versions(),
-                },
-            )
     finally:
         log.close()
+
+    def fill_base(base: Path) -> dict[str, Any]:
+        save_policy(loaded, base)
+        shutil.copyfile(temporary / LOG_FILE, base / LOG_FILE)
+        described = {
+            **base_key(config, fingerprint),
+            "seconds": round(seconds(), 1),
+            "parameters": sum(q.numel() for q in loaded.policy.parameters()),
+            "versions": versions(),
+        }
+        write_json(base / "base.json", described)
+        return {}
+
     if backend.is_main:
-        keeper.remove()
-        os.replace(temporary, folder)
+        write_whole(folder, fill_base, lambda: tensor_bytes(dict(loaded.policy.state_dict())))
+        shutil.rmtree(temporary)
     backend.barrier()
 
 

@@ -17,7 +17,10 @@ from clbench.checkpoints.policy_io import LoadedPolicy, load_policy, pick_device
 from clbench.checkpoints.run_folder import (
     changed_values,
     checkpoint_folder,
+    clear_leftovers,
+    flat_keys,
     new_run_folder,
+    read_checkpoint,
     read_manifest,
     results_folder,
     save_checkpoint,
@@ -28,11 +31,12 @@ from clbench.checkpoints.state import load_state, save_state, tensor_bytes
 from clbench.checkpoints.training_state import Position, StateKeeper
 from clbench.checkpoints.whole import DESCRIPTION
 from clbench.config.compose import to_yaml
-from clbench.config.schema import Config
+from clbench.config.schema import Config, LogConfig
 from clbench.data.frames import StreamFrames
 from clbench.errors import Interrupted, UserError, nearest
 from clbench.io import read_json, write_text
 from clbench.lock import held
+from clbench.paths import results_root
 from clbench.policies.loss import PolicyLoss
 from clbench.seeding import seed_everything, seeded
 from clbench.stopping import Stop, stoppable
@@ -78,6 +82,7 @@ def train(
         if backend.is_main:
             new_run_folder(run_id, config.output_dir, resume)
             stack.enter_context(held(folder, "training"))
+            clear_leftovers(folder)
         backend.barrier()
         stop = stop or stack.enter_context(stoppable())
         keeper = StateKeeper(folder, config.train.save_every_steps, config.train.save_every_minutes)
@@ -85,16 +90,22 @@ def train(
         told = backend.tell([found.k, str(found.source or ""), found.phase, found.step])
         position = Position(told[0], Path(told[1]) if told[1] else None, told[2], told[3])
         changed = {} if position == Position() else _changes(folder, config, stream, allow_change)
+        backend.barrier()  # every rank has read what rank 0 now writes anew
         if resume:
             say(backend, f"resuming run '{run_id}' {_where(position, len(stream.visits))}")
         if position.k == len(stream.visits):
+            meant = [key for key in allow_change if key in changed]
+            if meant:
+                raise UserError(f"run '{run_id}' is complete: nothing is left to train with another {meant[0]}.")
             if backend.is_main:
                 write_text(folder / "config.yaml", to_yaml(config))  # its eval and log sections may be new
+                _end_log(folder, run_id, position)
                 keeper.remove()
             say(backend, f"run '{run_id}' is complete: {folder}")
             return folder
         base_path, base = ensure_base(config, backend, stop, config.log.progress)
         if backend.is_main:
+            keeper.clear(position)
             session = {"command": command or [], "k": position.k, "phase": position.phase, "step": position.step,
                        "ranks": backend.world_size, "changed": changed}  # fmt: skip
             write_description(folder, run_id, config, stream, base=base, session=session, files=files or [])
@@ -106,6 +117,19 @@ def _position(folder: Path, keeper: StateKeeper) -> Position:
     """Where the run in `folder` stands: after its newest whole state or checkpoint."""
     done = whole_checkpoints(folder)
     return keeper.newest(done) or Position(done, checkpoint_folder(folder, done - 1) if done else None)
+
+
+def _end_log(folder: Path, run_id: str, position: Position) -> None:
+    """Write the last event of a run that was killed between its last checkpoint and the end."""
+    lines = (folder / run_log.FILE).read_bytes().splitlines(keepends=True) if (folder / run_log.FILE).is_file() else []
+    if lines and lines[-1].endswith(b"\n") and b'"event": "run_end"' in lines[-1]:
+        return
+    assert position.source is not None
+    described = read_checkpoint(position.source)
+    log = run_log.RunLog(folder, LogConfig(), run_id)
+    log.cut(described.get("log_bytes"), position.k - 1)
+    log.event("run_end", seconds=round(float(described.get("seconds", 0.0)), 2), saving_seconds=0.0)
+    log.close()
 
 
 def _where(position: Position, visits: int) -> str:
@@ -121,8 +145,8 @@ def _changes(folder: Path, config: Config, stream: TaskStream, allowed: Sequence
     if fingerprint != stream.fingerprint:
         differing.setdefault("dataset.data", [f"data {fingerprint}", f"data {stream.fingerprint}"])
     for key in allowed:
-        if key not in differing:
-            raise UserError(f"--allow-change {key}: that key is as it was.{nearest(key, differing)}")
+        if key not in differing and key not in flat_keys(config):  # one that is as it was: the command was given again
+            raise UserError(f"--allow-change {key}: there is no such key.{nearest(key, flat_keys(config))}")
     refused = {k: v for k, v in differing.items() if k not in allowed and not k.startswith(FREE_ON_RESUME)}
     if refused:
         listed = ", ".join(f"{k} (was {then!r}, is {now!r})" for k, (then, now) in refused.items())
@@ -220,12 +244,17 @@ class Trainer:
                 self.log.cut(described.get("log_bytes"), described["k"])
             self.total_steps = self.runner.total_steps = int(training["total_steps"])
             self.seconds = float(described.get("seconds", 0.0))
-            self.runner.carried_state = None if fresh or within else training["optimizer"]
+            self.runner.carried_state = None if fresh else training["carried"] if within else training["optimizer"]
+            self.runner.skipped = 0 if fresh else int(training.get("skipped", 0))
         elif self.backend.is_main and self.total_steps == 0:
             self.log.cut(0, -1)
         if not fresh:
             assert source is not None
             self.algorithm.restore_structure(policy, source / "policy")
+            if "frozen" in training:
+                frozen = set(training["frozen"])
+                for name, p in policy.named_parameters():
+                    p.requires_grad_(name not in frozen)
             self.algorithm.load_state_dict(load_state(source, "algorithm"))
         return training
 
@@ -303,7 +332,9 @@ class Trainer:
             trained = max(self.trained, count(self.runner.trained.values()))
 
             def fill(folder: Path) -> dict[str, Any]:
-                counters = {"trained": trained, "parameters_before": self.parameters_before}
+                carried = self.runner.carried
+                other = None if carried is None or carried is optimizer else carried.state_dict()
+                counters = {"trained": trained, "parameters_before": self.parameters_before, "carried": other}
                 self._save(folder, {"optimizer": moments, **counters})
                 seconds = self.task_seconds + time.monotonic() - self.task_began
                 return {**self._progress(), "task_seconds": round(seconds, 3)}
@@ -316,7 +347,10 @@ class Trainer:
     def _stop_if_asked(self, where: str, sure: bool = False) -> None:
         if sure or self.backend.any(bool(self.stop.reason))[0]:
             why = self.stop.reason or "a signal to another rank"
-            raise Interrupted(f"stopped by {why} {where}; saved. Go on with: clbench train --resume {self.run_id}")
+            run = self.run_id if self.folder.parent.resolve() == results_root().resolve() else str(self.folder)
+            cpu = self.backend.device.type == "cpu"
+            ranks = f" --{'nproc' if cpu else 'gpus'} {self.backend.world_size}" if self.backend.world_size > 1 else ""
+            raise Interrupted(f"stopped by {why} {where}; saved. Go on with: clbench train --resume {run}{ranks}")
 
     def _progress(self) -> dict[str, Any]:
         """What describes a checkpoint or state without being a function of the seed."""
@@ -332,7 +366,9 @@ class Trainer:
             adapter = True
         save_policy(self.loaded, policy_folder, adapter_only=adapter)
         save_state(folder, "algorithm", self.algorithm.state_dict())
-        save_state(folder, "training", {"total_steps": self.total_steps, **training})
+        frozen = [n for n, p in self.loaded.policy.named_parameters() if not p.requires_grad]
+        counters = {"total_steps": self.total_steps, "skipped": self.runner.skipped, "frozen": frozen}
+        save_state(folder, "training", {**counters, **training})
         return adapter
 
     def _bytes(self, optimizer: dict[str, Any] | None) -> int:
