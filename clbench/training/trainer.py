@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -347,7 +348,8 @@ class Trainer:
     def _stop_if_asked(self, where: str, sure: bool = False) -> None:
         if sure or self.backend.any(bool(self.stop.reason))[0]:
             why = self.stop.reason or "a signal to another rank"
-            run = self.run_id if self.folder.parent.resolve() == results_root().resolve() else str(self.folder)
+            here = self.folder.parent.resolve() == results_root().resolve()
+            run = self.run_id if here else shlex.quote(str(self.folder))
             cpu = self.backend.device.type == "cpu"
             ranks = f" --{'nproc' if cpu else 'gpus'} {self.backend.world_size}" if self.backend.world_size > 1 else ""
             raise Interrupted(f"stopped by {why} {where}; saved. Go on with: clbench train --resume {run}{ranks}")
