@@ -28,7 +28,7 @@ EVAL_SEED_BASE = 1_000_000
 
 STATE_KEY = "observation.state"  # LeRobot's name for the robot's (low-dimensional) state
 
-BACKENDS: dict[str, str] = {"metaworld": "clbench.envs.metaworld"}
+BACKENDS: dict[str, str] = {"metaworld": "clbench.envs.metaworld", "libero_state": "clbench.envs.libero"}
 
 Observation = dict[str, np.ndarray]
 Expert = Callable[[Observation], np.ndarray]
