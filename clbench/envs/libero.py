@@ -19,6 +19,7 @@ scene then settles under an action of zeros.
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
@@ -121,6 +122,7 @@ class LiberoSimulator:
             )
         self._initial_states: np.ndarray | None = None
         self._find_slots()
+        self._make_soft_resets_exact()
 
     def _find_slots(self) -> None:
         """Which bodies and joints fill the state's slots."""
@@ -140,6 +142,27 @@ class LiberoSimulator:
         self._site = robot.eef_site_id
         self._hand = model.body_name2id(robot.robot_model.eef_name)
         self._fingers = np.array(robot._ref_gripper_joint_pos_indexes, dtype=np.int64)
+
+    def _make_soft_resets_exact(self) -> None:
+        """Have robosuite's soft reset, which keeps the compiled model, start from what a new model would be.
+
+        Three things are missing in it: fixtures stay where the last episode put them, which moves what is placed in
+        relation to them; nothing is computed before the controller reads where the robot is; and the gripper, whose
+        command is integrated, remembers its last one.
+        """
+        inner, gripper = self.env.env, self.env.robots[0].gripper
+        mujoco, sim = importlib.import_module("mujoco"), inner.sim
+        command = np.copy(gripper.current_action)  # nothing has been commanded yet
+        compiled = mujoco.MjModel.from_xml_string(inner.model.get_xml())
+        position, quaternion = compiled.body_pos.copy(), compiled.body_quat.copy()
+
+        def reset_sim() -> None:
+            sim.model.body_pos[:], sim.model.body_quat[:] = position, quaternion
+            gripper.current_action = command.copy()
+            mujoco.mj_resetData(sim.model._model, sim.data._data)
+            sim.forward()
+
+        sim.reset = reset_sim
 
     def reset(self, seed: int) -> Observation:
         """Start the episode of `seed` (0 or more; see this module on what it chooses); nothing before it matters."""
