@@ -94,12 +94,13 @@ class PretrainConfig:
 
 @dataclass
 class MakeConfig:
-    """How demonstrations are made (see docs/data.md)."""
+    """How demonstrations are made (see docs/data.md). `max_steps`: an attempt not solved after so many is dropped."""
 
     demos_per_task: int = 20
     seed: int = 0
     action_noise: float = 0.1
     tail_steps: int = 10
+    max_steps: int = 200
 
 
 @dataclass

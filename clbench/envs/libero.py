@@ -37,6 +37,7 @@ OBJECT_SLOTS, FIXTURE_SLOTS, JOINT_SLOTS = 8, 3, 4  # the most that any of the 1
 ROBOT_DIM = 8
 STATE_DIM = ROBOT_DIM + 7 * (OBJECT_SLOTS + FIXTURE_SLOTS) + JOINT_SLOTS
 ACTION_DIM = 7
+PRIVILEGED = "object poses instead of camera images"
 MAX_STEPS = 1000  # LIBERO's own horizon; the suites' limits are in libero_tasks.MAX_STEPS
 
 SETTLE_STEPS = 10
