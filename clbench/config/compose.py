@@ -36,6 +36,9 @@ INVALID = (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, IndexE
            RecursionError)  # fmt: skip
 
 
+DATASET_ALIASES = {"libero_long_state": "libero_10_state"}  # LIBERO-Long is LIBERO-10
+
+
 def available(kind: str) -> list[str]:
     """Names of the YAML files under configs/KIND."""
     return sorted(p.stem for p in (CONFIG_ROOT / kind).glob("*.yaml"))
@@ -119,6 +122,7 @@ def compose(
     smoke: bool = False,
 ) -> tuple[Config, list[str]]:
     """Compose a run's configuration from the three axes; returns it and the names of the files that made it."""
+    dataset = DATASET_ALIASES.get(dataset, dataset)
     files = [CONFIG_ROOT / "base.yaml"]
     for kind, names, known in (
         ("models", [model], ()),
