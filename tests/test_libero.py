@@ -170,7 +170,7 @@ def test_assets_are_installed_from_an_archive_or_a_folder(
         assert (small / "assets/textures/wall.png").read_bytes() == FILES["textures/wall.png"]
 
 
-def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int = 0) -> tarfile.TarInfo:
+def entry(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int = 0) -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
     info.type, info.linkname, info.size = kind, link, size
     return info
@@ -179,11 +179,11 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int =
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda p: archive(p, FILES, member("/etc/evil")), "leads out of the folder"),
-        (lambda p: archive(p, FILES, member("bundle/../../evil")), "leads out of the folder"),
-        (lambda p: archive(p, FILES, member("bundle/l", tarfile.SYMTYPE, "/etc")), "neither a file nor a folder"),
-        (lambda p: archive(p, FILES, member("bundle/l", tarfile.LNKTYPE, "x")), "neither a file nor a folder"),
-        (lambda p: archive(p, FILES, member("bundle/p", tarfile.FIFOTYPE)), "neither a file nor a folder"),
+        (lambda p: archive(p, FILES, entry("/etc/evil")), "leads out of the folder"),
+        (lambda p: archive(p, FILES, entry("bundle/../../evil")), "leads out of the folder"),
+        (lambda p: archive(p, FILES, entry("bundle/l", tarfile.SYMTYPE, "/etc")), "neither a file nor a folder"),
+        (lambda p: archive(p, FILES, entry("bundle/l", tarfile.LNKTYPE, "x")), "neither a file nor a folder"),
+        (lambda p: archive(p, FILES, entry("bundle/p", tarfile.FIFOTYPE)), "neither a file nor a folder"),
         (lambda p: archive(p, FILES | {f"n{i}": b"" for i in range(30)}), "more than 20 files"),
         (lambda p: archive(p, FILES | {"big": b"0" * 2000}), "no LIBERO assets"),
         (lambda p: archive(p, {"readme.txt": b"hello"}), "holds no LIBERO assets: no folder in it has objects, scenes"),

@@ -359,6 +359,7 @@ def check_values(c: Config) -> None:
         need(m.action_noise >= 0, f"{label}.action_noise must not be negative")
         need(m.tail_steps >= 0, f"{label}.tail_steps must not be negative")
         need(m.max_steps >= 1, f"{label}.max_steps must be at least 1")
+        need(m.ceiling_episodes >= 0, f"{label}.ceiling_episodes must not be negative")
     name = c.algorithm.get("name")
     if name is None:
         problems.append("algorithm.name is missing (for example --algo clare)")

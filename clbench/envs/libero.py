@@ -43,7 +43,7 @@ MAX_STEPS = 1000  # LIBERO's own horizon; the suites' limits are in libero_tasks
 SETTLE_STEPS = 10
 LONG_SETTLE_STEPS = 50
 # In these scenes objects start inside the table and are thrown up: after 10 steps they are still in the air.
-LONG_SETTLE_SCENES = ("LIVING_ROOM_SCENE1_", "LIVING_ROOM_SCENE2_", "LIVING_ROOM_SCENE3_", "LIVING_ROOM_SCENE4_")
+LONG_SETTLE_SCENES = ("LIVING_ROOM_SCENE1_", "LIVING_ROOM_SCENE2_", "LIVING_ROOM_SCENE3_")
 IDLE = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])  # hold still, gripper open
 
 
