@@ -422,7 +422,8 @@ def _make_data(args: argparse.Namespace, overrides: list[str]) -> int:
             root, name=root.name, env_type=d.env.type, tasks=tasks, seed=make.seed,
             demos_per_task=make.demos_per_task if args.demos is None else args.demos,
             action_noise=make.action_noise, tail_steps=make.tail_steps, max_steps=make.max_steps,
-            ceiling_episodes=make.ceiling_episodes, workers=args.workers, force=args.force, progress=config.log.progress != "quiet",
+            ceiling_episodes=make.ceiling_episodes, workers=args.workers, force=args.force,
+            progress=config.log.progress != "quiet",
         )  # fmt: skip
     return 0
 

@@ -28,6 +28,7 @@ import shutil
 import sys
 import tarfile
 import tempfile
+import warnings
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -305,7 +306,9 @@ def _quiet_robosuite() -> Iterator[None]:
         os.environ["MUJOCO_GL"] = "disable"
     sys.modules["robosuite.macros"] = macros
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # its sources have some, shown when they are compiled
+            yield
     finally:
         if before is None:
             os.environ.pop("MUJOCO_GL", None)
