@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clbench import __version__
-from clbench.errors import RESUME_EXIT, Interrupted, UserError
+from clbench.errors import RESUME_EXIT, Interrupted, UserError, nearest
 
 if TYPE_CHECKING:
     from clbench.config.schema import Config
@@ -64,12 +64,21 @@ def parser() -> argparse.ArgumentParser:
     metrics_cli.add_arguments(_command(sub, "metrics", "print every metric of a run or matrix"))
     report_cli.add_arguments(_command(sub, "report", "tables and pictures of one run, or of several beside each other"))
 
-    data = _command(sub, "data", "make demonstrations")
+    data = _command(sub, "data", "make demonstrations, install a simulator's assets")
     kinds = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     make = _command(kinds, "make", "make the demonstrations of a stream and of its pretraining tasks")
     make.add_argument("name", help="a stream (see: clbench list)")
     make.add_argument("--force", action="store_true", help="replace data made with other settings")
+    make.add_argument("--demos", type=int, help="demonstrations per task (default: the stream's make.demos_per_task)")
+    make.add_argument("--state-only", action="store_true",
+                      help="states instead of camera images: libero_object means libero_object_state")  # fmt: skip
     make.add_argument("--workers", type=int, default=2, help="simulator processes (default 2)")
+    assets = _command(kinds, "assets", "install the assets that a simulator does not bring along")
+    assets.add_argument("name", choices=("libero",), help="the simulator")
+    assets.add_argument("--from", dest="source", required=True, metavar="FILE|FOLDER|hub",
+                        help="an archive (.tar.xz, …), a folder, or 'hub', the Hugging Face hub")  # fmt: skip
+    assets.add_argument("--accept-differences", action="store_true",
+                        help="also where files that decide the physics are not the expected ones")  # fmt: skip
 
     _command(sub, "list", "names of models, algorithms and streams")
 
@@ -370,6 +379,35 @@ def _print_matrix(matrix: dict[str, object]) -> None:
 
 
 def _data(args: argparse.Namespace, overrides: list[str]) -> int:
+    return _assets(args, overrides) if args.action == "assets" else _make_data(args, overrides)
+
+
+def _assets(args: argparse.Namespace, overrides: list[str]) -> int:
+    from clbench.envs.libero_assets import install
+
+    if overrides:
+        raise UserError("`clbench data assets` takes no overrides after --.")
+    folder, differing = install(args.source, args.accept_differences)
+    if differing:
+        print(f"warning: {len(differing)} files that decide the physics are not those clbench was tested with, first "
+              f"{differing[0]}: compare no results with others'.", file=sys.stderr)  # fmt: skip
+    print(folder)
+    return 0
+
+
+def _stream_on_states(name: str) -> str:
+    """The stream of that name whose observations are states alone."""
+    from clbench.config.compose import available
+
+    known = available("datasets")
+    if name.endswith("_state") or (name in known and f"{name}_state" not in known):
+        return name  # all others are on states, too
+    if f"{name}_state" not in known:
+        raise UserError(f"there is no stream '{name}_state'.{nearest(name, known)}")
+    return f"{name}_state"
+
+
+def _make_data(args: argparse.Namespace, overrides: list[str]) -> int:
     from clbench.config.compose import compose
     from clbench.data.make import make_dataset
     from clbench.streams.stream import data_folder
@@ -377,7 +415,7 @@ def _data(args: argparse.Namespace, overrides: list[str]) -> int:
     config, _ = compose(
         model="dit_dec_tiny",
         algorithms=["seqfft"],
-        dataset=args.name,
+        dataset=_stream_on_states(args.name) if args.state_only else args.name,
         registered=["seqfft"],
         overrides=overrides,
     )
@@ -388,8 +426,10 @@ def _data(args: argparse.Namespace, overrides: list[str]) -> int:
     for data, tasks, make in sets:
         root = data_folder(data)
         make_dataset(
-            root, name=root.name, env_type=d.env.type, tasks=tasks, demos_per_task=make.demos_per_task, seed=make.seed,
-            action_noise=make.action_noise, tail_steps=make.tail_steps, workers=args.workers, force=args.force,
+            root, name=root.name, env_type=d.env.type, tasks=tasks, seed=make.seed,
+            demos_per_task=make.demos_per_task if args.demos is None else args.demos,
+            action_noise=make.action_noise, tail_steps=make.tail_steps, max_steps=make.max_steps,
+            ceiling_episodes=make.ceiling_episodes, workers=args.workers, force=args.force,
             progress=config.log.progress != "quiet",
         )  # fmt: skip
     return 0

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from clbench.config.compose import available, compose
 from clbench.data.info import INFO_FILE
+from clbench.envs import libero_assets
 from clbench.errors import UserError
 from clbench.paths import cache_root, data_root, results_root
 from clbench.streams.stream import data_folder
@@ -84,6 +85,20 @@ def renderers() -> Iterator[Finding]:
         yield Finding("note", f"MUJOCO_GL={chosen} has no such library here", "unset it, or install the library")
 
 
+def simulators() -> Iterator[Finding]:
+    """What LIBERO needs beside its package; looked at without importing it, which could ask a question."""
+    try:
+        libero_assets.package()
+    except UserError:
+        yield Finding("note", "LIBERO is not installed", "only for the libero streams: install the extra 'libero'")
+        return
+    yield Finding("ok", f"LIBERO (hf-libero {version('hf-libero')})")
+    try:
+        yield Finding("ok", f"LIBERO's assets: {libero_assets.installed()}")
+    except UserError as e:
+        yield Finding("note", "LIBERO's assets", str(e))
+
+
 def folders() -> Iterator[Finding]:
     """Data, results, caches: are they there, writable, and what do they hold?"""
     for label, variable, root in (
@@ -126,6 +141,7 @@ SECTIONS: dict[str, Callable[[], Iterator[Finding]]] = {
     "versions": versions,
     "devices": devices,
     "renderers": renderers,
+    "simulators": simulators,
     "folders and data": folders,
 }
 

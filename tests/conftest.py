@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 # Before torch, the Hugging Face libraries and matplotlib are imported, which read these once.
@@ -18,18 +17,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 
+from clbench.envs import libero_assets  # noqa: E402
+from clbench.errors import UserError  # noqa: E402
+
+_LIBERO_ROOT = libero_assets.root()  # the user's; below, the cache moves to a temporary folder
+
 
 def libero_is_ready() -> bool:
-    """Whether LIBERO is installed with its assets; importing it to ask could block on `input()`."""
-    spec = find_spec("libero")
-    config = Path(os.environ.get("LIBERO_CONFIG_PATH", "~/.libero")).expanduser() / "config.yaml"
-    if spec is None or not config.is_file():
+    """Whether LIBERO is installed with its assets; nothing of it is imported, which could block on `input()`."""
+    try:
+        libero_assets.package()
+        libero_assets.installed()
+    except UserError:
         return False
-    for line in config.read_text().splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == "assets":
-            return Path(value.strip().strip("'\"")).is_dir()
-    return False
+    return True
 
 
 def gpu_is_ready() -> bool:
@@ -58,6 +59,7 @@ def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("DATA", "RESULTS", "CACHE"):
             patch.setenv(f"CLBENCH_{name}_ROOT", str(root / name.lower()))
+        patch.setenv("CLBENCH_LIBERO_ROOT", str(_LIBERO_ROOT))
         yield
 
 

@@ -17,13 +17,14 @@ import clbench
 from clbench.checkpoints.whole import DESCRIPTION, damage, write_whole
 from clbench.config.compose import to_dict, to_yaml
 from clbench.config.schema import Config
+from clbench.envs.base import privileged
 from clbench.errors import UserError, nearest
 from clbench.io import read_json, refuse_links, write_json, write_text
 from clbench.paths import PROJECT_ROOT, results_root
 from clbench.streams.stream import Task, TaskStream, pretraining_tasks
 
 PACKAGES = ("torch", "lerobot", "accelerate", "peft", "transformers", "numpy", "metaworld", "mujoco", "hf-libero",
-            "robosuite", "deepspeed")  # fmt: skip
+            "robosuite", "bddl", "deepspeed")  # fmt: skip
 
 
 MAX_RUN_ID_BYTES = 200
@@ -129,6 +130,7 @@ def write_description(
             "lora": asdict(config.lora),
             "policy": config.model,
             "dataset": stream.name,
+            "privileged": privileged(config.dataset.env.type),
             "seed": config.seed,
             "mode": stream.mode,
             "visits": describe_columns(stream.columns),

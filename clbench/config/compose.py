@@ -36,6 +36,9 @@ INVALID = (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, IndexE
            RecursionError)  # fmt: skip
 
 
+DATASET_ALIASES = {"libero_long_state": "libero_10_state"}  # LIBERO-Long is LIBERO-10
+
+
 def available(kind: str) -> list[str]:
     """Names of the YAML files under configs/KIND."""
     return sorted(p.stem for p in (CONFIG_ROOT / kind).glob("*.yaml"))
@@ -119,6 +122,7 @@ def compose(
     smoke: bool = False,
 ) -> tuple[Config, list[str]]:
     """Compose a run's configuration from the three axes; returns it and the names of the files that made it."""
+    dataset = DATASET_ALIASES.get(dataset, dataset)
     files = [CONFIG_ROOT / "base.yaml"]
     for kind, names, known in (
         ("models", [model], ()),
@@ -354,6 +358,8 @@ def check_values(c: Config) -> None:
         need(m.demos_per_task >= 1, f"{label}.demos_per_task must be at least 1")
         need(m.action_noise >= 0, f"{label}.action_noise must not be negative")
         need(m.tail_steps >= 0, f"{label}.tail_steps must not be negative")
+        need(m.max_steps >= 1, f"{label}.max_steps must be at least 1")
+        need(m.ceiling_episodes >= 0, f"{label}.ceiling_episodes must not be negative")
     name = c.algorithm.get("name")
     if name is None:
         problems.append("algorithm.name is missing (for example --algo clare)")

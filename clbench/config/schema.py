@@ -94,12 +94,23 @@ class PretrainConfig:
 
 @dataclass
 class MakeConfig:
-    """How demonstrations are made (see docs/data.md)."""
+    """How demonstrations are made (see docs/data.md).
+
+    Attributes:
+        demos_per_task: successful episodes kept per task.
+        seed: with the task's name decides every episode.
+        action_noise: standard deviation of the noise on executed actions.
+        tail_steps: steps kept after the first success.
+        max_steps: an attempt not solved after so many is dropped.
+        ceiling_episodes: noiseless episodes per task that measure the expert; 0 = none.
+    """
 
     demos_per_task: int = 20
     seed: int = 0
     action_noise: float = 0.1
     tail_steps: int = 10
+    max_steps: int = 200
+    ceiling_episodes: int = 20
 
 
 @dataclass

@@ -46,9 +46,10 @@ from clbench.envs.base import (
     Simulator,
     backend,
     check_task,
+    episode_expert,
     instruction,
-    make_expert,
     make_simulator,
+    privileged,
 )
 from clbench.errors import UserError
 from clbench.io import write_json
@@ -136,11 +137,11 @@ def collect_task(job: Job) -> Collected:
     """
     spec = {"type": job.env_type, "task": job.task}
     simulator = make_simulator(spec)
-    expert = make_expert(spec)
 
     def attempt(role: str, i: int, tail_steps: int, noise: float) -> tuple[np.ndarray, np.ndarray, bool]:
         seed = episode_seed(job.seed, job.env_type, job.task, role, i)
         rng = np.random.default_rng((job.seed, seed))
+        expert = episode_expert(spec, simulator)
         return run_episode(simulator, expert, seed, job.max_steps, tail_steps, noise, rng)
 
     try:
@@ -243,6 +244,11 @@ def _check(jobs: list[Job], workers: int, longest: int) -> None:
         raise UserError(f"tasks named more than once: {', '.join(repeated)}.")
     for job in jobs:
         check_task(job.env_type, job.task)
+    said: dict[str, str] = {}
+    for job in jobs:
+        first = said.setdefault(instruction({"type": job.env_type, "task": job.task}), job.task)
+        if first != job.task:
+            raise UserError(f"{first} and {job.task} have the same instruction: a data set can hold only one of them.")
     job = jobs[0]
     limits = (
         ("demos_per_task", job.demos, 1, _SEEDS_PER_ROLE // ATTEMPTS_PER_DEMO),
@@ -460,9 +466,11 @@ def _write(
         )
         episode += len(result.episodes)
     dataset.finalize()
+    label = privileged(jobs[0].env_type)
     info = {
         "format": FORMAT,
         **wanted,
+        **({"privileged": label} if label else {}),
         "tasks": described,
         "fingerprint": _fingerprint_of(collected),
         "versions": module.versions() | {"numpy": version("numpy"), "lerobot": version("lerobot")},

@@ -6,9 +6,13 @@ A backend is a module of this package, named in `BACKENDS`, that offers
     make(task: str) -> Simulator          a simulator for one task
     tasks() -> list[str]                  the names it knows, sorted; imports no simulator
     instruction(task: str) -> str         the sentence a policy is given; imports no simulator
-    expert(task: str) -> Expert           optional: a scripted expert
+    expert(task: str) -> Expert           optional: a scripted expert, a pure function of observations
+    expert_for(simulator) -> Expert       optional, instead: one for a single episode of this simulator, made after its
+                                          reset, which may remember and may look into the simulator (privileged)
     versions() -> dict[str, str]          the versions of the packages that decide its physics
     FPS, ROBOT_TYPE, STATE_DIM, ACTION_DIM, MAX_STEPS
+    PRIVILEGED: str                       optional: what its observations hold that no robot would see; data sets,
+                                          manifests and reports carry it as a label
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ EVAL_SEED_BASE = 1_000_000
 
 STATE_KEY = "observation.state"  # LeRobot's name for the robot's (low-dimensional) state
 
-BACKENDS: dict[str, str] = {"metaworld": "clbench.envs.metaworld"}
+BACKENDS: dict[str, str] = {"metaworld": "clbench.envs.metaworld", "libero_state": "clbench.envs.libero"}
 
 Observation = dict[str, np.ndarray]
 Expert = Callable[[Observation], np.ndarray]
@@ -100,6 +104,29 @@ def make_expert(spec: Mapping[str, Any]) -> Expert:
     if not hasattr(module, "expert"):
         raise UserError(f"environment type '{env_type}' has no scripted experts.")
     return module.expert(task)
+
+
+def episode_expert(spec: Mapping[str, Any], simulator: Simulator) -> Expert:
+    """Return the scripted expert for the next episode of `simulator`; call it from that episode's first observation on.
+
+    Raises UserError for a bad `spec` (as `make_simulator`) and where the type has no experts.
+    """
+    module = backend(_split(spec)[0])
+    if not hasattr(module, "expert_for"):
+        return make_expert(spec)
+    made: list[Expert] = []
+
+    def act(observation: Observation) -> np.ndarray:
+        if not made:  # only now has the episode begun
+            made.append(module.expert_for(simulator))
+        return made[0](observation)
+
+    return act
+
+
+def privileged(env_type: str) -> str | None:
+    """Return what an environment type's observations hold that no robot would see, in words; None where nothing."""
+    return getattr(backend(env_type), "PRIVILEGED", None)
 
 
 def instruction(spec: Mapping[str, Any]) -> str:

@@ -138,6 +138,8 @@ def _facts(record: Record) -> str:
     known = [str(m[key]) for key in ("policy", "algorithm", "dataset") if m.get(key)]
     if m.get("seed") is not None:
         known.append(f"seed {m['seed']}")
+    if m.get("privileged"):
+        known.append(f"privileged observations ({m['privileged']})")
     return ", ".join([*known, f"{len(record.rows)} x {len(record.tasks)}, success = {record.criterion}"])
 
 

@@ -53,8 +53,9 @@ def build_report(
         write_bytes(folder / file_name, png)
     write_json(folder / "metrics.json", _metrics(loaded, groups))
     head, body = tables.header(groups), tables.rows(groups)
-    write_text(folder / "table.tex", tables.to_latex(head, body))
-    write_text(folder / "table.md", tables.to_markdown(head, body))
+    labels = [f"privileged observations: {text}" for text in sorted({r.privileged for r in loaded} - {""})]
+    write_text(folder / "table.tex", tables.to_latex(head, body, labels))
+    write_text(folder / "table.md", tables.to_markdown(head, body, labels))
     command = command if command is not None else shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     write_text(folder / "index.html", page(title, loaded, groups, drawn, matrices, absent, notes, command))
     return folder / "index.html"

@@ -69,6 +69,11 @@ class Run:
         return str(self.manifest.get("dataset") or "")
 
     @property
+    def privileged(self) -> str:
+        """What its observations held that no robot would see; "" where nothing."""
+        return str(self.manifest.get("privileged") or "")
+
+    @property
     def seed(self) -> Any:
         return self.manifest.get("seed")
 
@@ -127,6 +132,8 @@ def load_run(path: Path, view: str = "") -> Run:
     run.notes += run.record.notes
     if not run.manifest:
         run.notes.append("no manifest.json: algorithm, seed and versions are unknown")
+    if run.privileged:
+        run.notes.append(f"privileged observations: {run.privileged}")
     _read_log(run)
     summary = folder / "summary.json"
     if summary.is_file():

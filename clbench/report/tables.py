@@ -121,19 +121,21 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def to_markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+def to_markdown(head: Sequence[str], body: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
+    """A Markdown table, `notes` below it."""
     rows = [[_escape_markdown(row[0]), *row[1:]] for row in body]  # the other cells are numbers
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return table + "".join(f"\n{_escape_markdown(note)}\n" for note in notes)
 
 
-def to_latex(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    r"""A LaTeX tabular for \usepackage{booktabs}."""
+def to_latex(head: Sequence[str], body: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
+    r"""A LaTeX tabular for \usepackage{booktabs}; `notes` become comments."""
     columns = "lr" + "c" * (len(head) - 2 - len(COST_COLUMNS)) + "r" * len(COST_COLUMNS)
     lines = [
         r"% \usepackage{booktabs}",
         "% " + CAPTION,
+        *("% " + plain(note) for note in notes),
         rf"\begin{{tabular}}{{{columns}}}",
         r"\toprule",
         " & ".join(map(escape_latex, head)) + r" \\",

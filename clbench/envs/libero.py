@@ -1,0 +1,229 @@
+"""LIBERO on states, "libero_state": the robot's and the objects' poses in, end-effector displacements out.
+
+These observations are PRIVILEGED: a real robot, and every published LIBERO result, has camera images in the place of
+the objects' poses. They make a whole suite trainable on a laptop; their success rates compare with nothing else.
+
+State (89,) float32, lengths in metres, angles in radians:
+    0..7    the robot as in LeRobot's LIBERO: end-effector xyz, its rotation as axis-angle (3), two finger positions
+    8..63   eight movable objects, in the order of the task's BDDL file: xyz, quaternion xyzw; zeros where there is none
+    64..84  three fixtures (cabinet, stove, …), likewise
+    85..88  four joints of the fixtures (drawers, doors, knobs), in the order of the fixtures; zeros likewise
+Action (7,) in [-1, 1]: end-effector displacement xyz (1 is 5 cm), rotation (1 is 0.5 rad), gripper (1 closes).
+
+Initial states. A seed of EVAL_SEED_BASE + i (evaluation) starts from entry i modulo 50 of the initial states that
+LIBERO publishes for the task, as its own evaluation does. A smaller seed (demonstrations, validation) draws a placement
+from the regions in the task's BDDL file, so nothing is trained or chosen on a state that is reported. Either way the
+scene then settles under an action of zeros.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from clbench.envs.base import EVAL_SEED_BASE, STATE_KEY, Expert, Observation, Step, check_task
+from clbench.envs.libero_assets import digest, import_libero, package
+from clbench.envs.libero_tasks import suite_of, task_instruction, task_names
+from clbench.errors import UserError
+
+FPS = 20  # control steps per simulated second
+ROBOT_TYPE = "panda"
+OBJECT_SLOTS, FIXTURE_SLOTS, JOINT_SLOTS = 8, 3, 4  # the most that any of the 130 tasks has
+ROBOT_DIM = 8
+STATE_DIM = ROBOT_DIM + 7 * (OBJECT_SLOTS + FIXTURE_SLOTS) + JOINT_SLOTS
+ACTION_DIM = 7
+PRIVILEGED = "object poses instead of camera images"
+MAX_STEPS = 1000  # LIBERO's own horizon; the suites' limits are in libero_tasks.MAX_STEPS
+
+SETTLE_STEPS = 10
+LONG_SETTLE_STEPS = 50
+# In these scenes objects start inside the table and are thrown up: after 10 steps they are still in the air.
+LONG_SETTLE_SCENES = ("LIVING_ROOM_SCENE1_", "LIVING_ROOM_SCENE2_", "LIVING_ROOM_SCENE3_")
+IDLE = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])  # hold still, gripper open
+
+
+def tasks() -> list[str]:
+    """Return the names of all 130 tasks, sorted; they are those of LIBERO's BDDL files."""
+    return task_names()
+
+
+def instruction(task: str) -> str:
+    """Return the instruction of `task`; UserError when there is no such task."""
+    return task_instruction(task)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what decides the physics; "libero_assets" is a digest of the assets' physics files."""
+    found = {name: version(name) for name in ("hf-libero", "robosuite", "mujoco", "bddl")}
+    return found | {"libero_assets": digest()}
+
+
+def make(task: str) -> LiberoSimulator:
+    """Return a simulator for `task`; UserError when there is no such task, package or assets."""
+    check_task("libero_state", task)
+    return LiberoSimulator(task)
+
+
+def expert_for(simulator: LiberoSimulator) -> Expert:
+    """Return a scripted expert for one episode of `simulator`; it looks at the simulator itself (privileged)."""
+    from clbench.envs.libero_expert import LiberoExpert
+
+    expert: Expert = LiberoExpert(simulator)
+    return expert
+
+
+@contextlib.contextmanager
+def _global_numpy_seed(seed: int) -> Iterator[None]:
+    """LIBERO draws placements from NumPy's global generator: seed it, and give it back as it was."""
+    before = np.random.get_state()
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        np.random.set_state(before)
+
+
+def settle_steps(task: str) -> int:
+    """Return how many idle steps an episode of `task` starts with."""
+    return LONG_SETTLE_STEPS if task.startswith(LONG_SETTLE_SCENES) else SETTLE_STEPS
+
+
+def axis_angle(quaternion: np.ndarray) -> np.ndarray:
+    """Return the rotation vector (3,) of a quaternion xyzw (4,), as LeRobot computes it (angle in [0, 2π])."""
+    w = float(np.clip(quaternion[3], -1.0, 1.0))
+    sine = np.sqrt(max(1.0 - w * w, 0.0))
+    return np.zeros(3) if sine <= 1e-10 else quaternion[:3] / sine * (2.0 * np.arccos(w))
+
+
+class LiberoSimulator:
+    """One LIBERO task as a `Simulator`; `success` is LIBERO's own predicate at this very step.
+
+    Attributes:
+        task: its name.
+        env: LIBERO's ControlEnv around the robosuite environment; for experts, which are privileged.
+    """
+
+    def __init__(self, task: str) -> None:
+        envs = import_libero()
+        self.task = task
+        self._suite = suite_of(task)
+        with _global_numpy_seed(0):
+            self.env: Any = envs.env_wrapper.ControlEnv(
+                bddl_file_name=str(package() / "bddl_files" / self._suite / f"{task}.bddl"),
+                use_camera_obs=False,
+                has_offscreen_renderer=False,
+                control_freq=FPS,
+                ignore_done=True,
+                hard_reset=False,
+            )
+        self._initial_states: np.ndarray | None = None
+        self._find_slots()
+        self._make_soft_resets_exact()
+
+    def _find_slots(self) -> None:
+        """Which bodies and joints fill the state's slots."""
+        inner, model = self.env.env, self.env.sim.model
+        objects = [inner.obj_body_id[name] for name in inner.objects_dict]
+        fixtures = [inner.obj_body_id[name] for name in inner.fixtures_dict]
+        joints = [joint for fixture in inner.fixtures_dict.values() for joint in fixture.joints]
+        if len(objects) > OBJECT_SLOTS or len(fixtures) > FIXTURE_SLOTS or len(joints) > JOINT_SLOTS:
+            raise RuntimeError(
+                f"{self.task} has {len(objects)} objects, {len(fixtures)} fixtures, {len(joints)} joints."
+            )
+        slots = [*range(len(objects)), *range(OBJECT_SLOTS, OBJECT_SLOTS + len(fixtures))]
+        self._bodies = np.array([*objects, *fixtures], dtype=np.int64)
+        self._slots = np.array(slots, dtype=np.int64)
+        self._joints = np.array([model.get_joint_qpos_addr(joint) for joint in joints], dtype=np.int64)
+        robot = self.env.robots[0]
+        self._site = robot.eef_site_id
+        self._hand = model.body_name2id(robot.robot_model.eef_name)
+        self._fingers = np.array(robot._ref_gripper_joint_pos_indexes, dtype=np.int64)
+
+    def _make_soft_resets_exact(self) -> None:
+        """Have robosuite's soft reset, which keeps the compiled model, start from what a new model would be.
+
+        Three things are missing in it: fixtures stay where the last episode put them, which moves what is placed in
+        relation to them; nothing is computed before the controller reads where the robot is; and the gripper, whose
+        command is integrated, remembers its last one.
+        """
+        inner, gripper = self.env.env, self.env.robots[0].gripper
+        mujoco, sim = importlib.import_module("mujoco"), inner.sim
+        command = np.copy(gripper.current_action)  # nothing has been commanded yet
+        compiled = mujoco.MjModel.from_xml_string(inner.model.get_xml())
+        position, quaternion = compiled.body_pos.copy(), compiled.body_quat.copy()
+
+        def reset_sim() -> None:
+            sim.model.body_pos[:], sim.model.body_quat[:] = position, quaternion
+            gripper.current_action = command.copy()
+            mujoco.mj_resetData(sim.model._model, sim.data._data)
+            sim.forward()
+
+        sim.reset = reset_sim
+
+    def reset(self, seed: int) -> Observation:
+        """Start the episode of `seed` (0 or more; see this module on what it chooses); nothing before it matters."""
+        published = None
+        if seed >= EVAL_SEED_BASE:
+            states = self.initial_states()
+            seed = (int(seed) - EVAL_SEED_BASE) % len(states)  # also decides where the fixtures stand
+            published = states[seed]
+        with _global_numpy_seed(int(seed)):
+            self.env.reset()
+        if published is not None:
+            self.env.set_init_state(published)
+        for _ in range(settle_steps(self.task)):
+            self.env.step(IDLE)
+        return self._observation()
+
+    def step(self, action: np.ndarray) -> Step:
+        """Apply `action` (7,), clipped to [-1, 1]. Raises ValueError for a wrong shape, for NaN and infinity."""
+        action = np.asarray(action, dtype=np.float32)
+        if action.shape != (ACTION_DIM,):
+            raise ValueError(f"{self.task}: an action has shape ({ACTION_DIM},), not {action.shape}.")
+        if not np.isfinite(action).all():
+            raise ValueError(f"{self.task}: the action {action.tolist()} is not finite.")
+        _, reward, success, _ = self.env.step(np.clip(action, -1.0, 1.0).astype(np.float64))
+        return Step(self._observation(), float(reward), bool(success))
+
+    def initial_states(self) -> np.ndarray:
+        """Return LIBERO's published initial states (50, 1 + nq + nv) of this task: time, positions, velocities."""
+        if self._initial_states is None:
+            self._initial_states = load_initial_states(self.task)
+        return self._initial_states
+
+    def _observation(self) -> Observation:
+        data = self.env.sim.data
+        state = np.zeros(STATE_DIM)
+        state[0:3] = data.site_xpos[self._site]
+        state[3:6] = axis_angle(data.body_xquat[self._hand][[1, 2, 3, 0]])
+        state[6:8] = data.qpos[self._fingers]
+        poses = state[ROBOT_DIM : STATE_DIM - JOINT_SLOTS].reshape(-1, 7)
+        poses[self._slots, :3] = data.body_xpos[self._bodies]
+        poses[self._slots, 3:] = data.body_xquat[self._bodies][:, [1, 2, 3, 0]]
+        state[STATE_DIM - JOINT_SLOTS :][: len(self._joints)] = data.qpos[self._joints]
+        return {STATE_KEY: state.astype(np.float32)}
+
+    def render(self, width: int, height: int) -> np.ndarray:
+        """Not offered on states."""
+        raise NotImplementedError("libero_state shows states only.")
+
+    def close(self) -> None:
+        """Free the model."""
+        if self.env is not None:
+            self.env.close()
+            self.env = None
+
+
+def load_initial_states(task: str) -> np.ndarray:
+    """Read LIBERO's published initial states of a task, (50, 1 + nq + nv) float64, from the installed package."""
+    import torch
+
+    path = package() / "init_files" / suite_of(task) / f"{task}.pruned_init"
+    if not path.is_file():
+        raise UserError(f"{path} is missing: install LIBERO again (pip install 'clbench[libero]').")
+    return np.asarray(torch.load(path, weights_only=False), dtype=np.float64)  # the package's own pickle
