@@ -543,6 +543,6 @@ class LiberoExpert:
         yield from self._grasp(grasp.rotation)
         sign = (1.0 if on else -1.0) * float(np.sign(scene.joint_axis(joint)[2]))
         anchor = scene.hand
-        for turned in np.arange(0.1, 1.5, 0.1):
+        for turned in np.arange(0.1, 1.5, 0.1).tolist():
             yield from self._move(anchor, top_down(grasp.yaw + sign * turned), near=0.02, steps=6)
         return (yield from self._let_go(scene.hand_rotation, np.array([0.0, 0.0, 0.12])))

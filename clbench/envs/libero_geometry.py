@@ -77,9 +77,9 @@ def cylinder_points(radius: float, half_length: float, spacing: float = 0.006) -
         return np.stack([r * np.cos(angles), r * np.sin(angles), np.full_like(angles, z)], axis=1)
 
     levels = np.linspace(-half_length, half_length, max(2, int(np.ceil(2.0 * half_length / spacing)) + 1))
-    mantle = [ring(radius, z) for z in levels]
+    mantle = [ring(radius, z) for z in levels.tolist()]
     inner = np.arange(radius - spacing, 0.0, -spacing)
-    lids = [ring(r, z) for r in inner for z in (-half_length, half_length)]
+    lids = [ring(r, z) for r in inner.tolist() for z in (-half_length, half_length)]
     return np.concatenate(mantle + lids)
 
 
