@@ -33,10 +33,12 @@ from clbench.envs.libero_geometry import (
     Grasp,
     axis_rotation,
     box_points,
+    clear_corners,
     cylinder_points,
     highest_along,
     plan_grasps,
     rotation_vector,
+    shortest_escape,
     thin_out,
     top_down,
 )
@@ -224,8 +226,8 @@ class Scene:
 
     def _geom_points(self, geom: int) -> np.ndarray:
         size, kind = self.model.geom_size[geom], int(self.model.geom_type[geom])
-        if kind == 6:  # box
-            local = box_points(size)
+        if kind == 6:  # box; large ones, the walls of furniture, need fewer points
+            local = box_points(size, spacing=0.006 if size.max() < 0.08 else 0.012)
         elif kind in (3, 5):  # capsule, cylinder
             local = cylinder_points(size[0], size[1])
         elif kind == 2:  # sphere: the cylinder around it is near enough
@@ -379,12 +381,25 @@ class LiberoExpert:
             yield from self._move(grasp.position, grasp.rotation, near=0.005, steps=45)
             yield from self._grasp(grasp.rotation)
             before = self.scene.origin(name)[2]
+            yield from self._come_out(name, grasp.rotation)
             up = self.scene.hand + np.array([0.0, 0.0, lift])
             yield from self._move(up, grasp.rotation, near=0.02, near_rad=9.0, steps=40)
             if self.scene.origin(name)[2] > before + lift / 2.0:
                 return True
             yield from self._let_go(grasp.rotation, np.array([0.0, 0.0, 0.05]))
         return False
+
+    def _come_out(self, name: str, rotation: np.ndarray) -> Skill:
+        """Draw the held object sideways from under what hangs over it, e.g. an open drawer."""
+        points, others = self.scene.points(name), self.scene.obstacles(name)
+        middle = (points[:, :2].max(axis=0) + points[:, :2].min(axis=0)) / 2.0
+        radius = float(np.linalg.norm(points[:, :2] - middle, axis=1).max())
+        above = others[others[:, 2] > points[:, 2].max() + 0.01]
+        shift = shortest_escape(middle, radius + 0.005, above[:, :2])
+        if not shift.any():
+            return True
+        target = self.scene.hand + np.array([*(shift * (1.0 + 0.02 / np.linalg.norm(shift))), 0.01])
+        return (yield from self._move(target, rotation, near=0.01, near_rad=9.0, speed=0.7))
 
     def _choose_grasp(self, name: str, tried: list[Grasp]) -> Grasp | None:
         """The cheapest grasp that differs from those tried; the cheapest again when there is none."""
@@ -439,6 +454,8 @@ class LiberoExpert:
             if not (yield from self._pick(name)):
                 return False
             return (yield from self._place(name, np.array([*scene.origin(where)[:2], self._floor_of(where)])))
+        if scene.parent(where) is None and self._is_flat(name):
+            return (yield from self._drag(name, scene.region(where)[0]))
         joint = scene.joint_of(where)
         if joint is not None and abs(scene.joint_value(joint)) < DRAWER_OPEN - 0.03:
             yield from self._pull_drawer(joint)
@@ -454,6 +471,33 @@ class LiberoExpert:
             z = max(deepest, rim - held + 0.005)  # the palm stays above the rim
             return (yield from self._place(name, np.array([*centre[:2], z]), over=rim + CLEARANCE))
         return (yield from self._place(name, np.array([*centre[:2], centre[2] - extent[2]])))
+
+    def _is_flat(self, name: str) -> bool:
+        """Whether an object is so flat (a plate) that it would hang down from a grasp at its rim."""
+        size = np.ptp(self.scene.points(name), axis=0)
+        return bool(size[2] < 0.2 * size[:2].min())
+
+    def _drag(self, name: str, target: np.ndarray) -> Skill:
+        """Grip a flat object and draw it over the table until its origin is over (x, y) of `target`, around others."""
+        scene = self.scene
+        grasp = self._choose_grasp(name, [])
+        if grasp is None:
+            return False
+        self._grip = OPEN
+        yield from self._go_above(grasp.position, grasp.rotation, height=0.06)
+        yield from self._move(grasp.position, grasp.rotation, near=0.005, steps=45)
+        yield from self._grasp(grasp.rotation)
+        start, height = scene.origin(name), scene.hand[2] + 0.004  # eased, so that it does not press on the table
+        width = float(np.ptp(scene.points(name)[:, :2], axis=0).max())
+        others = scene.obstacles(name)
+        low = others[(others[:, 2] > scene.bottom(name)) & (others[:, 2] < scene.top(name) + 0.10)]
+        for corner in clear_corners(start[:2], target[:2], low[:, :2], width / 2.0 + 0.01):
+
+            def error(corner: np.ndarray = corner) -> np.ndarray:
+                return np.array([*(corner - scene.origin(name)[:2]), height - scene.hand[2]])
+
+            yield from self._move(corner, grasp.rotation, error=error, near=0.01, near_rad=9.0, speed=0.7)
+        return (yield from self._let_go(grasp.rotation, np.array([0.0, 0.0, 0.10])))
 
     def _floor_of(self, name: str) -> float:
         """Height of what carries a thing put into the middle of an object: a plate's or bowl's inside."""
@@ -475,8 +519,8 @@ class LiberoExpert:
         centres = scene.joint_boxes(joint)
         bar = int(np.argmax(centres @ out))  # the handle is the foremost part
         across = np.cross(np.array([0.0, 0.0, 1.0]), out)  # the hand tilts about this, from pointing down to level
-        level = axis_rotation(across, -np.pi / 2.0 * 0.96) @ DOWN
-        tilted = axis_rotation(across, -np.pi / 4.0) @ DOWN
+        level = axis_rotation(across, np.pi / 2.0 * 0.96) @ DOWN
+        tilted = axis_rotation(across, np.pi / 4.0) @ DOWN
 
         def handle() -> np.ndarray:
             return scene.joint_boxes(joint)[bar]

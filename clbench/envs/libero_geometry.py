@@ -23,6 +23,9 @@ TIP_DEPTH = 0.010  # how far the finger tips reach below the grip site
 PALM_HEIGHT = 0.032  # from the grip site up to the palm
 PALM_HALF_LENGTH = 0.105  # along the fingers' opening
 PALM_HALF_WIDTH = 0.035  # across it
+WRIST_HEIGHT = 0.10  # from the grip site up to the links behind the hand
+WRIST_LENGTH = 0.20  # how far they reach back towards the base
+WRIST_HALF_WIDTH = 0.07
 PAD_MIDDLE = 0.0036  # from the grip site up to the middle of the finger pads
 PAD_HALF_HEIGHT = 0.008
 MAX_OBLIQUENESS = 0.45  # tangent of the angle at which the fingers slide off a face
@@ -108,6 +111,35 @@ def highest_along(points: np.ndarray, start: np.ndarray, end: np.ndarray, radius
     return float(near[:, 2].max()) if len(near) else -np.inf
 
 
+def clear_corners(start: np.ndarray, end: np.ndarray, others: np.ndarray, radius: float) -> list[np.ndarray]:
+    """Return where to turn, `end` included, on the way from `start` (2,) to `end` (2,) for a disc of `radius`.
+
+    The way is straight, or first along one axis and then along the other: the straight one if it keeps `radius` away
+    from the points `others` (N, 2), else the one that stays furthest away from them.
+    """
+
+    def room(corners: list[np.ndarray]) -> float:
+        legs = zip([start, *corners[:-1]], corners, strict=True)
+        return min((float(distance_to_segment(others, a, b).min()) for a, b in legs if len(others)), default=np.inf)
+
+    ways = [[end], [np.array([start[0], end[1]]), end], [np.array([end[0], start[1]]), end]]
+    return next((way for way in ways if room(way) >= radius), max(ways, key=room))
+
+
+def shortest_escape(middle: np.ndarray, radius: float, others: np.ndarray) -> np.ndarray:
+    """Return the shortest shift (2,) that moves a disc around `middle` (2,) clear of the points `others` (N, 2).
+
+    Zero when it is clear, and when no shift up to 20 cm frees it.
+    """
+    angles = np.arange(0.0, 2.0 * np.pi, np.pi / 12.0)
+    directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    shifts = [np.zeros(2), *(d * direction for d in np.arange(0.02, 0.21, 0.02) for direction in directions)]
+    for shift in shifts:
+        if not len(others) or np.linalg.norm(others - middle - shift, axis=1).min() > radius:
+            return shift
+    return np.zeros(2)
+
+
 @dataclass(frozen=True)
 class Grasp:
     """A top-down grasp: where the grip site goes (3,), the gripper's yaw, what it closes on, and its cost."""
@@ -134,21 +166,33 @@ def segments(values: np.ndarray, gap: float) -> list[tuple[float, float]]:
     return [(float(ordered[a]), float(ordered[b])) for a, b in zip(starts, ends, strict=True)]
 
 
-def collisions(u: np.ndarray, v: np.ndarray, z: np.ndarray) -> int:
+def collisions(u: np.ndarray, v: np.ndarray, z: np.ndarray, give: float = 0.0) -> int:
     """Return how many points the open gripper would touch on its way straight down.
 
     Args:
         u, v, z: the points' coordinates (N,) along the opening, across it and up, from the grip site.
+        give: how far the finger tips may press into what is below them: the controller is compliant.
     """
     apart = np.abs(u)
     fingers = (
         (apart > HALF_OPENING - 0.003)  # 3 mm inside, for the error of the approach
         & (apart < HALF_OPENING + FINGER_THICKNESS)
         & (np.abs(v) < FINGER_HALF_WIDTH)
-        & (z > -TIP_DEPTH)
+        & (z > give - TIP_DEPTH)
     )
     palm = (apart < PALM_HALF_LENGTH) & (np.abs(v) < PALM_HALF_WIDTH) & (z > PALM_HEIGHT)
     return int(np.count_nonzero(fingers | palm))
+
+
+def wrist_collisions(points: np.ndarray, to_base: np.ndarray) -> int:
+    """Return how many points (N, 3), seen from the grip site, are where the arm's wrist is.
+
+    Above the hand the arm bends back towards the base, which is in direction `to_base` (2,).
+    """
+    back = to_base / np.linalg.norm(to_base)
+    along, aside = points[:, :2] @ back, points[:, :2] @ np.array([-back[1], back[0]])
+    beside = (along > -0.05) & (along < WRIST_LENGTH) & (np.abs(aside) < WRIST_HALF_WIDTH)
+    return int(np.count_nonzero(beside & (points[:, 2] > WRIST_HEIGHT)))
 
 
 def plan_grasps(
@@ -156,7 +200,7 @@ def plan_grasps(
     obstacles: np.ndarray,
     base_xy: np.ndarray,
     yaws: Sequence[float] | np.ndarray | None = None,
-    depths: Sequence[float] = (0.010, 0.018, 0.027),
+    depths: Sequence[float] = (0.003, 0.010, 0.018, 0.027),
 ) -> list[Grasp]:
     """Return grasps of an object from above, best first; empty when nothing on it is narrow enough.
 
@@ -181,7 +225,7 @@ def plan_grasps(
     middle = (points[:, :2].max(axis=0) + points[:, :2].min(axis=0)) / 2.0
     lowest = min(bottom + TIP_DEPTH, top - 0.003)
     heights = sorted({round(max(top - depth, lowest), 4) for depth in depths})
-    reach = np.ptp(points[:, :2], axis=0).max() / 2.0 + PALM_HALF_LENGTH + 0.03
+    reach = np.ptp(points[:, :2], axis=0).max() / 2.0 + WRIST_LENGTH
     near = obstacles[np.abs(obstacles[:, :2] - middle).max(axis=1) < reach] if len(obstacles) else obstacles
     found = []
     for yaw in yaws:
@@ -205,18 +249,19 @@ def plan_grasps(
                     inside = between & (u >= low) & (u <= high)
                     if np.count_nonzero(inside) < 4:
                         continue
-                    if collisions(u - centre, v - offset, points[:, 2] - height) > 2:
+                    if collisions(u - centre, v - offset, points[:, 2] - height, give=0.004) > 2:
                         continue  # the fingers would come down on the object itself
                     oblique = _obliqueness(u[inside] - centre, v[inside] - offset)
                     if oblique > MAX_OBLIQUENESS:
                         continue
                     hits = collisions(near_u - centre, near_v - offset, near[:, 2] - height)
+                    hits += wrist_collisions(near - np.array([*xy, height]), base_xy - xy)
                     found.append(
                         Grasp(
                             position=np.array([xy[0], xy[1], height]),
                             yaw=float(yaw),
                             width=high - low,
-                            cost=0.05 * min(hits, 40)
+                            cost=0.15 * min(hits, 40)
                             + 0.6 * oblique
                             + 4.0 * (high - low)
                             + 3.0 * float(np.linalg.norm(xy - middle))
