@@ -52,6 +52,8 @@ STEP_M, STEP_RAD = 0.05, 0.5  # what an action of 1 asks for
 CLOSE_STEPS = 9  # until the fingers have closed (or opened) and press
 CLEARANCE = 0.025  # between what moves and what it passes over
 DRAWER_OPEN = 0.15  # LIBERO calls a drawer open from 0.14
+IN_FRONT = 0.025  # things go into a drawer this much before its middle: the drawers above have handles
+APART = 0.09  # between two things on one region, e.g. two pots on a stove
 
 Skill = Generator[np.ndarray, None, bool]  # yields actions; returns whether it did what it is for
 Goal = list[str]  # a predicate and its arguments, e.g. ["in", "milk_1", "basket_1_contain_region"]
@@ -177,6 +179,10 @@ class Scene:
         forward = axis if self.slides(joint) else np.cross(axis, point - self.joint_anchor(joint))
         return -np.sign(self.joint_value(joint)) * forward / np.linalg.norm(forward)
 
+    def opening(self, joint: int) -> np.ndarray:
+        """Direction (3,) in which a drawer opens: towards negative values of its joint."""
+        return -self.joint_axis(joint)
+
     def slides(self, joint: int) -> bool:
         """Whether a joint slides (a drawer's) rather than turns (a door's)."""
         return int(self.model.jnt_type[joint]) == 2
@@ -266,9 +272,9 @@ class LiberoExpert:
         order = {"open": 0, "turnon": 1, "turnoff": 1, "on": 2, "in": 2, "up": 2, "close": 3}
         goals = sorted(self.scene.goals, key=lambda goal: order[goal[0].lower()])
         while True:
-            for goal in goals:
-                if not self.scene.holds(goal):
-                    yield from self._achieve(goal)
+            goal = next((goal for goal in goals if not self.scene.holds(goal)), None)
+            if goal is not None:
+                yield from self._achieve(goal)
             yield from self._wait(1)
 
     def _achieve(self, goal: Goal) -> Skill:
@@ -458,10 +464,13 @@ class LiberoExpert:
             return (yield from self._drag(name, scene.region(where)[0]))
         joint = scene.joint_of(where)
         if joint is not None and abs(scene.joint_value(joint)) < DRAWER_OPEN - 0.03:
+            yield from self._park(name, joint)
             yield from self._pull_drawer(joint)
         if not (yield from self._pick(name)):
             return False
         centre, rotation, half = scene.region(where)
+        if joint is not None:
+            centre = centre + IN_FRONT * scene.opening(joint)
         extent = np.abs(rotation @ half)
         parent = scene.parent(where)
         if joint is not None or (parent is not None and "contain" in where):  # a drawer, a basket, a caddy
@@ -470,7 +479,24 @@ class LiberoExpert:
             deepest = centre[2] - extent[2] + 0.005
             z = max(deepest, rim - held + 0.005)  # the palm stays above the rim
             return (yield from self._place(name, np.array([*centre[:2], z]), over=rim + CLEARANCE))
+        sharing = [goal[1] for goal in scene.goals if goal[2:] == [where]]
+        # Side by side, away from and towards the robot: there the fingers, which open sideways, have room.
+        centre[0] += (0.5 * (len(sharing) - 1) - sharing.index(name)) * min(APART, extent[0])
         return (yield from self._place(name, np.array([*centre[:2], centre[2] - extent[2]])))
+
+    def _park(self, name: str, joint: int) -> Skill:
+        """Put an object aside that a drawer would hide when it is pulled out over it."""
+        scene = self.scene
+        points = scene.points(name)
+        middle = (points[:, :2].max(axis=0) + points[:, :2].min(axis=0)) / 2.0
+        radius = float(np.linalg.norm(points[:, :2] - middle, axis=1).max())
+        drawer = scene.joint_points(joint) + DRAWER_OPEN * scene.opening(joint)
+        if not shortest_escape(middle, radius + 0.02, drawer[:, :2]).any():
+            return True
+        others = np.concatenate([drawer, scene.obstacles(name)])
+        shift = shortest_escape(middle, radius + 0.04, others[:, :2])
+        spot = np.array([*(scene.origin(name)[:2] + shift), scene.bottom(name) + 0.003])
+        return bool((yield from self._pick(name)) and (yield from self._place(name, spot)))
 
     def _is_flat(self, name: str) -> bool:
         """Whether an object is so flat (a plate) that it would hang down from a grasp at its rim."""
@@ -515,7 +541,7 @@ class LiberoExpert:
     def _pull_drawer(self, joint: int) -> Skill:
         """Grip a closed drawer's bar with the hand level, and pull it out along its rail."""
         scene = self.scene
-        out = -scene.joint_axis(joint)  # drawers open towards negative values
+        out = scene.opening(joint)
         centres = scene.joint_boxes(joint)
         bar = int(np.argmax(centres @ out))  # the handle is the foremost part
         across = np.cross(np.array([0.0, 0.0, 1.0]), out)  # the hand tilts about this, from pointing down to level
@@ -580,10 +606,11 @@ class LiberoExpert:
         grasps = plan_grasps(ridge, np.zeros((0, 3)), scene.base_xy, depths=(0.010,))
         if not grasps:
             return False
-        grasp = grasps[0]
+        pivot = scene.joint_anchor(joint)[:2]
+        grasp = min(grasps[: len(grasps) // 4 + 1], key=lambda g: float(np.linalg.norm(g.position[:2] - pivot)))
         self._grip = OPEN
         yield from self._go_above(grasp.position, grasp.rotation, height=0.08)
-        yield from self._move(grasp.position, grasp.rotation, near=0.005, steps=45)
+        yield from self._move(grasp.position, grasp.rotation, near=0.005, steps=60, speed=0.5)
         yield from self._grasp(grasp.rotation)
         sign = (1.0 if on else -1.0) * float(np.sign(scene.joint_axis(joint)[2]))
         anchor = scene.hand

@@ -261,7 +261,8 @@ def plan_grasps(
                             position=np.array([xy[0], xy[1], height]),
                             yaw=float(yaw),
                             width=high - low,
-                            cost=0.15 * min(hits, 40)
+                            cost=(0.5 if hits else 0.0)
+                            + 0.03 * min(hits, 200)
                             + 0.6 * oblique
                             + 4.0 * (high - low)
                             + 3.0 * float(np.linalg.norm(xy - middle))
