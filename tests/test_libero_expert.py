@@ -1,13 +1,17 @@
 """The scripted LIBERO expert: its geometry everywhere, its skills where LIBERO is installed."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from clbench.envs.libero_expert import CLOSED, OPEN, STEP_M, STEP_RAD, LiberoExpert
 from clbench.envs.libero_geometry import (
     DOWN,
     MAX_WIDTH,
     axis_rotation,
     box_points,
+    clear_corners,
     collisions,
     cylinder_points,
     distance_to_segment,
@@ -15,8 +19,10 @@ from clbench.envs.libero_geometry import (
     plan_grasps,
     rotation_vector,
     segments,
+    shortest_escape,
     thin_out,
     top_down,
+    wrist_collisions,
     yaw_rotation,
 )
 
@@ -149,3 +155,111 @@ def test_no_grasp_is_wider_than_the_gripper() -> None:
     assert grasps
     assert all(grasp.width <= MAX_WIDTH for grasp in grasps)
     assert [grasp.cost for grasp in grasps] == sorted(grasp.cost for grasp in grasps)
+
+
+def test_the_wrist_is_above_and_behind_the_hand() -> None:
+    to_base = np.array([-2.0, 0.0])
+    for point, hit in [([-0.1, 0.0, 0.15], 1), ([0.1, 0.0, 0.15], 0), ([-0.1, 0.0, 0.05], 0), ([-0.1, 0.1, 0.15], 0)]:
+        assert wrist_collisions(np.array([point]), to_base) == hit
+
+
+def test_a_way_turns_where_the_straight_one_is_blocked() -> None:
+    start, end = np.array([0.0, 0.0]), np.array([0.2, 0.3])
+    assert [list(c) for c in clear_corners(start, end, np.zeros((0, 2)), 0.05)] == [[0.2, 0.3]]
+    beside_x = np.array([[0.1, 0.15], [0.15, 0.02]])  # blocks the straight way, and x before y
+    assert [list(c) for c in clear_corners(start, end, beside_x, 0.05)] == [[0.0, 0.3], [0.2, 0.3]]
+    everywhere = np.array([[0.1, 0.15], [0.1, 0.0], [0.0, 0.15]])
+    assert clear_corners(start, end, everywhere, 0.05)[-1] is end
+
+
+def test_the_shortest_escape_is_away_from_the_others() -> None:
+    middle = np.array([0.1, 0.1])
+    assert not shortest_escape(middle, 0.05, np.zeros((0, 2))).any()
+    assert not shortest_escape(middle, 0.05, np.array([[0.2, 0.1]])).any()
+    shift = shortest_escape(middle, 0.05, np.array([[0.12, 0.1]]))
+    assert np.allclose(shift, [-0.04, 0.0])  # of the shifts of 4 cm, the one with most room
+    grid = np.stack(np.meshgrid(np.arange(-0.3, 0.6, 0.02), np.arange(-0.3, 0.6, 0.02)), -1).reshape(-1, 2)
+    assert not shortest_escape(middle, 0.05, grid).any()  # nowhere to go
+
+
+class FreeHand:
+    """A hand without a robot: each action moves it by a third of what it asks for, as the real controller does."""
+
+    def __init__(self) -> None:
+        self.hand, self.hand_rotation = np.array([0.1, 0.2, 1.2]), top_down(0.7)
+
+    def apply(self, action: np.ndarray) -> None:
+        turn = action[3:6] * STEP_RAD / 3.0
+        angle = float(np.linalg.norm(turn))
+        self.hand = self.hand + action[:3] * STEP_M / 3.0
+        if angle > 0.0:
+            self.hand_rotation = axis_rotation(turn / angle, angle) @ self.hand_rotation
+
+
+def free_expert() -> tuple[LiberoExpert, FreeHand]:
+    expert, scene = LiberoExpert(SimpleNamespace()), FreeHand()
+    expert.scene = scene  # type: ignore[assignment]
+    return expert, scene
+
+
+def test_a_motion_arrives_in_spite_of_noise_and_stays_within_the_actions_range() -> None:
+    expert, scene = free_expert()
+    rng = np.random.default_rng(0)
+    target, rotation = np.array([-0.1, 0.0, 1.0]), top_down(-0.5)
+    motion = expert._move(target, rotation, near=0.006, near_rad=0.08)
+    for steps in range(80):  # noqa: B007
+        try:
+            action = next(motion)
+        except StopIteration as end:
+            assert end.value is True
+            break
+        assert np.abs(action).max() <= 1.0
+        assert action[6] == OPEN
+        scene.apply(np.clip(action + rng.normal(0.0, 0.1, 7), -1.0, 1.0))
+    assert steps < 50
+    assert np.linalg.norm(scene.hand - target) < 0.006
+
+
+def test_a_motion_that_is_stuck_gives_up() -> None:
+    expert, _ = free_expert()
+    motion = expert._move(np.array([0.5, 0.5, 1.0]), top_down(0.0), steps=80, patience=10)
+    with pytest.raises(StopIteration) as end:
+        for _ in range(40):
+            next(motion)  # nothing moves
+    assert end.value.value is False
+
+
+def test_actions_follow_the_present_state_not_a_plan() -> None:
+    expert, scene = free_expert()
+    motion = expert._move(np.array([0.1, 0.2, 1.0]), top_down(0.7))
+    assert next(motion)[2] < 0.0
+    scene.hand = np.array([0.1, 0.2, 0.8])  # pushed below the target
+    assert next(motion)[2] > 0.0
+
+
+def test_grasping_closes_the_fingers_and_holds_still() -> None:
+    expert, scene = free_expert()
+    actions = list(expert._grasp(scene.hand_rotation))
+    assert all(action[6] == CLOSED for action in actions)
+    assert np.allclose([action[:6] for action in actions], 0.0)
+
+
+@pytest.mark.libero
+@pytest.mark.parametrize(
+    ("suite", "index"),
+    [("libero_object", 0), ("libero_spatial", 5), ("libero_goal", 0), ("libero_goal", 5), ("libero_10", 3)],
+)
+def test_the_expert_reaches_the_goal_in_spite_of_noise(suite: str, index: int) -> None:
+    pytest.importorskip("clbench.envs.libero")
+    from clbench.data.make import run_episode
+    from clbench.envs.base import make_simulator
+    from clbench.envs.libero_tasks import suite_tasks
+
+    simulator = make_simulator({"type": "libero_state", "task": suite_tasks(suite)[index]})
+    try:
+        expert = LiberoExpert(simulator)
+        _, actions, success = run_episode(simulator, expert, 0, 400, 0, 0.1, np.random.default_rng(0))
+    finally:
+        simulator.close()
+    assert success
+    assert np.abs(actions).max() <= 1.0

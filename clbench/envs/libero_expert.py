@@ -53,7 +53,7 @@ CLOSE_STEPS = 9  # until the fingers have closed (or opened) and press
 CLEARANCE = 0.025  # between what moves and what it passes over
 DRAWER_OPEN = 0.15  # LIBERO calls a drawer open from 0.14
 IN_FRONT = 0.025  # things go into a drawer this much before its middle: the drawers above have handles
-APART = 0.09  # between two things on one region, e.g. two pots on a stove
+APART = 0.12  # between two things on one region, e.g. two pots on a stove
 
 Skill = Generator[np.ndarray, None, bool]  # yields actions; returns whether it did what it is for
 Goal = list[str]  # a predicate and its arguments, e.g. ["in", "milk_1", "basket_1_contain_region"]
@@ -481,7 +481,7 @@ class LiberoExpert:
             return (yield from self._place(name, np.array([*centre[:2], z]), over=rim + CLEARANCE))
         sharing = [goal[1] for goal in scene.goals if goal[2:] == [where]]
         # Side by side, away from and towards the robot: there the fingers, which open sideways, have room.
-        centre[0] += (0.5 * (len(sharing) - 1) - sharing.index(name)) * min(APART, extent[0])
+        centre[0] += (0.5 * (len(sharing) - 1) - sharing.index(name)) * min(APART, 1.6 * extent[0])
         return (yield from self._place(name, np.array([*centre[:2], centre[2] - extent[2]])))
 
     def _park(self, name: str, joint: int) -> Skill:
@@ -494,7 +494,7 @@ class LiberoExpert:
         if not shortest_escape(middle, radius + 0.02, drawer[:, :2]).any():
             return True
         others = np.concatenate([drawer, scene.obstacles(name)])
-        shift = shortest_escape(middle, radius + 0.04, others[:, :2])
+        shift = shortest_escape(middle, radius + 0.025, others[:, :2])
         spot = np.array([*(scene.origin(name)[:2] + shift), scene.bottom(name) + 0.003])
         return bool((yield from self._pick(name)) and (yield from self._place(name, spot)))
 
@@ -561,7 +561,7 @@ class LiberoExpert:
         yield from self._move(lambda: handle() + 0.004 * out, level, near=0.005, near_rad=0.12, steps=40)
         yield from self._grasp(level)
         goal = scene.hand + (DRAWER_OPEN + 0.04 + scene.joint_value(joint)) * out
-        yield from self._move(goal, level, near=0.01, near_rad=9.0, speed=0.6)
+        yield from self._move(goal, level, near=0.01, near_rad=9.0, speed=0.8)
         yield from self._let_go(level, 0.06 * out)
         yield from self._move(scene.hand + np.array([0.0, 0.0, 0.15]), tilted, near=0.03, near_rad=0.5, steps=40)
         return abs(scene.joint_value(joint)) > DRAWER_OPEN - 0.01

@@ -131,12 +131,15 @@ def shortest_escape(middle: np.ndarray, radius: float, others: np.ndarray) -> np
 
     Zero when it is clear, and when no shift up to 20 cm frees it.
     """
+    if not len(others):
+        return np.zeros(2)
     angles = np.arange(0.0, 2.0 * np.pi, np.pi / 12.0)
     directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    shifts = [np.zeros(2), *(d * direction for d in np.arange(0.02, 0.21, 0.02) for direction in directions)]
-    for shift in shifts:
-        if not len(others) or np.linalg.norm(others - middle - shift, axis=1).min() > radius:
-            return shift
+    for distance in np.arange(0.0, 0.21, 0.02):
+        shifts = distance * directions
+        room = np.linalg.norm(others - (middle + shifts)[:, None], axis=2).min(axis=1)
+        if room.max() > radius:
+            return shifts[int(np.argmax(room))]
     return np.zeros(2)
 
 
@@ -226,7 +229,7 @@ def plan_grasps(
     lowest = min(bottom + TIP_DEPTH, top - 0.003)
     heights = sorted({round(max(top - depth, lowest), 4) for depth in depths})
     reach = np.ptp(points[:, :2], axis=0).max() / 2.0 + WRIST_LENGTH
-    near = obstacles[np.abs(obstacles[:, :2] - middle).max(axis=1) < reach] if len(obstacles) else obstacles
+    near = obstacles[(np.abs(obstacles[:, :2] - middle) < reach).all(axis=1) & (obstacles[:, 2] > bottom - TIP_DEPTH)]
     found = []
     for yaw in yaws:
         f, g = np.array([-np.sin(yaw), np.cos(yaw)]), np.array([np.cos(yaw), np.sin(yaw)])
