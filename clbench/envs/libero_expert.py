@@ -5,8 +5,10 @@ The expert reads the goal's predicates and joins skills until they hold:
     In, On              pick the object, carry it over what stands in the way, lower it, let go
     Open, Close         pull or push the handle's front along the drawer's rail; push a door about its hinge
     Turnon, Turnoff     grip the knob and turn the wrist
-    (In a drawer)       open it first
+    (In a drawer)       open it first, having put aside what it would hide
+    (On the table)      drag what is flat, a plate, instead of lifting it
 
+Not attempted: putting things into a microwave or onto a shelf under a roof, where the hand would have to be level.
 A skill is a generator of actions. It runs until it is done, but holds no trajectory: every action is computed from
 the state found at that moment, as
 
