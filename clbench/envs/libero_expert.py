@@ -9,6 +9,7 @@ The expert reads the goal's predicates and joins skills until they hold:
     (On the table)      drag what is flat, a plate, instead of lifting it
 
 Not attempted: putting things into a microwave or onto a shelf under a roof, where the hand would have to be level.
+
 A skill is a generator of actions. It runs until it is done, but holds no trajectory: every action is computed from
 the state found at that moment, as
 
