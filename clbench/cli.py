@@ -410,6 +410,7 @@ def _stream_on_states(name: str) -> str:
 def _make_data(args: argparse.Namespace, overrides: list[str]) -> int:
     from clbench.config.compose import compose
     from clbench.data.make import make_dataset
+    from clbench.envs.base import without_demonstrations
     from clbench.streams.stream import data_folder
 
     config, _ = compose(
@@ -423,8 +424,13 @@ def _make_data(args: argparse.Namespace, overrides: list[str]) -> int:
     sets = [(d.data, list(d.tasks), d.make)]
     if d.pretrain is not None:
         sets.append((d.pretrain.data, list(d.pretrain.tasks), d.pretrain.make))
-    for data, tasks, make in sets:
+    for data, wanted, make in sets:
         root = data_folder(data)
+        cannot = without_demonstrations(d.env.type)
+        tasks = [task for task in wanted if task not in cannot]
+        for task in wanted:
+            if task in cannot:
+                print(f"{root.name}: left out {task}: {cannot[task]}.", file=sys.stderr)
         make_dataset(
             root, name=root.name, env_type=d.env.type, tasks=tasks, seed=make.seed,
             demos_per_task=make.demos_per_task if args.demos is None else args.demos,

@@ -32,6 +32,7 @@ from clbench.paths import CONFIG_ROOT, results_root
 from clbench.registry import algorithm_names
 from clbench.stopping import Stop, stoppable
 
+KEPT = "What is done is kept: give the same command again."
 PROGRESS_SECONDS = 15.0
 
 
@@ -180,9 +181,6 @@ def _run_sweep(name: str, dry_run: bool, stop: Stop) -> int:
         page = build_report([results_root() / r for r in done], name=experiment.name, command=f"clbench sweep {name}")
         print(f"report of {len(done)} of {len(runs)} runs: {page}")
     return 1 if failed else 0
-
-
-KEPT = "What is done is kept: give the same command again."
 
 
 def _one(run: Run, logs: Path, parallel: int, stop: Stop) -> bool:

@@ -50,6 +50,7 @@ from clbench.envs.base import (
     instruction,
     make_simulator,
     privileged,
+    without_demonstrations,
 )
 from clbench.errors import UserError
 from clbench.io import write_json
@@ -244,6 +245,9 @@ def _check(jobs: list[Job], workers: int, longest: int) -> None:
         raise UserError(f"tasks named more than once: {', '.join(repeated)}.")
     for job in jobs:
         check_task(job.env_type, job.task)
+        reason = without_demonstrations(job.env_type).get(job.task)
+        if reason is not None:
+            raise UserError(f"no demonstrations can be made of {job.task}: {reason}. Leave it out.")
     said: dict[str, str] = {}
     for job in jobs:
         first = said.setdefault(instruction({"type": job.env_type, "task": job.task}), job.task)

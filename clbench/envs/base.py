@@ -9,6 +9,7 @@ A backend is a module of this package, named in `BACKENDS`, that offers
     expert(task: str) -> Expert           optional: a scripted expert, a pure function of observations
     expert_for(simulator) -> Expert       optional, instead: one for a single episode of this simulator, made after its
                                           reset, which may remember and may look into the simulator (privileged)
+    NO_DEMONSTRATIONS: dict[str, str]     optional: tasks that its expert cannot do, and why
     versions() -> dict[str, str]          the versions of the packages that decide its physics
     FPS, ROBOT_TYPE, STATE_DIM, ACTION_DIM, MAX_STEPS
     PRIVILEGED: str                       optional: what its observations hold that no robot would see; data sets,
@@ -122,6 +123,11 @@ def episode_expert(spec: Mapping[str, Any], simulator: Simulator) -> Expert:
         return made[0](observation)
 
     return act
+
+
+def without_demonstrations(env_type: str) -> dict[str, str]:
+    """Return the tasks of an environment type that its expert cannot do, and why."""
+    return dict(getattr(backend(env_type), "NO_DEMONSTRATIONS", {}))
 
 
 def privileged(env_type: str) -> str | None:

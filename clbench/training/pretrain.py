@@ -42,6 +42,7 @@ from clbench.training.backend import Backend, autocast_precision, say
 from clbench.training.log import FILE as LOG_FILE
 from clbench.training.log import RunLog
 from clbench.training.loop import PhaseRunner, Resumed
+from clbench.training.saving import Moments, save_if_due
 
 # Settings of acting: they may differ from those a given checkpoint was trained with.
 ACTING = ("n_action_steps", "num_inference_steps")
@@ -221,28 +222,21 @@ def _pretrain(
         algorithm.bind(ctx)
         runner = PhaseRunner(ctx, algorithm, backend, policy_loss, log)
         runner.progress_mode = progress if backend.is_main else "quiet"
-        runner.total_steps = done
+        runner.total_steps, runner.skipped = done, int(counters.get("skipped", 0))
 
         def seconds() -> float:
             return float(counters["seconds"]) + time.monotonic() - start
 
+        def fill(state: Path, moments: Moments) -> dict[str, Any]:
+            save_policy(loaded, state / "policy")
+            save_state(state, "training", {"optimizer": moments, "skipped": runner.skipped})
+            return {"log_bytes": log.flushed(), "seconds": round(seconds(), 3)}
+
+        def size(moments: Moments) -> int:
+            return tensor_bytes(dict(loaded.policy.state_dict())) + tensor_bytes(moments)
+
         def after_step(phase: Phase, step: int, optimizer: torch.optim.Optimizer | None) -> None:
-            due = backend.is_main and keeper.due(runner.total_steps)
-            stopping, due = backend.any(bool(stop.reason), due)
-            if not (stopping or due) or optimizer is None:
-                return
-            moments = backend.optimizer_state(optimizer)
-            if backend.is_main:
-
-                def fill(state: Path) -> dict[str, Any]:
-                    save_policy(loaded, state / "policy")
-                    save_state(state, "training", {"optimizer": moments})
-                    return {"log_bytes": log.flushed(), "seconds": round(seconds(), 3)}
-
-                size = tensor_bytes(dict(loaded.policy.state_dict())) + tensor_bytes(moments)
-                keeper.save(0, phase.name, step, runner.total_steps, fill, lambda: size)
-            backend.barrier()
-            if stopping:
+            if save_if_due(backend, keeper, stop, (0, phase.name, step), runner.total_steps, optimizer, fill, size):
                 raise Interrupted(
                     f"stopped by {stop.reason or 'a signal to another rank'} in pretraining, after step {step}; saved. "
                     "The same command goes on from there."

@@ -46,6 +46,7 @@ from clbench.training import log as run_log
 from clbench.training.backend import Backend, count, say
 from clbench.training.loop import PhaseRunner, Resumed
 from clbench.training.pretrain import ensure_base, load_base
+from clbench.training.saving import Moments, save_if_due
 
 # What may differ when a run is resumed: it changes no weight (threads, ranks and devices change last bits of sums).
 FREE_ON_RESUME = (
@@ -323,26 +324,21 @@ class Trainer:
 
     # ---- saving ---------------------------------------------------------------------------------
     def _after_step(self, phase: Phase, step: int, optimizer: torch.optim.Optimizer | None) -> None:
-        due = self.backend.is_main and self.keeper.due(self.runner.total_steps)
-        stop, due = self.backend.any(bool(self.stop.reason), due)
-        if not (stop or due):
-            return
-        moments = None if optimizer is None else self.backend.optimizer_state(optimizer)
         self.total_steps = self.runner.total_steps
-        if self.backend.is_main:
-            trained = max(self.trained, count(self.runner.trained.values()))
 
-            def fill(folder: Path) -> dict[str, Any]:
-                carried = self.runner.carried
-                other = None if carried is None or carried is optimizer else carried.state_dict()
-                counters = {"trained": trained, "parameters_before": self.parameters_before, "carried": other}
-                self._save(folder, {"optimizer": moments, **counters})
-                seconds = self.task_seconds + time.monotonic() - self.task_began
-                return {**self._progress(), "task_seconds": round(seconds, 3)}
+        def fill(folder: Path, moments: Moments) -> dict[str, Any]:
+            carried = self.runner.carried
+            counters = {
+                "trained": max(self.trained, count(self.runner.trained.values())),
+                "parameters_before": self.parameters_before,
+                "carried": None if carried is None or carried is optimizer else carried.state_dict(),
+            }
+            self._save(folder, {"optimizer": moments, **counters})
+            seconds = self.task_seconds + time.monotonic() - self.task_began
+            return {**self._progress(), "task_seconds": round(seconds, 3)}
 
-            self.keeper.save(self.ctx.k, phase.name, step, self.total_steps, fill, lambda: self._bytes(moments))
-        self.backend.barrier()
-        if stop:
+        place = self.ctx.k, phase.name, step
+        if save_if_due(self.backend, self.keeper, self.stop, place, self.total_steps, optimizer, fill, self._bytes):
             self._stop_if_asked(f"in task {self.ctx.k + 1}, phase {phase.name}, after step {step}", sure=True)
 
     def _stop_if_asked(self, where: str, sure: bool = False) -> None:

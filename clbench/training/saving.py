@@ -1,0 +1,42 @@
+"""Between two steps: save a training state when it is time, on all ranks together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clbench.checkpoints.training_state import StateKeeper
+from clbench.stopping import Stop
+from clbench.training.backend import Backend
+
+Moments = dict[str, Any] | None  # an optimizer's whole state; None without an optimizer
+
+
+def save_if_due(
+    backend: Backend,
+    keeper: StateKeeper,
+    stop: Stop,
+    place: tuple[int, str, int],
+    total_steps: int,
+    optimizer: torch.optim.Optimizer | None,
+    fill: Callable[[Path, Moments], dict[str, Any]],
+    size: Callable[[Moments], int],
+) -> bool:
+    """Save when a state is due or a stop was asked for; returns whether to stop, the same on every rank.
+
+    Args:
+        place: visit, phase, and steps done of it.
+        fill: writes a state's files into a folder and returns what else describes it.
+        size: about how many bytes that takes.
+    """
+    due = backend.is_main and keeper.due(total_steps)
+    stopping, due = backend.any(bool(stop.reason), due)
+    if stopping or due:
+        moments = None if optimizer is None else backend.optimizer_state(optimizer)  # every rank's part of it
+        if backend.is_main:
+            keeper.save(*place, total_steps, lambda folder: fill(folder, moments), lambda: size(moments))
+        backend.barrier()
+    return stopping
