@@ -1,4 +1,4 @@
-"""Where things are: the project's configs, and the data, results and cache roots (environment variables move them)."""
+"""Where things are: the project's configs, and the data, model, results and cache roots, which variables move."""
 
 from __future__ import annotations
 
@@ -17,6 +17,16 @@ def _root(variable: str, default: str) -> Path:
 def data_root() -> Path:
     """Demonstrations: $CLBENCH_DATA_ROOT, else data/ in the project."""
     return _root("CLBENCH_DATA_ROOT", "data")
+
+
+def model_root() -> Path:
+    """Checkpoints to start from, by name: $CLBENCH_MODEL_ROOT, else models/ in the project."""
+    return _root("CLBENCH_MODEL_ROOT", "models")
+
+
+def named_folder(name: str, root: Path) -> Path:
+    """A bare name is a folder in `root`; anything with a slash is a path."""
+    return Path(name).expanduser() if "/" in name else root / name
 
 
 def results_root() -> Path:

@@ -226,7 +226,7 @@ def test_bases_are_kept_apart_by_everything_they_depend_on(toy_data: Path, tmp_p
     assert len(others) == 4 and same not in others
 
 
-def test_any_lerobot_folder_can_be_the_base(toy_data: Path, tmp_path: Path) -> None:
+def test_any_lerobot_folder_can_be_the_base(toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = train(toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}"), "first")
     path = checkpoint_folder(first, 2) / "policy"
     second = train(
@@ -234,8 +234,11 @@ def test_any_lerobot_folder_can_be_the_base(toy_data: Path, tmp_path: Path) -> N
         "second",
     )
     assert read_json(second / "manifest.json")["base"] == {"path": str(path), "kind": "given"}
+    monkeypatch.setenv("CLBENCH_MODEL_ROOT", str(path.parent))
+    named = toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}", "policy.path=policy", "train.steps=1")
+    assert read_json(train(named, "third") / "manifest.json")["base"] == {"path": str(path), "kind": "given"}
     with pytest.raises(ValueError, match="no LeRobot checkpoint folder"):
-        train(toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}", "policy.path=/nowhere"), "third")
+        train(toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}", "policy.path=/nowhere"), "fourth")
 
 
 def test_state_files_round_trip_and_damage_is_named(tmp_path: Path) -> None:

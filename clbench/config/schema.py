@@ -223,7 +223,8 @@ class LogConfig:
 
 @dataclass
 class Config:
-    """A whole run. `policy.type` names a LeRobot policy, `policy.path` a LeRobot checkpoint folder to start from."""
+    """A whole run. `policy.type` names a LeRobot policy, `policy.path` a LeRobot checkpoint folder to start from (a
+    path, or a name under the model root)."""
 
     seed: int = 0
     model: str = MISSING

@@ -17,7 +17,7 @@ from clbench.config.schema import DatasetConfig
 from clbench.data.info import DataInfo, load_info
 from clbench.envs.base import check_task
 from clbench.errors import UserError, nearest
-from clbench.paths import data_root
+from clbench.paths import data_root, named_folder
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def visit_order(config: DatasetConfig) -> list[str]:
 
 def data_folder(data: str) -> Path:
     """A bare name is a folder under the data root; anything with a slash is a path."""
-    return Path(data).expanduser() if "/" in data else data_root() / data
+    return named_folder(data, data_root())
 
 
 def build_stream(config: DatasetConfig, *, sequential: bool = True) -> TaskStream:

@@ -33,7 +33,7 @@ from clbench.data.frames import StreamFrames
 from clbench.errors import Interrupted, UserError
 from clbench.io import read_json, write_json
 from clbench.lock import NO_LOCKS
-from clbench.paths import cache_root
+from clbench.paths import cache_root, model_root, named_folder
 from clbench.policies.loss import PolicyLoss
 from clbench.seeding import seeded
 from clbench.stopping import Stop
@@ -75,7 +75,7 @@ def ensure_base(config: Config, backend: Backend, stop: Stop, progress: str = "a
     A pretraining that was stopped or killed goes on from its newest state.
     """
     if config.policy.get("path"):
-        path = Path(str(config.policy["path"])).expanduser()
+        path = named_folder(str(config.policy["path"]), model_root())
         if not (path / "config.json").is_file():
             raise UserError(
                 f"policy.path={path} is no LeRobot checkpoint folder (it has no config.json). A model on a hub has to "
