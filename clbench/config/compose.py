@@ -130,11 +130,21 @@ def compose(
         ("algorithms", algorithms, registered),
     ):
         files += [p for p in (find(kind, n, known) for n in names) if p is not None]
-    recipe = CONFIG_ROOT / "recipes" / f"{'+'.join(algorithms)}_{Path(dataset).stem}.yaml"
-    if recipe.is_file():
-        files.append(recipe)
+    files += _recipe(algorithms, dataset)
     head = {"model": Path(model).stem, "algorithm": {"name": _name(algorithms)}}
     return _merge(files, head, overrides, smoke), [_short(f) for f in files]
+
+
+def _recipe(algorithms: Sequence[str], dataset: str) -> list[Path]:
+    """The recipe of the algorithms for this stream, else the one for the streams that it shares recipes with."""
+    stream = find("datasets", dataset)
+    section = load_yaml(stream).get("dataset") if stream is not None else None
+    shared = section.get("recipes") if isinstance(section, DictConfig) else None
+    for name in (Path(dataset).stem, shared):
+        path = CONFIG_ROOT / "recipes" / f"{'+'.join(algorithms)}_{name}.yaml"
+        if path.parent == CONFIG_ROOT / "recipes" and path.is_file():
+            return [path]
+    return []
 
 
 def compose_files(paths: Sequence[str], overrides: Sequence[str] = (), smoke: bool = False) -> tuple[Config, list[str]]:

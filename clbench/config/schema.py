@@ -142,6 +142,7 @@ class DatasetConfig:
         fresh_on_revisit: a task's visits share its demonstrations out among them instead of seeing all each time.
         make: how `clbench data make` makes the data.
         pretrain: the base's tasks and data; null = the stream has no base of its own.
+        recipes: whose recipes apply where the stream has none of its own (configs/recipes/ALGORITHM_NAME.yaml).
     """
 
     name: str = MISSING
@@ -152,6 +153,7 @@ class DatasetConfig:
     fresh_on_revisit: bool = False
     make: MakeConfig = field(default_factory=MakeConfig)
     pretrain: Optional[PretrainDataConfig] = None  # noqa: UP045
+    recipes: Optional[str] = None  # noqa: UP045
 
 
 @dataclass

@@ -52,6 +52,7 @@ from clbench.training.saving import Moments, save_if_due
 FREE_ON_RESUME = (
     "log.", "eval.", "output_dir", "train.threads", "train.num_workers", "train.log_every", "train.strategy",
     "train.collective_timeout_s", "train.device", "train.save_every_", "train.compile", "train.on_nonfinite",
+    "dataset.recipes",
 )  # fmt: skip
 
 
