@@ -20,7 +20,19 @@ import pytest  # noqa: E402
 from clbench.envs import libero_assets  # noqa: E402
 from clbench.errors import UserError  # noqa: E402
 
-_LIBERO_ROOT = libero_assets.root()  # the user's; below, the cache moves to a temporary folder
+ROOT = Path(__file__).resolve().parents[1]
+LIBERO_ARCHIVE = ROOT.parent / "shared" / "libero" / "libero-assets.tar.xz"  # where there is one, e.g. under CI
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Settle where LIBERO's assets are, once, before xdist's workers start and before the cache moves."""
+    if hasattr(config, "workerinput"):
+        return
+    if not libero_is_ready() and LIBERO_ARCHIVE.is_file():
+        os.environ["CLBENCH_LIBERO_ROOT"] = str(ROOT / ".cache" / "libero_tests")
+        if not libero_is_ready():
+            libero_assets.install(str(LIBERO_ARCHIVE))
+    os.environ["CLBENCH_LIBERO_ROOT"] = str(libero_assets.root())
 
 
 def libero_is_ready() -> bool:
@@ -42,7 +54,7 @@ def gpu_is_ready() -> bool:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that need what this machine lacks are skipped with the reason."""
     needs = {
-        "libero": (libero_is_ready, "LIBERO and its assets are not installed"),
+        "libero": (libero_is_ready, "LIBERO or its assets are not installed (docs/libero.md)"),
         "gpu": (gpu_is_ready, "no CUDA device"),
     }
     for marker, (is_ready, reason) in needs.items():
@@ -59,7 +71,6 @@ def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("DATA", "RESULTS", "CACHE"):
             patch.setenv(f"CLBENCH_{name}_ROOT", str(root / name.lower()))
-        patch.setenv("CLBENCH_LIBERO_ROOT", str(_LIBERO_ROOT))
         yield
 
 

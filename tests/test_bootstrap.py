@@ -142,7 +142,7 @@ def test_installs_once_and_then_does_nothing(project: Project) -> None:
     first = project.run()
     assert first.returncode == 0, first.stderr
     assert first.stdout.strip() == str(project.venv / "bin/python")
-    assert "6 GB" in first.stderr
+    assert "7 GB" in first.stderr
     lock, itself = project.starts("uv pip install")
     assert lock.endswith("-r requirements.lock")
     assert itself.endswith("-e . --no-deps --no-build-isolation")
