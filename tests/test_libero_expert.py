@@ -174,12 +174,23 @@ def test_a_way_turns_where_the_straight_one_is_blocked() -> None:
 
 def test_the_shortest_escape_is_away_from_the_others() -> None:
     middle = np.array([0.1, 0.1])
-    assert not shortest_escape(middle, 0.05, np.zeros((0, 2))).any()
-    assert not shortest_escape(middle, 0.05, np.array([[0.2, 0.1]])).any()
-    shift = shortest_escape(middle, 0.05, np.array([[0.12, 0.1]]))
-    assert np.allclose(shift, [-0.04, 0.0])  # of the shifts of 4 cm, the one with most room
+    assert not shortest_escape(middle).any()
+    assert not shortest_escape(middle, (np.zeros((0, 2)), 0.05)).any()
+    assert not shortest_escape(middle, (np.array([[0.2, 0.1]]), 0.05)).any()
+    near = (np.array([[0.12, 0.1]]), 0.05)
+    assert np.allclose(shortest_escape(middle, near), [-0.04, 0.0])  # of the shifts of 4 cm, the one with most room
     grid = np.stack(np.meshgrid(np.arange(-0.3, 0.6, 0.02), np.arange(-0.3, 0.6, 0.02)), -1).reshape(-1, 2)
-    assert not shortest_escape(middle, 0.05, grid).any()  # nowhere to go
+    assert not shortest_escape(middle, (grid, 0.05)).any()  # nowhere to go
+
+
+def test_the_shortest_escape_keeps_a_distance_of_its_own_from_each_set() -> None:
+    middle = np.array([0.1, 0.1])
+    above, beside = np.array([[0.12, 0.1]]), np.array([[0.0, 0.1]])
+    shift = shortest_escape(middle, (above, 0.03), (beside, 0.08))
+    spot = middle + shift
+    assert np.linalg.norm(spot - above[0]) > 0.03
+    assert np.linalg.norm(spot - beside[0]) > 0.08
+    assert np.linalg.norm(shift) < 0.05
 
 
 class FreeHand:

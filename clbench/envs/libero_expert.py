@@ -32,6 +32,7 @@ import numpy as np
 
 from clbench.envs.libero_geometry import (
     DOWN,
+    PALM_HALF_WIDTH,
     TIP_DEPTH,
     Grasp,
     axis_rotation,
@@ -404,7 +405,7 @@ class LiberoExpert:
         middle = (points[:, :2].max(axis=0) + points[:, :2].min(axis=0)) / 2.0
         radius = float(np.linalg.norm(points[:, :2] - middle, axis=1).max())
         above = others[others[:, 2] > points[:, 2].max() + 0.01]
-        shift = shortest_escape(middle, radius + 0.005, above[:, :2])
+        shift = shortest_escape(middle, (above[:, :2], radius + 0.005))
         if not shift.any():
             return True
         target = self.scene.hand + np.array([*(shift * (1.0 + 0.02 / np.linalg.norm(shift))), 0.01])
@@ -488,18 +489,22 @@ class LiberoExpert:
         return (yield from self._place(name, np.array([*centre[:2], centre[2] - extent[2]])))
 
     def _park(self, name: str, joint: int) -> Skill:
-        """Put an object aside that a drawer would hide when it is pulled out over it."""
+        """Draw an object aside that a drawer would hide when it is pulled out over it.
+
+        So far that the palm reaches its middle; `_come_out` does the rest once it is held.
+        """
         scene = self.scene
         points = scene.points(name)
         middle = (points[:, :2].max(axis=0) + points[:, :2].min(axis=0)) / 2.0
-        radius = float(np.linalg.norm(points[:, :2] - middle, axis=1).max())
-        drawer = scene.joint_points(joint) + DRAWER_OPEN * scene.opening(joint)
-        if not shortest_escape(middle, radius + 0.02, drawer[:, :2]).any():
+        drawer = scene.joint_points(joint) + (DRAWER_OPEN + 0.02) * scene.opening(joint)
+        above = (drawer[:, :2], PALM_HALF_WIDTH + 0.01)
+        if not shortest_escape(middle, above).any():
             return True
-        others = np.concatenate([drawer, scene.obstacles(name)])
-        shift = shortest_escape(middle, radius + 0.025, others[:, :2])
-        spot = np.array([*(scene.origin(name)[:2] + shift), scene.bottom(name) + 0.003])
-        return bool((yield from self._pick(name)) and (yield from self._place(name, spot)))
+        radius = float(np.linalg.norm(points[:, :2] - middle, axis=1).max())
+        others = scene.obstacles(name)
+        beside = (others[others[:, 2] < points[:, 2].max() + 0.02][:, :2], radius + 0.01)
+        shift = shortest_escape(middle, above, beside)
+        return (yield from self._drag(name, scene.origin(name) + np.array([*shift, 0.0])))
 
     def _is_flat(self, name: str) -> bool:
         """Whether an object is so flat (a plate) that it would hang down from a grasp at its rim."""
