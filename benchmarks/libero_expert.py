@@ -1,8 +1,8 @@
 """How often the scripted expert of LIBERO succeeds, in how many steps and how fast: a table with a row per task.
 
 Every episode runs as the data maker runs it: noise is added to what is executed. Seeds below 1000000 start from
-placements that the simulator samples, those from 1000000 on from LIBERO's published initial states. Needs LIBERO and its
-assets. Times are of one processor core, whatever else the machine does.
+placements that the simulator samples, those from 1000000 on from LIBERO's published initial states. Needs LIBERO and
+its assets. Times are of one processor core, whatever else the machine does.
 
     python benchmarks/libero_expert.py --suites libero_object libero_goal --episodes 20
     python benchmarks/libero_expert.py --suites libero_10 --tasks 0 1 2 --noise 0
@@ -161,7 +161,10 @@ def compare(first: Path, second: Path) -> None:
         )
         totals.setdefault(a["suite"], []).append([a, b])
     for suite, pairs in totals.items():
-        sums = [f"{sum(len(r['steps']) for r in rows)}/{sum(r['episodes'] for r in rows)}" for rows in zip(*pairs, strict=True)]
+        sums = [
+            f"{sum(len(row['steps']) for row in rows)}/{sum(row['episodes'] for row in rows)}"
+            for rows in zip(*pairs, strict=True)
+        ]
         print(f"| **{suite}** | | {len(pairs)} tasks | **{sums[0]}** | **{sums[1]}** | | | |")
 
 
