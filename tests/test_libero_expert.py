@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from clbench.envs.libero_expert import CLOSED, OPEN, STEP_M, STEP_RAD, LiberoExpert
+from clbench.envs.libero_expert import CLOSED, OPEN, STEP_M, STEP_RAD, LiberoExpert, Scene
 from clbench.envs.libero_geometry import (
     DOWN,
     MAX_WIDTH,
@@ -174,12 +174,23 @@ def test_a_way_turns_where_the_straight_one_is_blocked() -> None:
 
 def test_the_shortest_escape_is_away_from_the_others() -> None:
     middle = np.array([0.1, 0.1])
-    assert not shortest_escape(middle, 0.05, np.zeros((0, 2))).any()
-    assert not shortest_escape(middle, 0.05, np.array([[0.2, 0.1]])).any()
-    shift = shortest_escape(middle, 0.05, np.array([[0.12, 0.1]]))
-    assert np.allclose(shift, [-0.04, 0.0])  # of the shifts of 4 cm, the one with most room
+    assert not shortest_escape(middle).any()
+    assert not shortest_escape(middle, (np.zeros((0, 2)), 0.05)).any()
+    assert not shortest_escape(middle, (np.array([[0.2, 0.1]]), 0.05)).any()
+    near = (np.array([[0.12, 0.1]]), 0.05)
+    assert np.allclose(shortest_escape(middle, near), [-0.04, 0.0])  # of the shifts of 4 cm, the one with most room
     grid = np.stack(np.meshgrid(np.arange(-0.3, 0.6, 0.02), np.arange(-0.3, 0.6, 0.02)), -1).reshape(-1, 2)
-    assert not shortest_escape(middle, 0.05, grid).any()  # nowhere to go
+    assert not shortest_escape(middle, (grid, 0.05)).any()  # nowhere to go
+
+
+def test_the_shortest_escape_keeps_a_distance_of_its_own_from_each_set() -> None:
+    middle = np.array([0.1, 0.1])
+    above, beside = np.array([[0.12, 0.1]]), np.array([[0.0, 0.1]])
+    shift = shortest_escape(middle, (above, 0.03), (beside, 0.08))
+    spot = middle + shift
+    assert np.linalg.norm(spot - above[0]) > 0.03
+    assert np.linalg.norm(spot - beside[0]) > 0.08
+    assert np.linalg.norm(shift) < 0.05
 
 
 class FreeHand:
@@ -247,19 +258,54 @@ def test_grasping_closes_the_fingers_and_holds_still() -> None:
 @pytest.mark.libero
 @pytest.mark.parametrize(
     ("suite", "index"),
-    [("libero_object", 0), ("libero_spatial", 5), ("libero_goal", 0), ("libero_goal", 5), ("libero_10", 3)],
+    [
+        ("libero_object", 0),
+        ("libero_spatial", 5),
+        ("libero_goal", 0),
+        ("libero_goal", 3),
+        ("libero_goal", 5),
+        ("libero_10", 3),
+        ("libero_10", 9),
+    ],
 )
 def test_the_expert_reaches_the_goal_in_spite_of_noise(suite: str, index: int) -> None:
     pytest.importorskip("clbench.envs.libero")
     from clbench.data.make import run_episode
     from clbench.envs.base import make_simulator
-    from clbench.envs.libero_tasks import suite_tasks
+    from clbench.envs.libero_tasks import MAX_STEPS, suite_tasks
 
     simulator = make_simulator({"type": "libero_state", "task": suite_tasks(suite)[index]})
     try:
         expert = LiberoExpert(simulator)
-        _, actions, success = run_episode(simulator, expert, 0, 400, 0, 0.1, np.random.default_rng(0))
+        _, actions, success = run_episode(simulator, expert, 0, MAX_STEPS[suite], 0, 0.1, np.random.default_rng(0))
     finally:
         simulator.close()
     assert success
     assert np.abs(actions).max() <= 1.0
+
+
+@pytest.mark.libero
+def test_only_what_is_under_a_roof_is_put_in_from_the_side() -> None:
+    pytest.importorskip("clbench.envs.libero")
+    from clbench.envs.base import make_simulator
+    from clbench.envs.libero_tasks import suite_tasks
+
+    microwave = "KITCHEN_SCENE6_put_the_yellow_and_white_mug_in_the_microwave_and_close_it"
+    open_above = [("libero_object", 0), ("libero_goal", 1), ("libero_goal", 3), ("libero_goal", 9), ("libero_10", 5)]
+    for task in [microwave, *(suite_tasks(suite)[index] for suite, index in open_above)]:
+        simulator = make_simulator({"type": "libero_state", "task": task})
+        try:
+            simulator.reset(0)
+            scene = Scene(simulator.env.env)
+            region = next(goal[2] for goal in scene.goals if goal[0] in ("in", "on"))
+            cavity = scene.cavity(region)
+            centre = scene.region(region)[0]
+        finally:
+            simulator.close()
+        if task != microwave:
+            assert cavity is None, task
+            continue
+        assert cavity is not None
+        assert np.allclose(cavity.out, [0.0, -1.0, 0.0])  # its door is on the robot's right
+        assert (cavity.low < centre).all() and (centre < cavity.high).all()
+        assert np.allclose(cavity.high - cavity.low, [0.207, 0.154, 0.144], atol=0.003)

@@ -38,10 +38,13 @@ ROBOT_DIM = 8
 STATE_DIM = ROBOT_DIM + 7 * (OBJECT_SLOTS + FIXTURE_SLOTS) + JOINT_SLOTS
 ACTION_DIM = 7
 PRIVILEGED = "object poses instead of camera images"
-NO_DEMONSTRATIONS = {
-    "KITCHEN_SCENE6_put_the_yellow_and_white_mug_in_the_microwave_and_close_it": (
-        "the scripted expert cannot put things under a roof"
-    )
+_UNDER = "the scripted expert puts only things with a handle under a roof that has a floor of its own"
+NO_DEMONSTRATIONS = {  # of libero_90
+    "KITCHEN_SCENE7_open_the_microwave": "the scripted expert opens drawers, not doors",
+    "KITCHEN_SCENE9_put_the_frying_pan_under_the_cabinet_shelf": _UNDER,
+    "STUDY_SCENE4_pick_up_the_book_in_the_middle_and_place_it_on_the_cabinet_shelf": _UNDER,
+    "STUDY_SCENE4_pick_up_the_book_on_the_right_and_place_it_on_the_cabinet_shelf": _UNDER,
+    "STUDY_SCENE4_pick_up_the_book_on_the_right_and_place_it_under_the_cabinet_shelf": _UNDER,
 }
 MAX_STEPS = 1000  # LIBERO's own horizon; the suites' limits are in libero_tasks.MAX_STEPS
 

@@ -7,8 +7,8 @@ The expert reads the goal's predicates and joins skills until they hold:
     Turnon, Turnoff     grip the knob and turn the wrist
     (In a drawer)       open it first, having put aside what it would hide
     (On the table)      drag what is flat, a plate, instead of lifting it
-
-Not attempted: putting things into a microwave or onto a shelf under a roof, where the hand would have to be level.
+    (In under a roof)   grip what sticks out, a handle, with the hand leaning, and put it in from the side; what has
+                        nothing to grip there, e.g. a book, cannot be put under a roof
 
 A skill is a generator of actions. It runs until it is done, but holds no trajectory: every action is computed from
 the state found at that moment, as
@@ -26,12 +26,15 @@ Lengths are metres, angles radians, positions in the world frame.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from clbench.envs.libero_geometry import (
     DOWN,
+    PALM_HALF_WIDTH,
     TIP_DEPTH,
     Grasp,
     axis_rotation,
@@ -56,10 +59,23 @@ CLOSE_STEPS = 9  # until the fingers have closed (or opened) and press
 CLEARANCE = 0.025  # between what moves and what it passes over
 DRAWER_OPEN = 0.15  # LIBERO calls a drawer open from 0.14
 IN_FRONT = 0.025  # things go into a drawer this much before its middle: the drawers above have handles
+UP = np.array([0.0, 0.0, 1.0])
+LEAN = np.pi / 3.0  # of the hand that reaches under a roof, from pointing down
+REAR_GAP = 0.012  # between what is put under a roof and the wall behind it
+LEAST_ROOM = 0.05  # between floor and roof of a room that something can be put into
 APART = 0.12  # between two things on one region, e.g. two pots on a stove
 
 Skill = Generator[np.ndarray, None, bool]  # yields actions; returns whether it did what it is for
 Goal = list[str]  # a predicate and its arguments, e.g. ["in", "milk_1", "basket_1_contain_region"]
+
+
+@dataclass(frozen=True)
+class Cavity:
+    """A box-shaped room with a roof: its lowest and highest corner (3,), and the direction (3,) out of it."""
+
+    low: np.ndarray
+    high: np.ndarray
+    out: np.ndarray
 
 
 class Scene:
@@ -109,10 +125,13 @@ class Scene:
         """Points (N, 3) on the surface of an object or fixture."""
         return self.points_below(self.env.obj_body_id[name])
 
-    def points_below(self, root: int) -> np.ndarray:
-        """Points (N, 3) on the surfaces of a body and of all bodies attached to it."""
-        parts = [self._body_points(body) for body in range(root, self.model.nbody) if self._is_below(body, root)]
-        return np.concatenate(parts)
+    def points_below(self, root: int, without: int | None = None) -> np.ndarray:
+        """Points (N, 3) on the surfaces of a body and of all bodies attached to it, but those that a joint moves."""
+        bodies = [body for body in range(root, self.model.nbody) if self._is_below(body, root)]
+        if without is not None:
+            moved = int(self.model.jnt_bodyid[without])
+            bodies = [body for body in bodies if not self._is_below(body, moved)]
+        return np.concatenate([self._body_points(body) for body in bodies])
 
     def obstacles(self, *without: str) -> np.ndarray:
         """Points (N, 3) on all objects and fixtures but those named."""
@@ -143,6 +162,35 @@ class Scene:
         name = getattr(self.env.object_sites_dict[region], "parent_name", None)
         return name if name is not None and self.is_thing(name) else None
 
+    def cavity(self, region: str) -> Cavity | None:
+        """The room that a region is in when it has a roof, e.g. a microwave's; None when it is open above."""
+        parent = self.parent(region)
+        if parent is None or self.joint_of(region) is not None:
+            return None
+        centre, rotation, half = self.region(region)
+        extent = np.abs(rotation @ half)
+        points = self.points_below(self.env.obj_body_id[parent], without=self.joint_of(parent))  # a door is no wall
+        over = points[(np.abs(points - centre)[:, :2] < 0.5 * extent[:2]).all(axis=1)]
+        above, below = over[over[:, 2] > centre[2], 2], over[over[:, 2] < centre[2], 2]
+        if not len(above) or not len(below) or above.min() - below.max() < LEAST_ROOM:
+            return None
+        floor, roof = float(below.max()), float(above.min())
+        walls = points[(points[:, 2] > floor + 0.02) & (points[:, 2] < roof - 0.02)] - centre
+        low, high = -extent, extent.copy()
+        openings = []
+        for axis in (0, 1):
+            ahead = walls[np.abs(walls[:, 1 - axis]) < 0.5 * extent[1 - axis], axis]
+            for bounds, sign in ((low, -1.0), (high, 1.0)):
+                to_walls = sign * ahead[sign * ahead > 0.0]
+                if len(to_walls):
+                    bounds[axis] = sign * to_walls.min()
+                else:
+                    openings.append(sign * np.eye(3)[axis])
+        if not openings:
+            return None
+        out = max(openings, key=lambda direction: float(direction[:2] @ (self.base_xy - centre[:2])))
+        return Cavity(np.array([*(centre + low)[:2], floor]), np.array([*(centre + high)[:2], roof]), out)
+
     # Joints of drawers, doors and knobs.
 
     def joint_of(self, name: str) -> int | None:
@@ -150,10 +198,11 @@ class Scene:
         if self.is_thing(name):
             body = self.env.obj_body_id[name]
             joints = [j for j in range(self.model.njnt) if self._is_below(int(self.model.jnt_bodyid[j]), body)]
+            joints = [j for j in joints if self.model.jnt_type[j] >= 2]  # 2 slides, 3 turns
             return joints[0] if len(joints) == 1 else None
         body = int(self.model.site_bodyid[self.model.site(name).id])
         first, count = int(self.model.body_jntadr[body]), int(self.model.body_jntnum[body])
-        return first if count == 1 and self.model.jnt_type[first] >= 2 else None  # 2 slides, 3 turns
+        return first if count == 1 and self.model.jnt_type[first] >= 2 else None
 
     def joint_value(self, joint: int) -> float:
         """How far a joint is: metres for a drawer, radians for a door or knob."""
@@ -404,7 +453,7 @@ class LiberoExpert:
         middle = (points[:, :2].max(axis=0) + points[:, :2].min(axis=0)) / 2.0
         radius = float(np.linalg.norm(points[:, :2] - middle, axis=1).max())
         above = others[others[:, 2] > points[:, 2].max() + 0.01]
-        shift = shortest_escape(middle, radius + 0.005, above[:, :2])
+        shift = shortest_escape(middle, (above[:, :2], radius + 0.005))
         if not shift.any():
             return True
         target = self.scene.hand + np.array([*(shift * (1.0 + 0.02 / np.linalg.norm(shift))), 0.01])
@@ -465,6 +514,9 @@ class LiberoExpert:
             return (yield from self._place(name, np.array([*scene.origin(where)[:2], self._floor_of(where)])))
         if scene.parent(where) is None and self._is_flat(name):
             return (yield from self._drag(name, scene.region(where)[0]))
+        cavity = scene.cavity(where)
+        if cavity is not None:
+            return (yield from self._slide_in(name, cavity))
         joint = scene.joint_of(where)
         if joint is not None and abs(scene.joint_value(joint)) < DRAWER_OPEN - 0.03:
             yield from self._park(name, joint)
@@ -488,18 +540,69 @@ class LiberoExpert:
         return (yield from self._place(name, np.array([*centre[:2], centre[2] - extent[2]])))
 
     def _park(self, name: str, joint: int) -> Skill:
-        """Put an object aside that a drawer would hide when it is pulled out over it."""
+        """Draw an object aside that a drawer would hide when it is pulled out over it.
+
+        So far that the palm reaches its middle; `_come_out` does the rest once it is held.
+        """
         scene = self.scene
         points = scene.points(name)
         middle = (points[:, :2].max(axis=0) + points[:, :2].min(axis=0)) / 2.0
-        radius = float(np.linalg.norm(points[:, :2] - middle, axis=1).max())
-        drawer = scene.joint_points(joint) + DRAWER_OPEN * scene.opening(joint)
-        if not shortest_escape(middle, radius + 0.02, drawer[:, :2]).any():
+        drawer = scene.joint_points(joint) + (DRAWER_OPEN + 0.02) * scene.opening(joint)
+        above = (drawer[:, :2], PALM_HALF_WIDTH + 0.01)
+        if not shortest_escape(middle, above).any():
             return True
-        others = np.concatenate([drawer, scene.obstacles(name)])
-        shift = shortest_escape(middle, radius + 0.025, others[:, :2])
-        spot = np.array([*(scene.origin(name)[:2] + shift), scene.bottom(name) + 0.003])
-        return bool((yield from self._pick(name)) and (yield from self._place(name, spot)))
+        radius = float(np.linalg.norm(points[:, :2] - middle, axis=1).max())
+        others = scene.obstacles(name)
+        beside = (others[others[:, 2] < points[:, 2].max() + 0.02][:, :2], radius + 0.01)
+        shift = shortest_escape(middle, above, beside)
+        return (yield from self._drag(name, scene.origin(name) + np.array([*shift, 0.0])))
+
+    def _slide_in(self, name: str, cavity: Cavity) -> Skill:
+        """Grip an object at what sticks out towards the opening, a handle; put it under the roof from the side."""
+        scene = self.scene
+        inwards = -cavity.out
+        lean = axis_rotation(np.cross(inwards, UP), LEAN)  # from pointing down towards inwards
+        yaw = self._nearest_yaw(float(np.arctan2(inwards[1], inwards[0])))  # the fingers open sideways
+        rotation = lean @ top_down(yaw)
+        grasps = plan_grasps(
+            scene.points(name) @ lean,  # as seen by a hand that points down
+            np.zeros((0, 3)),
+            scene.base_xy,
+            yaws=[yaw],
+            depths=(0.010, 0.018, 0.027),
+        )
+        if not grasps:
+            return False
+        position = lean @ grasps[0].position
+        backwards = lean @ UP
+        self._grip = OPEN
+        yield from self._go_above(position + 0.08 * backwards, rotation, height=0.03)
+        yield from self._move(position + 0.08 * backwards, rotation, near=0.012, near_rad=0.15)
+        yield from self._move(position, rotation, near=0.005, near_rad=0.12, steps=45)
+        yield from self._grasp(rotation)
+        before = scene.bottom(name)
+        side = np.cross(inwards, UP)
+        rear = float(max(cavity.low @ inwards, cavity.high @ inwards)) - REAR_GAP
+
+        def error(outside: float, above: float) -> np.ndarray:
+            """Way of the object to the middle of the rear wall, but `outside` metres before and `above` the floor."""
+            points = scene.points(name)
+            middle = (points.max(axis=0) + points.min(axis=0)) / 2.0
+            along = rear - outside - float((points @ inwards).max())
+            aside = float(((cavity.low + cavity.high) / 2.0 - middle) @ side)
+            return along * inwards + aside * side + (cavity.low[2] + above - float(points[:, 2].min())) * UP
+
+        rise = scene.hand + (cavity.low[2] + 0.02 - before) * UP
+        yield from self._move(rise, rotation, near=0.012, near_rad=9.0, steps=40)
+        if scene.bottom(name) < before + 0.5 * (rise[2] - position[2]):
+            yield from self._let_go(rotation, 0.05 * backwards)
+            return False
+        outside = abs(float((cavity.high - cavity.low) @ inwards)) + 0.01
+        for ahead, above, near in ((outside, 0.02, 0.012), (0.0, 0.015, 0.008), (0.0, 0.0, 0.006)):
+            way = partial(error, ahead, above)
+            yield from self._move(rise, rotation, error=way, near=near, near_rad=0.2, steps=60)
+        yield from self._let_go(rotation, 0.12 * cavity.out)
+        return (yield from self._move(scene.hand + 0.1 * UP, rotation, near=0.03, near_rad=9.0))
 
     def _is_flat(self, name: str) -> bool:
         """Whether an object is so flat (a plate) that it would hang down from a grasp at its rim."""

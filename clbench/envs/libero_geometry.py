@@ -126,20 +126,24 @@ def clear_corners(start: np.ndarray, end: np.ndarray, others: np.ndarray, radius
     return next((way for way in ways if room(way) >= radius), max(ways, key=room))
 
 
-def shortest_escape(middle: np.ndarray, radius: float, others: np.ndarray) -> np.ndarray:
-    """Return the shortest shift (2,) that moves a disc around `middle` (2,) clear of the points `others` (N, 2).
+def shortest_escape(middle: np.ndarray, *keep_away: tuple[np.ndarray, float]) -> np.ndarray:
+    """Return the shortest shift (2,) of `middle` (2,) that brings it far enough away from everything.
 
-    Zero when it is clear, and when no shift up to 20 cm frees it.
+    Args:
+        keep_away: points (N, 2), and the distance to be kept from them; as many pairs as there are distances.
+
+    Zero when it is far enough away, and when no shift up to 20 cm brings it there.
     """
-    if not len(others):
+    pairs = [(points, distance) for points, distance in keep_away if len(points)]
+    if not pairs:
         return np.zeros(2)
     angles = np.arange(0.0, 2.0 * np.pi, np.pi / 12.0)
     directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    for distance in np.arange(0.0, 0.21, 0.02):
-        shifts = distance * directions
-        room = np.linalg.norm(others - (middle + shifts)[:, None], axis=2).min(axis=1)
-        if room.max() > radius:
-            return shifts[int(np.argmax(room))]
+    for length in np.arange(0.0, 0.21, 0.02):
+        spots = middle + length * directions
+        room = np.stack([np.linalg.norm(points - spots[:, None], axis=2).min(axis=1) - d for points, d in pairs])
+        if room.min(axis=0).max() > 0.0:
+            return length * directions[int(np.argmax(room.min(axis=0)))]
     return np.zeros(2)
 
 
