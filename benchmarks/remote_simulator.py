@@ -16,6 +16,7 @@ import sys
 import time
 
 import numpy as np
+import psutil
 
 from clbench.envs import base, wire
 from clbench.envs.base import STATE_KEY, Simulator
@@ -25,12 +26,19 @@ VARIABLE = "LIBERO_PYTHON"
 ACTION_DIM, STATE_DIM = 7, 89
 
 
-def play(simulator: Simulator, actions: np.ndarray) -> tuple[float, np.ndarray]:
-    """Returns seconds per step, and the states (steps, STATE_DIM)."""
+def processor_s() -> float:
+    """Processor seconds of this process and its children so far."""
+    own = psutil.Process()
+    return sum(p.cpu_times().user + p.cpu_times().system for p in (own, *own.children()))
+
+
+def play(simulator: Simulator, actions: np.ndarray) -> tuple[float, float, np.ndarray]:
+    """Returns seconds and processor seconds per step, and the states (steps, STATE_DIM)."""
     simulator.reset(3)
-    start = time.perf_counter()
+    start, used = time.perf_counter(), processor_s()
     states = [simulator.step(action).observation[STATE_KEY] for action in actions]
-    return (time.perf_counter() - start) / len(actions), np.stack(states)
+    used, passed = processor_s() - used, time.perf_counter() - start
+    return passed / len(actions), used / len(actions), np.stack(states)
 
 
 def steps_of_libero(task: str, steps: int, rounds: int) -> None:
@@ -42,15 +50,16 @@ def steps_of_libero(task: str, steps: int, rounds: int) -> None:
     there = base.make_simulator(spec)
     print(f"child: {base.simulator_versions('libero_state')}")
     actions = np.random.default_rng(0).uniform(-1, 1, (steps, ACTION_DIM)).astype(np.float32)
-    seconds: list[tuple[float, float]] = []
+    rows: list[tuple[float, ...]] = []
     for i in range(rounds):
         found = {s: play(s, actions) for s in ((here, there) if i % 2 else (there, here))}
-        if not np.array_equal(found[here][1], found[there][1]):
+        if not np.array_equal(found[here][2], found[there][2]):
             raise RuntimeError("the child's states differ from this process's")
-        seconds.append((found[here][0], found[there][0]))
-    ms = [1e3 * statistics.median(column) for column in zip(*seconds, strict=True)]
-    ratio = statistics.median(b / a for a, b in seconds)
-    print(f"{task}: {ms[0]:.2f} ms a step here, {ms[1]:.2f} ms in a child; median ratio {ratio:.3f}", flush=True)
+        rows.append((*found[here][:2], *found[there][:2]))
+    for i, what in enumerate(("time", "processor time")):
+        ms = [1e3 * statistics.median(row[column] for row in rows) for column in (i, i + 2)]
+        ratio = statistics.median(row[i + 2] / row[i] for row in rows)
+        print(f"{what} of a step: {ms[0]:.2f} ms here, {ms[1]:.2f} ms in a child; median ratio {ratio:.3f}")
 
 
 def messages(size: int, count: int) -> None:

@@ -75,6 +75,10 @@ class Simulator:
         distance = float(np.linalg.norm(self.x[:4].astype(np.float64)))
         return Step(self._observation(), -distance / 3, distance < 0.7)
 
+    def step_unseen(self, action: np.ndarray) -> Step:
+        step = self.step(action)
+        return step._replace(observation={STATE_KEY: step.observation[STATE_KEY]})
+
     def render(self, width: int, height: int) -> np.ndarray:
         if self.task != "images":
             raise NotImplementedError(f"{self.task} has no pictures.")

@@ -115,6 +115,7 @@ def test_an_episode_is_the_same_bit_for_bit(other: str) -> None:
         actions = np.random.default_rng(0).normal(size=(30, 4))
         for action in (*actions, *actions.astype(np.float32), np.arange(8)[::2]):
             same(there.step(action), ours.step(action))
+        same(there.step_unseen(actions[0]), ours.step_unseen(actions[0]))
         same(there.render(32, 24), ours.render(32, 24))
     assert there.reset(1)[STATE_KEY].flags.writeable
 

@@ -193,6 +193,10 @@ class RemoteSimulator:
         """Apply `action`; ValueError for a wrong shape, NaN or inf."""
         return base.Step(*self._ask("step", action=np.asarray(action)))
 
+    def step_unseen(self, action: np.ndarray) -> base.Step:
+        """As `step`, for who does not look at what it leads to: no picture is drawn where one can do without."""
+        return base.Step(*self._ask("step_unseen", action=np.asarray(action)))
+
     def render(self, width: int, height: int) -> np.ndarray:
         """Return the scene as uint8 (height, width, 3); NotImplementedError where the simulator does not offer it."""
         image: np.ndarray = self._ask("render", width=width, height=height)
