@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from clbench.config.compose import available, compose
 from clbench.data.info import INFO_FILE
 from clbench.envs import libero_assets
+from clbench.envs.base import other_python, simulator_versions
 from clbench.errors import UserError
 from clbench.paths import cache_root, data_root, results_root
 from clbench.streams.stream import data_folder
@@ -87,10 +88,21 @@ def renderers() -> Iterator[Finding]:
 
 def simulators() -> Iterator[Finding]:
     """What LIBERO needs beside its package; looked at without importing it, which could ask a question."""
+    variable = other_python("libero_state")
+    if variable is not None:
+        try:
+            found = ", ".join(f"{n.replace('_', ' ')} {v}" for n, v in simulator_versions("libero_state").items())
+            yield Finding("ok", f"LIBERO under {variable}={os.environ[variable]}: {found}")
+        except UserError as e:
+            yield Finding("note", "LIBERO under another interpreter", str(e))
+        return
     try:
         libero_assets.package()
     except UserError:
-        yield Finding("note", "LIBERO is not installed", "only for the libero streams: install the extra 'libero'")
+        yield Finding(
+            "note", "LIBERO is not installed",
+            "only for the libero streams: install the extra 'libero', or set LIBERO_PYTHON to a Python that has it",
+        )  # fmt: skip
         return
     yield Finding("ok", f"LIBERO (hf-libero {version('hf-libero')})")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ from clbench.errors import Interrupted
 from clbench.launch import LAUNCHER
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 SAME_S = 0.5  # signals so close together are one request: terminals and launchers signal a process and its children
 
 
@@ -62,3 +64,21 @@ def stoppable() -> Iterator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def belong_to(parent: int) -> None:
+    """Leave signals to the process `parent`, which may get them too, and die when it dies, be it in an endless call."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked by the parent while this process started
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)  # it died before
+
+
+def how_ended(status: int | None) -> str:
+    """Return in words how a process ended, from its exit status (-number: by a signal)."""
+    if status is not None and status < 0:
+        name = signal.Signals(-status).name
+        return f"was killed by {name}" + (" (often: out of memory)" if name == "SIGKILL" else "")
+    return f"ended its process (exit status {status})"

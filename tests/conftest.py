@@ -14,6 +14,7 @@ for _name, _value in {
 }.items():
     os.environ[_name] = _value
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+LIBERO_PYTHON = os.environ.pop("LIBERO_PYTHON", None)  # for the tests that are about it; others look into simulators
 
 import pytest  # noqa: E402
 

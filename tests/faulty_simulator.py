@@ -23,9 +23,11 @@ from clbench.envs import base, metaworld
 from clbench.envs.base import EVAL_SEED_BASE, STATE_KEY, Observation, Step
 from clbench.evaluation import worker
 
+PYTHON_VARIABLE = "FAULTY_PYTHON"
 FPS, ROBOT_TYPE, STATE_DIM, ACTION_DIM, MAX_STEPS = 80, "none", 39, 4, 500
 STEP_S = 0.002
 instruction = metaworld.instruction
+versions = dict[str, str]
 tasks = metaworld.tasks
 
 

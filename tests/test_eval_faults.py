@@ -5,6 +5,7 @@ All are run as a user runs them, with a simulator that fails on request (tests/f
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -81,6 +82,17 @@ def start(run: Path, out: Path, *overrides: str, faults: dict[str, str] | None =
     )
 
 
+@pytest.fixture(params=["here", "child"])
+def in_child(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether simulators have a process of their own (see clbench/envs/remote.py), under the same interpreter."""
+    if request.param == "child":
+        program = tmp_path / "python"
+        program.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} "$@"\n')
+        program.chmod(0o755)
+        monkeypatch.setenv("FAULTY_PYTHON", str(program))
+    return request.param == "child"
+
+
 def finish(process: subprocess.Popen[str], timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
     try:
         out, err = process.communicate(timeout=timeout)
@@ -123,6 +135,15 @@ def children(process: subprocess.Popen[str]) -> list[int]:
     return found
 
 
+def simulators_of(workers: Sequence[int]) -> list[int]:
+    """The processes that have the simulators of evaluation processes."""
+    found = []
+    for pid in workers:
+        with contextlib.suppress(OSError):  # it has just ended, and they with it
+            found += [p for t in Path(f"/proc/{pid}/task").iterdir() for p in (t / "children").read_text().split()]
+    return [int(p) for p in found]
+
+
 def ended(pids: Sequence[int]) -> bool:
     return not any(Path(f"/proc/{p}").exists() and "Z" not in stat_of(p) for p in pids)
 
@@ -134,21 +155,27 @@ def stat_of(pid: int) -> str:
         return "Z"
 
 
-def test_killed_at_any_moment_it_continues_with_what_is_missing(run: Path, undisturbed: Files, tmp_path: Path) -> None:
+def test_killed_at_any_moment_it_continues_with_what_is_missing(
+    run: Path, undisturbed: Files, tmp_path: Path, in_child: bool
+) -> None:
     """kill -9 of the whole evaluation, four times, and a line cut in half; then as if nothing had happened."""
     rng = random.Random(time.time_ns())
     total, before = 3 * TRIALS, 0
+    seen: set[int] = set()
     for part in (0.0, 0.2, 0.5, 0.8):
         process = start(run, tmp_path, f"eval.workers={rng.choice((1, 2))}")
         if part:
             wait_for(lambda: recorded(tmp_path) >= max(before + 1, part * total), "episodes")  # noqa: B023
         time.sleep(0.05 * rng.random())
         workers = children(process)
+        servers = simulators_of(workers)
+        seen.update(servers)
         process.kill()
         finish(process)
-        wait_for(lambda: ended(workers), "the orphans to end", 5)  # noqa: B023
+        wait_for(lambda: ended([*workers, *servers]), "the orphans to end", 5)  # noqa: B023
         assert recorded(tmp_path) >= before
         before = recorded(tmp_path)
+    assert bool(seen) == in_child
     cell = max((evaluation(tmp_path) / "cells").glob("*.jsonl"), key=lambda p: p.stat().st_size)
     os.truncate(cell, cell.stat().st_size - rng.randrange(1, 60))
     before = recorded(tmp_path)
@@ -159,7 +186,9 @@ def test_killed_at_any_moment_it_continues_with_what_is_missing(run: Path, undis
     assert files(tmp_path) == undisturbed
 
 
-def test_simulators_that_raise_die_and_hang_are_replaced(run: Path, undisturbed: Files, tmp_path: Path) -> None:
+def test_simulators_that_raise_die_and_hang_are_replaced(
+    run: Path, undisturbed: Files, tmp_path: Path, in_child: bool
+) -> None:
     """Each once, and a process killed from outside before it did anything: no trace but the notes."""
     a, b, c = STREAM
     faults = {f"{a}-1": "raise 1", f"{a}-2": "reset-raise 1", f"{b}-0": "die 1", f"{c}-make": "raise 1",
@@ -170,10 +199,11 @@ def test_simulators_that_raise_die_and_hang_are_replaced(run: Path, undisturbed:
     done = finish(process)
     assert done.returncode == 0, done.stderr
     assert files(tmp_path) == undisturbed
+    raised = "the simulator raised RemoteError: RuntimeError" if in_child else "the simulator raised RuntimeError"
     for note in (
         "note: an evaluation process was killed by SIGKILL (often: out of memory); starting another one",
-        "k=2 j=0 episode 1: the simulator raised RuntimeError: the physics blew up; playing it again (retry ",
-        "k=2 j=0 episode 2: the simulator raised RuntimeError: the physics blew up; playing it again (retry ",
+        f"k=2 j=0 episode 1: {raised}: the physics blew up; playing it again (retry ",
+        f"k=2 j=0 episode 2: {raised}: the physics blew up; playing it again (retry ",
         "k=2 j=1 episode 0: the simulator's step was killed by SIGKILL (often: out of memory); playing it again (retry",
         "k=2 j=2 episode 5: the simulator's step ended its process (exit status 3); playing it again (retry ",
         "k=2 j=2 episode 3: the simulator's step did not return within 1 s; playing it again (retry ",
@@ -213,6 +243,21 @@ def test_a_cell_that_fails_again_and_again_is_named_and_tried_again(
     done = finish(start(run, out))
     assert done.returncode == 0, done.stderr
     assert files(out) == undisturbed
+
+
+@pytest.mark.parametrize("in_child", ["child"], indirect=True)
+def test_only_the_cell_whose_simulator_took_the_others_with_it_is_given_up(
+    run: Path, undisturbed: Files, tmp_path: Path, in_child: bool
+) -> None:
+    """Four simulators are in a process that is killed again and again, always by the same one."""
+    done = finish(start(run, tmp_path, "eval.retries=2", "eval.workers=1", faults={f"{STREAM[1]}-0": "die 99"}))
+    assert done.returncode == 2 and "1 cell could not be evaluated" in done.stderr, done.stderr
+    (failed,) = read_json(evaluation(tmp_path) / "failures.json")
+    assert (failed["j"], failed["episode"], failed["attempts"]) == (1, 0, 3)
+    assert failed["reason"] == "the simulator's step was killed by SIGKILL (often: out of memory)"
+    assert done.stderr.count("playing it again") == 2, done.stderr
+    for name in ("cells/k02_j00.jsonl", "cells/k02_j02.jsonl"):
+        assert files(tmp_path)[name] == undisturbed[name]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import clbench
 from clbench.checkpoints.whole import DESCRIPTION, damage, write_whole
 from clbench.config.compose import to_dict, to_yaml
 from clbench.config.schema import Config
-from clbench.envs.base import privileged
+from clbench.envs.base import other_python, privileged, simulator_versions
 from clbench.errors import UserError, nearest
 from clbench.io import read_json, refuse_links, write_json, write_text
 from clbench.paths import PROJECT_ROOT, results_root
@@ -114,6 +114,8 @@ def write_description(
     own_base = config.dataset.pretrain is not None and not config.policy.get("path")
     heldout = pretraining_tasks(config.dataset)[0] if own_base else []
     algorithm = config.algorithm["name"]
+    env_type = config.dataset.env.type
+    elsewhere = simulator_versions(env_type) if other_python(env_type) else {}
     before = read_json(folder / "manifest.json") if (folder / "manifest.json").is_file() else {}
     earlier = before.get("sessions", []) if isinstance(before, dict) else []
     write_text(folder / "config.yaml", to_yaml(config))
@@ -130,7 +132,7 @@ def write_description(
             "lora": asdict(config.lora),
             "policy": config.model,
             "dataset": stream.name,
-            "privileged": privileged(config.dataset.env.type),
+            "privileged": privileged(env_type),
             "seed": config.seed,
             "mode": stream.mode,
             "visits": describe_columns(stream.columns),
@@ -138,7 +140,7 @@ def write_description(
             "checkpoints": [v.task for v in stream.visits],
             "data_fingerprint": stream.fingerprint,
             "base": base,
-            "versions": versions(),
+            "versions": versions() | elsewhere,
             "git_revision": git_revision(),
             "command": session["command"],
             "sessions": [*earlier, {**session, "time": round(time.time(), 3), "git_revision": git_revision()}],

@@ -45,11 +45,13 @@ from clbench.envs.base import (
     Expert,
     Simulator,
     backend,
+    check_other_python,
     check_task,
     episode_expert,
     instruction,
     make_simulator,
     privileged,
+    simulator_versions,
     without_demonstrations,
 )
 from clbench.errors import UserError
@@ -224,6 +226,7 @@ def make_dataset(
         if _is_made(root, wanted, force):
             _say(progress, f"{root} already holds '{name}' with these parameters; nothing to do.")
             return root
+        check_other_python(env_type)
         collected = _collect(jobs, workers, progress)
         new = folder / "dataset"
         with _quiet_libraries():
@@ -477,7 +480,7 @@ def _write(
         **({"privileged": label} if label else {}),
         "tasks": described,
         "fingerprint": _fingerprint_of(collected),
-        "versions": module.versions() | {"numpy": version("numpy"), "lerobot": version("lerobot")},
+        "versions": simulator_versions(jobs[0].env_type) | {"numpy": version("numpy"), "lerobot": version("lerobot")},
     }
     write_json(folder / INFO_FILE, info)
 

@@ -12,6 +12,8 @@ A backend is a module of this package, named in `BACKENDS`, that offers
     NO_DEMONSTRATIONS: dict[str, str]     optional: tasks that its expert cannot do, and why
     versions() -> dict[str, str]          the versions of the packages that decide its physics
     FPS, ROBOT_TYPE, STATE_DIM, ACTION_DIM, MAX_STEPS
+    PYTHON_VARIABLE: str                  optional: the environment variable that may name another interpreter, one that
+                                          has the simulator (see remote.py); only make, expert_for and versions need it
     PRIVILEGED: str                       optional: what its observations hold that no robot would see; data sets,
                                           manifests and reports carry it as a label
 """
@@ -19,6 +21,7 @@ A backend is a module of this package, named in `BACKENDS`, that offers
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
@@ -89,10 +92,43 @@ def available_tasks(env_type: str) -> list[str]:
 def make_simulator(spec: Mapping[str, Any]) -> Simulator:
     """Build the simulator that `spec`, e.g. {"type": "metaworld", "task": "push-v3"}, describes.
 
+    It is in this process, or in a child of it where the user names another interpreter for its type (see remote.py).
+
     Raises UserError for a missing or unknown key, an unknown type, or an unknown task.
     """
     env_type, task = _split(spec)
+    variable = other_python(env_type)
+    if variable is not None:
+        from clbench.envs import remote
+
+        return remote.make(variable, dict(spec))
     return backend(env_type).make(task)
+
+
+def other_python(env_type: str) -> str | None:
+    """Return the environment variable that names another interpreter for an environment type; None: it is this one."""
+    variable: str | None = getattr(backend(env_type), "PYTHON_VARIABLE", None)
+    return variable if variable is not None and os.environ.get(variable) else None
+
+
+def simulator_versions(env_type: str) -> dict[str, str]:
+    """Return the versions of the packages that decide an environment type's physics, from where its simulators are.
+
+    Raises UserError, naming the variable, where another interpreter is named that cannot have them.
+    """
+    variable = other_python(env_type)
+    if variable is not None:
+        from clbench.envs import remote
+
+        return remote.versions(variable, env_type)
+    found: dict[str, str] = backend(env_type).versions()
+    return found
+
+
+def check_other_python(env_type: str) -> None:
+    """Raise UserError where another interpreter is named for an environment type that cannot have its simulators."""
+    if other_python(env_type) is not None:
+        simulator_versions(env_type)
 
 
 def make_expert(spec: Mapping[str, Any]) -> Expert:
@@ -112,7 +148,11 @@ def episode_expert(spec: Mapping[str, Any], simulator: Simulator) -> Expert:
 
     Raises UserError for a bad `spec` (as `make_simulator`) and where the type has no experts.
     """
+    from clbench.envs.remote import RemoteSimulator
+
     module = backend(_split(spec)[0])
+    if isinstance(simulator, RemoteSimulator):
+        return simulator.expert()
     if not hasattr(module, "expert_for"):
         return make_expert(spec)
     made: list[Expert] = []

@@ -40,6 +40,7 @@ from clbench.io import read_json, write_json, write_text
 from clbench.paths import cache_root
 
 COMMAND = "clbench data assets libero --from FILE|FOLDER|hub"
+INSTALL = "Install it with: pip install 'clbench[libero]', or set LIBERO_PYTHON to an interpreter that has hf-libero."
 HUB_REPOSITORY = "lerobot/libero-assets"  # hf-libero's own source
 EXPECTED_FILE = Path(__file__).with_name("libero_assets.json")
 RECORD = "assets.json"
@@ -241,7 +242,7 @@ def package() -> Path:
     for place in (spec.submodule_search_locations or ()) if spec is not None else ():
         if (Path(place) / "libero" / "benchmark").is_dir():
             return Path(place) / "libero"
-    raise UserError("LIBERO is not installed. Install it with: pip install 'clbench[libero]'")
+    raise UserError(f"LIBERO is not installed. {INSTALL}")
 
 
 def write_config() -> Path:
@@ -275,9 +276,7 @@ def import_libero() -> ModuleType:
             module._assets_path_cache = str(assets.resolve())  # type: ignore[attr-defined]
             return importlib.import_module("libero.libero.envs")
     except (ImportError, OSError, AttributeError) as e:
-        raise UserError(
-            f"LIBERO cannot be imported ({type(e).__name__}: {e}). Install it with: pip install 'clbench[libero]'"
-        ) from e
+        raise UserError(f"LIBERO cannot be imported ({type(e).__name__}: {e}). {INSTALL}") from e
 
 
 @contextlib.contextmanager
@@ -290,7 +289,7 @@ def _quiet_robosuite() -> Iterator[None]:
     before = os.environ.get("MUJOCO_GL")
     spec = importlib.util.find_spec("robosuite")
     if spec is None or spec.origin is None:
-        raise UserError("robosuite is not installed. Install it with: pip install 'clbench[libero]'")
+        raise UserError(f"robosuite is not installed. {INSTALL}")
     if "robosuite" in sys.modules:
         yield
         return

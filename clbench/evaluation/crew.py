@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from clbench.errors import Interrupted, UserError
 from clbench.evaluation.worker import CALL, CALLS, COUNT, EPISODE, Beat, Job, Settings, work
-from clbench.stopping import SIGNALS, Stop
+from clbench.stopping import SIGNALS, Stop, how_ended
 
 POLL_S = 0.5
 END_S = 2.0  # for a process to end by itself, or after it was killed
@@ -183,7 +183,7 @@ class Crew:
         for w in list(self.crew):
             if not w.process.is_alive():
                 self._read(w)
-                self._lose(w, _how(w.process.exitcode))
+                self._lose(w, how_ended(w.process.exitcode))
                 continue
             call = w.call()
             if call is None or w.beat[COUNT] != w.count:
@@ -261,10 +261,3 @@ def _threads(count: int) -> Iterator[None]:
 
 def _say(text: str) -> None:
     tqdm.write(f"note: {text}", file=sys.stderr)  # beside the progress bar
-
-
-def _how(exitcode: int | None) -> str:
-    if exitcode is not None and exitcode < 0:
-        name = signal.Signals(-exitcode).name
-        return f"was killed by {name}" + (" (often: out of memory)" if name == "SIGKILL" else "")
-    return f"ended its process (exit status {exitcode})"

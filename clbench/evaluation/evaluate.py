@@ -22,7 +22,7 @@ from clbench.checkpoints.run_folder import (
 from clbench.checkpoints.whole import damage
 from clbench.config.compose import check_keys, load_yaml, merge, to_config
 from clbench.config.schema import Config
-from clbench.envs.base import EVAL_SEED_BASE
+from clbench.envs.base import EVAL_SEED_BASE, check_other_python
 from clbench.errors import Interrupted, UserError
 from clbench.evaluation.crew import Cell, Crew
 from clbench.evaluation.records import (
@@ -234,6 +234,8 @@ class _Run:
         total = sum(len(job.episodes) for job in jobs)
         failed: dict[Cell, dict[str, Any]] = {}
         if total:
+            for env_type in sorted({e["env"]["type"] for job in jobs for e in job.episodes}):
+                check_other_python(env_type)
             print(f"evaluating {total} episodes in {workers} processes → {out}", file=sys.stderr, flush=True)
             settings = Settings(self.config, e.slots, e.steps_after_success, self.config.train.device, threads=1)
             before, started = _episodes(files), time.monotonic()

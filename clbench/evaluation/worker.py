@@ -6,11 +6,9 @@ shared memory, where the parent (crew.py) finds it.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import multiprocessing
 import os
-import signal
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -19,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from clbench.stopping import SIGNALS
+from clbench.envs.remote import SimulatorDied
+from clbench.stopping import belong_to
 
 if TYPE_CHECKING:
     from clbench.rollout.rollout import Episode
-
-PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ class Reporter:
     """Tells the parent through shared memory which simulator is being called, and through the pipe which failed."""
 
     def __init__(self, job: Job, beat: Beat, send: Callable[[tuple[Any, ...]], None], retries: int) -> None:
-        self.beat, self.send, self.retries = beat, send, retries
+        self.beat, self.send, self.retries, self.episodes = beat, send, retries, job.episodes
         self.numbers = {(e["j"], e["episode"]): i + 1 for i, e in enumerate(job.episodes)}
         self.failures: Counter[int] = Counter()
 
@@ -84,6 +81,12 @@ class Reporter:
         self.failures[j] += 1
         return self.failures[j] > self.retries
 
+    def died(self, how: str) -> None:
+        """Report the episode whose simulator was being called when the simulators' own process ended."""
+        e = self.episodes[self.beat[EPISODE] - 1]
+        self.send(("failed", e["j"], e["episode"], f"the simulator's {CALLS[self.beat[CALL]]} {how}"))
+        self.after()
+
 
 def work(pipe: Any, beat: Beat, settings: Settings) -> None:
     """Play jobs that come through `pipe` until None does.
@@ -91,7 +94,9 @@ def work(pipe: Any, beat: Beat, settings: Settings) -> None:
     Sends ("ready",) before each job, ("episode", record), ("failed", j, episode, reason) when a simulator raised, and
     ("error", message, traceback) before it ends for any other exception.
     """
-    _belong_to_parent()
+    parent = multiprocessing.parent_process()
+    assert parent is not None and parent.pid is not None
+    belong_to(parent.pid)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(settings.threads)
     try:
@@ -101,23 +106,16 @@ def work(pipe: Any, beat: Beat, settings: Settings) -> None:
         pipe.send(("ready",))
         while (job := pipe.recv()) is not None:
             watch = Reporter(job, beat, pipe.send, settings.config.eval.retries)
-            for record in play(job, settings, pool, watch):
-                pipe.send(("episode", record))
+            try:
+                for record in play(job, settings, pool, watch):
+                    pipe.send(("episode", record))
+            except SimulatorDied as e:  # it had all the simulators: what is left of the job is played with others
+                watch.died(e.how)
+                pool = SimulatorPool()
             pipe.send(("ready",))
         pool.close()
     except Exception as e:  # noqa: BLE001 (the parent raises it)
         pipe.send(("error", str(e) or type(e).__name__, traceback.format_exc()))
-
-
-def _belong_to_parent() -> None:
-    """Leave signals to the parent, which may get them too, and die when it dies, be it in a call that never returns."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked by the parent while this process started
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    parent = multiprocessing.parent_process()
-    if parent is not None and parent.pid != os.getppid():
-        os._exit(1)  # it died before
 
 
 def play(job: Job, settings: Settings, pool: Any, watch: Any = None) -> Any:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clbench.envs.base import Observation, Simulator, make_simulator
+from clbench.envs.remote import SimulatorDied
 from clbench.errors import UserError
 
 if TYPE_CHECKING:
@@ -104,11 +105,12 @@ class _Slot:
         self.counts: dict[str, Counter[str]] = {}
 
     def _call[T](self, name: str, function: Callable[..., T], *arguments: Any) -> T:
-        """Call the simulator. What ends the process in it, SystemExit included, leaves the watch at this call."""
+        """Call the simulator. What ends the process in it, SystemExit included, leaves the watch at this call; so does
+        the end of the process that has it, with which all other simulators of this one are lost."""
         self.watch.before(self.episode, name)
         try:
             result = function(*arguments)
-        except UserError:  # not a fault of this episode: the simulator is not installed, for example
+        except (UserError, SimulatorDied):  # UserError is no fault of this episode: it is not installed, for example
             raise
         except Exception as e:
             self.watch.after()

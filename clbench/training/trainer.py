@@ -34,6 +34,7 @@ from clbench.checkpoints.whole import DESCRIPTION
 from clbench.config.compose import to_yaml
 from clbench.config.schema import Config, LogConfig
 from clbench.data.frames import StreamFrames
+from clbench.envs.base import check_other_python
 from clbench.errors import Interrupted, UserError, nearest
 from clbench.io import read_json, write_text
 from clbench.lock import held
@@ -83,6 +84,7 @@ def train(
     folder = results_folder(run_id, config.output_dir)
     with ExitStack() as stack:
         if backend.is_main:
+            check_other_python(config.dataset.env.type)
             new_run_folder(run_id, config.output_dir, resume)
             stack.enter_context(held(folder, "training"))
             clear_leftovers(folder)

@@ -1,0 +1,118 @@
+"""The process that has the simulators, under an interpreter of its own; `remote.py` starts it and asks.
+
+Only the standard library, numpy and what the backends need are imported here, and the modules that are (`clbench.envs`,
+`errors`, `io`, `paths`, `stopping`, `launch`) are written for Python 3.10: ruff checks them for it.
+
+A request is {"do": what, "forget": simulators that nobody has any more, ...}; see `Server` for what and the rest. An
+answer is {"result": value}, or {"error": type, "message": text, "trace": text, "user": whether it is a UserError}.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import platform
+import socket
+import traceback
+from typing import Any
+
+import numpy as np
+
+from clbench.envs import base, wire
+from clbench.errors import UserError
+from clbench.stopping import belong_to
+
+
+class Server:
+    """The simulators of one other process. Every public method answers a request of its name."""
+
+    def __init__(self) -> None:
+        self._simulators: dict[int, base.Simulator] = {}
+        self._specs: dict[int, dict[str, Any]] = {}
+        self._experts: dict[int, base.Expert] = {}
+        self._made = 0
+
+    def backends(self, names: dict[str, str]) -> None:
+        """Know the same environment types as the other process."""
+        base.BACKENDS.clear()
+        base.BACKENDS.update(names)
+
+    def versions(self, env_type: str) -> dict[str, str]:
+        """The versions that decide an episode, this interpreter's and numpy's among them."""
+        own = {"simulator_python": platform.python_version(), "simulator_numpy": np.__version__}
+        return base.simulator_versions(env_type) | own
+
+    def make(self, spec: dict[str, Any]) -> int:
+        """Build a simulator; returns the number it has from now on."""
+        simulator = base.make_simulator(spec)
+        self._made += 1
+        self._simulators[self._made], self._specs[self._made] = simulator, spec
+        return self._made
+
+    def reset(self, number: int, seed: int) -> base.Observation:
+        return self._simulators[number].reset(seed)
+
+    def step(self, number: int, action: np.ndarray) -> tuple[Any, ...]:
+        return tuple(self._simulators[number].step(action))
+
+    def step_unseen(self, number: int, action: np.ndarray) -> tuple[Any, ...]:
+        """As `step`, by the simulator's own method of this name where it has one: it draws no pictures."""
+        simulator: Any = self._simulators[number]
+        return tuple(getattr(simulator, "step_unseen", simulator.step)(action))
+
+    def render(self, number: int, width: int, height: int) -> np.ndarray:
+        return self._simulators[number].render(width, height)
+
+    def expert(self, number: int, observation: base.Observation, first: bool) -> np.ndarray:
+        """The expert's action; `first`: that of a new episode expert, which forgets the one before."""
+        if first:
+            self._experts[number] = base.episode_expert(self._specs[number], self._simulators[number])
+        return self._experts[number](observation)
+
+    def close(self, number: int) -> None:
+        self._simulators[number].close()
+        self.forget(number)
+
+    def forget(self, number: int) -> None:
+        """Drop a simulator as it is: it may have failed, so nothing of it is called."""
+        for kept in (self._simulators, self._specs, self._experts):
+            kept.pop(number, None)
+
+
+def serve(connection: socket.socket) -> None:
+    """Answer requests until the other process closes its end."""
+    server = Server()
+    while True:
+        try:
+            request = wire.receive(connection)
+        except (EOFError, ConnectionError):
+            return
+        try:
+            for number in request.pop("forget"):
+                server.forget(number)
+            answer = wire.pack({"result": getattr(server, request.pop("do"))(**request)})
+        except Exception as e:  # noqa: BLE001 (the other process raises it)
+            trace = traceback.format_exc()
+            said = {"error": type(e).__name__, "message": str(e), "trace": trace, "user": isinstance(e, UserError)}
+            answer = wire.pack(said)
+        try:
+            wire.send(connection, answer)
+        except ConnectionError:
+            return
+
+
+def main(parent: int, connection_fd: int, stderr_fd: int) -> None:
+    """Serve the process `parent` over an inherited socket, until it ends.
+
+    What simulators print goes to `stderr_fd`, on which the parent's errors go, too: until now it was kept, to be told
+    if this process cannot start.
+    """
+    belong_to(parent)
+    faulthandler.enable(stderr_fd)
+    connection = socket.socket(fileno=connection_fd)
+    hello = {"protocol": wire.PROTOCOL, "python": platform.python_version(), "numpy": np.__version__}
+    wire.send(connection, wire.pack(hello))
+    for fd in (1, 2):
+        os.dup2(stderr_fd, fd)
+    serve(connection)
+    os._exit(0)  # nothing here is worth the time that libraries take to end
