@@ -108,7 +108,7 @@ def work(name: str, args: argparse.Namespace, folder: str, pipe: Any) -> None:
                    *(["algorithm.fisher_batches=1"] if name == "ewc" else [])],
     )  # fmt: skip
     algorithm = build_algorithm(config)
-    stream = build_stream(config.dataset)
+    stream = build_stream(config.dataset, render=config.render)
     last = len(stream.visits) - 1
     backend = Backend(config.train)
     base, _ = ensure_base(config, backend, "quiet")

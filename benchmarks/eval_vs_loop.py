@@ -77,7 +77,7 @@ def base_policy(config: Config, dataset: str) -> Path:
     """The cached base of the stream."""
     from clbench.training.pretrain import base_folder
 
-    folder = base_folder(config, pretraining_tasks(config.dataset)[1])
+    folder = base_folder(config, pretraining_tasks(config.dataset, config.render)[1])
     if not (folder / "base.json").is_file():
         raise UserError(
             f"there is no base in {folder}: run `clbench pretrain --model dit_dec_tiny --dataset {dataset}`, or give "
@@ -196,9 +196,9 @@ def main() -> None:
     config = stream_config(args.dataset)
     policy = args.policy.resolve() if args.policy else base_policy(config, args.dataset)
     if args.tasks == "pretrain":
-        tasks = pretraining_tasks(config.dataset)[0]
+        tasks = pretraining_tasks(config.dataset, config.render)[0]
     else:
-        tasks = list({t.name: t for t in build_stream(config.dataset).columns}.values())
+        tasks = list({t.name: t for t in build_stream(config.dataset, render=config.render).columns}.values())
     episodes = episode_list(tasks, args.episodes)
     print(machine(f"1 per evaluator process, {args.loop_threads or 'default'} in the loop"))
     print(f"{len(tasks)} tasks × {args.episodes} episodes, policy {policy.name}", flush=True)

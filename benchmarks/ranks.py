@@ -95,7 +95,7 @@ def train_as_rank(args: argparse.Namespace) -> None:
                    *(f"policy.{key}={value}" for key, value in size.items())],
     )  # fmt: skip
     backend = Backend(config.train)
-    stream = build_stream(config.dataset)
+    stream = build_stream(config.dataset, render=config.render)
     frames = StreamFrames([v.tasks for v in stream.visits], policy_config(config.policy, args.device))
     frames.length(0)
     before = psutil.Process().memory_info().rss

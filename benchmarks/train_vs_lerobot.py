@@ -236,7 +236,7 @@ def compare_statistics(config: Config) -> None:
     from clbench.streams.stream import pretraining_tasks
     from clbench.training.pretrain import frame_statistics
 
-    tasks, _ = pretraining_tasks(config.dataset)
+    tasks, _ = pretraining_tasks(config.dataset, config.render)
     exact = frame_statistics(StreamFrames([tuple(tasks)], clbench.policies.DitDecConfig(device="cpu")))
     recorded = LeRobotDatasetMetadata(repo_id=tasks[0].root.name, root=tasks[0].root).stats
     for key in ("observation.state", "action"):

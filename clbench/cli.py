@@ -223,7 +223,8 @@ def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str], 
 
     if not launched():
         _check_ranks(config, ranks, args.port)
-    build_stream(config.dataset, sequential=False)  # its mistakes show before anything heavy is imported
+    # Its mistakes show before anything heavy is imported.
+    build_stream(config.dataset, sequential=False, render=config.render)
     if ranks > 1 and not launched():
         from clbench.algorithms.build import build_algorithm
 
@@ -397,21 +398,26 @@ def _assets(args: argparse.Namespace, overrides: list[str]) -> int:
 
 def _stream_on_states(name: str) -> str:
     """The stream of that name whose observations are states alone."""
-    from clbench.config.compose import available
+    from clbench.config.compose import DATASET_ALIASES, available, compose
+    from clbench.envs.base import cameras
 
+    name = DATASET_ALIASES.get(name, name)
     known = available("datasets")
-    if name.endswith("_state") or (name in known and f"{name}_state" not in known):
-        return name  # all others are on states, too
-    if f"{name}_state" not in known:
+    if f"{name}_state" in known:
+        return f"{name}_state"
+    if name not in known:
         raise UserError(f"there is no stream '{name}_state'.{nearest(name, known)}")
-    return f"{name}_state"
+    config, _ = compose(model="dit_dec_tiny", algorithms=["seqfft"], dataset=name, registered=["seqfft"])
+    if cameras(config.dataset.env.type):
+        raise UserError(f"the stream '{name}' is on camera images and has no variant on states.")
+    return name
 
 
 def _make_data(args: argparse.Namespace, overrides: list[str]) -> int:
     from clbench.config.compose import compose
     from clbench.data.make import make_dataset
     from clbench.envs.base import without_demonstrations
-    from clbench.streams.stream import data_folder
+    from clbench.streams.stream import data_folder, drawing
 
     config, _ = compose(
         model="dit_dec_tiny",
@@ -436,7 +442,7 @@ def _make_data(args: argparse.Namespace, overrides: list[str]) -> int:
             demos_per_task=make.demos_per_task if args.demos is None else args.demos,
             action_noise=make.action_noise, tail_steps=make.tail_steps, max_steps=make.max_steps,
             ceiling_episodes=make.ceiling_episodes, workers=args.workers, force=args.force,
-            progress=config.log.progress != "quiet",
+            progress=config.log.progress != "quiet", render=drawing(d.env.type, config.render),
         )  # fmt: skip
     return 0
 

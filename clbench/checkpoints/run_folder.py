@@ -21,7 +21,7 @@ from clbench.envs.base import other_python, privileged, simulator_versions
 from clbench.errors import UserError, nearest
 from clbench.io import read_json, refuse_links, write_json, write_text
 from clbench.paths import PROJECT_ROOT, results_root
-from clbench.streams.stream import Task, TaskStream, pretraining_tasks
+from clbench.streams.stream import Task, TaskStream, drawing, pretraining_tasks
 
 PACKAGES = ("torch", "lerobot", "accelerate", "peft", "transformers", "numpy", "metaworld", "mujoco", "hf-libero",
             "robosuite", "bddl", "deepspeed")  # fmt: skip
@@ -112,7 +112,7 @@ def write_description(
     from clbench.algorithms.build import algorithm_classes
 
     own_base = config.dataset.pretrain is not None and not config.policy.get("path")
-    heldout = pretraining_tasks(config.dataset)[0] if own_base else []
+    heldout = pretraining_tasks(config.dataset, config.render)[0] if own_base else []
     algorithm = config.algorithm["name"]
     env_type = config.dataset.env.type
     elsewhere = simulator_versions(env_type) if other_python(env_type) else {}
@@ -133,6 +133,7 @@ def write_description(
             "policy": config.model,
             "dataset": stream.name,
             "privileged": privileged(env_type),
+            "render": drawing(env_type, config.render),
             "seed": config.seed,
             "mode": stream.mode,
             "visits": describe_columns(stream.columns),
@@ -244,7 +245,7 @@ def _defaults(config: Config) -> dict[str, Any]:
     from clbench.algorithms.build import algorithm_classes
 
     known = _flatten(asdict(Config(model="")))
-    found = {k: v for k, v in known.items() if k.split(".")[0] in ("train", "eval", "lora", "log")}
+    found = {k: v for k, v in known.items() if k.split(".")[0] in ("train", "eval", "lora", "log", "render")}
     for cls in algorithm_classes(config):
         found |= {f"algorithm.{k}": v for k, v in asdict(cls.Config()).items()}
     return {k: v for k, v in found.items() if k in _flatten(to_dict(config))}

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from clbench.config.schema import Config
+from clbench.envs.rendering import FIDELITIES, MAX_SIZE, MIN_SIZE
 from clbench.errors import UserError, nearest
 from clbench.io import read_text
 from clbench.paths import CONFIG_ROOT
@@ -36,7 +37,7 @@ INVALID = (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, IndexE
            RecursionError)  # fmt: skip
 
 
-DATASET_ALIASES = {"libero_long_state": "libero_10_state"}  # LIBERO-Long is LIBERO-10
+DATASET_ALIASES = {"libero_long": "libero_10", "libero_long_state": "libero_10_state"}  # LIBERO-Long is LIBERO-10
 
 
 def available(kind: str) -> list[str]:
@@ -329,6 +330,9 @@ def check_values(c: Config) -> None:
     _choice(problems, "train.on_nonfinite", t.on_nonfinite, ("stop", "skip"))
     _choice(problems, "train.device", t.device, ("auto", "cpu", "cuda"))
     _choice(problems, "eval.cells", e.cells, ("full", "lower", "last", "diagonal"))
+    _choice(problems, "render.fidelity", c.render.fidelity, FIDELITIES)
+    _choice(problems, "render.mismatch", c.render.mismatch, ("refuse", "allow"))
+    need(MIN_SIZE <= c.render.size <= MAX_SIZE, f"render.size must be between {MIN_SIZE} and {MAX_SIZE} pixels")
     _choice(problems, "log.progress", c.log.progress, ("auto", "bar", "lines", "quiet"))
     need(t.num_workers >= 0, "train.num_workers must not be negative")
     need(t.threads is None or t.threads >= 1, "train.threads must be at least 1 (or null)")

@@ -131,6 +131,21 @@ class EnvConfig:
 
 
 @dataclass
+class RenderConfig:
+    """How a simulator with cameras draws their images: when demonstrations are made, and when a policy is evaluated.
+
+    Attributes:
+        fidelity: fast | full, see clbench/envs/rendering.py; both show the same physics.
+        size: height and width in pixels.
+        mismatch: refuse | allow, what is done about training data that were drawn otherwise.
+    """
+
+    fidelity: str = "fast"
+    size: int = 256
+    mismatch: str = "refuse"
+
+
+@dataclass
 class DatasetConfig:
     """A task stream.
 
@@ -139,6 +154,7 @@ class DatasetConfig:
         data: data set folder: a name under the data root, or a path.
         tasks: the stream's tasks, in order.
         task_order: null, or names or indices into `tasks`; may leave out, reorder and repeat tasks.
+        libero_order: null, or which of LIBERO's published task orders, 0 to 20, a suite of ten is visited in.
         fresh_on_revisit: a task's visits share its demonstrations out among them instead of seeing all each time.
         make: how `clbench data make` makes the data.
         pretrain: the base's tasks and data; null = the stream has no base of its own.
@@ -150,6 +166,7 @@ class DatasetConfig:
     env: EnvConfig = field(default_factory=EnvConfig)
     tasks: list[str] = MISSING
     task_order: Optional[list[Any]] = None  # noqa: UP045
+    libero_order: Optional[int] = None  # noqa: UP045
     fresh_on_revisit: bool = False
     make: MakeConfig = field(default_factory=MakeConfig)
     pretrain: Optional[PretrainDataConfig] = None  # noqa: UP045
@@ -238,4 +255,5 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    render: RenderConfig = field(default_factory=RenderConfig)
     log: LogConfig = field(default_factory=LogConfig)

@@ -120,6 +120,7 @@ class TaskFrames:
             root=self.task.root,
             episodes=list(self.task.episodes),
             delta_timestamps=seconds or None,
+            video_backend=None if self.meta.video_keys else "pyav",  # not looked for where there are no videos
         )
 
     @cached_property

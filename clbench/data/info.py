@@ -6,6 +6,7 @@ Standard library and numpy only, so that listing data sets costs nothing.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as shown
@@ -43,7 +44,10 @@ class TaskInfo:
 
 @dataclass(frozen=True)
 class DataInfo:
-    """A whole data set: how it was made, its tasks in order, and a fingerprint of its contents."""
+    """A whole data set: how it was made, its tasks in order, and a fingerprint of its contents.
+
+    `render`: how its camera images were drawn, {"fidelity", "size"}; None without images, or where that is not known.
+    """
 
     root: Path
     format: int
@@ -58,6 +62,7 @@ class DataInfo:
     tasks: tuple[TaskInfo, ...]
     fingerprint: str
     versions: dict[str, str]
+    render: dict[str, Any] | None = None
 
     @property
     def episodes(self) -> int:
@@ -114,6 +119,26 @@ def fingerprint(state: np.ndarray, action: np.ndarray, episode_index: np.ndarray
     return digest.hexdigest()
 
 
+def fingerprint_with_images(rest: str, digests: Sequence[str]) -> str:
+    """Return the fingerprint of a set with cameras, as hex; without, `rest`.
+
+    Args: rest, `fingerprint` of the other columns; digests, the sha256 (hex) of the pixels of each episode's frames,
+    uint8 (frames, height, width, 3), for every episode in order and for every camera of it in order.
+    """
+    return hashlib.sha256("\n".join([rest, *digests]).encode()).hexdigest() if digests else rest
+
+
+def image_size(root: Path) -> int | None:
+    """Return the height of the camera images in a LeRobot data set, in pixels; None where there are none."""
+    raw = read_json(root / "meta" / "info.json")
+    features = raw.get("features") if isinstance(raw, dict) else None
+    for feature in features.values() if isinstance(features, dict) else ():
+        if isinstance(feature, dict) and feature.get("dtype") in ("image", "video"):
+            sizes = dict(zip(feature.get("names") or (), feature.get("shape") or (), strict=False))
+            return sizes.get("height")
+    return None
+
+
 def _parse(root: Path, raw: dict[str, Any]) -> DataInfo:
     return DataInfo(
         root=root,
@@ -144,7 +169,16 @@ def _parse(root: Path, raw: dict[str, Any]) -> DataInfo:
         ),
         fingerprint=_text(raw["fingerprint"]),
         versions={str(k): str(v) for k, v in raw["versions"].items()},
+        render=_render(raw.get("render")),
     )
+
+
+def _render(value: Any) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or set(value) != {"fidelity", "size"}:
+        raise ValueError(f"{shown(value)} does not say how images were drawn")
+    return {"fidelity": _text(value["fidelity"]), "size": _whole(value["size"])}
 
 
 def _whole(value: Any) -> int:

@@ -10,8 +10,8 @@ succeeds within `max_steps` is kept, up to `tail_steps` steps after its first su
 Attempts go on until there are `demos_per_task`.
 
 The contents are a pure function of the parameters: worker processes collect whole tasks, and this process
-writes them in the order given. All is written beside the final folder and renamed into place at the end, so a
-folder of the set's name is always a whole set.
+writes them in the order given, each as soon as it comes. Camera images pass through files, one per episode. All is
+written beside the final folder and renamed into place at the end, so a folder of the set's name is always a whole set.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -38,13 +38,16 @@ from typing import IO, Any
 
 import numpy as np
 
-from clbench.data.info import FORMAT, INFO_FILE, DataInfo, fingerprint, load_info
+from clbench.data.episode_images import EpisodeImages, decoded, read_images
+from clbench.data.info import FORMAT, INFO_FILE, DataInfo, fingerprint, fingerprint_with_images, load_info
 from clbench.envs.base import (
     EVAL_SEED_BASE,
     STATE_KEY,
     Expert,
+    Observation,
     Simulator,
     backend,
+    cameras,
     check_other_python,
     check_task,
     episode_expert,
@@ -52,8 +55,10 @@ from clbench.envs.base import (
     make_simulator,
     privileged,
     simulator_versions,
+    step_unseen,
     without_demonstrations,
 )
+from clbench.envs.rendering import check_render
 from clbench.errors import UserError
 from clbench.io import write_json
 
@@ -66,7 +71,10 @@ _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 @dataclass(frozen=True)
 class Job:
-    """What one worker needs to collect one task."""
+    """What one worker needs to collect one task.
+
+    `render`: how cameras draw, `images`: how the paths of their files begin; None where there are no cameras.
+    """
 
     env_type: str
     task: str
@@ -76,13 +84,31 @@ class Job:
     tail_steps: int
     max_steps: int
     ceiling_episodes: int
+    render: dict[str, Any] | None = None
+    images: str | None = None
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The simulator's, for `make_simulator`."""
+        drawn = {} if self.render is None else {"render": self.render}
+        return {"type": self.env_type, "task": self.task, **drawn}
+
+
+@dataclass
+class Recorded:
+    """One demonstration: states (T, S) and labels (T, A), both float32; its images' file and their digests."""
+
+    states: np.ndarray
+    labels: np.ndarray
+    images: Path | None = None
+    digests: tuple[str, ...] = ()
 
 
 @dataclass
 class Collected:
-    """One task's demonstrations: per episode states (T, S) and labels (T, A), both float32."""
+    """One task's demonstrations."""
 
-    episodes: list[tuple[np.ndarray, np.ndarray]]
+    episodes: list[Recorded]
     attempts: int
     ceiling_successes: int
 
@@ -109,11 +135,13 @@ def run_episode(
     tail_steps: int,
     action_noise: float,
     rng: np.random.Generator,
+    see: Callable[[Observation], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, bool]:
     """Let the expert act through one episode.
 
     Returns states (T, S) and clean clipped labels (T, A), both float32, and whether it succeeded. T is at
-    most `max_steps`, and at most `tail_steps` more than the first success took.
+    most `max_steps`, and at most `tail_steps` more than the first success took. `see` is called with every observation
+    that is recorded; without it no camera image is drawn.
     """
     observation = simulator.reset(seed)
     states: list[np.ndarray] = []
@@ -122,11 +150,14 @@ def run_episode(
     success = False
     while len(states) < last:
         action = expert(observation)
+        if see is not None:
+            see(observation)
         states.append(observation[STATE_KEY])
         labels.append(np.clip(action, -1.0, 1.0).astype(np.float32))
         if action_noise > 0:
             action = action + rng.normal(0.0, action_noise, action.shape)
-        observation, _, succeeded = simulator.step(np.clip(action, -1.0, 1.0))
+        executed = np.clip(action, -1.0, 1.0)
+        observation, _, succeeded = step_unseen(simulator, executed) if see is None else simulator.step(executed)
         if succeeded and not success:
             success = True
             last = min(max_steps, len(states) + tail_steps)
@@ -138,17 +169,30 @@ def collect_task(job: Job) -> Collected:
 
     Raises UserError when too few attempts succeed.
     """
-    spec = {"type": job.env_type, "task": job.task}
-    simulator = make_simulator(spec)
+    simulator = make_simulator(job.spec)
 
-    def attempt(role: str, i: int, tail_steps: int, noise: float) -> tuple[np.ndarray, np.ndarray, bool]:
+    def attempt(
+        role: str, i: int, tail_steps: int, noise: float, see: Callable[[Observation], None] | None = None
+    ) -> tuple[np.ndarray, np.ndarray, bool]:
         seed = episode_seed(job.seed, job.env_type, job.task, role, i)
         rng = np.random.default_rng((job.seed, seed))
-        expert = episode_expert(spec, simulator)
-        return run_episode(simulator, expert, seed, job.max_steps, tail_steps, noise, rng)
+        expert = episode_expert(job.spec, simulator)
+        return run_episode(simulator, expert, seed, job.max_steps, tail_steps, noise, rng, see)
+
+    def demonstrate(i: int, number: int) -> Recorded | None:
+        """Attempt i, kept as demonstration `number` when it succeeds."""
+        if job.images is None:
+            states, labels, success = attempt("demo", i, job.tail_steps, job.action_noise)
+            return Recorded(states, labels) if success else None
+        images = EpisodeImages(Path(f"{job.images}-{number:06d}.zip"), cameras(job.env_type))
+        states, labels, success = attempt("demo", i, job.tail_steps, job.action_noise, images.add)
+        if not success:
+            images.discard()
+            return None
+        return Recorded(states, labels, images.path, tuple(images.close()))
 
     try:
-        episodes: list[tuple[np.ndarray, np.ndarray]] = []
+        episodes: list[Recorded] = []
         attempts = 0
         while len(episodes) < job.demos:
             if attempts == ATTEMPTS_PER_DEMO * job.demos:
@@ -158,10 +202,10 @@ def collect_task(job: Job) -> Collected:
                     f"Raise max_steps (now {job.max_steps}), lower action_noise (now {job.action_noise}), "
                     "or leave the task out."
                 )
-            states, labels, success = attempt("demo", attempts, job.tail_steps, job.action_noise)
+            recorded = demonstrate(attempts, len(episodes))
             attempts += 1
-            if success:
-                episodes.append((states, labels))
+            if recorded is not None:
+                episodes.append(recorded)
         successes = sum(attempt("ceiling", i, 0, 0.0)[2] for i in range(job.ceiling_episodes))
     finally:
         simulator.close()
@@ -183,6 +227,7 @@ def make_dataset(
     workers: int = 2,
     progress: bool = True,
     force: bool = False,
+    render: Mapping[str, Any] | None = None,
 ) -> Path:
     """Make the data set `name` in folder `root`, as one LeRobotDataset v3, and return `root`.
 
@@ -199,6 +244,7 @@ def make_dataset(
         workers: processes; never more than there are tasks.
         progress: report on stderr, a bar on a terminal and else a line per task.
         force: replace an existing set that differs, or is damaged.
+        render: for a simulator with cameras, how they draw: {"fidelity": fast | full, "size": pixels}.
 
     An existing set with the same parameters is left as it is. Raises UserError for a bad parameter, an
     existing set with other parameters, a folder that is not clbench's to replace, and a task that its expert
@@ -206,8 +252,13 @@ def make_dataset(
     """
     root = Path(root)
     module = backend(env_type)
+    drawn: dict[str, Any] | None = None
+    if cameras(env_type):
+        drawn = dict(zip(("fidelity", "size"), check_render(render or {}), strict=True))
+    elif render is not None:
+        raise UserError(f"environment type '{env_type}' has no cameras to render.")
     jobs = [
-        Job(env_type, task, seed, demos_per_task, float(action_noise), tail_steps, max_steps, ceiling_episodes)
+        Job(env_type, task, seed, demos_per_task, float(action_noise), tail_steps, max_steps, ceiling_episodes, drawn)
         for task in tasks
     ]
     _check(jobs, workers, module.MAX_STEPS)
@@ -221,16 +272,21 @@ def make_dataset(
         "demos_per_task": demos_per_task,
         "ceiling_episodes": ceiling_episodes,
         "tasks": list(tasks),
+        **({"render": drawn} if drawn else {}),
     }
     with _working_folder(root) as folder:
         if _is_made(root, wanted, force):
             _say(progress, f"{root} already holds '{name}' with these parameters; nothing to do.")
             return root
         check_other_python(env_type)
-        collected = _collect(jobs, workers, progress)
+        if drawn is not None:
+            simulator_versions(env_type)  # says at once when images cannot be drawn here
+            (folder / "images").mkdir()
+            jobs = [replace(job, images=str(folder / "images" / f"{k:04d}")) for k, job in enumerate(jobs)]
         new = folder / "dataset"
-        with _quiet_libraries():
+        with _collecting(jobs, workers, progress) as collected, _quiet_libraries():
             _write(new, name, module, jobs, collected, wanted)
+        with _quiet_libraries():
             info = _verify(new)
         if root.exists():
             os.replace(root, folder / "replaced")
@@ -254,7 +310,7 @@ def _check(jobs: list[Job], workers: int, longest: int) -> None:
     said: dict[str, str] = {}
     for job in jobs:
         first = said.setdefault(instruction({"type": job.env_type, "task": job.task}), job.task)
-        if first != job.task:
+        if first != job.task and not cameras(job.env_type):  # a camera shows which of the scenes it is
             raise UserError(f"{first} and {job.task} have the same instruction: a data set can hold only one of them.")
     job = jobs[0]
     limits = (
@@ -333,8 +389,9 @@ def _lock(folder: Path) -> Iterator[bool]:
             yield True
 
 
-def _collect(jobs: list[Job], workers: int, progress: bool) -> list[Collected]:
-    """Collect all jobs in worker processes; results in the order of `jobs`."""
+@contextlib.contextmanager
+def _collecting(jobs: list[Job], workers: int, progress: bool) -> Iterator[Iterator[Collected]]:
+    """Have worker processes collect all jobs; yields the results in the order of `jobs`, each as it comes."""
     with _one_thread():
         pool = ProcessPoolExecutor(
             min(workers, len(jobs)),
@@ -344,15 +401,24 @@ def _collect(jobs: list[Job], workers: int, progress: bool) -> list[Collected]:
         try:
             futures = [pool.submit(collect_task, job) for job in jobs]
             with _reporting(jobs, futures, progress):
-                wait(futures, return_when=FIRST_EXCEPTION)
-                failed = [future for future in futures if future.done() and future.exception() is not None]
-                return [future.result() for future in failed or futures]
+                yield _in_order(futures)
         except BaseException:
             for process in list((pool._processes or {}).values()):
                 process.kill()
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _in_order(futures: list[Future[Collected]]) -> Iterator[Collected]:
+    """Yield the results in order; raises what any of them raised as soon as it did."""
+    waiting = set(futures)
+    for future in futures:
+        while not future.done():
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for other in done:
+                other.result()
+        yield future.result()
 
 
 def _start_worker() -> None:
@@ -400,7 +466,7 @@ def _reporting(jobs: list[Job], futures: list[Future[Collected]], progress: bool
             done += 1
             bar.update()
             if not on_terminal:
-                frames = sum(len(states) for states, _ in result.episodes)
+                frames = sum(len(e.states) for e in result.episodes)
                 _say(
                     progress,
                     f"[{done}/{len(jobs)}] {job.task}: {len(result.episodes)} of {result.attempts} attempts "
@@ -429,32 +495,51 @@ def _quiet_libraries() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
+def _features(module: Any, seen: list[str], size: int) -> dict[str, Any]:
+    """LeRobot's description of what is recorded, in the order of LIBERO's sets on the Hugging Face hub."""
+    names = getattr(module, "NAMES", {})
+    image = {"dtype": "image", "shape": (size, size, 3), "names": ["height", "width", "channel"]}
+    return {
+        **{camera: dict(image) for camera in seen},
+        STATE_KEY: {"dtype": "float32", "shape": (module.STATE_DIM,), "names": names.get(STATE_KEY)},
+        ACTION_KEY: {"dtype": "float32", "shape": (module.ACTION_DIM,), "names": names.get(ACTION_KEY)},
+    }
+
+
 def _write(
-    folder: Path, name: str, module: Any, jobs: list[Job], collected: list[Collected], wanted: dict[str, Any]
+    folder: Path, name: str, module: Any, jobs: list[Job], collected: Iterator[Collected], wanted: dict[str, Any]
 ) -> None:
-    """Write the episodes, task by task, and the description."""
+    """Write the episodes, task by task, and the description. Images' files are removed once they are written."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    features = {
-        STATE_KEY: {"dtype": "float32", "shape": (module.STATE_DIM,), "names": None},
-        ACTION_KEY: {"dtype": "float32", "shape": (module.ACTION_DIM,), "names": None},
-    }
+    seen = cameras(jobs[0].env_type)
     dataset = LeRobotDataset.create(
         repo_id=name,
         fps=module.FPS,
-        features=features,
+        features=_features(module, seen, (jobs[0].render or {}).get("size", 0)),
         root=folder,
         robot_type=module.ROBOT_TYPE,
         use_videos=False,
     )
     described = []
+    marks = _Fingerprint()
+    numbers: dict[str, int] = {}  # of the instructions: LeRobot's task_index
     episode = 0
-    for task_index, (job, result) in enumerate(zip(jobs, collected, strict=True)):
-        sentence = instruction({"type": job.env_type, "task": job.task})
-        for states, labels in result.episodes:
-            for state, label in zip(states, labels, strict=True):
-                dataset.add_frame({STATE_KEY: state, ACTION_KEY: label, "task": sentence})
+    for job, result in zip(jobs, collected, strict=True):
+        sentence = instruction(job.spec)
+        task_index = numbers.setdefault(sentence, len(numbers))
+        for recorded in result.episodes:
+            length = len(recorded.states)
+            path = recorded.images
+            images: Iterator[dict[str, np.ndarray]] = (
+                iter([{}] * length) if path is None else read_images(path, seen, length)
+            )
+            for state, label, image in zip(recorded.states, recorded.labels, images, strict=True):
+                dataset.add_frame({**image, STATE_KEY: state, ACTION_KEY: label, "task": sentence})
             dataset.save_episode()
+            marks.add(recorded, task_index)
+            if path is not None:
+                path.unlink()
         measured = job.ceiling_episodes
         described.append(
             {
@@ -462,7 +547,7 @@ def _write(
                 "instruction": sentence,
                 "task_index": task_index,
                 "episodes": list(range(episode, episode + len(result.episodes))),
-                "frames": sum(len(states) for states, _ in result.episodes),
+                "frames": sum(len(e.states) for e in result.episodes),
                 "expert_attempts": measured,
                 "expert_successes": result.ceiling_successes,
                 "expert_success_rate": result.ceiling_successes / measured if measured else None,
@@ -473,27 +558,44 @@ def _write(
         )
         episode += len(result.episodes)
     dataset.finalize()
+    if seen:
+        shutil.rmtree(folder / "images", ignore_errors=True)  # LeRobot's, by now empty
     label = privileged(jobs[0].env_type)
     info = {
         "format": FORMAT,
         **wanted,
         **({"privileged": label} if label else {}),
         "tasks": described,
-        "fingerprint": _fingerprint_of(collected),
+        "fingerprint": marks.value(),
         "versions": simulator_versions(jobs[0].env_type) | {"numpy": version("numpy"), "lerobot": version("lerobot")},
     }
     write_json(folder / INFO_FILE, info)
 
 
-def _fingerprint_of(collected: list[Collected]) -> str:
-    episodes = [(k, states, labels) for k, c in enumerate(collected) for states, labels in c.episodes]
-    lengths = [len(states) for _, states, _ in episodes]
-    return fingerprint(
-        np.concatenate([states for _, states, _ in episodes]),
-        np.concatenate([labels for _, _, labels in episodes]),
-        np.repeat(np.arange(len(episodes)), lengths),
-        np.repeat([k for k, _, _ in episodes], lengths),
-    )
+class _Fingerprint:
+    """The fingerprint of what is written, episode by episode."""
+
+    def __init__(self) -> None:
+        self._states: list[np.ndarray] = []
+        self._labels: list[np.ndarray] = []
+        self._tasks: list[int] = []
+        self._digests: list[str] = []
+
+    def add(self, recorded: Recorded, task_index: int) -> None:
+        self._states.append(recorded.states)
+        self._labels.append(recorded.labels)
+        self._tasks.append(task_index)
+        self._digests += recorded.digests
+
+    def value(self) -> str:
+        lengths = [len(states) for states in self._states]
+        rest = fingerprint(
+            np.concatenate(self._states),
+            np.concatenate(self._labels),
+            np.repeat(np.arange(len(lengths)), lengths),
+            np.repeat(self._tasks, lengths),
+        )
+        return fingerprint_with_images(rest, self._digests)
 
 
 def _verify(folder: Path) -> DataInfo:
@@ -503,7 +605,9 @@ def _verify(folder: Path) -> DataInfo:
     from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 
     info = load_info(folder)
-    table = pa.concat_tables([pq.read_table(path) for path in sorted((folder / "data").glob("*/*.parquet"))])
+    files = sorted((folder / "data").glob("*/*.parquet"))
+    keys = (STATE_KEY, ACTION_KEY, "episode_index", "task_index")
+    table = pa.concat_tables([pq.read_table(path, columns=list(keys)) for path in files])
     meta = LeRobotDatasetMetadata(info.name, root=folder)
     if (meta.total_episodes, meta.total_frames, table.num_rows) != (info.episodes, info.frames, info.frames):
         raise RuntimeError(
@@ -513,10 +617,26 @@ def _verify(folder: Path) -> DataInfo:
     written = {str(sentence): int(row["task_index"]) for sentence, row in meta.tasks.iterrows()}
     if written != {t.instruction: t.task_index for t in info.tasks}:
         raise RuntimeError(f"{folder}: LeRobot numbered the tasks differently: {written}.")
-    columns = [np.asarray(table[key].to_pylist()) for key in (STATE_KEY, ACTION_KEY, "episode_index", "task_index")]
-    if fingerprint(*columns) != info.fingerprint:
+    digests = _image_digests(files, cameras(info.env_type), info.episodes)
+    columns = [np.asarray(table[key].to_pylist()) for key in keys]
+    if fingerprint_with_images(fingerprint(*columns), digests) != info.fingerprint:
         raise RuntimeError(f"{folder}: the frames read back are not those written.")
     return info
+
+
+def _image_digests(files: list[Path], seen: list[str], episodes: int) -> list[str]:
+    """The sha256 of every episode's pixels, a camera after the other, read from a set's parquet files."""
+    import pyarrow.parquet as pq
+
+    if not seen:
+        return []
+    hashes = [[hashlib.sha256() for _ in seen] for _ in range(episodes)]
+    for path in files:
+        for rows in pq.ParquetFile(path).iter_batches(batch_size=32, columns=["episode_index", *seen]):
+            for row in rows.to_pylist():
+                for camera, digest in zip(seen, hashes[row["episode_index"]], strict=True):
+                    digest.update(decoded(row[camera]["bytes"]).tobytes())
+    return [digest.hexdigest() for of_episode in hashes for digest in of_episode]
 
 
 def _say(progress: bool, line: str) -> None:

@@ -3,7 +3,7 @@
 Only the standard library and numpy are imported here, so that a worker under another interpreter can use it.
 A backend is a module of this package, named in `BACKENDS`, that offers
 
-    make(task: str) -> Simulator          a simulator for one task
+    make(task: str) -> Simulator          a simulator for one task; with CAMERAS: make(task, render)
     tasks() -> list[str]                  the names it knows, sorted; imports no simulator
     instruction(task: str) -> str         the sentence a policy is given; imports no simulator
     expert(task: str) -> Expert           optional: a scripted expert, a pure function of observations
@@ -14,6 +14,10 @@ A backend is a module of this package, named in `BACKENDS`, that offers
     FPS, ROBOT_TYPE, STATE_DIM, ACTION_DIM, MAX_STEPS
     PYTHON_VARIABLE: str                  optional: the environment variable that may name another interpreter, one that
                                           has the simulator (see remote.py); only make, expert_for and versions need it
+    CAMERAS: dict[str, str]               optional: the camera images among its observations, uint8 (size, size, 3), and
+                                          what the simulator calls the cameras. `make` is told how to draw them:
+                                          {"fidelity": fast | full, "size": pixels}
+    NAMES: dict[str, list[str]]           optional: what data sets call the dimensions of state and action
     PRIVILEGED: str                       optional: what its observations hold that no robot would see; data sets,
                                           manifests and reports carry it as a label
 """
@@ -36,14 +40,18 @@ EVAL_SEED_BASE = 1_000_000
 
 STATE_KEY = "observation.state"  # LeRobot's name for the robot's (low-dimensional) state
 
-BACKENDS: dict[str, str] = {"metaworld": "clbench.envs.metaworld", "libero_state": "clbench.envs.libero"}
+BACKENDS: dict[str, str] = {
+    "metaworld": "clbench.envs.metaworld",
+    "libero": "clbench.envs.libero_images",
+    "libero_state": "clbench.envs.libero",
+}
 
 Observation = dict[str, np.ndarray]
 Expert = Callable[[Observation], np.ndarray]
 
 
 class Step(NamedTuple):
-    """What one action led to. `observation` has LeRobot's keys; "observation.state" is float32."""
+    """What one action led to. `observation` has LeRobot's keys; "observation.state" is float32, images are uint8."""
 
     observation: Observation
     reward: float
@@ -59,6 +67,10 @@ class Simulator(Protocol):
 
     def step(self, action: np.ndarray) -> Step:
         """Apply `action` (ACTION_DIM,), clipped to [-1, 1]; ValueError for a wrong shape, NaN or inf."""
+        ...
+
+    def step_unseen(self, action: np.ndarray) -> Step:
+        """As `step`, without camera images in the observation, for who does not look. Optional; only saves time."""
         ...
 
     def render(self, width: int, height: int) -> np.ndarray:
@@ -93,6 +105,7 @@ def make_simulator(spec: Mapping[str, Any]) -> Simulator:
     """Build the simulator that `spec`, e.g. {"type": "metaworld", "task": "push-v3"}, describes.
 
     It is in this process, or in a child of it where the user names another interpreter for its type (see remote.py).
+    A type with cameras also takes "render", {"fidelity": fast | full, "size": pixels}.
 
     Raises UserError for a missing or unknown key, an unknown type, or an unknown task.
     """
@@ -102,6 +115,8 @@ def make_simulator(spec: Mapping[str, Any]) -> Simulator:
         from clbench.envs import remote
 
         return remote.make(variable, dict(spec))
+    if cameras(env_type):
+        return backend(env_type).make(task, dict(spec.get("render", {})))
     return backend(env_type).make(task)
 
 
@@ -129,6 +144,11 @@ def check_other_python(env_type: str) -> None:
     """Raise UserError where another interpreter is named for an environment type that cannot have its simulators."""
     if other_python(env_type) is not None:
         simulator_versions(env_type)
+
+
+def step_unseen(simulator: Simulator, action: np.ndarray) -> Step:
+    """`simulator.step` for who does not look at what it leads to: no camera image is drawn where one can do without."""
+    return getattr(simulator, "step_unseen", simulator.step)(action)  # type: ignore[no-any-return]
 
 
 def make_expert(spec: Mapping[str, Any]) -> Expert:
@@ -175,6 +195,11 @@ def privileged(env_type: str) -> str | None:
     return getattr(backend(env_type), "PRIVILEGED", None)
 
 
+def cameras(env_type: str) -> list[str]:
+    """Return the names of the camera images among an environment type's observations; empty where there are none."""
+    return list(getattr(backend(env_type), "CAMERAS", {}))
+
+
 def instruction(spec: Mapping[str, Any]) -> str:
     """Return the instruction of a task in words, without importing its simulator."""
     env_type, task = _split(spec)
@@ -183,11 +208,14 @@ def instruction(spec: Mapping[str, Any]) -> str:
 
 def _split(spec: Mapping[str, Any]) -> tuple[str, str]:
     for key in spec:
-        if key not in ("type", "task"):
-            raise UserError(f"unknown environment key '{key}'.{nearest(key, ('type', 'task'))}")
+        if key not in ("type", "task", "render"):
+            raise UserError(f"unknown environment key '{key}'.{nearest(key, ('type', 'task', 'render'))}")
     for key in ("type", "task"):
         if key not in spec:
             raise UserError(f"an environment needs '{key}', e.g. {{type: metaworld, task: push-v3}}.")
     env_type, task = str(spec["type"]), str(spec["task"])
     check_task(env_type, task)
+    render = spec.get("render", {})
+    if not isinstance(render, Mapping) or (render and not cameras(env_type)):
+        raise UserError(f"environment type '{env_type}' cannot be rendered as {render!r}.")
     return env_type, task

@@ -32,6 +32,7 @@ import numpy as np
 from clbench.envs.base import EVAL_SEED_BASE, STATE_KEY, Expert, Observation, Step, check_task
 from clbench.envs.libero_assets import INSTALL, digest, import_libero, package
 from clbench.envs.libero_tasks import suite_of, task_instruction, task_names
+from clbench.envs.rendering import DEFAULT_FIDELITY, Renderer
 from clbench.errors import UserError
 
 PYTHON_VARIABLE = "LIBERO_PYTHON"
@@ -138,6 +139,7 @@ class LiberoSimulator:
                 hard_reset=False,
             )
         self._initial_states: np.ndarray | None = None
+        self._view: Renderer | None = None
         self._find_slots()
         self._make_soft_resets_exact()
         self._skip_what_is_known()
@@ -243,19 +245,24 @@ class LiberoSimulator:
             self.env.reset()
         if published is not None:
             self.env.set_init_state(published)
-        for _ in range(settle_steps(self.task)):
-            self.env.step(IDLE)
+        for left in reversed(range(settle_steps(self.task))):
+            self._apply(IDLE, look=left == 0)
         return self._observation()
 
     def step(self, action: np.ndarray) -> Step:
         """Apply `action` (7,), clipped to [-1, 1]. Raises ValueError for a wrong shape, for NaN and infinity."""
+        reward, success = self._apply(action, look=True)
+        return Step(self._observation(), reward, success)
+
+    def _apply(self, action: np.ndarray, look: bool) -> tuple[float, bool]:
+        """One control step; returns its reward and whether the goal holds. `look`: `_observation` is asked next."""
         action = np.asarray(action, dtype=np.float32)
         if action.shape != (ACTION_DIM,):
             raise ValueError(f"{self.task}: an action has shape ({ACTION_DIM},), not {action.shape}.")
         if not np.isfinite(action).all():
             raise ValueError(f"{self.task}: the action {action.tolist()} is not finite.")
         _, reward, success, _ = self.env.step(np.clip(action, -1.0, 1.0).astype(np.float64))
-        return Step(self._observation(), float(reward), bool(success))
+        return float(reward), bool(success)
 
     def initial_states(self) -> np.ndarray:
         """Return LIBERO's published initial states (50, 1 + nq + nv) of this task: time, positions, velocities."""
@@ -263,12 +270,16 @@ class LiberoSimulator:
             self._initial_states = load_initial_states(self.task)
         return self._initial_states
 
+    def _robot_state(self) -> np.ndarray:
+        """The first ROBOT_DIM numbers of the state, float64."""
+        data = self.env.sim.data
+        rotation = axis_angle(data.body_xquat[self._hand][[1, 2, 3, 0]])
+        return np.concatenate([data.site_xpos[self._site], rotation, data.qpos[self._fingers]])
+
     def _observation(self) -> Observation:
         data = self.env.sim.data
         state = np.zeros(STATE_DIM)
-        state[0:3] = data.site_xpos[self._site]
-        state[3:6] = axis_angle(data.body_xquat[self._hand][[1, 2, 3, 0]])
-        state[6:8] = data.qpos[self._fingers]
+        state[:ROBOT_DIM] = self._robot_state()
         poses = state[ROBOT_DIM : STATE_DIM - JOINT_SLOTS].reshape(-1, 7)
         poses[self._slots, :3] = data.body_xpos[self._bodies]
         poses[self._slots, 3:] = data.body_xquat[self._bodies][:, [1, 2, 3, 0]]
@@ -276,11 +287,28 @@ class LiberoSimulator:
         return {STATE_KEY: state.astype(np.float32)}
 
     def render(self, width: int, height: int) -> np.ndarray:
-        """Not offered on states."""
-        raise NotImplementedError("libero_state shows states only.")
+        """Return the scene for looking at, uint8 (height, width, 3), the way up that the cameras' images have.
+
+        UserError where there is no OpenGL.
+        """
+        if self._view is None or (self._view.width, self._view.height) != (width, height):
+            if self._view is not None:
+                self._view.close()
+            self._view = self._renderer(width, height, DEFAULT_FIDELITY)
+        return self._draw(self._view, "agentview")
+
+    def _renderer(self, width: int, height: int, fidelity: str) -> Renderer:
+        return Renderer(self.env.sim.model._model, width, height, fidelity)
+
+    def _draw(self, renderer: Renderer, camera: str) -> np.ndarray:
+        """What a camera sees, in the orientation of LeRobot's LIBERO data: the image turned by 180 degrees."""
+        return np.ascontiguousarray(renderer.draw(self.env.sim.data._data, camera)[::-1, ::-1])
 
     def close(self) -> None:
-        """Free the model."""
+        """Free the model and what it was drawn with."""
+        if self._view is not None:
+            self._view.close()
+            self._view = None
         if self.env is not None:
             self.env.close()
             self.env = None

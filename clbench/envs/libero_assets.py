@@ -18,7 +18,6 @@ names of those that are only seen (.msh, .png, and others). It is made from an i
 from __future__ import annotations
 
 import contextlib
-import ctypes.util
 import hashlib
 import importlib
 import importlib.util
@@ -281,36 +280,34 @@ def import_libero() -> ModuleType:
 
 @contextlib.contextmanager
 def _quiet_robosuite() -> Iterator[None]:
-    """Have robosuite, imported meanwhile, leave two things alone that states do not need.
+    """Have robosuite, imported meanwhile, leave two things alone.
 
-    It logs to /tmp/robosuite.log, which fails where another user owns that file; and it loads EGL, which fails where
-    there is none.
+    It logs to /tmp/robosuite.log, which fails where another user owns that file; and it loads OpenGL, which fails where
+    there is none. What is drawn is drawn by clbench.envs.rendering.
     """
-    before = os.environ.get("MUJOCO_GL")
     spec = importlib.util.find_spec("robosuite")
     if spec is None or spec.origin is None:
         raise UserError(f"robosuite is not installed. {INSTALL}")
     if "robosuite" in sys.modules:
         yield
         return
-    renderer = before or ("egl" if ctypes.util.find_library("EGL") else None)
+    before = os.environ.get("MUJOCO_GL")
     macros_spec = importlib.util.spec_from_file_location("robosuite.macros", Path(spec.origin).with_name("macros.py"))
     assert macros_spec is not None and macros_spec.loader is not None
     macros: Any = importlib.util.module_from_spec(macros_spec)
     macros_spec.loader.exec_module(macros)
     macros.FILE_LOGGING_LEVEL = None
     macros.CONSOLE_LOGGING_LEVEL = "ERROR"  # it would recommend a private settings file at every start
-    if renderer is None:
-        macros.MUJOCO_GPU_RENDERING = False
-        os.environ["MUJOCO_GL"] = "disable"
+    macros.MUJOCO_GPU_RENDERING = False
     sys.modules["robosuite.macros"] = macros
+    os.environ["MUJOCO_GL"] = "disable"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)  # its sources have some, shown when they are compiled
             yield
     finally:
         if before is None:
-            os.environ.pop("MUJOCO_GL", None)
+            del os.environ["MUJOCO_GL"]
         else:
             os.environ["MUJOCO_GL"] = before
 

@@ -22,6 +22,18 @@ ALIASES = {"libero_long": "libero_10"}
 MAX_STEPS = {"libero_spatial": 280, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
 
 
+# LIBERO's published orders of a suite's ten tasks; its evaluations use order 0.
+TASK_ORDERS = (
+    (0, 1, 2, 3, 4, 5, 6, 7, 8, 9), (4, 6, 8, 7, 3, 1, 2, 0, 9, 5), (6, 3, 5, 0, 4, 2, 9, 1, 8, 7),
+    (7, 4, 3, 0, 8, 1, 2, 5, 9, 6), (4, 5, 6, 3, 8, 0, 2, 7, 1, 9), (1, 2, 3, 0, 6, 9, 5, 7, 4, 8),
+    (3, 7, 8, 1, 6, 2, 9, 4, 0, 5), (4, 2, 9, 7, 6, 8, 5, 1, 3, 0), (1, 8, 5, 4, 0, 9, 6, 7, 2, 3),
+    (8, 3, 6, 4, 9, 5, 1, 2, 0, 7), (6, 9, 0, 5, 7, 1, 2, 8, 3, 4), (6, 8, 3, 1, 0, 2, 5, 9, 7, 4),
+    (8, 0, 6, 9, 4, 1, 7, 3, 2, 5), (3, 8, 6, 4, 2, 5, 0, 7, 1, 9), (7, 1, 5, 6, 3, 2, 8, 9, 4, 0),
+    (2, 0, 9, 5, 3, 6, 8, 7, 1, 4), (3, 5, 9, 6, 2, 4, 8, 7, 1, 0), (7, 6, 5, 9, 0, 3, 4, 2, 8, 1),
+    (2, 5, 0, 9, 3, 1, 6, 4, 8, 7), (3, 5, 1, 2, 7, 8, 6, 0, 4, 9), (3, 4, 1, 9, 7, 6, 8, 2, 0, 5),
+)  # fmt: skip
+
+
 @cache
 def _table() -> dict[str, dict[str, str]]:
     table: dict[str, dict[str, str]] = json.loads(TABLE_FILE.read_text())
@@ -44,6 +56,13 @@ def suite_tasks(suite: str) -> list[str]:
     if name not in _table():
         raise UserError(f"LIBERO has no suite '{suite}'.{nearest(suite, [*_table(), *ALIASES])}")
     return list(_table()[name])
+
+
+def task_order(number: int) -> tuple[int, ...]:
+    """Return LIBERO's published task order of that number, as indices into a suite of ten; UserError: there is none."""
+    if not 0 <= number < len(TASK_ORDERS):
+        raise UserError(f"LIBERO has task orders 0 to {len(TASK_ORDERS) - 1}, not {number}.")
+    return TASK_ORDERS[number]
 
 
 def task_names() -> list[str]:

@@ -163,7 +163,7 @@ def heldout_columns(manifest: dict[str, Any], config: Config) -> list[dict[str, 
     """The base's pretraining tasks as columns, from the manifest, or for an older run from their data's record."""
     columns = manifest.get("heldout")
     if columns is None and config.dataset.pretrain is not None:
-        columns = describe_columns(pretraining_tasks(config.dataset)[0])
+        columns = describe_columns(pretraining_tasks(config.dataset, config.render)[0])
     if not columns:
         raise UserError(
             "eval.heldout_episodes asks for the base's pretraining tasks, but this run's base came from elsewhere: "

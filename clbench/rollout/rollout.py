@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clbench.envs.base import Observation, Simulator, make_simulator
+from clbench.envs.base import Observation, Simulator, make_simulator, step_unseen
 from clbench.envs.remote import SimulatorDied
 from clbench.errors import UserError
 
@@ -121,11 +121,15 @@ class _Slot:
     def play(self, actions: np.ndarray, steps_after_success: int) -> None:
         """Play actions (steps, A) until they, the episode or its simulator end."""
         self.calls += 1
-        for action in actions:
+        last = len(actions) - 1  # the policy looks again behind it
+        for i, action in enumerate(actions):
             if self.done:
                 return
             try:
-                step = self._call("step", self.simulator.step, action)
+                if i == last:
+                    step = self._call("step", self.simulator.step, action)
+                else:
+                    step = self._call("step", step_unseen, self.simulator, action)
             except _SimulatorError as e:
                 self.error, self.done = e.error, True
                 return

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from clbench.config.schema import DatasetConfig
-from clbench.data.info import DataInfo, load_info
-from clbench.envs.base import check_task
+from clbench.config.schema import DatasetConfig, RenderConfig
+from clbench.data.info import DataInfo, image_size, load_info
+from clbench.envs.base import cameras, check_task
+from clbench.envs.libero_tasks import task_order
 from clbench.errors import UserError, nearest
 from clbench.paths import data_root, named_folder
 
@@ -84,7 +85,10 @@ def _union_episodes(tasks: Sequence[Task]) -> list[Task]:
 
 
 def visit_order(config: DatasetConfig) -> list[str]:
-    """Return the task names in visiting order; raises UserError for an unknown, empty or impossible order."""
+    """Return the task names in visiting order; raises UserError for an unknown, empty or impossible order.
+
+    One of LIBERO's orders permutes the tasks that `task_order` names (all of them where it is null).
+    """
     tasks = list(config.tasks)
     if len(set(tasks)) != len(tasks):
         twice = [t for t, n in Counter(tasks).items() if n > 1]
@@ -111,7 +115,18 @@ def visit_order(config: DatasetConfig) -> list[str]:
                 raise UserError(f"dataset.task_order names '{item}'.{nearest(str(item), tasks)}")
     if not order:
         raise UserError("dataset.task_order is empty: a stream needs tasks.")
-    return order
+    return order if config.libero_order is None else _libero_order(config.libero_order, tasks, order)
+
+
+def _libero_order(number: int, tasks: list[str], visited: list[str]) -> list[str]:
+    """`visited`, which are some of a suite's `tasks`, in LIBERO's task order of that number."""
+    indices = task_order(number)
+    if len(tasks) != len(indices) or len(set(visited)) != len(visited):
+        raise UserError(
+            f"dataset.libero_order is for LIBERO's suites of {len(indices)} tasks, each visited once: this stream has "
+            f"{len(tasks)} tasks and {len(visited)} visits."
+        )
+    return [tasks[i] for i in indices if tasks[i] in visited]
 
 
 def data_folder(data: str) -> Path:
@@ -119,12 +134,38 @@ def data_folder(data: str) -> Path:
     return named_folder(data, data_root())
 
 
-def build_stream(config: DatasetConfig, *, sequential: bool = True) -> TaskStream:
+def drawing(env_type: str, render: RenderConfig | None) -> dict[str, Any] | None:
+    """Return how a simulator is to draw camera images, {"fidelity", "size"}; None for one without cameras."""
+    if not cameras(env_type):
+        return None
+    render = render or RenderConfig()
+    return {"fidelity": render.fidelity, "size": render.size}
+
+
+def _check_drawing(config: DatasetConfig, info: DataInfo, render: RenderConfig | None) -> None:
+    """Raise UserError when a policy would learn from other images than those it is tested on.
+
+    Images of sets that were not made here, demonstrations from the hub, count as drawn in full.
+    """
+    wanted = drawing(config.env.type, render)
+    if wanted is None or (render is not None and render.mismatch == "allow"):
+        return
+    found = info.render or {"fidelity": "full", "size": image_size(info.root)}
+    if found != wanted:
+        raise UserError(
+            f"the images in {info.root} were drawn {found['fidelity']} at {found['size']} pixels, but the simulator "
+            f"would draw them {wanted['fidelity']} at {wanted['size']}: a policy would be tested on other images than "
+            f"it learned from. Set render.fidelity={found['fidelity']} render.size={found['size']}, make the data "
+            "again (clbench data make NAME --force), or state render.mismatch=allow."
+        )
+
+
+def build_stream(config: DatasetConfig, *, sequential: bool = True, render: RenderConfig | None = None) -> TaskStream:
     """Build the stream from its configuration and its data set's own record.
 
     Raises:
-        UserError: the order is impossible, a sequence of one task is asked for, or the data set is missing or
-            lacks a task.
+        UserError: the order is impossible, a sequence of one task is asked for, the data set is missing or
+            lacks a task, or its images were not drawn as `render` says.
     """
     order = visit_order(config)
     for name in order:
@@ -135,11 +176,12 @@ def build_stream(config: DatasetConfig, *, sequential: bool = True) -> TaskStrea
             "Add tasks (dataset.tasks, dataset.task_order) or use --algo singletask."
         )
     info = load_info(data_folder(config.data))
+    _check_drawing(config, info, render)
     seen: Counter[str] = Counter()
     totals = Counter(order)
     tasks = []
     for name in order:
-        task = make_task(config, info, name)
+        task = make_task(config, info, name, render)
         if config.fresh_on_revisit and totals[name] > 1:
             share = task.episodes[seen[name] :: totals[name]]
             if not share:
@@ -154,25 +196,27 @@ def build_stream(config: DatasetConfig, *, sequential: bool = True) -> TaskStrea
     return TaskStream(config.name, visits, tuple(tasks), fingerprint=info.fingerprint)
 
 
-def make_task(config: DatasetConfig, info: DataInfo, name: str) -> Task:
+def make_task(config: DatasetConfig, info: DataInfo, name: str, render: RenderConfig | None = None) -> Task:
     """Build one Task from a data set's record."""
     entry = info.task(name)
+    drawn = drawing(config.env.type, render)
     return Task(
         name=name,
         instruction=entry.instruction,
         root=info.root,
         episodes=tuple(entry.episodes),
-        env={"type": config.env.type, "task": name},
+        env={"type": config.env.type, "task": name, **({"render": drawn} if drawn else {})},
         max_steps=config.env.max_steps,
         expert_success=entry.expert_success_rate,
     )
 
 
-def pretraining_tasks(config: DatasetConfig) -> tuple[list[Task], str]:
+def pretraining_tasks(config: DatasetConfig, render: RenderConfig | None = None) -> tuple[list[Task], str]:
     """Return the base's tasks and their data's fingerprint."""
     if config.pretrain is None:
         raise UserError(
             f"stream '{config.name}' names no pretraining tasks (dataset.pretrain): give a base with policy.path=DIR."
         )
     info = load_info(data_folder(config.pretrain.data))
-    return [make_task(config, info, n) for n in config.pretrain.tasks], info.fingerprint
+    _check_drawing(config, info, render)
+    return [make_task(config, info, n, render) for n in config.pretrain.tasks], info.fingerprint

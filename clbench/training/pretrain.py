@@ -85,7 +85,7 @@ def ensure_base(config: Config, backend: Backend, stop: Stop, progress: str = "a
             raise UserError(f"policy.path={path} is an adapter over another base; only a whole policy can be a base.")
         _check_given(path, config)
         return path.resolve(), {"path": str(path.resolve()), "kind": "given"}
-    tasks, fingerprint = pretraining_tasks(config.dataset)
+    tasks, fingerprint = pretraining_tasks(config.dataset, config.render)
     folder = base_folder(config, fingerprint)
     if not backend.agree(_is_whole(folder)):
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -79,7 +79,7 @@ def train(
     """
     algorithm = build_algorithm(config)
     sequential = "stream" not in algorithm.claims
-    stream = algorithm.transform_stream(build_stream(config.dataset, sequential=sequential))
+    stream = algorithm.transform_stream(build_stream(config.dataset, sequential=sequential, render=config.render))
     backend = Backend(config.train)
     folder = results_folder(run_id, config.output_dir)
     with ExitStack() as stack:
