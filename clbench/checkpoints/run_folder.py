@@ -21,7 +21,7 @@ from clbench.envs.base import privileged
 from clbench.errors import UserError, nearest
 from clbench.io import read_json, refuse_links, write_json, write_text
 from clbench.paths import PROJECT_ROOT, results_root
-from clbench.streams.stream import Task, TaskStream, pretraining_tasks
+from clbench.streams.stream import Task, TaskStream, make_task, pretraining_data
 
 PACKAGES = ("torch", "lerobot", "accelerate", "peft", "transformers", "numpy", "metaworld", "mujoco", "hf-libero",
             "robosuite", "bddl", "deepspeed")  # fmt: skip
@@ -112,7 +112,8 @@ def write_description(
     from clbench.algorithms.build import algorithm_classes
 
     own_base = config.dataset.pretrain is not None and not config.policy.get("path")
-    heldout = pretraining_tasks(config.dataset)[0] if own_base else []
+    heldout_data = pretraining_data(config.dataset) if own_base else None
+    heldout = [] if heldout_data is None else [make_task(config.dataset, heldout_data, n) for n in heldout_data.tasks]
     algorithm = config.algorithm["name"]
     before = read_json(folder / "manifest.json") if (folder / "manifest.json").is_file() else {}
     earlier = before.get("sessions", []) if isinstance(before, dict) else []
@@ -137,6 +138,8 @@ def write_description(
             "heldout": describe_columns(heldout),
             "checkpoints": [v.task for v in stream.visits],
             "data_fingerprint": stream.fingerprint,
+            "data": stream.data,
+            "heldout_data": None if heldout_data is None else heldout_data.description,
             "base": base,
             "versions": versions(),
             "git_revision": git_revision(),
@@ -156,6 +159,7 @@ def describe_columns(tasks: Sequence[Task]) -> list[dict[str, Any]]:
             "instruction": t.instruction,
             "data": str(t.root),
             "episodes": len(t.episodes),
+            "data_task": {"index": t.task_index, "instruction": t.text, "frames": t.frames},
             "env": {**t.env, "max_steps": t.max_steps},
             "expert_success": t.expert_success,
         }

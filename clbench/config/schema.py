@@ -115,9 +115,12 @@ class MakeConfig:
 
 @dataclass
 class PretrainDataConfig:
-    """The tasks that a base is trained on: disjoint from the stream's."""
+    """The tasks that a base is trained on: disjoint from the stream's. Data as in `DatasetConfig`."""
 
-    data: str = MISSING
+    data: str = ""
+    repo_id: Optional[str] = None  # noqa: UP045
+    revision: Optional[str] = None  # noqa: UP045
+    rename: dict[str, str] = field(default_factory=dict)
     tasks: list[str] = MISSING
     make: MakeConfig = field(default_factory=MakeConfig)
 
@@ -136,7 +139,11 @@ class DatasetConfig:
 
     Attributes:
         name: shown in reports.
-        data: data set folder: a name under the data root, or a path.
+        data: data set folder: a name under the data root, or a path. With `repo_id` a path is where that set is kept; a
+            name plays no part then.
+        repo_id: a LeRobot data set on the Hugging Face hub, OWNER/NAME; null = nothing is taken from a hub.
+        revision: its branch, tag or commit; null = the tag of LeRobot's data format.
+        rename: feature names of a data set that clbench did not make → names that the simulator uses.
         tasks: the stream's tasks, in order.
         task_order: null, or names or indices into `tasks`; may leave out, reorder and repeat tasks.
         fresh_on_revisit: a task's visits share its demonstrations out among them instead of seeing all each time.
@@ -145,7 +152,10 @@ class DatasetConfig:
     """
 
     name: str = MISSING
-    data: str = MISSING
+    data: str = ""
+    repo_id: Optional[str] = None  # noqa: UP045
+    revision: Optional[str] = None  # noqa: UP045
+    rename: dict[str, str] = field(default_factory=dict)
     env: EnvConfig = field(default_factory=EnvConfig)
     tasks: list[str] = MISSING
     task_order: Optional[list[Any]] = None  # noqa: UP045

@@ -12,6 +12,9 @@ A backend is a module of this package, named in `BACKENDS`, that offers
     NO_DEMONSTRATIONS: dict[str, str]     optional: tasks that its expert cannot do, and why
     versions() -> dict[str, str]          the versions of the packages that decide its physics
     FPS, ROBOT_TYPE, STATE_DIM, ACTION_DIM, MAX_STEPS
+    GRIPPER_OPENS: float                  optional: the value of an action's last number that opens the gripper
+    CAMERAS: dict[str, tuple[int, int, int]]  optional: names and shapes (height, width, 3) of its camera images, uint8
+    suite_of(task: str) -> str            optional: the suite a task belongs to, where its tasks come in several
     PRIVILEGED: str                       optional: what its observations hold that no robot would see; data sets,
                                           manifests and reports carry it as a label
 """
@@ -34,6 +37,9 @@ EVAL_SEED_BASE = 1_000_000
 STATE_KEY = "observation.state"  # LeRobot's name for the robot's (low-dimensional) state
 
 BACKENDS: dict[str, str] = {"metaworld": "clbench.envs.metaworld", "libero_state": "clbench.envs.libero"}
+
+# Hub data sets in LeRobot's format whose features are those of an environment type.
+HUB_DATA = {"libero": "HuggingFaceVLA/libero"}
 
 Observation = dict[str, np.ndarray]
 Expert = Callable[[Observation], np.ndarray]
@@ -133,6 +139,39 @@ def without_demonstrations(env_type: str) -> dict[str, str]:
 def privileged(env_type: str) -> str | None:
     """Return what an environment type's observations hold that no robot would see, in words; None where nothing."""
     return getattr(backend(env_type), "PRIVILEGED", None)
+
+
+def suite_of(env_type: str, task: str) -> str:
+    """Return the suite that a task belongs to; "" for simulators without suites."""
+    module = backend(env_type)
+    return str(module.suite_of(task)) if hasattr(module, "suite_of") else ""
+
+
+def observation_shapes(env_type: str) -> dict[str, tuple[int, ...]]:
+    """Return the observations of an environment type: LeRobot's name → shape, (height, width, 3) for an image."""
+    module = backend(env_type)
+    cameras: Mapping[str, tuple[int, ...]] = getattr(module, "CAMERAS", {})
+    return {STATE_KEY: (int(module.STATE_DIM),), **{k: tuple(v) for k, v in cameras.items()}}
+
+
+def action_size(env_type: str) -> int:
+    """Return how many numbers an action of an environment type has."""
+    return int(backend(env_type).ACTION_DIM)
+
+
+def gripper_opens(env_type: str) -> float | None:
+    """Return the value of an action's last number that opens the gripper; None where a type does not say it."""
+    return getattr(backend(env_type), "GRIPPER_OPENS", None)
+
+
+def steps_per_second(env_type: str) -> float:
+    """Return how many steps of an environment type are a simulated second."""
+    return float(backend(env_type).FPS)
+
+
+def hub_data(env_type: str) -> str | None:
+    """Return a hub data set that has demonstrations with the observations of an environment type; None: none known."""
+    return HUB_DATA.get(env_type)
 
 
 def instruction(spec: Mapping[str, Any]) -> str:

@@ -37,6 +37,7 @@ OBJECT_SLOTS, FIXTURE_SLOTS, JOINT_SLOTS = 8, 3, 4  # the most that any of the 1
 ROBOT_DIM = 8
 STATE_DIM = ROBOT_DIM + 7 * (OBJECT_SLOTS + FIXTURE_SLOTS) + JOINT_SLOTS
 ACTION_DIM = 7
+GRIPPER_OPENS = -1.0
 PRIVILEGED = "object poses instead of camera images"
 NO_DEMONSTRATIONS = {
     "KITCHEN_SCENE6_put_the_yellow_and_white_mug_in_the_microwave_and_close_it": (

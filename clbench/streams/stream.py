@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from clbench.config.schema import DatasetConfig
-from clbench.data.info import DataInfo, load_info
+from clbench.data.source import DataSource, open_data
 from clbench.envs.base import check_task
 from clbench.errors import UserError, nearest
-from clbench.paths import data_root
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,9 @@ class Task:
         env: simulator spec, {"type": ..., "task": ...}.
         max_steps: an episode not solved after this many steps has failed.
         expert_success: the scripted expert's own success rate in [0, 1], the demonstrations' ceiling.
+        features: of the data set → names in clbench; the others are not used. None = all, as they are named.
+        task_index, text: the task in the data set and its instruction there.
+        frames: of all the data set's episodes of this task.
     """
 
     name: str
@@ -41,6 +43,10 @@ class Task:
     env: dict[str, Any]
     max_steps: int
     expert_success: float | None = None
+    features: dict[str, str] | None = None
+    task_index: int | None = None
+    text: str | None = None
+    frames: int | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ class Visit:
 class TaskStream:
     """The visits in order, and the tasks evaluated (`columns`, index j).
 
+    `data` describes the data set (manifest.json).
     `mode`: sequential | multitask (one joint visit) | singletask (each visit starts from the base).
     """
 
@@ -64,6 +71,7 @@ class TaskStream:
     columns: tuple[Task, ...]
     mode: str = "sequential"
     fingerprint: str = ""
+    data: dict[str, Any] = field(default_factory=dict)
 
     def joint(self) -> TaskStream:
         """One visit with the data of all distinct tasks; the columns stay."""
@@ -114,32 +122,25 @@ def visit_order(config: DatasetConfig) -> list[str]:
     return order
 
 
-def data_folder(data: str) -> Path:
-    """A bare name is a folder under the data root; anything with a slash is a path."""
-    return Path(data).expanduser() if "/" in data else data_root() / data
-
-
 def build_stream(config: DatasetConfig, *, sequential: bool = True) -> TaskStream:
-    """Build the stream from its configuration and its data set's own record.
+    """Build the stream from its configuration and what its data set says of itself; may fetch it from the hub.
 
     Raises:
-        UserError: the order is impossible, a sequence of one task is asked for, or the data set is missing or
-            lacks a task.
+        UserError: the order is impossible, a sequence of one task is asked for, or the data set is missing, lacks a
+            task, or does not fit the simulator.
     """
-    order = visit_order(config)
-    for name in order:
-        check_task(config.env.type, name)
+    order = checked_order(config)
     if sequential and len(order) < 2:
         raise UserError(
             f"stream '{config.name}' has one task ({order[0]}): continual learning needs at least two. "
             "Add tasks (dataset.tasks, dataset.task_order) or use --algo singletask."
         )
-    info = load_info(data_folder(config.data))
+    data = stream_data(config)
     seen: Counter[str] = Counter()
     totals = Counter(order)
     tasks = []
     for name in order:
-        task = make_task(config, info, name)
+        task = make_task(config, data, name)
         if config.fresh_on_revisit and totals[name] > 1:
             share = task.episodes[seen[name] :: totals[name]]
             if not share:
@@ -151,28 +152,56 @@ def build_stream(config: DatasetConfig, *, sequential: bool = True) -> TaskStrea
         seen[name] += 1
         tasks.append(task)
     visits = tuple(Visit(k, t.name, (t,)) for k, t in enumerate(tasks))
-    return TaskStream(config.name, visits, tuple(tasks), fingerprint=info.fingerprint)
+    return TaskStream(config.name, visits, tuple(tasks), fingerprint=data.fingerprint, data=data.description)
 
 
-def make_task(config: DatasetConfig, info: DataInfo, name: str) -> Task:
-    """Build one Task from a data set's record."""
-    entry = info.task(name)
+def checked_order(config: DatasetConfig) -> list[str]:
+    """The task names in visiting order; UserError for an impossible order and for tasks that the simulator lacks."""
+    order = visit_order(config)
+    for name in order:
+        check_task(config.env.type, name)
+    return order
+
+
+def stream_data(config: DatasetConfig, fetch: bool = True) -> DataSource:
+    """The stream's data set, with the tasks that it visits."""
+    names = list(dict.fromkeys(checked_order(config)))
+    return open_data(config, config.env.type, names, stream=config.name, fetch=fetch)
+
+
+def pretraining_data(config: DatasetConfig, fetch: bool = True) -> DataSource:
+    """The data set of the base's tasks; UserError when the stream names none."""
+    if config.pretrain is None:
+        raise UserError(
+            f"stream '{config.name}' names no pretraining tasks (dataset.pretrain): give a base with policy.path=DIR."
+        )
+    names = list(config.pretrain.tasks)
+    for name in names:
+        check_task(config.env.type, name)
+    return open_data(
+        config.pretrain, config.env.type, names, stream=config.name, key="dataset.pretrain", fetch=fetch
+    )
+
+
+def make_task(config: DatasetConfig, data: DataSource, name: str) -> Task:
+    """Build one Task from what its data set says of it."""
+    entry = data.tasks[name]
     return Task(
         name=name,
         instruction=entry.instruction,
-        root=info.root,
-        episodes=tuple(entry.episodes),
+        root=data.root,
+        episodes=entry.episodes,
         env={"type": config.env.type, "task": name},
         max_steps=config.env.max_steps,
-        expert_success=entry.expert_success_rate,
+        expert_success=entry.expert_success,
+        features=data.features,
+        task_index=entry.task_index,
+        text=entry.text,
+        frames=entry.frames,
     )
 
 
 def pretraining_tasks(config: DatasetConfig) -> tuple[list[Task], str]:
     """Return the base's tasks and their data's fingerprint."""
-    if config.pretrain is None:
-        raise UserError(
-            f"stream '{config.name}' names no pretraining tasks (dataset.pretrain): give a base with policy.path=DIR."
-        )
-    info = load_info(data_folder(config.pretrain.data))
-    return [make_task(config, info, n) for n in config.pretrain.tasks], info.fingerprint
+    data = pretraining_data(config)
+    return [make_task(config, data, n) for n in data.tasks], data.fingerprint

@@ -45,7 +45,7 @@ from clbench.streams.stream import TaskStream, build_stream
 from clbench.training import log as run_log
 from clbench.training.backend import Backend, count, say
 from clbench.training.loop import PhaseRunner, Resumed
-from clbench.training.pretrain import ensure_base, load_base
+from clbench.training.pretrain import check_inputs, ensure_base, load_base
 from clbench.training.saving import Moments, save_if_due
 
 # What may differ when a run is resumed: it changes no weight (threads, ranks and devices change last bits of sums).
@@ -106,6 +106,7 @@ def train(
             say(backend, f"run '{run_id}' is complete: {folder}")
             return folder
         base_path, base = ensure_base(config, backend, stop, config.log.progress)
+        check_inputs(base_path, stream.columns[0])
         if backend.is_main:
             keeper.clear(position)
             session = {"command": command or [], "k": position.k, "phase": position.phase, "step": position.step,
