@@ -30,10 +30,11 @@ from clbench.data.matching import match_tasks
 from clbench.envs.base import (
     STATE_KEY,
     action_size,
+    cameras,
     gripper_opens,
     hub_data,
     instruction,
-    observation_shapes,
+    state_size,
     steps_per_second,
 )
 from clbench.errors import UserError, nearest
@@ -104,6 +105,7 @@ def open_data(
     stream: str,
     key: str = "dataset",
     fetch: bool = True,
+    image_size: int | None = None,
 ) -> DataSource:
     """Open a data set for some of the simulator's tasks.
 
@@ -113,13 +115,14 @@ def open_data(
         key: where `settings` stand in the configuration, for messages.
         fetch: fetch the data and video files that are missing; False: only say, on stderr, how much that would be, and
             return without a fingerprint.
+        image_size: height and width of the simulator's images, in pixels; null = any.
 
     Raises:
         UserError: there is no data set, it is damaged, not whole, too old, or of another kind than the simulator; its
             tasks are not the stream's; the hub cannot be reached.
     """
     if settings.repo_id:
-        return _from_hub(settings, env_type, names, key, fetch)
+        return _from_hub(settings, env_type, names, key, fetch, image_size)
     root = data_folder(settings.data)
     if (root / INFO_FILE).exists():
         if settings.rename:
@@ -130,7 +133,8 @@ def open_data(
             raise UserError(f"{root} is no whole data set: it has no {INFO}. {_remedy(root)}")
         raise UserError(f"there is no data set in {root}. {_two_ways(env_type, stream, key)}")
     found = read_set(root, _remedy(root))
-    return _foreign(found, settings, env_type, names, key, {"kind": "lerobot"}, None, fetch, _remedy(root))
+    features = _features(found, settings.rename, env_type, key, image_size)
+    return _foreign(found, features, env_type, names, {"kind": "lerobot"}, None, _remedy(root))
 
 
 def _two_ways(env_type: str, stream: str, key: str) -> str:
@@ -162,7 +166,9 @@ def _episodes(tasks: dict[str, TaskData]) -> int:
     return sum(len(t.episodes) for t in tasks.values())
 
 
-def _from_hub(settings: DataSettings, env_type: str, names: Sequence[str], key: str, fetch: bool) -> DataSource:
+def _from_hub(
+    settings: DataSettings, env_type: str, names: Sequence[str], key: str, fetch: bool, image_size: int | None
+) -> DataSource:
     assert settings.repo_id is not None
     folder = data_folder(settings.data).absolute() if "/" in settings.data else None  # a name is that of a made set
     if folder is not None and (folder / INFO_FILE).exists():
@@ -176,29 +182,28 @@ def _from_hub(settings: DataSettings, env_type: str, names: Sequence[str], key: 
     origin = {"kind": "hub", "repo_id": copy.repo_id, "revision": copy.revision, "commit": copy.commit}
     at = copy
 
-    def get(files: list[str]) -> None:
+    def get(files: list[str]) -> bool:
         if fetch:
             hub.fetch_files(at, files, in_cache=folder is None)
         else:
             size = hub.size_of(at, files, in_cache=folder is None)
             print(f"to be fetched: {len(files)} files ({size / 1e6:.1f} MB) of {at.repo_id}", file=sys.stderr)
+        return fetch
 
-    return _foreign(found, settings, env_type, names, key, origin, get, fetch, remedy)
+    features = _features(found, settings.rename, env_type, key, image_size)
+    return _foreign(found, features, env_type, names, origin, get, remedy)
 
 
 def _foreign(
     found: LeRobotSet,
-    settings: DataSettings,
+    features: dict[str, str],
     env_type: str,
     names: Sequence[str],
-    key: str,
     origin: dict[str, Any],
-    get: Callable[[list[str]], None] | None,
-    whole: bool,
+    get: Callable[[list[str]], bool] | None,
     remedy: str,
 ) -> DataSource:
-    """A set that clbench did not make. `get` fetches files that are missing."""
-    features = _features(found, settings.rename, env_type, key)
+    """A set that clbench did not make. `get` fetches files that are missing, or returns False where it is not to."""
     of_task: dict[str, list[Any]] = {}
     for e in found.episodes:
         for text in e.texts:
@@ -221,8 +226,7 @@ def _foreign(
         )
     task_of = {e: t.task_index for t in tasks.values() for e in t.episodes}
     absent = missing_files(found, task_of)
-    if absent and get is not None:
-        get(absent)
+    fetched = get(absent) if absent and get is not None else True
     described = {
         **origin,
         "root": str(found.root),
@@ -233,7 +237,7 @@ def _foreign(
         "tasks_unused": len(found.texts) - len(tasks),
         "episodes_unused": len(found.episodes) - len(task_of),
     }
-    if not whole and absent:
+    if not fetched:
         return DataSource(found.root, tasks, "", features, described)
     low = {there: here for there, here in features.items() if here in (STATE_KEY, ACTION_KEY)}
     fingerprint, ranges = check_frames(found, task_of, low, remedy)
@@ -258,7 +262,9 @@ def _check_actions(root: Path, env_type: str, low: np.ndarray, high: np.ndarray)
         )
 
 
-def _features(found: LeRobotSet, rename: dict[str, str], env_type: str, key: str) -> dict[str, str]:
+def _features(
+    found: LeRobotSet, rename: dict[str, str], env_type: str, key: str, image_size: int | None
+) -> dict[str, str]:
     """Which features are used, and as what: exactly the simulator's observations, and the action.
 
     Raises:
@@ -272,20 +278,25 @@ def _features(found: LeRobotSet, rename: dict[str, str], env_type: str, key: str
     if len(named) != len(found.features):
         twice = [n for n, k in Counter(rename.get(old, old) for old in found.features).items() if k > 1]
         raise UserError(f"{key}.rename: the data set in {found.root} would have two features {twice[0]}.")
-    wanted = {**observation_shapes(env_type), ACTION_KEY: (action_size(env_type),)}
+    numbers = {STATE_KEY: state_size(env_type), ACTION_KEY: action_size(env_type)}
+    wanted = [*cameras(env_type), *numbers]
     problems = []
-    for name, shape in wanted.items():
+    for name in wanted:
         if name not in named:
             problems.append(f"{name} is not there")
             continue
         feature = found.features[named[name]]
-        if len(shape) == 3:
-            right, is_shape = feature["dtype"] in ("image", "video"), image_shape(feature)
-            kind = "images"
+        if name in numbers:
+            shape: tuple[int, ...] = tuple(feature["shape"])
+            right = feature["dtype"] == "float32" and shape == (numbers[name],)
+            should = f"float32 ({numbers[name]},)"
         else:
-            right, is_shape, kind = feature["dtype"] == "float32", tuple(feature["shape"]), "float32"
-        if not right or is_shape != shape:
-            problems.append(f"{name} has {feature['dtype']} {is_shape}, not {kind} {shape}")
+            shape, size = image_shape(feature), image_size or "any"
+            right = feature["dtype"] in ("image", "video") and len(shape) == 3 and shape[2] == 3
+            right = right and (image_size is None or shape[:2] == (image_size, image_size))
+            should = f"images of height {size}, width {size}, 3 channels"
+        if not right:
+            problems.append(f"{name} is {feature['dtype']} {shape}, not {should}")
     if problems:
         has = ", ".join(f"{n} {f['dtype']} {tuple(f['shape'])}" for n, f in found.features.items())
         raise UserError(

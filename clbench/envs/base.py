@@ -13,7 +13,8 @@ A backend is a module of this package, named in `BACKENDS`, that offers
     versions() -> dict[str, str]          the versions of the packages that decide its physics
     FPS, ROBOT_TYPE, STATE_DIM, ACTION_DIM, MAX_STEPS
     GRIPPER_OPENS: float                  optional: the value of an action's last number that opens the gripper
-    CAMERAS: dict[str, tuple[int, int, int]]  optional: names and shapes (height, width, 3) of its camera images, uint8
+    CAMERAS: dict[str, str]               optional: the camera images among its observations, uint8 (size, size, 3), and
+                                          what the simulator calls the cameras
     suite_of(task: str) -> str            optional: the suite a task belongs to, where its tasks come in several
     PRIVILEGED: str                       optional: what its observations hold that no robot would see; data sets,
                                           manifests and reports carry it as a label
@@ -147,11 +148,14 @@ def suite_of(env_type: str, task: str) -> str:
     return str(module.suite_of(task)) if hasattr(module, "suite_of") else ""
 
 
-def observation_shapes(env_type: str) -> dict[str, tuple[int, ...]]:
-    """Return the observations of an environment type: LeRobot's name → shape, (height, width, 3) for an image."""
-    module = backend(env_type)
-    cameras: Mapping[str, tuple[int, ...]] = getattr(module, "CAMERAS", {})
-    return {STATE_KEY: (int(module.STATE_DIM),), **{k: tuple(v) for k, v in cameras.items()}}
+def cameras(env_type: str) -> list[str]:
+    """Return the names of the camera images among an environment type's observations; empty where there are none."""
+    return list(getattr(backend(env_type), "CAMERAS", {}))
+
+
+def state_size(env_type: str) -> int:
+    """Return how many numbers the state of an environment type has."""
+    return int(backend(env_type).STATE_DIM)
 
 
 def action_size(env_type: str) -> int:
