@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -231,10 +231,15 @@ def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str], 
     if not launched():
         _check_ranks(config, ranks, args.port)
     # Mistakes show before anything heavy is imported or fetched.
-    checked_order(config.dataset)
-    if not config.policy.get("path") and config.dataset.pretrain is not None and not config.dataset.pretrain.repo_id:
-        pretraining_data(config.dataset)
-    build_stream(config.dataset, sequential=False)
+    d = config.dataset
+    checked_order(d)
+    sets: list[tuple[bool, Callable[[], object]]] = [
+        (d.repo_id is not None, lambda: build_stream(d, sequential=False))
+    ]
+    if d.pretrain is not None and not config.policy.get("path"):
+        sets.append((d.pretrain.repo_id is not None, lambda: pretraining_data(d)))
+    for _, opened in sorted(sets, key=lambda s: s[0]):  # those of the hub last
+        opened()
     if ranks > 1 and not launched():
         from clbench.algorithms.build import build_algorithm
 

@@ -534,7 +534,8 @@ def test_neither_data_nor_hub(capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert "-- dataset.repo_id=HuggingFaceVLA/libero" in str(e.value)
     assert cli.main(["train", "--algo", "er", "--dataset", "libero_goal_state"]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "clbench data make libero_goal_state" in said and "repo_id" not in said  # no hub has such states
+    assert "libero_goal_state. Make it with: clbench data make libero_goal_state" in said
+    assert "repo_id" not in said  # no hub has such states
 
 
 @pytest.mark.parametrize(
@@ -550,6 +551,12 @@ def test_neither_data_nor_hub(capsys: pytest.CaptureFixture[str], monkeypatch: p
 def test_wrong_settings(capsys: pytest.CaptureFixture[str], overrides: list[str], message: str) -> None:
     assert cli.main(["train", "--algo", "er", "--dataset", "libero_goal_state", "--", *overrides]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_the_bases_data_are_missed_before_the_streams_are_fetched(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--algo", "er", "--dataset", "libero_goal_state", "--", f"dataset.repo_id={REPO}"]) == 2
+    said = capsys.readouterr().err
+    assert "fetching" not in said and f"clbench data make libero_goal_state -- dataset.repo_id={REPO}" in said
 
 
 def test_a_made_set_is_not_renamed(toy_data: Path) -> None:

@@ -139,6 +139,8 @@ def open_data(
 
 def _two_ways(env_type: str, stream: str, key: str) -> str:
     make = f"Make it with: clbench data make {stream}"
+    if key != "dataset":
+        return f"{make} — or give a base with policy.path=FOLDER"
     known = hub_data(env_type)
     return f"{make} — or take it from the hub: -- {key}.repo_id={known}" if known else make
 

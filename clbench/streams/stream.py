@@ -176,10 +176,11 @@ def pretraining_data(config: DatasetConfig, fetch: bool = True) -> DataSource:
             f"stream '{config.name}' names no pretraining tasks (dataset.pretrain): give a base with policy.path=DIR."
         )
     names = list(config.pretrain.tasks)
+    make = config.name + (f" -- dataset.repo_id={config.repo_id}" if config.repo_id else "")  # makes this set alone
     for name in names:
         check_task(config.env.type, name)
     return open_data(
-        config.pretrain, config.env.type, names, stream=config.name, key="dataset.pretrain", fetch=fetch
+        config.pretrain, config.env.type, names, stream=make, key="dataset.pretrain", fetch=fetch
     )
 
 
