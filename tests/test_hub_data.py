@@ -320,6 +320,20 @@ def test_a_folder_of_ones_own(image_set: Path, online: Callable[[str], None], tm
             build_stream(hub_goals(data=str(made)))
 
 
+def test_videos_of_the_hub_in_a_folder(video_set: Path, online: Callable[[str], None], tmp_path: Path) -> None:
+    rename = {"observation.images.wrist_image": IMAGES[1]}
+    with served({REPO: video_set}) as (url, _):
+        online(url)
+        stream = build_stream(hub_goals(data=str(tmp_path / "kept"), tasks=[STOVE, DRAWER], rename=rename))
+    online("http://127.0.0.1:9")
+    batch = StreamFrames([v.tasks for v in stream.visits], POLICY).fetch(torch.tensor([[0, 7]]))
+    item = whole(video_set, {"action": [0, 1, 2, 3]})[3 * 5 + 2]
+    assert torch.equal(batch[IMAGES[1]][0], item["observation.images.wrist_image"])
+    next((tmp_path / "kept" / "videos").rglob("*.mp4")).unlink()
+    with pytest.raises(UserError, match="not whole on this machine"):
+        build_stream(hub_goals(data=str(tmp_path / "kept"), tasks=[STOVE, DRAWER], rename=rename))
+
+
 @pytest.mark.parametrize(
     ("repos", "tags", "revision", "message"),
     [
