@@ -18,8 +18,8 @@ import psutil
 from clbench.config.compose import compose
 from clbench.config.schema import Config
 from clbench.data.info import INFO_FILE
+from clbench.data.source import data_folder
 from clbench.errors import UserError
-from clbench.streams.stream import data_folder
 
 
 def tiny_config(dataset: str, algorithm: str = "seqfft") -> Config:

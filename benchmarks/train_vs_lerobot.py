@@ -53,8 +53,8 @@ from common import (
 )
 
 from clbench.config.schema import Config
+from clbench.data.source import data_folder
 from clbench.errors import UserError
-from clbench.streams.stream import data_folder
 
 AIMS = {"cpu": 3.0, "cuda": 1.0}
 LOG_LINE = re.compile(r"step:\S+ smpl:.* loss:([\d.]+) .*updt_s:([\d.]+) data_s:([\d.]+)")

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from clbench.errors import RESUME_EXIT, Interrupted, UserError, nearest
 
 if TYPE_CHECKING:
     from clbench.config.schema import Config
+    from clbench.data.source import DataSource
     from clbench.stopping import Stop
 
 OVERRIDES = "after --: overrides as key=value, e.g. -- train.steps=500 algorithm.expand_threshold=4"
@@ -64,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     metrics_cli.add_arguments(_command(sub, "metrics", "print every metric of a run or matrix"))
     report_cli.add_arguments(_command(sub, "report", "tables and pictures of one run, or of several beside each other"))
 
-    data = _command(sub, "data", "make demonstrations, install a simulator's assets")
+    data = _command(sub, "data", "make, fetch and check demonstrations, install a simulator's assets")
     kinds = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     make = _command(kinds, "make", "make the demonstrations of a stream and of its pretraining tasks")
     make.add_argument("name", help="a stream (see: clbench list)")
@@ -79,6 +80,12 @@ def parser() -> argparse.ArgumentParser:
                         help="an archive (.tar.xz, …), a folder, or 'hub', the Hugging Face hub")  # fmt: skip
     assets.add_argument("--accept-differences", action="store_true",
                         help="also where files that decide the physics are not the expected ones")  # fmt: skip
+
+    check = _command(kinds, "check", "check a stream's data set, fetching it where it is one of the hub")
+    check.add_argument("name", help="a stream (see: clbench list)")
+    check.add_argument("--no-fetch", action="store_true",
+                       help="of a hub's set fetch only the description, and say how much the rest is")  # fmt: skip
+    check.epilog = "after --: overrides as key=value, e.g. -- dataset.repo_id=HuggingFaceVLA/libero"
 
     _command(sub, "list", "names of models, algorithms and streams")
 
@@ -219,12 +226,20 @@ def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str], 
 
     if not launched() or os.environ.get("RANK") == "0":
         print(f"configuration: {' ← '.join(files)}{' ← overrides' if overrides else ''}", file=sys.stderr)
-    from clbench.streams.stream import build_stream
+    from clbench.streams.stream import build_stream, checked_order, pretraining_data
 
     if not launched():
         _check_ranks(config, ranks, args.port)
-    # Its mistakes show before anything heavy is imported.
-    build_stream(config.dataset, sequential=False, render=config.render)
+    # Mistakes show before anything heavy is imported or fetched.
+    d = config.dataset
+    checked_order(d)
+    sets: list[tuple[bool, Callable[[], object]]] = [
+        (d.repo_id is not None, lambda: build_stream(d, sequential=False, render=config.render))
+    ]
+    if d.pretrain is not None and not config.policy.get("path"):
+        sets.append((d.pretrain.repo_id is not None, lambda: pretraining_data(d, config.render)))
+    for _, opened in sorted(sets, key=lambda s: s[0]):  # those of the hub last
+        opened()
     if ranks > 1 and not launched():
         from clbench.algorithms.build import build_algorithm
 
@@ -380,7 +395,37 @@ def _print_matrix(matrix: dict[str, object]) -> None:
 
 
 def _data(args: argparse.Namespace, overrides: list[str]) -> int:
-    return _assets(args, overrides) if args.action == "assets" else _make_data(args, overrides)
+    actions = {"assets": _assets, "make": _make_data, "check": _check_data}
+    return actions[args.action](args, overrides)
+
+
+def _check_data(args: argparse.Namespace, overrides: list[str]) -> int:
+    from clbench.config.compose import compose
+    from clbench.streams.stream import pretraining_data, stream_data
+
+    config, _ = compose(
+        model="dit_dec_tiny", algorithms=["seqfft"], dataset=args.name, registered=["seqfft"], overrides=overrides
+    )
+    _print_data(f"stream {config.dataset.name}", stream_data(config.dataset, config.render, fetch=not args.no_fetch))
+    if config.dataset.pretrain is not None:
+        _print_data("base's tasks", pretraining_data(config.dataset, config.render, fetch=not args.no_fetch))
+    return 0
+
+
+def _print_data(title: str, data: DataSource) -> None:
+    d = data.description
+    origin = {"made": "made by clbench", "lerobot": "not made by clbench", "hub": "from the hub"}[d["kind"]]
+    print(f"{title}: {data.root}, {origin}")
+    if d["kind"] == "hub":
+        print(f"  repo_id {d['repo_id']}, revision {d['revision']}, commit {d['commit']}")
+    print(f"  fingerprint {data.fingerprint or 'not known before all is fetched'}")
+    if data.features is not None:
+        print("  features " + ", ".join(k if k == v else f"{k} as {v}" for k, v in data.features.items())
+              + (f"; not used: {', '.join(d['features_unused'])}" if d["features_unused"] else ""))  # fmt: skip
+        print(f"  it says {d['fps']:g} frames a second; the simulator makes {d['simulator_steps_per_second']:g} steps")
+    for t in data.tasks.values():
+        print(f"  task {t.task_index:3} {len(t.episodes):5} episodes {t.frames:7} frames  {t.name}: {t.text}")
+    print(f"  not used: {d['tasks_unused']} tasks, {d['episodes_unused']} episodes")
 
 
 def _assets(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -416,8 +461,9 @@ def _stream_on_states(name: str) -> str:
 def _make_data(args: argparse.Namespace, overrides: list[str]) -> int:
     from clbench.config.compose import compose
     from clbench.data.make import make_dataset
+    from clbench.data.source import data_folder
     from clbench.envs.base import without_demonstrations
-    from clbench.streams.stream import data_folder, drawing
+    from clbench.streams.stream import drawing
 
     config, _ = compose(
         model="dit_dec_tiny",
@@ -427,10 +473,14 @@ def _make_data(args: argparse.Namespace, overrides: list[str]) -> int:
         overrides=overrides,
     )
     d = config.dataset
-    sets = [(d.data, list(d.tasks), d.make)]
+    sets = [(d.repo_id, d.data, list(d.tasks), d.make)]
     if d.pretrain is not None:
-        sets.append((d.pretrain.data, list(d.pretrain.tasks), d.pretrain.make))
-    for data, wanted, make in sets:
+        sets.append((d.pretrain.repo_id, d.pretrain.data, list(d.pretrain.tasks), d.pretrain.make))
+    for repo_id, data, wanted, make in sets:
+        if repo_id is not None:
+            print(f"{repo_id} is a data set of the hub, nothing is made for it: see `clbench data check {args.name}`.",
+                  file=sys.stderr)  # fmt: skip
+            continue
         root = data_folder(data)
         cannot = without_demonstrations(d.env.type)
         tasks = [task for task in wanted if task not in cannot]

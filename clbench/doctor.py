@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from clbench.config.compose import available, compose
-from clbench.data.info import INFO_FILE
+from clbench.data.lerobot_set import has_set
+from clbench.data.source import data_folder
 from clbench.envs import libero_assets
 from clbench.envs.base import other_python, simulator_versions
 from clbench.errors import UserError
 from clbench.paths import cache_root, data_root, results_root
-from clbench.streams.stream import data_folder
 
 REQUIRED = ("torch", "lerobot", "accelerate", "peft", "transformers", "omegaconf")
 OPTIONAL = {
@@ -142,8 +142,8 @@ def _stream(name: str) -> Finding:
     except UserError as e:
         return Finding("missing", f"stream {name}", str(e))
     d = config.dataset
-    needed = [d.data, *([d.pretrain.data] if d.pretrain else [])]
-    absent = [n for n in needed if not (data_folder(n) / INFO_FILE).is_file()]
+    needed = [part.data for part in (d, d.pretrain) if part is not None and part.repo_id is None]
+    absent = [n for n in needed if not has_set(data_folder(n))]
     if absent:
         return Finding("note", f"stream {name}: no data in {', '.join(absent)}", f"clbench data make {name}")
     return Finding("ok", f"stream {name}")

@@ -21,7 +21,7 @@ from clbench.envs.base import other_python, privileged, simulator_versions
 from clbench.errors import UserError, nearest
 from clbench.io import read_json, refuse_links, write_json, write_text
 from clbench.paths import PROJECT_ROOT, results_root
-from clbench.streams.stream import Task, TaskStream, drawing, pretraining_tasks
+from clbench.streams.stream import Task, TaskStream, make_task, pretraining_data
 
 PACKAGES = ("torch", "lerobot", "accelerate", "peft", "transformers", "numpy", "metaworld", "mujoco", "hf-libero",
             "robosuite", "bddl", "deepspeed")  # fmt: skip
@@ -112,7 +112,10 @@ def write_description(
     from clbench.algorithms.build import algorithm_classes
 
     own_base = config.dataset.pretrain is not None and not config.policy.get("path")
-    heldout = pretraining_tasks(config.dataset, config.render)[0] if own_base else []
+    heldout_data = pretraining_data(config.dataset, config.render) if own_base else None
+    heldout = []
+    if heldout_data is not None:
+        heldout = [make_task(config.dataset, heldout_data, n, config.render) for n in heldout_data.tasks]
     algorithm = config.algorithm["name"]
     env_type = config.dataset.env.type
     elsewhere = simulator_versions(env_type) if other_python(env_type) else {}
@@ -133,13 +136,15 @@ def write_description(
             "policy": config.model,
             "dataset": stream.name,
             "privileged": privileged(env_type),
-            "render": drawing(env_type, config.render),
+            "render": stream.columns[0].env.get("render"),
             "seed": config.seed,
             "mode": stream.mode,
             "visits": describe_columns(stream.columns),
             "heldout": describe_columns(heldout),
             "checkpoints": [v.task for v in stream.visits],
             "data_fingerprint": stream.fingerprint,
+            "data": stream.data,
+            "heldout_data": None if heldout_data is None else heldout_data.description,
             "base": base,
             "versions": versions() | elsewhere,
             "git_revision": git_revision(),
@@ -159,6 +164,7 @@ def describe_columns(tasks: Sequence[Task]) -> list[dict[str, Any]]:
             "instruction": t.instruction,
             "data": str(t.root),
             "episodes": len(t.episodes),
+            "data_task": {"index": t.task_index, "instruction": t.text, "frames": t.frames},
             "env": {**t.env, "max_steps": t.max_steps},
             "expert_success": t.expert_success,
         }

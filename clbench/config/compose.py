@@ -14,6 +14,7 @@ import math
 import os
 import re
 import reprlib
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -23,13 +24,14 @@ import yaml
 from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from clbench.config.schema import Config
+from clbench.config.schema import Config, DatasetConfig, PretrainDataConfig
 from clbench.envs.rendering import FIDELITIES, MAX_SIZE, MIN_SIZE
 from clbench.errors import UserError, nearest
 from clbench.io import read_text
 from clbench.paths import CONFIG_ROOT
 
 SECRET = re.compile(r"(^|_)(api_?key|key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 MAX_YAML_BYTES = 256 * 1024
 MAX_YAML_DEPTH = 20
 # What OmegaConf, its parsers and Python's conversions raise for values that do not fit; 10**5000 is a ValueError.
@@ -233,8 +235,6 @@ def check_keys(schema: Any, value: Any, source: str, prefix: str = "") -> None:
         except OmegaConfBaseException:
             child = None
         if child is None:
-            from clbench.config.schema import PretrainDataConfig
-
             child = OmegaConf.structured(PretrainDataConfig) if f"{prefix}{name}" == "dataset.pretrain" else None
         check_keys(child, value._get_node(key), source, f"{prefix}{name}.")
 
@@ -330,9 +330,13 @@ def check_values(c: Config) -> None:
     _choice(problems, "train.on_nonfinite", t.on_nonfinite, ("stop", "skip"))
     _choice(problems, "train.device", t.device, ("auto", "cpu", "cuda"))
     _choice(problems, "eval.cells", e.cells, ("full", "lower", "last", "diagonal"))
-    _choice(problems, "render.fidelity", c.render.fidelity, FIDELITIES)
+    if c.render.fidelity is not None:
+        _choice(problems, "render.fidelity", c.render.fidelity, FIDELITIES)
     _choice(problems, "render.mismatch", c.render.mismatch, ("refuse", "allow"))
-    need(MIN_SIZE <= c.render.size <= MAX_SIZE, f"render.size must be between {MIN_SIZE} and {MAX_SIZE} pixels")
+    need(
+        c.render.size is None or MIN_SIZE <= c.render.size <= MAX_SIZE,
+        f"render.size must be between {MIN_SIZE} and {MAX_SIZE} pixels",
+    )
     _choice(problems, "log.progress", c.log.progress, ("auto", "bar", "lines", "quiet"))
     need(t.num_workers >= 0, "train.num_workers must not be negative")
     need(t.threads is None or t.threads >= 1, "train.threads must be at least 1 (or null)")
@@ -360,8 +364,10 @@ def check_values(c: Config) -> None:
     need(d.env.max_steps >= 1, "dataset.env.max_steps must be at least 1")
     need(0 <= c.seed < 2**31, f"seed must be in [0, 2^31), is {c.seed}")
     makes = [("dataset.make", d.make)]
+    problems += _data_problems("dataset", d)
     if d.pretrain is not None:
         makes.append(("dataset.pretrain.make", d.pretrain.make))
+        problems += _data_problems("dataset.pretrain", d.pretrain)
         overlap = sorted(set(d.tasks) & set(d.pretrain.tasks))
         need(
             not overlap,
@@ -383,6 +389,21 @@ def check_values(c: Config) -> None:
         problems.append("policy.type (or policy.path, a checkpoint folder) is missing")
     if problems:
         raise UserError("the configuration is not valid: " + clip("; ".join(problems), 2000) + ".")
+
+
+def _data_problems(label: str, data: DatasetConfig | PretrainDataConfig) -> list[str]:
+    """What is wrong with the keys that say which data set to read."""
+    problems = []
+    if not data.data and not data.repo_id:
+        problems.append(f"{label}.data (a folder) or {label}.repo_id (a data set of the hub) is missing")
+    if data.repo_id is not None and REPO_ID.fullmatch(data.repo_id) is None:
+        problems.append(f"{label}.repo_id must be OWNER/NAME (lerobot/libero_10_image), is {clip(data.repo_id, 60)!r}")
+    if data.revision is not None and data.repo_id is None:
+        problems.append(f"{label}.revision belongs to {label}.repo_id, which is not given")
+    twice = [name for name, n in Counter(data.rename.values()).items() if n > 1]
+    if twice:
+        problems.append(f"{label}.rename gives several features the name {twice[0]}")
+    return problems
 
 
 def _check_lists(c: Config) -> None:

@@ -115,9 +115,12 @@ class MakeConfig:
 
 @dataclass
 class PretrainDataConfig:
-    """The tasks that a base is trained on: disjoint from the stream's."""
+    """The tasks that a base is trained on: disjoint from the stream's. Data as in `DatasetConfig`."""
 
-    data: str = MISSING
+    data: str = ""
+    repo_id: Optional[str] = None  # noqa: UP045
+    revision: Optional[str] = None  # noqa: UP045
+    rename: dict[str, str] = field(default_factory=dict)
     tasks: list[str] = MISSING
     make: MakeConfig = field(default_factory=MakeConfig)
 
@@ -135,13 +138,14 @@ class RenderConfig:
     """How a simulator with cameras draws their images: when demonstrations are made, and when a policy is evaluated.
 
     Attributes:
-        fidelity: fast | full, see clbench/envs/rendering.py; both show the same physics.
-        size: height and width in pixels.
+        fidelity: fast | full, see clbench/envs/rendering.py; both show the same physics. null = as the training data
+            were drawn; fast for data that are made.
+        size: height and width in pixels; null = as in the training data; 256 for data that are made.
         mismatch: refuse | allow, what is done about training data that were drawn otherwise.
     """
 
-    fidelity: str = "fast"
-    size: int = 256
+    fidelity: Optional[str] = None  # noqa: UP045
+    size: Optional[int] = None  # noqa: UP045
     mismatch: str = "refuse"
 
 
@@ -151,7 +155,11 @@ class DatasetConfig:
 
     Attributes:
         name: shown in reports.
-        data: data set folder: a name under the data root, or a path.
+        data: data set folder: a name under the data root, or a path. With `repo_id` a path is where that set is kept; a
+            name plays no part then.
+        repo_id: a LeRobot data set on the Hugging Face hub, OWNER/NAME; null = nothing is taken from a hub.
+        revision: its branch, tag or commit; null = the tag of LeRobot's data format.
+        rename: feature names of a data set that clbench did not make → names that the simulator uses.
         tasks: the stream's tasks, in order.
         task_order: null, or names or indices into `tasks`; may leave out, reorder and repeat tasks.
         libero_order: null, or which of LIBERO's published task orders, 0 to 20, a suite of ten is visited in.
@@ -162,7 +170,10 @@ class DatasetConfig:
     """
 
     name: str = MISSING
-    data: str = MISSING
+    data: str = ""
+    repo_id: Optional[str] = None  # noqa: UP045
+    revision: Optional[str] = None  # noqa: UP045
+    rename: dict[str, str] = field(default_factory=dict)
     env: EnvConfig = field(default_factory=EnvConfig)
     tasks: list[str] = MISSING
     task_order: Optional[list[Any]] = None  # noqa: UP045

@@ -7,12 +7,13 @@ Batches are raw: LeRobot keys, not normalised, with `task` texts.
 
 from __future__ import annotations
 
+import itertools
 import re
 import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,14 +26,16 @@ from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from clbench.data.lerobot_set import BOOKKEEPING, image_shape, read_columns
 from clbench.errors import UserError
+from clbench.io import read_json
 from clbench.seeding import generator
 from clbench.streams.stream import Task
 
 Batch = dict[str, Any]
 Deltas = dict[str, list[int]]  # feature → frame offsets, e.g. {"action": [0, …, 7]}
 
-BOOKKEEPING = ("index", "episode_index", "frame_index", "timestamp", "task_index")
+NOT_NUMBERS = ("string", "language", "image", "video")
 
 
 def frame_deltas(policy: PreTrainedConfig, features: dict[str, Any]) -> Deltas:
@@ -48,38 +51,42 @@ def frame_deltas(policy: PreTrainedConfig, features: dict[str, Any]) -> Deltas:
 
 @dataclass
 class FrameTable:
-    """All low-dimensional columns of one data set as tensors, with each frame's episode bounds."""
+    """All low-dimensional columns of one data set as tensors, with each frame's episode bounds.
+
+    Rows are in the order of the files. Of a set of which only some files are here, they are those files' frames; column
+    "index" has a frame's number in the whole set.
+    """
 
     columns: dict[str, Tensor]
-    episode_from: Tensor  # (N,) first frame of the frame's episode
-    episode_to: Tensor  # (N,) one past its last frame
+    episode_from: Tensor  # (N,) first row of the frame's episode
+    episode_to: Tensor  # (N,) one past its last row
     episode_start: dict[int, tuple[int, int]]
 
     @staticmethod
-    def load(root: Path) -> FrameTable:
-        dataset = LeRobotDataset(repo_id=root.name, root=root, video_backend="pyav")  # no video is decoded
-        table = dataset.hf_dataset.with_format("numpy")
+    def load(root: Path, names: dict[str, str] | None = None) -> FrameTable:
+        """Read the table from the parquet files; no image is read.
+
+        Args:
+            names: features to read → what to call them; None = all, by their own names.
+        """
+        features = read_json(root / "meta" / "info.json")["features"]
+        names = all_names(names, features)
+        low = {k: f["shape"] for k, f in features.items() if k in names and f["dtype"] not in NOT_NUMBERS}
+        try:
+            arrays = read_columns(sorted((root / "data").glob("*/*.parquet")), low)
+        except (ValueError, KeyError, OSError) as e:
+            raise UserError(f"the data set in {root} is damaged: {' '.join(str(e).split())}. Get it anew.") from e
         columns: dict[str, Tensor] = {}
-        for key, feature in dataset.features.items():
-            if feature["dtype"] in ("string", "language", "image", "video"):
-                continue
-            array = np.asarray(table[key][:])
-            if feature["dtype"] == "float64":
-                array = array.astype(np.float32)
-            columns[key] = torch.from_numpy(np.ascontiguousarray(array)).reshape(len(array), *_shape(feature))
-        episode_from = torch.zeros(len(table), dtype=torch.int64)
-        episode_to = torch.zeros(len(table), dtype=torch.int64)
-        start: dict[int, tuple[int, int]] = {}
-        episodes = dataset.meta.episodes
-        for e, a, b in zip(
-            episodes["episode_index"],
-            episodes["dataset_from_index"],
-            episodes["dataset_to_index"],
-            strict=True,
-        ):
-            episode_from[a:b], episode_to[a:b] = int(a), int(b)
-            start[int(e)] = (int(a), int(b))
-        return FrameTable(columns, episode_from, episode_to, start)
+        for key, array in arrays.items():
+            columns[names[key]] = torch.tensor(array, dtype=torch.float32 if array.dtype == np.float64 else None)
+        episode = columns["episode_index"]
+        edges = [0, *((episode[1:] != episode[:-1]).nonzero()[:, 0] + 1).tolist(), len(episode)]
+        start = {int(episode[a]): (a, b) for a, b in itertools.pairwise(edges)}
+        if len(start) != len(edges) - 1:
+            raise UserError(f"the data set in {root} is damaged: an episode's frames are scattered. Get it anew.")
+        lengths = torch.tensor(edges).diff()
+        episode_from = torch.repeat_interleave(torch.tensor(edges[:-1]), lengths)
+        return FrameTable(columns, episode_from, episode_from + torch.repeat_interleave(lengths, lengths), start)
 
     def window(self, key: str, frames: Tensor, offsets: list[int]) -> tuple[Tensor, Tensor]:
         """Return values (n, len(offsets), …) and padding (n, len(offsets)): outside its episode the edge repeats."""
@@ -88,55 +95,63 @@ class FrameTable:
         return self.columns[key][want.clamp(low, high)], (want < low) | (want > high)
 
 
-def _shape(feature: dict[str, Any]) -> tuple[int, ...]:
-    shape = tuple(feature["shape"])
-    return () if shape == (1,) else shape
+def all_names(names: dict[str, str] | None, features: Iterable[str]) -> dict[str, str]:
+    """What each used feature of a data set is called here, with the bookkeeping columns."""
+    return {k: k for k in features} if names is None else {**{k: k for k in BOOKKEEPING}, **names}
 
 
 class TaskFrames:
-    """The samples of one task. `len` counts frames; `fetch(indices)` returns a raw batch."""
+    """The samples of one task. `len` counts frames; `fetch(indices)` returns a raw batch.
+
+    Attributes:
+        features: LeRobot's description of each used feature, by the name it has here.
+    """
 
     def __init__(self, task: Task, policy: PreTrainedConfig, tables: dict[Path, FrameTable]) -> None:
         self.task = task
         self._policy = policy
         self._tables = tables
-        if not (task.root / "meta" / "info.json").is_file():
-            raise UserError(f"there is no LeRobot data set in {task.root}: run `clbench data make {task.root.name}`.")
+        for part in ("meta/info.json", "meta/tasks.parquet", "meta/episodes", "data"):
+            if not (task.root / part).exists():  # LeRobot would look for it on a hub
+                raise UserError(
+                    f"there is no whole LeRobot data set in {task.root} ({part} is missing): run `clbench data make "
+                    f"{task.root.name}`."
+                )
         self.meta = LeRobotDatasetMetadata(repo_id=task.root.name, root=task.root)
-        self.decoded = bool(self.meta.camera_keys)
-        self.deltas = frame_deltas(policy, self.meta.features)
+        self._names = all_names(task.features, self.meta.features)
+        self.features = {here: _described(self.meta.features[there]) for there, here in self._names.items()}
+        self.decoded = any(f["dtype"] in ("image", "video") for f in self.features.values())
+        self.deltas = frame_deltas(policy, self.features)
 
     @property
     def table(self) -> FrameTable:
         if self.task.root not in self._tables:
-            self._tables[self.task.root] = FrameTable.load(self.task.root)
+            self._tables[self.task.root] = FrameTable.load(self.task.root, self.task.features)
         return self._tables[self.task.root]
 
     @cached_property
-    def _lerobot(self) -> LeRobotDataset:
-        seconds = {k: [d / self.meta.fps for d in v] for k, v in self.deltas.items()}
-        return LeRobotDataset(
+    def _lerobot(self) -> tuple[LeRobotDataset, dict[int, int]]:
+        """LeRobot's view of the task's episodes, and where in it each frame of the whole set stands."""
+        there = {here: name for name, here in self._names.items()}
+        seconds = {there[k]: [d / self.meta.fps for d in v] for k, v in self.deltas.items()}
+        dataset = LeRobotDataset(
             repo_id=self.task.root.name,
             root=self.task.root,
-            episodes=list(self.task.episodes),
+            episodes=sorted(self.task.episodes),
             delta_timestamps=seconds or None,
             video_backend=None if self.meta.video_keys else "pyav",  # not looked for where there are no videos
         )
+        numbers = dataset.hf_dataset.with_format("numpy")["index"][:]
+        return dataset, {int(n): i for i, n in enumerate(numbers)}
 
     @cached_property
     def frames(self) -> Tensor:
-        """(n,) frame numbers of the task's episodes in the whole data set."""
-        starts = self.table.episode_start if not self.decoded else self._episode_bounds()
+        """(n,) rows of the task's episodes in `table`."""
+        starts = self.table.episode_start
         missing = [e for e in self.task.episodes if e not in starts]
         if missing:
             raise UserError(f"{self.task.root} has no episode {missing[0]}, which its own record lists. Make it anew.")
-        parts = [torch.arange(*starts[e]) for e in self.task.episodes]
-        return torch.cat(parts)
-
-    def _episode_bounds(self) -> dict[int, tuple[int, int]]:
-        e = self.meta.episodes
-        rows = zip(e["episode_index"], e["dataset_from_index"], e["dataset_to_index"], strict=True)
-        return {int(i): (int(a), int(b)) for i, a, b in rows}
+        return torch.cat([torch.arange(*starts[e]) for e in self.task.episodes])
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -144,14 +159,14 @@ class TaskFrames:
     @cached_property
     def episode_of(self) -> Tensor:
         """(n,) which of the task's episodes (0-based) each sample belongs to."""
-        bounds = self.table.episode_start if not self.decoded else self._episode_bounds()
+        bounds = self.table.episode_start
         lengths = torch.tensor([bounds[e][1] - bounds[e][0] for e in self.task.episodes])
         return torch.repeat_interleave(torch.arange(len(lengths)), lengths)
 
     def sample_bytes(self) -> int:
         """Bytes of one stored sample: every feature the policy is given, with its history or chunk, uncompressed."""
         total = 0
-        for key, feature in self.meta.features.items():
+        for key, feature in self.features.items():
             if key in BOOKKEEPING:
                 continue
             size = 1 if feature["dtype"] in ("image", "video", "bool") else 4
@@ -174,9 +189,22 @@ class TaskFrames:
         return batch
 
     def _item(self, i: int) -> dict[str, Any]:
-        item = self._lerobot[i]
-        item["task"] = self.task.instruction
-        return item
+        dataset, place = self._lerobot
+        item = dataset[place[int(self.table.columns["index"][self.frames[i]])]]
+        named = {}
+        for there, here in self._names.items():
+            named[here] = item[there]
+            if here in self.deltas:
+                named[f"{here}_is_pad"] = item[f"{there}_is_pad"]
+        named["task"] = self.task.instruction
+        return named
+
+
+def _described(feature: dict[str, Any]) -> dict[str, Any]:
+    """A feature as LeRobot describes it; an image's shape is height, width, channels, and named so."""
+    if feature["dtype"] not in ("image", "video"):
+        return feature
+    return {**feature, "shape": image_shape(feature), "names": ["height", "width", "channels"]}
 
 
 class StreamFrames:

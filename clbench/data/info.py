@@ -128,17 +128,6 @@ def fingerprint_with_images(rest: str, digests: Sequence[str]) -> str:
     return hashlib.sha256("\n".join([rest, *digests]).encode()).hexdigest() if digests else rest
 
 
-def image_size(root: Path) -> int | None:
-    """Return the height of the camera images in a LeRobot data set, in pixels; None where there are none."""
-    raw = read_json(root / "meta" / "info.json")
-    features = raw.get("features") if isinstance(raw, dict) else None
-    for feature in features.values() if isinstance(features, dict) else ():
-        if isinstance(feature, dict) and feature.get("dtype") in ("image", "video"):
-            sizes = dict(zip(feature.get("names") or (), feature.get("shape") or (), strict=False))
-            return sizes.get("height")
-    return None
-
-
 def _parse(root: Path, raw: dict[str, Any]) -> DataInfo:
     return DataInfo(
         root=root,

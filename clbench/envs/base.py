@@ -14,6 +14,8 @@ A backend is a module of this package, named in `BACKENDS`, that offers
     FPS, ROBOT_TYPE, STATE_DIM, ACTION_DIM, MAX_STEPS
     PYTHON_VARIABLE: str                  optional: the environment variable that may name another interpreter, one that
                                           has the simulator (see remote.py); only make, expert_for and versions need it
+    GRIPPER_OPENS: float                  optional: the value of an action's last number that opens the gripper
+    suite_of(task: str) -> str            optional: the suite a task belongs to, where its tasks come in several
     CAMERAS: dict[str, str]               optional: the camera images among its observations, uint8 (size, size, 3), and
                                           what the simulator calls the cameras. `make` is told how to draw them:
                                           {"fidelity": fast | full, "size": pixels}
@@ -45,6 +47,9 @@ BACKENDS: dict[str, str] = {
     "libero": "clbench.envs.libero_images",
     "libero_state": "clbench.envs.libero",
 }
+
+# Hub data sets in LeRobot's format whose features are those of an environment type.
+HUB_DATA = {"libero": "HuggingFaceVLA/libero"}
 
 Observation = dict[str, np.ndarray]
 Expert = Callable[[Observation], np.ndarray]
@@ -195,9 +200,40 @@ def privileged(env_type: str) -> str | None:
     return getattr(backend(env_type), "PRIVILEGED", None)
 
 
+def suite_of(env_type: str, task: str) -> str:
+    """Return the suite that a task belongs to; "" for simulators without suites."""
+    module = backend(env_type)
+    return str(module.suite_of(task)) if hasattr(module, "suite_of") else ""
+
+
 def cameras(env_type: str) -> list[str]:
     """Return the names of the camera images among an environment type's observations; empty where there are none."""
     return list(getattr(backend(env_type), "CAMERAS", {}))
+
+
+def state_size(env_type: str) -> int:
+    """Return how many numbers the state of an environment type has."""
+    return int(backend(env_type).STATE_DIM)
+
+
+def action_size(env_type: str) -> int:
+    """Return how many numbers an action of an environment type has."""
+    return int(backend(env_type).ACTION_DIM)
+
+
+def gripper_opens(env_type: str) -> float | None:
+    """Return the value of an action's last number that opens the gripper; None where a type does not say it."""
+    return getattr(backend(env_type), "GRIPPER_OPENS", None)
+
+
+def steps_per_second(env_type: str) -> float:
+    """Return how many steps of an environment type are a simulated second."""
+    return float(backend(env_type).FPS)
+
+
+def hub_data(env_type: str) -> str | None:
+    """Return a hub data set that has demonstrations with the observations of an environment type; None: none known."""
+    return HUB_DATA.get(env_type)
 
 
 def instruction(spec: Mapping[str, Any]) -> str:

@@ -42,6 +42,7 @@ OBJECT_SLOTS, FIXTURE_SLOTS, JOINT_SLOTS = 8, 3, 4  # the most that any of the 1
 ROBOT_DIM = 8
 STATE_DIM = ROBOT_DIM + 7 * (OBJECT_SLOTS + FIXTURE_SLOTS) + JOINT_SLOTS
 ACTION_DIM = 7
+GRIPPER_OPENS = -1.0
 PRIVILEGED = "object poses instead of camera images"
 _UNDER = "the scripted expert puts only things with a handle under a roof that has a floor of its own"
 NO_DEMONSTRATIONS = {  # of libero_90

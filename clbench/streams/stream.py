@@ -8,17 +8,17 @@ with the data of all tasks) and `independent` (every visit starts from the base 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from clbench.config.schema import DatasetConfig, RenderConfig
-from clbench.data.info import DataInfo, image_size, load_info
+from clbench.data.source import DataSource, open_data
 from clbench.envs.base import cameras, check_task
 from clbench.envs.libero_tasks import task_order
+from clbench.envs.rendering import DEFAULT_FIDELITY, DEFAULT_SIZE
 from clbench.errors import UserError, nearest
-from clbench.paths import data_root, named_folder
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,9 @@ class Task:
         env: simulator spec, {"type": ..., "task": ...}.
         max_steps: an episode not solved after this many steps has failed.
         expert_success: the scripted expert's own success rate in [0, 1], the demonstrations' ceiling.
+        features: of the data set → names in clbench; the others are not used. None = all, as they are named.
+        task_index, text: the task in the data set and its instruction there.
+        frames: of all the data set's episodes of this task.
     """
 
     name: str
@@ -42,6 +45,10 @@ class Task:
     env: dict[str, Any]
     max_steps: int
     expert_success: float | None = None
+    features: dict[str, str] | None = None
+    task_index: int | None = None
+    text: str | None = None
+    frames: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ class Visit:
 class TaskStream:
     """The visits in order, and the tasks evaluated (`columns`, index j).
 
+    `data` describes the data set (manifest.json).
     `mode`: sequential | multitask (one joint visit) | singletask (each visit starts from the base).
     """
 
@@ -65,6 +73,7 @@ class TaskStream:
     columns: tuple[Task, ...]
     mode: str = "sequential"
     fingerprint: str = ""
+    data: dict[str, Any] = field(default_factory=dict)
 
     def joint(self) -> TaskStream:
         """One visit with the data of all distinct tasks; the columns stay."""
@@ -129,59 +138,52 @@ def _libero_order(number: int, tasks: list[str], visited: list[str]) -> list[str
     return [tasks[i] for i in indices if tasks[i] in visited]
 
 
-def data_folder(data: str) -> Path:
-    """A bare name is a folder under the data root; anything with a slash is a path."""
-    return named_folder(data, data_root())
+def drawing(
+    env_type: str, render: RenderConfig | None = None, data: Mapping[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """Return how a simulator is to draw camera images, {"fidelity", "size"}; None for one without cameras.
 
-
-def drawing(env_type: str, render: RenderConfig | None) -> dict[str, Any] | None:
-    """Return how a simulator is to draw camera images, {"fidelity", "size"}; None for one without cameras."""
+    What `render` leaves open is as in `data`, what is known of the training data.
+    """
     if not cameras(env_type):
         return None
-    render = render or RenderConfig()
-    return {"fidelity": render.fidelity, "size": render.size}
+    render, data = render or RenderConfig(), data or {}
+    fidelity = render.fidelity or data.get("fidelity") or DEFAULT_FIDELITY
+    return {"fidelity": fidelity, "size": render.size or data.get("size") or DEFAULT_SIZE}
 
 
-def _check_drawing(config: DatasetConfig, info: DataInfo, render: RenderConfig | None) -> None:
-    """Raise UserError when a policy would learn from other images than those it is tested on.
-
-    Images of sets that were not made here, demonstrations from the hub, count as drawn in full.
-    """
-    wanted = drawing(config.env.type, render)
-    if wanted is None or (render is not None and render.mismatch == "allow"):
+def _check_drawing(env_type: str, data: DataSource, render: RenderConfig | None) -> None:
+    """Raise UserError when a policy would learn from other images than those it is tested on."""
+    wanted, found = drawing(env_type, render, data.render), data.render
+    if wanted is None or found is None or found == wanted or (render is not None and render.mismatch == "allow"):
         return
-    found = info.render or {"fidelity": "full", "size": image_size(info.root)}
-    if found != wanted:
-        raise UserError(
-            f"the images in {info.root} were drawn {found['fidelity']} at {found['size']} pixels, but the simulator "
-            f"would draw them {wanted['fidelity']} at {wanted['size']}: a policy would be tested on other images than "
-            f"it learned from. Set render.fidelity={found['fidelity']} render.size={found['size']}, make the data "
-            "again (clbench data make NAME --force), or state render.mismatch=allow."
-        )
+    raise UserError(
+        f"the images in {data.root} were drawn {found['fidelity']} at {found['size']} pixels, but the simulator "
+        f"would draw them {wanted['fidelity']} at {wanted['size']}: a policy would be tested on other images than "
+        f"it learned from. Set render.fidelity={found['fidelity']} render.size={found['size']}, make the data "
+        "again (clbench data make NAME --force), or state render.mismatch=allow."
+    )
 
 
 def build_stream(config: DatasetConfig, *, sequential: bool = True, render: RenderConfig | None = None) -> TaskStream:
-    """Build the stream from its configuration and its data set's own record.
+    """Build the stream from its configuration and what its data set says of itself; may fetch it from the hub.
 
     Raises:
-        UserError: the order is impossible, a sequence of one task is asked for, the data set is missing or
-            lacks a task, or its images were not drawn as `render` says.
+        UserError: the order is impossible, a sequence of one task is asked for, or the data set is missing, lacks a
+            task, does not fit the simulator, or its images were not drawn as `render` says.
     """
-    order = visit_order(config)
-    for name in order:
-        check_task(config.env.type, name)
+    order = checked_order(config)
     if sequential and len(order) < 2:
         raise UserError(
             f"stream '{config.name}' has one task ({order[0]}): continual learning needs at least two. "
             "Add tasks (dataset.tasks, dataset.task_order) or use --algo singletask."
         )
-    info = load_info(data_folder(config.data))
-    _check_drawing(config, info, render)
+    data = stream_data(config, render)
     seen: Counter[str] = Counter()
     totals = Counter(order)
     tasks = []
     for name in order:
-        task = make_task(config, info, name, render)
+        task = make_task(config, data, name, render)
         if config.fresh_on_revisit and totals[name] > 1:
             share = task.episodes[seen[name] :: totals[name]]
             if not share:
@@ -193,30 +195,60 @@ def build_stream(config: DatasetConfig, *, sequential: bool = True, render: Rend
         seen[name] += 1
         tasks.append(task)
     visits = tuple(Visit(k, t.name, (t,)) for k, t in enumerate(tasks))
-    return TaskStream(config.name, visits, tuple(tasks), fingerprint=info.fingerprint)
+    return TaskStream(config.name, visits, tuple(tasks), fingerprint=data.fingerprint, data=data.description)
 
 
-def make_task(config: DatasetConfig, info: DataInfo, name: str, render: RenderConfig | None = None) -> Task:
-    """Build one Task from a data set's record."""
-    entry = info.task(name)
-    drawn = drawing(config.env.type, render)
+def checked_order(config: DatasetConfig) -> list[str]:
+    """The task names in visiting order; UserError for an impossible order and for tasks that the simulator lacks."""
+    order = visit_order(config)
+    for name in order:
+        check_task(config.env.type, name)
+    return order
+
+
+def stream_data(config: DatasetConfig, render: RenderConfig | None = None, fetch: bool = True) -> DataSource:
+    """The stream's data set, with the tasks that it visits."""
+    names = list(dict.fromkeys(checked_order(config)))
+    data = open_data(config, config.env.type, names, stream=config.name, fetch=fetch)
+    _check_drawing(config.env.type, data, render)
+    return data
+
+
+def pretraining_data(config: DatasetConfig, render: RenderConfig | None = None, fetch: bool = True) -> DataSource:
+    """The data set of the base's tasks; UserError when the stream names none."""
+    if config.pretrain is None:
+        raise UserError(
+            f"stream '{config.name}' names no pretraining tasks (dataset.pretrain): give a base with policy.path=DIR."
+        )
+    names = list(config.pretrain.tasks)
+    make = config.name + (f" -- dataset.repo_id={config.repo_id}" if config.repo_id else "")  # makes this set alone
+    for name in names:
+        check_task(config.env.type, name)
+    data = open_data(config.pretrain, config.env.type, names, stream=make, key="dataset.pretrain", fetch=fetch)
+    _check_drawing(config.env.type, data, render)
+    return data
+
+
+def make_task(config: DatasetConfig, data: DataSource, name: str, render: RenderConfig | None = None) -> Task:
+    """Build one Task from what its data set says of it."""
+    entry = data.tasks[name]
+    drawn = drawing(config.env.type, render, data.render)
     return Task(
         name=name,
         instruction=entry.instruction,
-        root=info.root,
-        episodes=tuple(entry.episodes),
+        root=data.root,
+        episodes=entry.episodes,
         env={"type": config.env.type, "task": name, **({"render": drawn} if drawn else {})},
         max_steps=config.env.max_steps,
-        expert_success=entry.expert_success_rate,
+        expert_success=entry.expert_success,
+        features=data.features,
+        task_index=entry.task_index,
+        text=entry.text,
+        frames=entry.frames,
     )
 
 
 def pretraining_tasks(config: DatasetConfig, render: RenderConfig | None = None) -> tuple[list[Task], str]:
     """Return the base's tasks and their data's fingerprint."""
-    if config.pretrain is None:
-        raise UserError(
-            f"stream '{config.name}' names no pretraining tasks (dataset.pretrain): give a base with policy.path=DIR."
-        )
-    info = load_info(data_folder(config.pretrain.data))
-    _check_drawing(config, info, render)
-    return [make_task(config, info, n, render) for n in config.pretrain.tasks], info.fingerprint
+    data = pretraining_data(config, render)
+    return [make_task(config, data, n, render) for n in data.tasks], data.fingerprint

@@ -29,7 +29,7 @@ from clbench.checkpoints.state import load_state, save_state, tensor_bytes
 from clbench.checkpoints.training_state import StateKeeper
 from clbench.checkpoints.whole import DESCRIPTION, damage, write_whole
 from clbench.config.schema import Config, TrainConfig
-from clbench.data.frames import StreamFrames
+from clbench.data.frames import StreamFrames, all_names
 from clbench.errors import Interrupted, UserError
 from clbench.io import read_json, write_json
 from clbench.lock import NO_LOCKS
@@ -65,7 +65,8 @@ def base_folder(config: Config, fingerprint: str) -> Path:
     key = json.dumps(base_key(config, fingerprint), sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:12]
     assert config.dataset.pretrain is not None
-    data = Path(config.dataset.pretrain.data).name
+    section = config.dataset.pretrain
+    data = Path(section.repo_id or section.data).name
     return cache_root() / "bases" / f"{config.policy.get('type')}-{data}-{digest}"
 
 
@@ -133,11 +134,35 @@ def _check_given(path: Path, config: Config) -> None:
         )
 
 
+def check_inputs(base: Path, task: Task) -> None:
+    """Raise UserError when a base wants other features than the stream's data has.
+
+    Images are compared by name alone: a policy may take any size.
+    """
+    described = read_json(task.root / "meta" / "info.json")["features"]
+    names = all_names(task.features, described)
+    have = {here: tuple(described[there]["shape"]) for there, here in names.items()}
+    wants = read_json(base / "config.json")
+    problems = []
+    for kind in ("input_features", "output_features"):
+        for key, feature in (wants.get(kind) or {}).items():
+            if key not in have:
+                if "empty_camera" not in key:  # LeRobot's name for a camera that is left black
+                    problems.append(f"{key} is not there")
+            elif feature["type"] != FeatureType.VISUAL.value and tuple(feature["shape"]) != have[key]:
+                problems.append(f"{key} has shape {have[key]}, not {tuple(feature['shape'])}")
+    if problems:
+        raise UserError(
+            f"the data in {task.root} is not what the base {base} was trained for: {'; '.join(problems)}. Take data "
+            "with the base's features (dataset.rename gives them its names), or another base."
+        )
+
+
 def new_policy(section: dict[str, Any], frames: StreamFrames, device: str, seed: int) -> LoadedPolicy:
     """A fresh policy for the data's features; normalisation statistics come from exactly these frames."""
     config = policy_config(section, device)
     parts = frames.parts(0)
-    features = dataset_to_policy_features(parts[0].meta.features)
+    features = dataset_to_policy_features(parts[0].features)
     config.output_features = {k: f for k, f in features.items() if f.type is FeatureType.ACTION}
     config.input_features = {k: f for k, f in features.items() if k not in config.output_features}
     with seeded("policy-init", seed):
@@ -151,7 +176,7 @@ def frame_statistics(frames: StreamFrames) -> dict[str, dict[str, torch.Tensor]]
     """Mean, std, min and max of every low-dimensional feature over the frames of visit 0."""
     stats: dict[str, dict[str, torch.Tensor]] = {}
     parts = frames.parts(0)
-    for key, feature in parts[0].meta.features.items():
+    for key, feature in parts[0].features.items():
         if feature["dtype"] not in ("float32", "float64"):
             continue
         values = torch.cat([p.table.columns[key][p.frames] for p in parts]).double()

@@ -6,6 +6,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ from clbench.streams.stream import TaskStream, build_stream
 from clbench.training import log as run_log
 from clbench.training.backend import Backend, count, say
 from clbench.training.loop import PhaseRunner, Resumed
-from clbench.training.pretrain import ensure_base, load_base
+from clbench.training.pretrain import check_inputs, ensure_base, load_base
 from clbench.training.saving import Moments, save_if_due
 
 # What may differ when a run is resumed: it changes no weight (threads, ranks and devices change last bits of sums).
@@ -80,6 +81,9 @@ def train(
     algorithm = build_algorithm(config)
     sequential = "stream" not in algorithm.claims
     stream = algorithm.transform_stream(build_stream(config.dataset, sequential=sequential, render=config.render))
+    drawn = stream.columns[0].env.get("render")
+    if drawn is not None:  # the base's images, too, are to be like that
+        config = replace(config, render=replace(config.render, **drawn))
     backend = Backend(config.train)
     folder = results_folder(run_id, config.output_dir)
     with ExitStack() as stack:
@@ -109,6 +113,7 @@ def train(
             say(backend, f"run '{run_id}' is complete: {folder}")
             return folder
         base_path, base = ensure_base(config, backend, stop, config.log.progress)
+        check_inputs(base_path, stream.columns[0])
         if backend.is_main:
             keeper.clear(position)
             session = {"command": command or [], "k": position.k, "phase": position.phase, "step": position.step,

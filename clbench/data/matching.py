@@ -1,0 +1,78 @@
+"""Which task of a data set is which task of the simulator: by their instructions, one to one."""
+
+from __future__ import annotations
+
+import difflib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from clbench.envs.base import available_tasks, instruction, suite_of
+from clbench.errors import UserError
+
+SHOWN = 8  # problems named in one message
+
+
+def plain(text: str) -> str:
+    """An instruction for comparing: lower case, single spaces, no full stop at the end. Nothing else is changed."""
+    return " ".join(text.casefold().split()).rstrip(".").rstrip()
+
+
+def match_tasks(
+    env_type: str, tasks: Sequence[str], texts: Mapping[int, str], counts: Mapping[int, int]
+) -> dict[str, int]:
+    """Return the task index of the data for each of `tasks`.
+
+    A text that several scenes of the simulator share says nothing of the scene. Which scenes a set could hold is told
+    by its suites: those of the wanted tasks, and every other suite of which the set has an instruction that no other
+    suite has.
+
+    Args:
+        tasks: the simulator's tasks that are looked for, distinct.
+        texts: task index → instruction, all that the data set has.
+        counts: task index → its number of episodes.
+
+    Raises:
+        UserError: an instruction is not in the data, or twice, or has no episodes, or belongs to several of the
+            simulator's tasks that the data may hold; all that is wrong in one message.
+    """
+    there: dict[str, list[int]] = defaultdict(list)
+    for index, text in texts.items():
+        there[plain(text)].append(index)
+    sharing: dict[str, list[str]] = defaultdict(list)
+    for name in available_tasks(env_type):
+        sharing[plain(instruction({"type": env_type, "task": name}))].append(name)
+    suites = {text: {suite_of(env_type, n) for n in names} for text, names in sharing.items()}
+    held = {next(iter(s)) for text, s in suites.items() if text in there and len(s) == 1}
+    found: dict[str, int] = {}
+    problems: list[str] = []
+    for name in tasks:
+        said = instruction({"type": env_type, "task": name})
+        text = plain(said)
+        own = suite_of(env_type, name)
+        rivals = [n for n in sharing[text] if n != name and suite_of(env_type, n) in held | {own}]
+        indices = there.get(text, [])
+        if not indices:
+            close = difflib.get_close_matches(text, there, n=3, cutoff=0.5)
+            near = " or ".join(f'"{texts[there[c][0]]}"' for c in close)
+            problems.append(f'{name}: "{said}" is not there' + (f" (nearest: {near})" if near else ""))
+        elif rivals:
+            problems.append(
+                f'{name}: "{said}" is also what {", ".join(rivals)} is called, and the data does not say which '
+                "of them its demonstrations show"
+            )
+        elif len(indices) > 1:
+            listed = ", ".join(f'{i} ("{texts[i]}")' for i in indices)
+            problems.append(f"{name}: several tasks of the data have its instruction: {listed}")
+        elif not counts.get(indices[0]):
+            problems.append(f'{name}: "{said}" has no episodes')
+        else:
+            found[name] = indices[0]
+    if problems:
+        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        has = "; ".join(f'"{t}"' for t in list(texts.values())[:SHOWN]) + ("; …" if len(texts) > SHOWN else "")
+        raise UserError(
+            f"the data's tasks and the stream's cannot be matched one to one by their instructions. {len(found)} "
+            f"of {len(tasks)} match; not: {'; '.join(problems[:SHOWN])}{more}. The data has {len(texts)} tasks: {has}. "
+            "Take a data set of this suite, or leave those tasks out (dataset.tasks, dataset.task_order)."
+        )
+    return found

@@ -1,0 +1,312 @@
+"""Where a stream's demonstrations come from: a set that clbench made, another LeRobot v3 set, or one of the hub.
+
+`open_data` finds the set, finds the stream's tasks in it, and checks all that can be checked without decoding images.
+Nothing is fetched unless a configuration names a `repo_id`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from clbench.data import hub
+from clbench.data.info import INFO_FILE, load_info
+from clbench.data.lerobot_set import (
+    INFO,
+    LeRobotSet,
+    check_frames,
+    has_set,
+    image_shape,
+    missing_files,
+    read_set,
+)
+from clbench.data.matching import match_tasks
+from clbench.envs.base import (
+    STATE_KEY,
+    action_size,
+    cameras,
+    gripper_opens,
+    hub_data,
+    instruction,
+    state_size,
+    steps_per_second,
+)
+from clbench.errors import UserError, nearest
+from clbench.paths import data_root, named_folder
+
+ACTION_KEY = "action"
+ROUNDING = 1e-3  # an action so little outside of [-1, 1] is only rounded
+
+
+class DataSettings(Protocol):
+    """The keys of `dataset` and of `dataset.pretrain` that say which data set (config/schema.py)."""
+
+    data: str
+    repo_id: str | None
+    revision: str | None
+    rename: dict[str, str]
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """One task's demonstrations in a data set.
+
+    Attributes:
+        name: of the simulator's task.
+        instruction: what a policy reads.
+        task_index, text: the task in the data, with the instruction as it stands there.
+        episodes: indices of its episodes.
+        frames: of all its episodes.
+        expert_success: the scripted expert's success rate, where the set says it.
+    """
+
+    name: str
+    instruction: str
+    task_index: int
+    text: str
+    episodes: tuple[int, ...]
+    frames: int
+    expert_success: float | None = None
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """A data set with the tasks that were asked for.
+
+    Attributes:
+        features: of the set → their names in clbench; one that is not listed is not used. None = all as they are.
+        fingerprint: sha256 of what is learned from; of a set that clbench did not make, images aside.
+        description: for manifest.json.
+        render: how its camera images were drawn, {"fidelity", "size"}; None without images.
+    """
+
+    root: Path
+    tasks: dict[str, TaskData]
+    fingerprint: str
+    features: dict[str, str] | None = None
+    description: dict[str, Any] = field(default_factory=dict)
+    render: dict[str, Any] | None = None
+
+
+def data_folder(data: str) -> Path:
+    """A bare name is a folder under the data root; anything with a slash is a path."""
+    return named_folder(data, data_root())
+
+
+def open_data(
+    settings: DataSettings,
+    env_type: str,
+    names: Sequence[str],
+    *,
+    stream: str,
+    key: str = "dataset",
+    fetch: bool = True,
+) -> DataSource:
+    """Open a data set for some of the simulator's tasks.
+
+    Args:
+        names: the tasks.
+        stream: the stream's name, for messages: `clbench data make STREAM` makes its data.
+        key: where `settings` stand in the configuration, for messages.
+        fetch: fetch the data and video files that are missing; False: only say, on stderr, how much that would be, and
+            return without a fingerprint.
+
+    Raises:
+        UserError: there is no data set, it is damaged, not whole, too old, or of another kind than the simulator; its
+            tasks are not the stream's; the hub cannot be reached.
+    """
+    if settings.repo_id:
+        return _from_hub(settings, env_type, names, key, fetch)
+    root = data_folder(settings.data)
+    if (root / INFO_FILE).exists():
+        if settings.rename:
+            raise UserError(f"{key}.rename is for data sets that clbench did not make; {root} is one that it made.")
+        return _made(root, names)
+    if not has_set(root):
+        if (root / "meta").is_dir():
+            raise UserError(f"{root} is no whole data set: it has no {INFO}. {_remedy(root)}")
+        raise UserError(f"there is no data set in {root}. {_two_ways(env_type, stream, key)}")
+    found = read_set(root, _remedy(root))
+    features = _features(found, settings.rename, env_type, key)
+    return _foreign(found, features, env_type, names, {"kind": "lerobot"}, None, _remedy(root))
+
+
+def _two_ways(env_type: str, stream: str, key: str) -> str:
+    make = f"Make it with: clbench data make {stream}"
+    if key != "dataset":
+        return f"{make} — or give a base with policy.path=FOLDER"
+    known = hub_data(env_type)
+    return f"{make} — or take it from the hub: -- {key}.repo_id={known}" if known else make
+
+
+def _remedy(root: Path) -> str:
+    return f"Copy the whole set into {root} again, or take another one."
+
+
+def _made(root: Path, names: Sequence[str]) -> DataSource:
+    info = load_info(root)
+    tasks = {}
+    for name in names:
+        t = info.task(name)
+        tasks[name] = TaskData(
+            name, t.instruction, t.task_index, t.instruction, tuple(t.episodes), t.frames, t.expert_success_rate
+        )
+    described = {
+        "kind": "made", "root": str(root), "fingerprint": info.fingerprint,
+        "tasks_unused": len(info.tasks) - len(tasks), "episodes_unused": info.episodes - _episodes(tasks),
+    }  # fmt: skip
+    return DataSource(root, tasks, info.fingerprint, None, described, info.render)
+
+
+def _episodes(tasks: dict[str, TaskData]) -> int:
+    return sum(len(t.episodes) for t in tasks.values())
+
+
+def _from_hub(settings: DataSettings, env_type: str, names: Sequence[str], key: str, fetch: bool) -> DataSource:
+    assert settings.repo_id is not None
+    folder = data_folder(settings.data).absolute() if "/" in settings.data else None  # a name is that of a made set
+    if folder is not None and (folder / INFO_FILE).exists():
+        raise UserError(f"{folder} holds a data set that clbench made, no copy of {settings.repo_id}: name another "
+                        f"folder, or leave {key}.repo_id away.")  # fmt: skip
+    copy = hub.local_copy(settings.repo_id, settings.revision, folder)
+    if copy is None:
+        copy = hub.fetch_description(settings.repo_id, settings.revision, folder)
+    remedy = f"Remove {copy.root} and run this again to fetch it anew."
+    found = read_set(copy.root, remedy)
+    origin = {"kind": "hub", "repo_id": copy.repo_id, "revision": copy.revision, "commit": copy.commit}
+    at = copy
+
+    def get(files: list[str]) -> bool:
+        if fetch:
+            hub.fetch_files(at, files, in_cache=folder is None)
+        else:
+            size = hub.size_of(at, files, in_cache=folder is None)
+            print(f"to be fetched: {len(files)} files ({size / 1e6:.1f} MB) of {at.repo_id}", file=sys.stderr)
+        return fetch
+
+    features = _features(found, settings.rename, env_type, key)
+    return _foreign(found, features, env_type, names, origin, get, remedy)
+
+
+def _foreign(
+    found: LeRobotSet,
+    features: dict[str, str],
+    env_type: str,
+    names: Sequence[str],
+    origin: dict[str, Any],
+    get: Callable[[list[str]], bool] | None,
+    remedy: str,
+) -> DataSource:
+    """A set that clbench did not make. `get` fetches files that are missing, or returns False where it is not to."""
+    of_task: dict[str, list[Any]] = {}
+    for e in found.episodes:
+        for text in e.texts:
+            of_task.setdefault(text, []).append(e)
+    counts = {i: len(of_task.get(text, [])) for i, text in found.texts.items()}
+    matched = match_tasks(env_type, names, found.texts, counts)
+    tasks: dict[str, TaskData] = {}
+    for name, index in matched.items():
+        text = found.texts[index]
+        mixed = [e for e in of_task[text] if len(e.texts) != 1]
+        if mixed:
+            raise UserError(
+                f"episode {mixed[0].index} of the data set in {found.root} has several instructions "
+                f"({', '.join(mixed[0].texts)}): clbench's tasks are whole episodes. Take another data set."
+            )
+        said = instruction({"type": env_type, "task": name})
+        episodes = of_task[text]
+        tasks[name] = TaskData(
+            name, said, index, text, tuple(e.index for e in episodes), sum(e.frames for e in episodes)
+        )
+    task_of = {e: t.task_index for t in tasks.values() for e in t.episodes}
+    absent = missing_files(found, task_of)
+    fetched = get(absent) if absent and get is not None else True
+    described = {
+        **origin,
+        "root": str(found.root),
+        "fps": found.fps,
+        "simulator_steps_per_second": steps_per_second(env_type),
+        "features": features,
+        "features_unused": sorted(set(found.features) - set(features)),
+        "tasks_unused": len(found.texts) - len(tasks),
+        "episodes_unused": len(found.episodes) - len(task_of),
+    }
+    drawn = _drawn(found, features, env_type)
+    if not fetched:
+        return DataSource(found.root, tasks, "", features, described, drawn)
+    low = {there: here for there, here in features.items() if here in (STATE_KEY, ACTION_KEY)}
+    fingerprint, ranges = check_frames(found, task_of, low, remedy)
+    _check_actions(found.root, env_type, *ranges[ACTION_KEY])
+    return DataSource(found.root, tasks, fingerprint, features, described | {"fingerprint": fingerprint}, drawn)
+
+
+def _drawn(found: LeRobotSet, features: dict[str, str], env_type: str) -> dict[str, Any] | None:
+    """How the images of a set that clbench did not make were drawn: in full, at the size that they have."""
+    seen = [there for there, here in features.items() if here in cameras(env_type)]
+    return {"fidelity": "full", "size": int(image_shape(found.features[seen[0]])[0])} if seen else None
+
+
+def _check_actions(root: Path, env_type: str, low: np.ndarray, high: np.ndarray) -> None:
+    """Raise UserError where the simulator could not execute the actions (A,), from `low` to `high`, as they are."""
+    if low.min() < -1 - ROUNDING or high.max() > 1 + ROUNDING:
+        raise UserError(
+            f"the actions of the data set in {root} go from {low.min():.3g} to {high.max():.3g}, and the simulator "
+            f"'{env_type}' takes [-1, 1]: they are of another kind (poses, say, instead of displacements). Take "
+            "another data set."
+        )
+    opens = gripper_opens(env_type)
+    if opens is not None and (opens < 0 <= low[-1] or high[-1] <= 0 < opens):
+        raise UserError(
+            f"the gripper of the data set in {root}, the last number of an action, goes from {low[-1]:.3g} to "
+            f"{high[-1]:.3g} and never opens: the simulator '{env_type}' opens it at {opens:+.0f}. The set counts "
+            "otherwise. Take another data set."
+        )
+
+
+def _features(found: LeRobotSet, rename: dict[str, str], env_type: str, key: str) -> dict[str, str]:
+    """Which features are used, and as what: exactly the simulator's observations, and the action.
+
+    Raises:
+        UserError: one is missing or of another kind than the simulator's.
+    """
+    for old in rename:
+        if old not in found.features:
+            raise UserError(f"{key}.rename: the data set in {found.root} has no feature '{old}'."
+                            f"{nearest(old, found.features)}")  # fmt: skip
+    named = {rename.get(old, old): old for old in found.features}
+    if len(named) != len(found.features):
+        twice = [n for n, k in Counter(rename.get(old, old) for old in found.features).items() if k > 1]
+        raise UserError(f"{key}.rename: the data set in {found.root} would have two features {twice[0]}.")
+    numbers = {STATE_KEY: state_size(env_type), ACTION_KEY: action_size(env_type)}
+    wanted = [*cameras(env_type), *numbers]
+    problems = []
+    for name in wanted:
+        if name not in named:
+            problems.append(f"{name} is not there")
+            continue
+        feature = found.features[named[name]]
+        if name in numbers:
+            shape: tuple[int, ...] = tuple(feature["shape"])
+            right = feature["dtype"] == "float32" and shape == (numbers[name],)
+            should = f"float32 ({numbers[name]},)"
+        else:
+            shape = image_shape(feature)
+            right = feature["dtype"] in ("image", "video") and len(shape) == 3 and shape[2] == 3
+            right = right and shape[0] == shape[1]
+            should = "square images with 3 channels"
+        if not right:
+            problems.append(f"{name} is {feature['dtype']} {shape}, not {should}")
+    if problems:
+        has = ", ".join(f"{n} {f['dtype']} {tuple(f['shape'])}" for n, f in found.features.items())
+        raise UserError(
+            f"the data set in {found.root} does not have what the simulator '{env_type}' gives and takes: "
+            f"{'; '.join(problems)}. It has {has}. Where only a name differs, give it with {key}.rename, as in "
+            f"'{key}.rename={{observation.images.wrist_image: observation.images.image2}}'."
+        )
+    return {named[name]: name for name in wanted}
