@@ -441,7 +441,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no camera": (lambda r: drop_feature(r, IMAGES[1]), "image2 is not there.*dataset.rename="),
     "state's shape": (lambda r: edit_feature(r, "observation.state", shape=[9]), r"is float32 \(9,\), not .*\(8,\)"),
     "state's type": (lambda r: edit_feature(r, "observation.state", dtype="float64"), "is float64"),
-    "camera's type": (lambda r: edit_feature(r, IMAGES[0], dtype="float32"), "not images"),
+    "camera's type": (lambda r: edit_feature(r, IMAGES[0], dtype="float32"), "not square images"),
     "feature's name": (lambda r: edit_info(r, features={"../x": {"dtype": "video", "shape": [1]}}), "no feature name"),
     "no file": (lambda r: (r / FILE).unlink(), "1 of the files that this stream needs are missing, first " + FILE),
     "empty file": (lambda r: (r / FILE).write_bytes(b""), "missing, first " + FILE),

@@ -43,7 +43,7 @@ END_S = 5.0  # for a process to be gone after it closed its socket or was killed
 BOOT = f"""
 import sys
 if sys.version_info < {OLDEST_PYTHON}:
-    sys.exit("it is Python %d.%d, and {'.'.join(map(str, OLDEST_PYTHON))} or newer is needed" % sys.version_info[:2])
+    sys.exit("it is Python %d.%d, and {".".join(map(str, OLDEST_PYTHON))} or newer is needed" % sys.version_info[:2])
 try:
     sys.path[:] = [p for p in sys.path if p]
     import numpy
@@ -321,7 +321,7 @@ def _copy_of_stderr() -> Iterator[int]:
 
 
 def _last_line(said: IO[bytes]) -> str:
-    """": " and the last line that a process printed before it could answer, or ""."""
+    """ ": " and the last line that a process printed before it could answer, or ""."""
     said.seek(0)
     lines = [line for line in said.read().decode(errors="replace").splitlines() if line.strip()]
     return f": {lines[-1].strip()[:300]}" if lines else ""

@@ -12,6 +12,7 @@ there.
 
 from __future__ import annotations
 
+import atexit
 import copy
 import ctypes.util
 import importlib
@@ -80,6 +81,7 @@ def gl_context() -> Any:
         context.make_current()
         if not _described():
             raise RuntimeError("it made no OpenGL context")
+        atexit.register(context.free)  # later, when modules are gone, it would complain
     except Exception as e:  # PyOpenGL and its libraries raise almost anything
         about = " ".join(f"{type(e).__name__}: {e}".split())[:200]
         raise UserError(f"camera images cannot be drawn with {name}: {about}. {REMEDY}.") from e
