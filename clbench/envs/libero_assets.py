@@ -22,6 +22,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import sys
@@ -297,7 +298,8 @@ def _quiet_robosuite() -> Iterator[None]:
     macros: Any = importlib.util.module_from_spec(macros_spec)
     macros_spec.loader.exec_module(macros)
     macros.FILE_LOGGING_LEVEL = None
-    macros.CONSOLE_LOGGING_LEVEL = "ERROR"  # it would recommend a private settings file at every start
+    macros.CONSOLE_LOGGING_LEVEL = "ERROR"  # it would recommend a private settings file at every start,
+    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # also to whoever else listens
     macros.MUJOCO_GPU_RENDERING = False
     sys.modules["robosuite.macros"] = macros
     os.environ["MUJOCO_GL"] = "disable"
