@@ -1,0 +1,95 @@
+"""Where everything lies when an episode of LIBERO begins, and how two MuJoCo versions differ in that.
+
+LIBERO's published initial states are taken a moment before things come to rest, so the physics has a part in them.
+The first command, in one environment per version, keeps the poses at the beginning of episodes; the second prints for
+each task what differs most. Needs LIBERO and its assets.
+
+    python benchmarks/libero_initial_states.py --states 3 --json FILE
+    python benchmarks/libero_initial_states.py --compare A B
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clbench.envs.base import EVAL_SEED_BASE, make_simulator
+from clbench.envs.libero import versions
+from clbench.envs.libero_tasks import suite_tasks
+from clbench.errors import UserError
+from clbench.io import read_json, write_json
+
+SUITES = ["libero_spatial", "libero_goal", "libero_object", "libero_10"]
+
+
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--suites", nargs="+", default=SUITES, help=f"suites (default {' '.join(SUITES)})")
+    p.add_argument("--states", type=int, default=3, help="published states of each task (default 3)")
+    p.add_argument("--json", type=Path, metavar="FILE", help="where the poses go")
+    p.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="print how two such files differ")
+    args = p.parse_args()
+    if (args.json is None) == (args.compare is None):
+        p.error("either --json or --compare is needed.")
+    return args
+
+
+def poses(task: str, states: int) -> dict[str, list[list[float]]]:
+    """Return for each object and fixture its pose at the beginning of each episode: xyz (m), quaternion wxyz."""
+    simulator: Any = make_simulator({"type": "libero_state", "task": task})
+    found: dict[str, list[list[float]]] = {}
+    try:
+        for state in range(states):
+            simulator.reset(EVAL_SEED_BASE + state)
+            data = simulator.env.sim.data
+            for name, body in simulator.env.env.obj_body_id.items():
+                found.setdefault(name, []).append([*data.body_xpos[body].tolist(), *data.body_xquat[body].tolist()])
+    finally:
+        simulator.close()
+    return found
+
+
+def measure(path: Path, suites: list[str], states: int) -> None:
+    figures: dict[str, Any] = {"versions": versions(), "states": states, "tasks": {}}
+    for suite in suites:
+        for index, task in enumerate(suite_tasks(suite)):
+            figures["tasks"][task] = {"suite": suite, "index": index, "poses": poses(task, states)}
+            write_json(path, figures, indent=None)
+            print(f"{suite} {index} {task}", flush=True)
+
+
+def compare(first: Path, second: Path) -> None:
+    a, b = read_json(first), read_json(second)
+    if a["states"] != b["states"]:
+        raise UserError(f"{first} has {a['states']} states per task and {second} {b['states']}; keep as many of both.")
+    print(f"A: MuJoCo {a['versions']['mujoco']}, B: MuJoCo {b['versions']['mujoco']}; {a['states']} states per task\n")
+    print("| suite | # | task | furthest apart | mm | degrees |\n|---|---|---|---|---|---|")
+    for task, row in a["tasks"].items():
+        if task not in b["tasks"]:
+            continue
+        worst = (0.0, 0.0, "-")
+        for name, one in row["poses"].items():
+            p, q = np.array(one), np.array(b["tasks"][task]["poses"][name])
+            distance = 1000.0 * float(np.linalg.norm(p[:, :3] - q[:, :3], axis=1).max())
+            cosine = np.clip(np.abs((p[:, 3:] * q[:, 3:]).sum(axis=1)), 0.0, 1.0)
+            worst = max(worst, (distance, float(np.degrees(2.0 * np.arccos(cosine)).max()), name))
+        print(f"| {row['suite']} | {row['index']} | {task} | {worst[2]} | {worst[0]:.1f} | {worst[1]:.1f} |")
+
+
+def main() -> None:
+    args = arguments()
+    try:
+        if args.compare is not None:
+            compare(*args.compare)
+        else:
+            measure(args.json, args.suites, args.states)
+    except UserError as e:
+        sys.exit(f"error: {e}")
+
+
+if __name__ == "__main__":
+    main()
