@@ -221,7 +221,9 @@ def pretraining_data(config: DatasetConfig, render: RenderConfig | None = None, 
             f"stream '{config.name}' names no pretraining tasks (dataset.pretrain): give a base with policy.path=DIR."
         )
     names = list(config.pretrain.tasks)
-    make = config.name + (f" -- dataset.repo_id={config.repo_id}" if config.repo_id else "")  # makes this set alone
+    make = config.name
+    if config.repo_id:  # makes this set alone, and draws its images as those of the hub are
+        make += f" -- dataset.repo_id={config.repo_id}" + (" render.fidelity=full" if cameras(config.env.type) else "")
     for name in names:
         check_task(config.env.type, name)
     data = open_data(config.pretrain, config.env.type, names, stream=make, key="dataset.pretrain", fetch=fetch)
