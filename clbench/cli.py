@@ -451,7 +451,7 @@ def _stream_on_states(name: str) -> str:
     if f"{name}_state" in known:
         return f"{name}_state"
     if name not in known:
-        raise UserError(f"there is no stream '{name}_state'.{nearest(name, known)}")
+        raise UserError(f"there is no stream '{name}_state'.{nearest(f'{name}_state', known)}")
     config, _ = compose(model="dit_dec_tiny", algorithms=["seqfft"], dataset=name, registered=["seqfft"])
     if cameras(config.dataset.env.type):
         raise UserError(f"the stream '{name}' is on camera images and has no variant on states.")
