@@ -1,8 +1,11 @@
 """The linter and the type checker are part of the tests."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,3 +24,10 @@ def test_ruff() -> None:
 
 def test_mypy() -> None:
     run("mypy")  # files and rules are in pyproject.toml; its cache (.mypy_cache) makes the second run quick
+
+
+@pytest.mark.xdist_group("one")
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="one process runs all tests anyway")
+def test_tests_that_share_something_stay_in_one_process(request: pytest.FixtureRequest) -> None:
+    """pytest and pytest-xdist have to fit each other: otherwise costly fixtures are set up in every process."""
+    assert request.node.nodeid.endswith("@one")
