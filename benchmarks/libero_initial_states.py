@@ -24,11 +24,13 @@ from clbench.errors import UserError
 from clbench.io import read_json, write_json
 
 SUITES = ["libero_spatial", "libero_goal", "libero_object", "libero_10"]
+FAR_MM = 10.0
 
 
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--suites", nargs="+", default=SUITES, help=f"suites (default {' '.join(SUITES)})")
+    p.add_argument("--tasks", nargs="+", type=int, help="numbers of tasks within each suite (default all)")
     p.add_argument("--states", type=int, default=3, help="published states of each task (default 3)")
     p.add_argument("--json", type=Path, metavar="FILE", help="where the poses go")
     p.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="print how two such files differ")
@@ -53,10 +55,12 @@ def poses(task: str, states: int) -> dict[str, list[list[float]]]:
     return found
 
 
-def measure(path: Path, suites: list[str], states: int) -> None:
+def measure(path: Path, suites: list[str], tasks: list[int] | None, states: int) -> None:
     figures: dict[str, Any] = {"versions": versions(), "states": states, "tasks": {}}
     for suite in suites:
-        for index, task in enumerate(suite_tasks(suite)):
+        names = suite_tasks(suite)
+        for index in range(len(names)) if tasks is None else tasks:
+            task = names[index]
             figures["tasks"][task] = {"suite": suite, "index": index, "poses": poses(task, states)}
             write_json(path, figures, indent=None)
             print(f"{suite} {index} {task}", flush=True)
@@ -67,17 +71,20 @@ def compare(first: Path, second: Path) -> None:
     if a["states"] != b["states"]:
         raise UserError(f"{first} has {a['states']} states per task and {second} {b['states']}; keep as many of both.")
     print(f"A: MuJoCo {a['versions']['mujoco']}, B: MuJoCo {b['versions']['mujoco']}; {a['states']} states per task\n")
-    print("| suite | # | task | furthest apart | mm | degrees |\n|---|---|---|---|---|---|")
+    print(f"| suite | # | task | furthest apart | mm | degrees | states with more than {FAR_MM:.0f} mm |")
+    print("|---|---|---|---|---|---|---|")
     for task, row in a["tasks"].items():
         if task not in b["tasks"]:
             continue
-        worst = (0.0, 0.0, "-")
+        worst, far = (0.0, 0.0, "-"), np.zeros(a["states"], dtype=bool)
         for name, one in row["poses"].items():
             p, q = np.array(one), np.array(b["tasks"][task]["poses"][name])
-            distance = 1000.0 * float(np.linalg.norm(p[:, :3] - q[:, :3], axis=1).max())
+            distances = 1000.0 * np.linalg.norm(p[:, :3] - q[:, :3], axis=1)
+            far |= distances > FAR_MM
             cosine = np.clip(np.abs((p[:, 3:] * q[:, 3:]).sum(axis=1)), 0.0, 1.0)
-            worst = max(worst, (distance, float(np.degrees(2.0 * np.arccos(cosine)).max()), name))
-        print(f"| {row['suite']} | {row['index']} | {task} | {worst[2]} | {worst[0]:.1f} | {worst[1]:.1f} |")
+            worst = max(worst, (float(distances.max()), float(np.degrees(2.0 * np.arccos(cosine)).max()), name))
+        states = "all" if far.all() else ", ".join(str(k) for k in np.flatnonzero(far)) or "-"
+        print(f"| {row['suite']} | {row['index']} | {task} | {worst[2]} | {worst[0]:.1f} | {worst[1]:.1f} | {states} |")
 
 
 def main() -> None:
@@ -86,7 +93,7 @@ def main() -> None:
         if args.compare is not None:
             compare(*args.compare)
         else:
-            measure(args.json, args.suites, args.states)
+            measure(args.json, args.suites, args.tasks, args.states)
     except UserError as e:
         sys.exit(f"error: {e}")
 
