@@ -296,6 +296,28 @@ def test_cli(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: py
     assert Path(capsys.readouterr().out.strip()) == tmp_path / "results/reports/my_cmp/index.html"
 
 
+def test_what_was_privileged_stands_in_every_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    seen: list[str] = []
+    draw = Figure.savefig
+
+    def looking(fig: Figure, *args: Any, **kwargs: Any) -> None:
+        seen.append(fig.get_suptitle())
+        draw(fig, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", looking)
+    path = write_run(tmp_path, "clare", routing=True)
+    build_report([path], out=tmp_path / "plain")
+    assert seen and not any("privileged" in title for title in seen)
+    plain = len(seen)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, "privileged": "object poses"}))
+    build_report([path], out=tmp_path / "labelled")
+    assert len(seen) == 2 * plain
+    assert all("privileged observations: object poses" in title for title in seen[plain:])
+
+
 def test_texts() -> None:
     assert [count_text(x) for x in (None, 0, 999, 1234, 1_234_567)] == ["–", "0", "999", "1.23 k", "1.23 M"]
     assert [bytes_text(x) for x in (None, 0, 12, 12_345_678)] == ["–", "0", "12 B", "12.3 MB"]

@@ -53,12 +53,17 @@ def build_report(
         write_bytes(folder / file_name, png)
     write_json(folder / "metrics.json", _metrics(loaded, groups))
     head, body = tables.header(groups), tables.rows(groups)
-    labels = [f"privileged observations: {text}" for text in sorted({r.privileged for r in loaded} - {""})]
+    labels = _labels(loaded)
     write_text(folder / "table.tex", tables.to_latex(head, body, labels))
     write_text(folder / "table.md", tables.to_markdown(head, body, labels))
     command = command if command is not None else shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     write_text(folder / "index.html", page(title, loaded, groups, drawn, matrices, absent, notes, command))
     return folder / "index.html"
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """What has to stand beside every result of these runs."""
+    return [f"privileged observations: {text}" for text in sorted({r.privileged for r in runs} - {""})]
 
 
 def _metrics(runs: Sequence[Run], groups: Sequence[Group]) -> dict[str, object]:
@@ -78,7 +83,7 @@ def _file_name(text: str) -> str:
 
 def _matrix_image(run: Run) -> Image:
     label = f"{run.algorithm}, seed {run.seed}" if run.manifest else run.name
-    png = figures.to_png(figures.success_matrix(run.record, label))
+    png = figures.to_png(figures.success_matrix(run.record, label), "; ".join(_labels([run])))
     caption = f"{run.name}: success after each task. Hatched: not evaluated."
     return f"matrix_{_file_name(run.name)}.png", caption, png
 
@@ -92,7 +97,7 @@ def _draw(runs: Sequence[Run], groups: Sequence[Group]) -> tuple[list[Image], li
         if fig is None:
             absent.append(why_not)
         else:
-            drawn.append((file_name, caption, figures.to_png(fig)))  # type: ignore[arg-type]
+            drawn.append((file_name, caption, figures.to_png(fig, "; ".join(_labels(runs)))))  # type: ignore[arg-type]
 
     if len(runs) > 1:
         caption = (

@@ -39,8 +39,11 @@ def figure(width: float, height: float) -> Figure:
     return fig
 
 
-def to_png(fig: Figure) -> bytes:
-    """The figure as PNG."""
+def to_png(fig: Figure, note: str = "") -> bytes:
+    """The figure as PNG, with a note above it that has to go wherever the picture goes."""
+    if note:
+        title = fig.get_suptitle()
+        fig.suptitle(f"{title}\n{note}" if title else note, x=0.01, ha="left", fontsize=8, color="0.35")
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png")
     return buffer.getvalue()
