@@ -79,6 +79,33 @@ def test_every_slot_is_used_and_simulators_are_shared() -> None:
     assert Drift.made <= 8
 
 
+def test_no_more_simulators_are_kept_than_asked_for() -> None:
+    class Counted:
+        def __init__(self, spec: dict[str, Any]) -> None:
+            self.task, self.closed = spec["task"], 0
+
+        def close(self) -> None:
+            self.closed += 1
+
+    made: list[Counted] = []
+
+    def make(spec: dict[str, Any]) -> Counted:
+        made.append(Counted(spec))
+        return made[-1]
+
+    pool = SimulatorPool(make, max_idle=2)  # type: ignore[arg-type]
+    first, second, third = (pool.take({"task": task}) for task in ("a", "b", "c"))
+    for task, simulator in (("a", first), ("b", second)):
+        pool.give_back({"task": task}, simulator)
+    assert pool.take({"task": "a"}) is first
+    pool.give_back({"task": "a"}, first)
+    pool.give_back({"task": "c"}, third)  # b was used least recently
+    assert [s.closed for s in made] == [0, 1, 0]
+    assert pool.take({"task": "b"}) is not second and pool.take({"task": "c"}) is third
+    pool.close()
+    assert [s.closed for s in made] == [1, 1, 0, 0]
+
+
 def test_steps_after_success_decide_success_at_the_end() -> None:
     class Push:
         stateful = False

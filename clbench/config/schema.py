@@ -196,7 +196,8 @@ class EvalConfig:
         steps_after_success: an episode goes on for this many steps after its first success (or to the step
             limit); success at the end is judged there.
         workers: processes; null = one a core, at most 2 on a small machine.
-        slots: episodes that one process steps together (the policy's fixed batch size).
+        slots: episodes that one process steps together (the policy's fixed batch size); it keeps up to three times as
+            many simulators.
         base_row, random_row: also evaluate the base before the stream / uniformly random actions.
         views: other views of the same checkpoints, where the algorithm has any (packnet: task_id, no_task_id); each is
             stored in eval/views/NAME.

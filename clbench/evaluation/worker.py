@@ -102,7 +102,7 @@ def work(pipe: Any, beat: Beat, settings: Settings) -> None:
     try:
         from clbench.rollout.rollout import SimulatorPool
 
-        pool = SimulatorPool()
+        pool = SimulatorPool(max_idle=2 * settings.slots)
         pipe.send(("ready",))
         while (job := pipe.recv()) is not None:
             watch = Reporter(job, beat, pipe.send, settings.config.eval.retries)
@@ -111,7 +111,7 @@ def work(pipe: Any, beat: Beat, settings: Settings) -> None:
                     pipe.send(("episode", record))
             except SimulatorDied as e:  # it had all the simulators: what is left of the job is played with others
                 watch.died(e.how)
-                pool = SimulatorPool()
+                pool = SimulatorPool(max_idle=2 * settings.slots)
             pipe.send(("ready",))
         pool.close()
     except Exception as e:  # noqa: BLE001 (the parent raises it)

@@ -48,23 +48,33 @@ class Outcome:
 
 
 class SimulatorPool:
-    """Idle simulators by task, so that building one (tens of milliseconds) is not paid per episode."""
+    """Idle simulators, so that building one (up to seconds) is not paid per episode.
 
-    def __init__(self, make: Callable[[dict[str, Any]], Simulator] = make_simulator) -> None:
-        self._make = make
-        self._idle: dict[str, list[Simulator]] = {}
+    At most `max_idle` are kept (None: all that ever ran): those used least recently are closed first. A simulator may
+    hold a hundred megabytes, and a row of the matrix has all tasks.
+    """
+
+    def __init__(
+        self, make: Callable[[dict[str, Any]], Simulator] = make_simulator, max_idle: int | None = None
+    ) -> None:
+        self._make, self._max_idle = make, max_idle
+        self._idle: list[tuple[str, Simulator]] = []  # the last used last
 
     def take(self, spec: dict[str, Any]) -> Simulator:
-        idle = self._idle.get(repr(sorted(spec.items())), [])
-        return idle.pop() if idle else self._make(spec)
+        key = repr(sorted(spec.items()))
+        for i in reversed(range(len(self._idle))):
+            if self._idle[i][0] == key:
+                return self._idle.pop(i)[1]
+        return self._make(spec)
 
     def give_back(self, spec: dict[str, Any], simulator: Simulator) -> None:
-        self._idle.setdefault(repr(sorted(spec.items())), []).append(simulator)
+        self._idle.append((repr(sorted(spec.items())), simulator))
+        while self._max_idle is not None and len(self._idle) > self._max_idle:
+            self._idle.pop(0)[1].close()
 
     def close(self) -> None:
-        for idle in self._idle.values():
-            for simulator in idle:
-                simulator.close()
+        for _, simulator in self._idle:
+            simulator.close()
         self._idle.clear()
 
 
