@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from clbench import sweep
-from clbench.config.compose import to_yaml
+from clbench.config.compose import to_dict, to_yaml
 from clbench.io import write_json, write_text
 
 
@@ -50,6 +51,12 @@ def test_finished_means_with_the_same_settings(tmp_path: Path, monkeypatch: pyte
     write_json(folder / "checkpoints" / "task_00" / "checkpoint.json", {})
     write_json(folder / "eval" / "complete.json", {"cells": "full", "episodes": 20})
     assert sweep.finished(runs[0])
+    older = to_dict(runs[0].config)  # by a version that did not have these keys
+    for section in (older, older["dataset"], older["dataset"]["pretrain"]):
+        for key in ("render", "repo_id", "rename", "make", "recipes"):
+            section.pop(key, None)
+    write_text(folder / "config.yaml", yaml.safe_dump(older))
+    assert sweep.finished(runs[0]), "keys that came later count with their defaults"
     _, longer = sweep.load_experiment(experiment(tmp_path, "overrides: [train.steps=7]"))
     assert not sweep.finished(longer[0])
     _, more = sweep.load_experiment(experiment(tmp_path, "overrides: [eval.episodes=50]"))

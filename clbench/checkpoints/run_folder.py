@@ -16,7 +16,7 @@ from typing import Any
 import clbench
 from clbench.checkpoints.whole import DESCRIPTION, damage, write_whole
 from clbench.config.compose import to_dict, to_yaml
-from clbench.config.schema import Config
+from clbench.config.schema import Config, PretrainDataConfig
 from clbench.envs.base import other_python, privileged, simulator_versions
 from clbench.errors import UserError, nearest
 from clbench.io import read_json, refuse_links, write_json, write_text
@@ -251,7 +251,9 @@ def _defaults(config: Config) -> dict[str, Any]:
     from clbench.algorithms.build import algorithm_classes
 
     known = _flatten(asdict(Config(model="")))
-    found = {k: v for k, v in known.items() if k.split(".")[0] in ("train", "eval", "lora", "log", "render")}
+    sections = ("train", "eval", "lora", "log", "render", "dataset")
+    found = {k: v for k, v in known.items() if k.split(".")[0] in sections}
+    found |= {f"dataset.pretrain.{k}": v for k, v in _flatten(asdict(PretrainDataConfig())).items()}
     for cls in algorithm_classes(config):
         found |= {f"algorithm.{k}": v for k, v in asdict(cls.Config()).items()}
     return {k: v for k, v in found.items() if k in _flatten(to_dict(config))}
