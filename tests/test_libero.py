@@ -242,6 +242,13 @@ def test_other_physics_files_only_on_demand(small: Path, tmp_path: Path, capsys:
         libero_assets.installed()
 
 
+def test_other_textures_are_told_apart(small: Path, tmp_path: Path) -> None:
+    libero_assets.install(str(folder(tmp_path / "a", FILES)))
+    physics, looks = libero_assets.digest(), libero_assets.looks_digest()
+    libero_assets.install(str(folder(tmp_path / "b", FILES | {"textures/wall.png": b"another picture"})))
+    assert libero_assets.digest() == physics and libero_assets.looks_digest() != looks
+
+
 def test_without_the_hub_there_is_one_message(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "assets", "libero", "--from", "hub"]) == 2  # tests have no network
     error = capsys.readouterr().err
@@ -305,6 +312,10 @@ def simulators() -> Iterator[Callable[[str], Any]]:
     for simulator in made.values():
         simulator.close()
         simulator.close()
+
+
+def fail(error: BaseException) -> None:
+    raise error
 
 
 class TestSimulator:
@@ -431,6 +442,25 @@ class TestSimulator:
             simulator.step(np.zeros(4))
         with pytest.raises(ValueError, match="not finite"):
             simulator.step(np.full(7, np.nan))
+
+    def test_a_reset_tries_other_placements_and_hides_no_other_failure(
+        self, simulators: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from robosuite.utils.errors import RandomizationError
+
+        simulator = simulators(SOUP)
+        inner, reset = simulator.env.env, simulator.env.env.reset
+        raised: list[BaseException] = [RandomizationError("no place"), RandomizationError("no place")]
+        monkeypatch.setattr(inner, "reset", lambda: fail(raised.pop()) if raised else reset())
+        simulator.reset(0)
+        assert not raised
+        for error in (MemoryError(), KeyboardInterrupt()):
+            raised.append(error)
+            with pytest.raises(type(error)):
+                simulator.reset(0)
+        monkeypatch.setattr(inner, "reset", lambda: fail(RandomizationError("no place")))
+        with pytest.raises(RuntimeError, match=f"{SOUP}: found no placement of its objects in 100 attempts"):
+            simulator.reset(0)
 
     def test_versions_tell_the_assets(self) -> None:
         found = libero.versions()

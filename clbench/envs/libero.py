@@ -13,7 +13,7 @@ Action (7,) in [-1, 1]: end-effector displacement xyz (1 is 5 cm), rotation (1 i
 Initial states. A seed of EVAL_SEED_BASE + i (evaluation) starts from entry i modulo 50 of the initial states that
 LIBERO publishes for the task, as its own evaluation does. A smaller seed (demonstrations, validation) draws a placement
 from the regions in the task's BDDL file, so nothing is trained or chosen on a state that is reported. Either way the
-scene then settles under an action of zeros.
+scene then settles while the robot holds still with its gripper open.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ NO_DEMONSTRATIONS = {  # of libero_90
     "STUDY_SCENE4_pick_up_the_book_on_the_right_and_place_it_on_the_cabinet_shelf": _UNDER,
     "STUDY_SCENE4_pick_up_the_book_on_the_right_and_place_it_under_the_cabinet_shelf": _UNDER,
 }
+PLACEMENTS = 100  # attempts to place a scene's objects
 MAX_STEPS = 1000  # LIBERO's own horizon; the suites' limits are in libero_tasks.MAX_STEPS
 
 SETTLE_STEPS = 10
@@ -243,12 +244,26 @@ class LiberoSimulator:
             seed = (int(seed) - EVAL_SEED_BASE) % len(states)  # also decides where the fixtures stand
             published = states[seed]
         with _global_numpy_seed(int(seed)):
-            self.env.reset()
+            self._place()
         if published is not None:
             self.env.set_init_state(published)
         for left in reversed(range(settle_steps(self.task))):
             self._apply(IDLE, look=left == 0)
         return self._observation()
+
+    def _place(self) -> None:
+        """Reset robosuite's environment, with new placements while objects do not fit.
+
+        LIBERO's own `reset` does that too, but for ever and for every exception.
+        """
+        randomization_error = importlib.import_module("robosuite.utils.errors").RandomizationError
+        for _ in range(PLACEMENTS):
+            try:
+                self.env.env.reset()
+                return
+            except randomization_error:
+                pass
+        raise RuntimeError(f"{self.task}: found no placement of its objects in {PLACEMENTS} attempts.")
 
     def step(self, action: np.ndarray) -> Step:
         """Apply `action` (7,), clipped to [-1, 1]. Raises ValueError for a wrong shape, for NaN and infinity."""

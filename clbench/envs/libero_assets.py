@@ -29,7 +29,7 @@ import sys
 import tarfile
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -68,12 +68,12 @@ def expected() -> tuple[dict[str, str], tuple[str, ...]]:
 
 def physics_digests(assets: Path) -> dict[str, str]:
     """Return {path: sha256} of the expected physics files that are there."""
-    found = {}
-    for name in expected()[0]:
-        path = assets / name
-        if path.is_file():
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
+    return _digests(assets, expected()[0])
+
+
+def _digests(assets: Path, names: Iterable[str]) -> dict[str, str]:
+    """{path: sha256} of those of `names` that are there."""
+    return {n: hashlib.sha256((assets / n).read_bytes()).hexdigest() for n in names if (assets / n).is_file()}
 
 
 def differing(assets: Path) -> list[str]:
@@ -124,8 +124,16 @@ def _record() -> dict[str, Any]:
 
 def digest() -> str:
     """Return 12 hex digits over all physics files: equal where the simulation is the same."""
-    found = physics_digests(installed())
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:12]
+    return _short(physics_digests(installed()))
+
+
+def looks_digest() -> str:
+    """Return 12 hex digits over all visual meshes and textures: equal where images show the same things."""
+    return _short(_digests(installed(), expected()[1]))
+
+
+def _short(digests: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:12]
 
 
 # -------------------------------------------------------------------------------------------------------- installing

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from clbench.envs import libero
+from clbench.envs import libero, libero_assets
 from clbench.envs.base import STATE_KEY, Observation, Step, check_task
 from clbench.envs.rendering import check_render, gl_context, opengl_version
 
@@ -38,7 +38,7 @@ NAMES = {STATE_KEY: ["state"], "action": ["actions"]}  # what the hub's sets cal
 
 def versions() -> dict[str, str]:
     """Return the versions of what decides physics and images; UserError where nothing can draw."""
-    return {"opengl": opengl_version()} | libero.versions()
+    return {"opengl": opengl_version()} | libero.versions() | {"libero_looks": libero_assets.looks_digest()}
 
 
 def make(task: str, render: dict[str, Any]) -> LiberoImageSimulator:
