@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes.util
 import importlib.util
 import os
 import platform
@@ -16,6 +15,7 @@ from clbench.data.lerobot_set import has_set
 from clbench.data.source import data_folder
 from clbench.envs import libero_assets
 from clbench.envs.base import other_python, simulator_versions
+from clbench.envs.rendering import LIBRARIES, backend_name, libraries
 from clbench.errors import UserError
 from clbench.paths import cache_root, data_root, results_root
 
@@ -76,14 +76,19 @@ def devices() -> Iterator[Finding]:
 
 def renderers() -> Iterator[Finding]:
     """What can draw camera images. State streams need none of it."""
-    chosen = os.environ.get("MUJOCO_GL")
-    found = [name for name, library in (("egl", "EGL"), ("osmesa", "OSMesa")) if ctypes.util.find_library(library)]
+    chosen = os.environ.get("MUJOCO_GL", "").strip().lower()
+    found = libraries()
     if found:
         yield Finding("ok", f"renderers: {', '.join(found)}" + (f" (MUJOCO_GL={chosen})" if chosen else ""))
     else:
         yield Finding("note", "no EGL or OSMesa", "only needed for camera images: install libegl1 or libosmesa6")
-    if chosen and chosen not in (*found, "glfw", "disable", "disabled"):
-        yield Finding("note", f"MUJOCO_GL={chosen} has no such library here", "unset it, or install the library")
+        return
+    try:
+        used = backend_name()
+        if used in LIBRARIES and used not in found:
+            yield Finding("note", f"MUJOCO_GL={chosen} has no such library here", "unset it, or install the library")
+    except UserError as e:
+        yield Finding("note", f"MUJOCO_GL={chosen}", str(e))
 
 
 def simulators() -> Iterator[Finding]:

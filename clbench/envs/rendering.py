@@ -52,6 +52,11 @@ def check_render(render: Mapping[str, Any]) -> tuple[str, int]:
     return fidelity, size
 
 
+def libraries() -> list[str]:
+    """Return those of egl and osmesa that are installed."""
+    return [name for name, library in LIBRARIES.items() if ctypes.util.find_library(library)]
+
+
 def backend_name() -> str:
     """Return how MuJoCo is to draw: egl, osmesa or glfw. UserError, with the remedy, where nothing can."""
     chosen = os.environ.get("MUJOCO_GL", "").strip().lower()
@@ -61,9 +66,8 @@ def backend_name() -> str:
         return chosen
     if chosen not in ("", "enable", "enabled", "on", "true", "1", "glx"):
         raise UserError(f"camera images cannot be drawn: MUJOCO_GL={chosen} is none of egl, osmesa, glfw. {REMEDY}.")
-    for name, library in LIBRARIES.items():
-        if ctypes.util.find_library(library):
-            return name
+    for name in libraries():
+        return name
     if os.environ.get("DISPLAY"):
         return "glfw"
     raise UserError(f"camera images cannot be drawn: neither EGL nor OSMesa is installed. {REMEDY}.")
