@@ -35,6 +35,7 @@ from clbench.errors import Interrupted, UserError
 from clbench.io import read_json, write_json
 from clbench.stopping import Stop
 from clbench.streams.stream import Task, TaskStream, build_stream, pretraining_tasks, stream_data
+from clbench.training.pretrain import base_folder
 from clbench.training.trainer import train
 from tests.hub_sets import COMMIT, IMAGES, make_hub_set, served
 from tests.same import assert_same_run
@@ -664,7 +665,7 @@ def test_training_on_a_set_of_the_hub(
     assert policy["input_features"][IMAGES[1]]["shape"] == [3, 16, 16]
 
     local = goals(image_set, pretrain=PretrainDataConfig(data=str(image_set), tasks=BASE_TASKS))
-    assert pretraining_tasks(local)[1] == manifest["heldout_data"]["fingerprint"]
+    assert pretraining_tasks(local)[1].fingerprint == manifest["heldout_data"]["fingerprint"]
     other = run_config(tmp_path / "whole", {"data": str(image_set), "pretrain": dataset["pretrain"]})
     with pytest.raises(UserError, match=r"dataset\.repo_id"):  # the same data from elsewhere: has to be meant
         train(other, "r", resume=True)
@@ -679,6 +680,33 @@ def test_a_base_for_other_features_is_refused(image_set: Path, tmp_path: Path, t
     config.policy = {"path": str(policy)}
     with pytest.raises(UserError, match=r"image is not there.*observation.state has shape \(39,\), not \(8,\)"):
         train(config, "other")
+
+
+def test_a_base_that_learned_from_images_drawn_otherwise_is_refused(image_set: Path, tmp_path: Path) -> None:
+    dataset = {"data": str(image_set), "pretrain": {"data": str(image_set), "tasks": BASE_TASKS}}
+    run = train(run_config(tmp_path, dataset, "dataset.task_order=[0,1]", "train.steps=1"), "r")
+    base = read_json(run / "manifest.json")["base"]["path"]
+    for record in (run / "manifest.json", Path(base) / "base.json"):
+        found = read_json(record)
+        assert found["render"] == {"fidelity": "full", "size": 16}
+        write_json(record, found | {"render": {"fidelity": "fast", "size": 16}})
+    for n, policy in enumerate((str(run / "checkpoints" / "task_00" / "policy"), base)):
+        config = run_config(tmp_path, dataset, "dataset.task_order=[0,1]", "train.steps=1")
+        config.policy = {"path": policy}
+        with pytest.raises(UserError, match=r"learned from images drawn fast at 16 pixels.*drawn full at 16"):
+            train(config, f"refused{n}")
+        config.render.mismatch = "allow"
+        train(config, f"allowed{n}")
+
+
+def test_a_base_for_exchanged_cameras_is_another_one(image_set: Path, tmp_path: Path) -> None:
+    """Their states and actions, and so their fingerprints, are the same."""
+    folders = set()
+    for rename in ({}, {IMAGES[0]: IMAGES[1], IMAGES[1]: IMAGES[0]}):
+        pretrain = {"data": str(image_set), "tasks": BASE_TASKS, "rename": rename}
+        config = run_config(tmp_path, {"data": str(image_set), "pretrain": pretrain})
+        folders.add(base_folder(config, pretraining_tasks(config.dataset)[1]))
+    assert len(folders) == 2
 
 
 def test_columns_of_a_made_stream_say_their_tasks_too(toy_data: Path) -> None:

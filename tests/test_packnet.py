@@ -172,6 +172,7 @@ def test_both_views_and_the_bases_tasks_are_evaluated_and_shown(toy_data: Path, 
     config = toy_config(
         toy_data, {"name": "packnet", "eval_with_task_id": False}, f"output_dir={tmp_path}", "train.steps=2",
         "eval.cells=last", "eval.views=[task_id]", "eval.heldout_episodes=1", "dataset.task_order=[0,1]",
+        "dataset.pretrain.make.max_steps=20",
     )  # fmt: skip
     folder = train(config, "r")
     evaluate(folder, config, progress=False)

@@ -67,10 +67,13 @@ def test_joint_transform_has_one_visit_with_all_data(toy_data: Path) -> None:
     assert len(stream.columns) == 3
 
 
-def test_pretraining_tasks_come_with_their_fingerprint(toy_data: Path) -> None:
-    tasks, fingerprint = pretraining_tasks(dataset(toy_data))
+def test_pretraining_tasks_come_with_their_data_and_their_own_step_limit(toy_data: Path) -> None:
+    config = dataset(toy_data)
+    config.env.max_steps, config.pretrain.make.max_steps = 30, 70
+    tasks, data = pretraining_tasks(config)
     assert [t.name for t in tasks] == ["reach-v3", "door-open-v3"]
-    assert len(fingerprint) == 64
+    assert [t.max_steps for t in tasks] == [70, 70] and build_stream(config).columns[0].max_steps == 30
+    assert len(data.fingerprint) == 64
 
 
 @pytest.mark.parametrize("name", ["metaworld_quick", "metaworld_cw10", "metaworld_val"])

@@ -21,7 +21,7 @@ from clbench.envs.base import other_python, privileged, simulator_versions
 from clbench.errors import UserError, nearest
 from clbench.io import read_json, refuse_links, write_json, write_text
 from clbench.paths import PROJECT_ROOT, results_root
-from clbench.streams.stream import Task, TaskStream, make_task, pretraining_data
+from clbench.streams.stream import Task, TaskStream, pretraining_tasks
 
 PACKAGES = ("torch", "lerobot", "accelerate", "peft", "transformers", "numpy", "metaworld", "mujoco", "hf-libero",
             "robosuite", "bddl", "deepspeed")  # fmt: skip
@@ -112,10 +112,7 @@ def write_description(
     from clbench.algorithms.build import algorithm_classes
 
     own_base = config.dataset.pretrain is not None and not config.policy.get("path")
-    heldout_data = pretraining_data(config.dataset, config.render) if own_base else None
-    heldout = []
-    if heldout_data is not None:
-        heldout = [make_task(config.dataset, heldout_data, n, config.render) for n in heldout_data.tasks]
+    heldout, heldout_data = pretraining_tasks(config.dataset, config.render) if own_base else ([], None)
     algorithm = config.algorithm["name"]
     env_type = config.dataset.env.type
     elsewhere = simulator_versions(env_type) if other_python(env_type) else {}

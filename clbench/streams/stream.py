@@ -250,7 +250,9 @@ def make_task(config: DatasetConfig, data: DataSource, name: str, render: Render
     )
 
 
-def pretraining_tasks(config: DatasetConfig, render: RenderConfig | None = None) -> tuple[list[Task], str]:
-    """Return the base's tasks and their data's fingerprint."""
+def pretraining_tasks(config: DatasetConfig, render: RenderConfig | None = None) -> tuple[list[Task], DataSource]:
+    """Return the base's tasks and their data. Their episodes are as long as those that demonstrations are made in."""
     data = pretraining_data(config, render)
-    return [make_task(config, data, n, render) for n in data.tasks], data.fingerprint
+    assert config.pretrain is not None
+    tasks = [make_task(config, data, n, render) for n in data.tasks]
+    return [replace(t, max_steps=config.pretrain.make.max_steps) for t in tasks], data

@@ -30,6 +30,8 @@ from clbench.checkpoints.training_state import StateKeeper
 from clbench.checkpoints.whole import DESCRIPTION, damage, write_whole
 from clbench.config.schema import Config, TrainConfig
 from clbench.data.frames import StreamFrames, all_names
+from clbench.data.source import DataSource
+from clbench.envs.base import cameras
 from clbench.errors import Interrupted, UserError
 from clbench.io import read_json, write_json
 from clbench.lock import NO_LOCKS
@@ -44,25 +46,32 @@ from clbench.training.log import RunLog
 from clbench.training.loop import PhaseRunner, Resumed
 from clbench.training.saving import Moments, save_if_due
 
+BASE_RECORD = "base.json"
+
 # Settings of acting: they may differ from those a given checkpoint was trained with.
 ACTING = ("n_action_steps", "num_inference_steps")
 
 
-def base_key(config: Config, fingerprint: str) -> dict[str, Any]:
-    """Everything a base depends on."""
+def base_key(config: Config, data: DataSource) -> dict[str, Any]:
+    """Everything a base depends on.
+
+    The fingerprint of a set that clbench did not make leaves its images out: there, the set and its features count too.
+    """
     assert config.dataset.pretrain is not None
     policy = {k: v for k, v in config.policy.items() if k != "path"}
+    origin = ("repo_id", "commit") if data.description.get("repo_id") else ("root",)
     return {
         "policy": policy,
         "pretrain": {k: v for k, v in asdict(config.pretrain).items() if k != "log_every"},
         "tasks": list(config.dataset.pretrain.tasks),
-        "data_fingerprint": fingerprint,
+        "data_fingerprint": data.fingerprint,
         "mixed_precision": autocast_precision(config.train),
+        **({} if data.features is None else {"data": {k: data.description[k] for k in (*origin, "features")}}),
     }
 
 
-def base_folder(config: Config, fingerprint: str) -> Path:
-    key = json.dumps(base_key(config, fingerprint), sort_keys=True)
+def base_folder(config: Config, data: DataSource) -> Path:
+    key = json.dumps(base_key(config, data), sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:12]
     assert config.dataset.pretrain is not None
     section = config.dataset.pretrain
@@ -86,8 +95,8 @@ def ensure_base(config: Config, backend: Backend, stop: Stop, progress: str = "a
             raise UserError(f"policy.path={path} is an adapter over another base; only a whole policy can be a base.")
         _check_given(path, config)
         return path.resolve(), {"path": str(path.resolve()), "kind": "given"}
-    tasks, fingerprint = pretraining_tasks(config.dataset, config.render)
-    folder = base_folder(config, fingerprint)
+    tasks, data = pretraining_tasks(config.dataset, config.render)
+    folder = base_folder(config, data)
     if not backend.agree(_is_whole(folder)):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with (folder.parent / f".{folder.name}.lock").open("w") as lock:
@@ -96,13 +105,13 @@ def ensure_base(config: Config, backend: Backend, stop: Stop, progress: str = "a
                     raise Interrupted("stopped while another run makes the base. The same command goes on from there.")
                 time.sleep(1)  # another run is making it: wait, then look again
             if not backend.agree(_is_whole(folder)):
-                _pretrain(config, tasks, fingerprint, folder, backend, stop, progress)
-    return folder, {"path": str(folder), "kind": "pretrained", **base_key(config, fingerprint)}
+                _pretrain(config, tasks, data, folder, backend, stop, progress)
+    return folder, {"path": str(folder), "kind": "pretrained", **base_key(config, data)}
 
 
 def _is_whole(folder: Path) -> bool:
     """Whether a base is there; a damaged one is named and made again."""
-    if not (folder / "base.json").is_file():
+    if not (folder / BASE_RECORD).is_file():
         return False
     reason = damage(folder) if (folder / DESCRIPTION).is_file() else None  # one of an earlier version has no sums
     if reason is not None:
@@ -132,6 +141,22 @@ def _check_given(path: Path, config: Config) -> None:
             f"policy.path={path} has {key} {stored.get(key)!r}, the configuration says {value!r}. Use "
             f"--model checkpoint, which leaves all to the checkpoint ({', '.join(ACTING)} may be overridden)."
         )
+    drawn, wanted = _drawn(path), {"fidelity": config.render.fidelity, "size": config.render.size}
+    if drawn and cameras(config.dataset.env.type) and drawn != wanted and config.render.mismatch != "allow":
+        raise UserError(
+            f"policy.path={path} learned from images drawn {drawn['fidelity']} at {drawn['size']} pixels, and this "
+            f"stream's are drawn {wanted['fidelity']} at {wanted['size']}. Take another base, data drawn like the "
+            "base's, or state render.mismatch=allow."
+        )
+
+
+def _drawn(path: Path) -> dict[str, Any] | None:
+    """How the images that a checkpoint learned from were drawn; None where it had none, or clbench did not make it."""
+    for record in (path / BASE_RECORD, path.resolve().parents[2] / "manifest.json"):  # a base; RUN/checkpoints/K/policy
+        if record.is_file():
+            described = read_json(record)
+            return described.get("render") if isinstance(described, dict) else None
+    return None
 
 
 def check_inputs(base: Path, task: Task) -> None:
@@ -192,7 +217,7 @@ def frame_statistics(frames: StreamFrames) -> dict[str, dict[str, torch.Tensor]]
 def _pretrain(
     config: Config,
     tasks: list[Task],
-    fingerprint: str,
+    data: DataSource,
     folder: Path,
     backend: Backend,
     stop: Stop,
@@ -276,12 +301,13 @@ def _pretrain(
         save_policy(loaded, base)
         shutil.copyfile(temporary / LOG_FILE, base / LOG_FILE)
         described = {
-            **base_key(config, fingerprint),
+            **base_key(config, data),
             "seconds": round(seconds(), 1),
             "parameters": sum(q.numel() for q in loaded.policy.parameters()),
+            "render": tasks[0].env.get("render"),
             "versions": versions(),
         }
-        write_json(base / "base.json", described)
+        write_json(base / BASE_RECORD, described)
         return {}
 
     if backend.is_main:
