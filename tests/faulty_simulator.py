@@ -21,14 +21,21 @@ import numpy as np
 
 from clbench.envs import base, metaworld
 from clbench.envs.base import EVAL_SEED_BASE, STATE_KEY, Observation, Step
+from clbench.errors import UserError
 from clbench.evaluation import worker
 
 PYTHON_VARIABLE = "FAULTY_PYTHON"
 FPS, ROBOT_TYPE, STATE_DIM, ACTION_DIM, MAX_STEPS = 80, "none", 39, 4, 500
 STEP_S = 0.002
 instruction = metaworld.instruction
-versions = dict[str, str]
 tasks = metaworld.tasks
+
+
+def versions() -> dict[str, str]:
+    """$PHYSICS, or what a machine without the simulator says."""
+    if os.environ.get("PHYSICS") == "none":
+        raise UserError("the simulator is not installed.")
+    return {"physics": os.environ.get("PHYSICS", "1.0")}
 
 
 def make(task: str) -> Simulator:

@@ -342,6 +342,61 @@ def test_what_a_killed_writer_left_is_cleared_away(run: Path, undisturbed: Files
     assert files(tmp_path) == undisturbed
 
 
+def test_episodes_of_two_simulators_do_not_mix(
+    run: Path, tmp_path: Path, in_child: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A matrix keeps its physics; another one is refused before it plays, and looked for only when it would."""
+    settings = evaluation(tmp_path) / "settings.json"
+
+    def go(physics: str, episodes: int) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setenv("PHYSICS", physics)
+        return finish(start(run, tmp_path, f"eval.episodes={episodes}"))
+
+    assert go("1.0", 1).returncode == 0
+    assert read_json(settings)["simulators"] == {"metaworld": {"physics": "1.0"}}
+    before = files(tmp_path)
+    refused = go("2.0", 2)
+    assert refused.returncode == 2 and files(tmp_path) == before
+    (line,) = refused.stderr.splitlines()
+    assert "physics 1.0 (here 2.0)" in line and "--output-base" in line
+    done = go("none", 1)
+    assert done.returncode == 0 and not done.stderr and files(tmp_path) == before
+    assert go("1.0", 2).returncode == 0
+
+    manifest = {**read_json(run / "manifest.json"), "versions": {"physics": "0.9", "torch": "2"}}
+    write_json(tmp_path / "r" / "manifest.json", manifest)
+    assert main(["metrics", str(evaluation(tmp_path)), "--bootstrap", "0"]) == 0
+    where = "note: episodes were played in metaworld on physics 1.0 (where the run was trained: physics 0.9)"
+    assert where in capsys.readouterr().out
+
+
+def test_episodes_that_do_not_say_their_simulator_are_kept_and_told(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As an evaluation left them that was made before versions were recorded."""
+    path = evaluation(tmp_path) / "settings.json"
+    assert finish(start(run, tmp_path, "eval.episodes=1")).returncode == 0
+    old = {k: v for k, v in read_json(path).items() if k != "simulators"}
+    write_json(path, old)
+    done = finish(start(run, tmp_path, "eval.episodes=1"))
+    assert done.returncode == 0 and not done.stderr and read_json(path) == old
+    for episodes, warnings in ((2, 1), (3, 0)):
+        done = finish(start(run, tmp_path, f"eval.episodes={episodes}"))
+        assert done.returncode == 0 and done.stderr.count("warning: ") == warnings, done.stderr
+        now = {**old, "simulators": {"metaworld": {"physics": "1.0"}}, "earlier_simulators": "unknown"}
+        assert read_json(path) == now
+    assert main(["metrics", str(evaluation(tmp_path)), "--bootstrap", "0"]) == 0
+    assert "note: some episodes were played before the simulator's versions" in capsys.readouterr().out
+
+    for cell in (evaluation(tmp_path) / "cells").iterdir():
+        cell.unlink()
+    assert finish(start(run, tmp_path, "eval.episodes=1")).returncode == 0
+    assert read_json(path) == {**old, "simulators": {"metaworld": {"physics": "1.0"}}}
+    write_json(path, {**old, "simulators": ["1.0"]})
+    done = finish(start(run, tmp_path, "eval.episodes=2"))
+    assert done.returncode == 2 and "settings.json is damaged" in done.stderr
+
+
 # ---- parts ------------------------------------------------------------------------------------------
 
 

@@ -193,9 +193,7 @@ def test_versions_are_the_childs(other: str) -> None:
     assert simulator_versions("fake") == {"physics": "1.0"}
 
 
-def test_nothing_of_this_process_reaches_the_child(
-    tmp_path: Path, other: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_of_this_process_reaches_the_child(tmp_path: Path, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An environment with numpy alone finds clbench, but neither what lies beside clbench nor beside its modules."""
     venv.create(tmp_path / "env", symlinks=True)
     (packages,) = (tmp_path / "env").glob("lib/*/site-packages")

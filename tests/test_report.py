@@ -230,6 +230,20 @@ def test_runs_that_do_not_compare(tmp_path: Path) -> None:
     build_report([one, joint], bootstrap=0)  # joint training has no order
 
 
+def test_the_simulator_behind_the_numbers_is_shown_and_two_are_not_averaged(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, seed=s) for s in (0, 1)]
+    for folder, mujoco in zip(runs, ("3.8.1", "3.3.7"), strict=True):
+        played = {"simulators": {"metaworld": {"mujoco": mujoco}}}
+        (folder / "eval/settings.json").write_text(json.dumps(played))
+        manifest = json.loads((folder / "manifest.json").read_text()) | {"versions": {"mujoco": "3.8.1"}}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    page = build_report(runs, bootstrap=0).read_text()
+    assert "not averaged" in page and "metaworld on mujoco 3.8.1<" in page
+    assert "metaworld on mujoco 3.3.7 (where the run was trained: mujoco 3.8.1)" in page
+    (runs[1] / "eval/settings.json").unlink()  # made before versions were recorded
+    assert "not averaged" not in build_report(runs, bootstrap=0).read_text()
+
+
 def test_same_seed_twice_is_not_averaged(tmp_path: Path) -> None:
     one = write_run(tmp_path)
     other = write_run(tmp_path / "b")

@@ -40,6 +40,8 @@ from clbench.errors import UserError, nearest
 # ever tested on an initial state that it was shown.
 EVAL_SEED_BASE = 1_000_000
 
+INTERPRETER = "simulator_"  # so begin the versions of another interpreter that has the simulators, and of its numpy
+
 STATE_KEY = "observation.state"  # LeRobot's name for the robot's (low-dimensional) state
 
 BACKENDS: dict[str, str] = {
@@ -143,6 +145,11 @@ def simulator_versions(env_type: str) -> dict[str, str]:
         return remote.versions(variable, env_type)
     found: dict[str, str] = backend(env_type).versions()
     return found
+
+
+def physics_versions(env_type: str) -> dict[str, str]:
+    """As `simulator_versions`, the same wherever the simulators are: without what only another interpreter adds."""
+    return {k: v for k, v in simulator_versions(env_type).items() if not k.startswith(INTERPRETER)}
 
 
 def check_other_python(env_type: str) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ import numpy as np
 from clbench.envs.base import STATE_KEY, Expert, Observation, Step, check_task
 from clbench.errors import UserError
 
+INSTALL = "Install it with: pip install 'clbench[metaworld]'"
 FPS = 80  # control steps per simulated second
 ROBOT_TYPE = "sawyer"
 STATE_DIM = 39
@@ -95,8 +96,11 @@ def instruction(task: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages that decide the physics."""
-    return {name: version(name) for name in ("metaworld", "mujoco", "gymnasium")}
+    """Return the versions of the packages that decide the physics; UserError where one is missing."""
+    try:
+        return {name: version(name) for name in ("metaworld", "mujoco", "gymnasium")}
+    except PackageNotFoundError as e:
+        raise UserError(f"Meta-World is not installed: there is no {e.name}. {INSTALL}") from e
 
 
 def make(task: str) -> MetaworldSimulator:
@@ -127,9 +131,7 @@ def _import(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as e:
-        raise UserError(
-            f"Meta-World cannot be imported ({e}). Install it with: pip install 'clbench[metaworld]'"
-        ) from e
+        raise UserError(f"Meta-World cannot be imported ({e}). {INSTALL}") from e
 
 
 class MetaworldSimulator:

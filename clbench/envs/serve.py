@@ -39,7 +39,7 @@ class Server:
 
     def versions(self, env_type: str) -> dict[str, str]:
         """The versions that decide an episode, this interpreter's and numpy's among them."""
-        own = {"simulator_python": platform.python_version(), "simulator_numpy": np.__version__}
+        own = {f"{base.INTERPRETER}python": platform.python_version(), f"{base.INTERPRETER}numpy": np.__version__}
         return base.simulator_versions(env_type) | own
 
     def make(self, spec: dict[str, Any]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,20 @@ from clbench.checkpoints.run_folder import (
 from clbench.checkpoints.whole import damage
 from clbench.config.compose import check_keys, load_yaml, merge, to_config
 from clbench.config.schema import Config
-from clbench.envs.base import EVAL_SEED_BASE, check_other_python
+from clbench.envs.base import EVAL_SEED_BASE, physics_versions
 from clbench.errors import Interrupted, UserError
 from clbench.evaluation.crew import Cell, Crew
 from clbench.evaluation.records import (
     BASE,
+    EARLIER,
     RANDOM,
+    SIMULATORS,
+    UNKNOWN,
     CellFile,
     build_matrix,
     cell_name,
     read_failures,
+    read_simulators,
     write_failures,
 )
 from clbench.evaluation.worker import Job, Settings
@@ -174,7 +178,8 @@ def heldout_columns(manifest: dict[str, Any], config: Config) -> list[dict[str, 
 
 @dataclass
 class _Run:
-    """A run under evaluation. `fill` plays what a matrix lacks; `failed` collects (its folder, the cell) given up."""
+    """A run under evaluation. `fill` plays what a matrix lacks; `failed` collects (its folder, the cell) given up;
+    `versions` has those of the simulators that were needed so far."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -183,6 +188,13 @@ class _Run:
     progress: bool
     stop: Stop
     failed: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
+    versions: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def simulators(self, env_types: Iterable[str]) -> dict[str, dict[str, str]]:
+        """Environment type → versions of its simulator, asked for once; UserError where it cannot be used."""
+        for env_type in set(env_types) - self.versions.keys():
+            self.versions[env_type] = physics_versions(env_type)
+        return {env_type: self.versions[env_type] for env_type in sorted(env_types)}
 
     def fill(
         self,
@@ -234,8 +246,7 @@ class _Run:
         total = sum(len(job.episodes) for job in jobs)
         failed: dict[Cell, dict[str, Any]] = {}
         if total:
-            for env_type in sorted({e["env"]["type"] for job in jobs for e in job.episodes}):
-                check_other_python(env_type)
+            _check_simulators(out, self.simulators({e["env"]["type"] for job in jobs for e in job.episodes}))
             print(f"evaluating {total} episodes in {workers} processes → {out}", file=sys.stderr, flush=True)
             settings = Settings(self.config, e.slots, e.steps_after_success, self.config.train.device, threads=1)
             before, started = _episodes(files), time.monotonic()
@@ -272,6 +283,7 @@ def _check_settings(
     path = out / "settings.json"  # one per matrix: views and held-out tasks have their own
     digests = [read_checkpoint(checkpoint_folder(folder, k)).get("digest") for k in range(rows)]
     now = {"steps_after_success": steps_after_success, "max_steps": max_steps, "seed": seed, "checkpoints": digests}
+    kept: dict[str, Any] = {}
     if path.is_file():
         before = read_json(path)
         before = before if isinstance(before, dict) else {}
@@ -284,7 +296,40 @@ def _check_settings(
                 f"{out} holds episodes of other settings or weights ({', '.join(differing)}). Use the old ones, or "
                 "write elsewhere with --output-base, or move that folder away."
             )
-    write_json(path, now)
+        kept = {k: before[k] for k in (SIMULATORS, EARLIER) if k in before}
+    write_json(path, now | kept)
+
+
+def _check_simulators(out: Path, now: dict[str, dict[str, str]]) -> None:
+    """Episodes of one matrix come from one physics: record its versions with the first episode, refuse others later.
+
+    Where episodes were recorded before versions were, theirs stay unknown: this is said, and kept in settings.json.
+    """
+    path = out / "settings.json"
+    settings = read_json(path)
+    before = read_simulators(out)
+    if any(cell.stat().st_size for cell in (out / "cells").glob("*.jsonl")):
+        for env_type in sorted(before.keys() & now.keys()):
+            there, here = before[env_type], now[env_type]
+            names = sorted(n for n in there.keys() | here.keys() if there.get(n) != here.get(n))
+            if names:
+                differing = ", ".join(f"{n} {there.get(n, 'none')} (here {here.get(n, 'none')})" for n in names)
+                raise UserError(
+                    f"{out} holds episodes that another simulator of {env_type} played: {differing}. One matrix must "
+                    "not mix them. Evaluate in the environment they were played in, or write elsewhere with "
+                    "--output-base."
+                )
+        if SIMULATORS not in settings:
+            settings[EARLIER] = UNKNOWN
+            print(
+                f"warning: the episodes in {out} do not say which simulator's versions played them; only those of "
+                "the coming ones are recorded.",
+                file=sys.stderr,
+            )
+    else:
+        before = {}
+        settings.pop(EARLIER, None)
+    write_json(path, settings | {SIMULATORS: before | now})
 
 
 def _jobs(missing: dict[int, list[dict[str, Any]]], folder: Path, manifest: dict[str, Any], workers: int) -> list[Job]:

@@ -17,6 +17,8 @@ from clbench.errors import UserError
 from clbench.io import read_bytes, read_json, read_jsonl, write_json, write_jsonl
 
 BASE, RANDOM = -1, -2  # row numbers of the base and of random actions
+SIMULATORS = "simulators"  # key of settings.json: environment type → {package: version} behind the episodes
+EARLIER, UNKNOWN = "earlier_simulators", "unknown"  # key and value, where episodes are older than that key
 
 
 def cell_name(k: int, j: int) -> str:
@@ -101,6 +103,21 @@ def read_failures(folder: Path) -> dict[tuple[int, int], dict[str, Any]]:
     ):
         raise UserError(f"{path} is no list of cells; move the file away.")
     return {(f["k"], f["j"]): f for f in listed}
+
+
+def read_simulators(folder: Path) -> dict[str, dict[str, str]]:
+    """Environment type → {package: version} of the simulators behind an eval folder's episodes; {} = not recorded.
+
+    Raises UserError when settings.json, which has them, is damaged.
+    """
+    path = folder / "settings.json"
+    settings = read_json(path) if path.is_file() else {}
+    found = settings.get(SIMULATORS, {}) if isinstance(settings, dict) else None
+    if not isinstance(found, dict) or not all(
+        isinstance(v, dict) and all(isinstance(text, str) for text in v.values()) for v in found.values()
+    ):
+        raise UserError(f"{path} is damaged: its '{SIMULATORS}' are no versions of packages.")
+    return found
 
 
 def write_failures(folder: Path, failures: Mapping[tuple[int, int], dict[str, Any]]) -> None:

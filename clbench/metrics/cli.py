@@ -98,7 +98,9 @@ def format_text(record: Record, metrics: dict[str, dict[str, Any]], title: str) 
             rows.append((name, f"{m['value']:.3f}", interval, better, about))
     widths = [max(len(r[i]) for r in rows) for i in range(4)]
     lines += ["  ".join([*(c.ljust(w) for c, w in zip(r, widths, strict=False)), r[4]]).rstrip() for r in rows]
-    lines += ["", *(f"note: {n}" for n in [NOT_COMPARABLE, *width_notes(record, metrics), *record.notes])]
+    played = [f"episodes were played in {record.played_with}"] if record.played_with else []
+    notes = [NOT_COMPARABLE, *width_notes(record, metrics), *played, *record.notes]
+    lines += ["", *(f"note: {n}" for n in notes)]
     return "\n".join(_printable(line) for line in lines)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clbench.errors import UserError
-from clbench.evaluation.records import cell_name, counted, read_failures
+from clbench.evaluation.records import EARLIER, cell_name, counted, read_failures, read_simulators
 from clbench.io import read_json, read_jsonl, read_text
 from clbench.metrics.definitions import FloatArray
 
@@ -54,6 +54,7 @@ class Record:
         mode: "sequential", "multitask", "singletask", or None when unknown (a bare matrix).
         named: whether the column names came from the file.
         manifest: the run's manifest, {} without one.
+        simulators: environment type → {package: version} that played the episodes; {} = not recorded.
         notes: what a reader of the numbers should know.
     """
 
@@ -70,6 +71,7 @@ class Record:
     mode: str | None = None
     named: bool = True
     manifest: dict[str, Any] = field(default_factory=dict)
+    simulators: dict[str, dict[str, str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     source: Path | None = None
 
@@ -77,6 +79,18 @@ class Record:
     def one_row(self) -> bool:
         """Whether the row is that of one jointly trained policy rather than of a sequence."""
         return self.mode == "multitask" or (self.mode is None and len(self.rows) == 1 and len(self.tasks) > 1)
+
+    @property
+    def played_with(self) -> str:
+        """The simulators' versions behind the episodes, with what differed where the run was trained; "" = unknown."""
+        trained = self.manifest.get("versions")
+        trained = trained if isinstance(trained, dict) else {}
+        parts = []
+        for env_type, found in sorted(self.simulators.items()):
+            other = [f"{n} {trained[n]}" for n in sorted(found) if n in trained and trained[n] != found[n]]
+            text = f"{env_type} on " + ", ".join(f"{n} {v}" for n, v in sorted(found.items()))
+            parts.append(text + (f" (where the run was trained: {', '.join(other)})" if other else ""))
+        return "; ".join(parts)
 
 
 def load_record(path: Path | str, *, criterion: str | None = None) -> Record:
@@ -324,6 +338,7 @@ def _load_eval(folder: Path, criterion: str | None, final_k: int | None = None) 
     record.criterion = criterion or record.criterion
     if final_k is not None and len(record.rows) == 1 and any((folder / "cells").glob(f"k{final_k:02d}_*")):
         record.rows = [final_k]
+    _add_simulators(record, folder)
     _add_failures(record, folder)
     _add_outcomes(record, folder / "cells", recompute)
     if not recompute:  # learning curves are kept by the matrix's own criterion alone
@@ -332,6 +347,8 @@ def _load_eval(folder: Path, criterion: str | None, final_k: int | None = None) 
     if (heldout / "matrix.json").is_file() and (not recompute or (heldout / "cells").is_dir()):
         record.heldout = _load_eval(heldout, criterion, final_k=record.rows[-1])
         record.notes += [f"on the pretraining tasks, {note}" for note in record.heldout.notes]
+        if record.heldout.simulators and record.heldout.simulators != record.simulators:
+            record.notes.append(f"on the pretraining tasks, episodes were played in {record.heldout.played_with}")
     return record
 
 
@@ -374,6 +391,15 @@ def _outcomes(episodes: list[dict[str, Any]], criterion: str, where: str) -> dic
         if result.setdefault(seed, float(success)) != float(success):
             raise UserError(f"{where}: episode seed {seed} is recorded twice with different outcomes.")
     return result
+
+
+def _add_simulators(record: Record, folder: Path) -> None:
+    """Attach the versions that played the episodes, where they were recorded."""
+    record.simulators = read_simulators(folder)
+    if record.simulators and EARLIER in read_json(folder / "settings.json"):
+        record.notes.append(
+            "some episodes were played before the simulator's versions were recorded: theirs are unknown"
+        )
 
 
 def _add_failures(record: Record, folder: Path) -> None:

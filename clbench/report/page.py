@@ -185,6 +185,7 @@ def _provenance(run: Run) -> str:
         **{key: m[key] for key in ("command", "git_revision", "base", "versions") if key in m},
     }
     rows = [[key, v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)] for key, v in about.items()]
+    rows += [["episodes played in", run.record.played_with]] if run.record.played_with else []
     rows += [["note", n] for n in run.notes]
     visits = m.get("visits")
     if isinstance(visits, list):

@@ -255,6 +255,9 @@ def _why_not_seeds(runs: Sequence[Run]) -> str:
         return "several runs share a seed"
     if any(r.manifest.get("data_fingerprint") != runs[0].manifest.get("data_fingerprint") for r in runs):
         return "the data differ between runs"
+    played = [r.record.simulators for r in runs if r.record.simulators]  # older ones do not say
+    if any(p != played[0] for p in played):
+        return "the simulators' versions differ between runs"
     for key, what in (("algorithm_config", "settings of the algorithm"), ("lora", "LoRA settings")):
         settings = [s if isinstance(s := r.manifest.get(key), dict) else {} for r in runs]
         for name in set().union(*settings):
