@@ -385,6 +385,10 @@ def _print_matrix(matrix: dict[str, object]) -> None:
     tasks = matrix["tasks"]
     assert isinstance(tasks, list)
     print("success rate after task k (rows) on task j (columns): " + ", ".join(f"{j}={t}" for j, t in enumerate(tasks)))
+    run = matrix["run"]
+    assert isinstance(run, dict)
+    if run["privileged"]:
+        print(f"privileged observations: {run['privileged']}")
     rows = [(name, matrix[name]) for name in ("random", "base") if matrix[name]]
     success = matrix["success"]
     assert isinstance(success, list)

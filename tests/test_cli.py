@@ -17,6 +17,7 @@ import pytest
 
 from clbench.checkpoints.run_folder import save_checkpoint
 from clbench.cli import main
+from clbench.evaluation.records import CellFile
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "compute_cl_matrix_metrics.py"
@@ -417,6 +418,30 @@ def test_eval_without_checkpoints(refused: Refused, make_run: Callable[..., Path
 def test_eval_with_wrong_settings(refused: Refused, make_run: Callable[..., Path], arguments: list[str]) -> None:
     make_run("mine", done=3)
     assert "eval." in refused("eval", "--run-id", "mine", *arguments)
+
+
+def test_eval_writes_and_prints_whose_matrix_it_is(
+    make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its label, too, also where the manifest is older than labels; nothing has to be played for it."""
+    folder = make_run("mine", done=3)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for column in manifest["visits"]:
+        column["env"]["type"] = "libero_state"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    out = tmp_path / "out"
+    for j in range(3):
+        cell = CellFile(out / "mine/eval", 2, j)
+        cell.append({"k": 2, "j": j, "episode": 0, "seed": 1_000_000, "success_once": True, "success_at_end": True})
+    assert main(["eval", "--run-id", "mine", "--trials", "1", "--last-only", "--output-base", str(out)]) == 0
+    label = "object poses instead of camera images"
+    assert f"privileged observations: {label}\n" in capsys.readouterr().out
+    run = json.loads((out / "mine/eval/matrix.json").read_text())["run"]
+    assert (run["run_id"], run["algorithm"], run["seed"], run["privileged"]) == ("mine", "seqfft", 0, label)
+    settings = json.loads((out / "mine/eval/settings.json").read_text())
+    assert settings["run"] == str(folder.resolve()) and "simulators" not in settings
+    assert main(["metrics", str(out / "mine"), "--bootstrap", "0"]) == 0
+    assert f"toy, seqfft, toy, seed 0, privileged observations ({label})" in capsys.readouterr().out
 
 
 def test_eval_output_that_is_a_file(refused: Refused, make_run: Callable[..., Path], tmp_path: Path) -> None:

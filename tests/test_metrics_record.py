@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -231,6 +232,35 @@ def test_cells_that_were_given_up_are_not_evaluated(run_folder: Path) -> None:
         load_record(run_folder)
 
 
+def test_a_matrix_away_from_its_run_says_whose_it_is(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As --output-base writes it; also beside a manifest that is another run's, and as a single file."""
+    about = {"run_id": "mine", "algorithm": "er", "seed": 3, "mode": "sequential", "privileged": "object poses"}
+    matrix = json.loads((run_folder / "eval/matrix.json").read_text())
+    shutil.copytree(run_folder / "eval", tmp_path / "out/X/eval")
+    write(tmp_path / "out/X/eval/matrix.json", json.dumps({**matrix, "run": about}))
+    write(tmp_path / "out/manifest.json", json.dumps({"run_id": "other", "algorithm": "ewc", "seed": 5}))
+    single = write(tmp_path / "sent.json", json.dumps({**matrix, "run": about}))
+    for path in (tmp_path / "out/X", tmp_path / "out/X/eval/matrix.json", single):
+        assert main([str(path)]) == 0
+        assert "er, seed 3, privileged observations (object poses), " in capsys.readouterr().out
+        assert main([str(path), "--json", "--bootstrap", "0"]) == 0
+        found = json.loads(capsys.readouterr().out)["about"]
+        assert {key: found[key] for key in about} == about
+        assert load_record(path).mode == "sequential"
+
+    write(run_folder / "manifest.json", json.dumps({**about, "algorithm": "mir", "visits": []}))
+    for own in ({}, {"run": about}):  # made before a matrix said it, and since
+        write(run_folder / "eval/matrix.json", json.dumps({**matrix, **own}))
+        record = load_record(run_folder)
+        assert record.manifest["algorithm"] == "mir" and "visits" in record.manifest
+        assert record.about["privileged"] == "object poses"
+    for wrong in ([], "er", {"seed": "3"}, {"mode": ["sequential"]}):
+        with pytest.raises(UserError, match='"run"'):
+            load_record(write(single, json.dumps({**matrix, "run": wrong})))
+
+
 # ----------------------------------------------------------------------------------------- command lines
 
 
@@ -239,7 +269,7 @@ def test_clbench_metrics_json(run_folder: Path, capsys: pytest.CaptureFixture[st
     add_arguments(parser)
     assert run(parser.parse_args([str(run_folder), "--json", "--bootstrap", "50"])) == 0
     data = json.loads(capsys.readouterr().out)
-    assert list(data) == ["metrics"]
+    assert list(data) == ["about", "metrics"] and data["about"]["criterion"] == "success_once"
     assert {"value", "low", "high", "definition"} <= set(data["metrics"]["auc_clare"])
     assert data["metrics"]["ft_cw"]["value"] is None and data["metrics"]["ft_cw"]["missing"]
 

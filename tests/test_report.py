@@ -330,6 +330,13 @@ def test_what_was_privileged_stands_in_every_picture(tmp_path: Path, monkeypatch
     build_report([path], out=tmp_path / "labelled")
     assert len(seen) == 2 * plain
     assert all("privileged observations: object poses" in title for title in seen[plain:])
+    data = json.loads((tmp_path / "labelled/metrics.json").read_text())
+    assert data["about"]["privileged"] == "object poses" and data["about"]["algorithm"] == "clare"
+    other = write_run(tmp_path, "er")
+    build_report([path, other], out=tmp_path / "several", bootstrap=0)
+    data = json.loads((tmp_path / "several/metrics.json").read_text())
+    assert data["runs"][path.name]["about"]["privileged"] == "object poses"
+    assert [g["notes"] for g in data["groups"]] == [["privileged observations: object poses"], []]
 
 
 def test_texts() -> None:

@@ -22,7 +22,7 @@ from clbench.checkpoints.run_folder import (
 from clbench.checkpoints.whole import damage
 from clbench.config.compose import check_keys, load_yaml, merge, to_config
 from clbench.config.schema import Config
-from clbench.envs.base import EVAL_SEED_BASE, physics_versions
+from clbench.envs.base import EVAL_SEED_BASE, physics_versions, privileged
 from clbench.errors import Interrupted, UserError
 from clbench.evaluation.crew import Cell, Crew
 from clbench.evaluation.records import (
@@ -43,6 +43,10 @@ from clbench.io import read_json, write_json
 from clbench.lock import held
 from clbench.stopping import Stop, stoppable
 from clbench.streams.stream import pretraining_tasks
+
+# What a matrix says of the run it is of: what tables and labels need, wherever the matrix is kept.
+ABOUT = ("run_id", "algorithm", "algorithm_config", "lora", "policy", "dataset", "render", "mode", "seed", "privileged",
+         "data_fingerprint", "versions", "git_revision")  # fmt: skip
 
 
 class CellsFailed(UserError):
@@ -141,6 +145,12 @@ def _evaluate(folder: Path, config: Config, output: Path | None, progress: bool,
             asked = {"cells": e.cells, "episodes": e.episodes, "views": e.views, "heldout_episodes": e.heldout_episodes}
             write_json(complete, asked)
     return matrix
+
+
+def about_run(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Whose matrix it is, from the run's manifest. One that is older than labels gets that of its environment type."""
+    about = {key: manifest[key] for key in ABOUT if key in manifest}
+    return {"privileged": privileged(manifest["visits"][0]["env"]["type"]), **about}
 
 
 def _failed_cells(failed: list[tuple[Path, dict[str, Any]]]) -> str:
@@ -266,7 +276,8 @@ class _Run:
         given_up = {**{c: f for c, f in read_failures(out).items() if c not in files}, **failed}
         write_failures(out, given_up)
         self.failed += [(out, failed[cell]) for cell in sorted(failed)]
-        matrix = build_matrix(out, [c["task"] for c in columns], shown, failed=given_up)
+        about = about_run(self.manifest)
+        matrix = build_matrix(out, [c["task"] for c in columns], shown, failed=given_up, about=about)
         if total:
             _add_summary(out, seconds, played, workers)
         return matrix
@@ -296,8 +307,8 @@ def _check_settings(
                 f"{out} holds episodes of other settings or weights ({', '.join(differing)}). Use the old ones, or "
                 "write elsewhere with --output-base, or move that folder away."
             )
-        kept = {k: before[k] for k in (SIMULATORS, EARLIER) if k in before}
-    write_json(path, now | kept)
+        kept = {k: before[k] for k in (EARLIER, SIMULATORS) if k in before}
+    write_json(path, now | {"run": str(folder.resolve())} | kept)
 
 
 def _check_simulators(out: Path, now: dict[str, dict[str, str]]) -> None:

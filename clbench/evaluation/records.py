@@ -135,11 +135,12 @@ def build_matrix(
     rows: Sequence[int],
     criterion: str = "success_once",
     failed: Container[tuple[int, int]] = (),
+    about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write matrix.json from the cells of the checkpoints `rows`.
 
     A cell without episodes is null, and so is one of `failed`: its episodes may be the easy ones. "episodes" counts
-    what a rate is of, or what a failed cell has.
+    what a rate is of, or what a failed cell has. `about` goes with it as "run": whose matrix it is.
     """
 
     def rate(k: int, j: int) -> tuple[float | None, int]:
@@ -164,6 +165,7 @@ def build_matrix(
         "episodes": [[n for _, n in r] for r in cells],
         "base": optional(BASE),
         "random": optional(RANDOM),
+        "run": dict(about or {}),
     }
     write_json(folder / "matrix.json", matrix)
     return matrix

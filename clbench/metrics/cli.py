@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         bootstrap=args.bootstrap,
     )
     if args.json:
-        print(json.dumps({"metrics": metrics}, indent=1, allow_nan=False))
+        print(json.dumps({"about": record.about, "metrics": metrics}, indent=1, allow_nan=False))
     else:
         print(format_text(record, metrics, str(args.path)))
     return 0

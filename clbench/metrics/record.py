@@ -24,6 +24,7 @@ NOT_EVALUATED = {"", "null", "none", "nan", "na", "n/a", "-"}
 LABEL_HEADERS = {"", "k", "row", "task", "after", "visit", "checkpoint"}
 CRITERIA = ("success_once", "success_at_end")
 MODES = ("sequential", "multitask", "singletask")
+ABOUT = ("run_id", "policy", "algorithm", "dataset", "mode", "seed", "privileged")
 MAX_TASKS = 1000  # columns, and so rows
 MAX_EPISODES = 100_000  # of one cell
 
@@ -53,7 +54,7 @@ class Record:
         criterion: "success_once" or "success_at_end".
         mode: "sequential", "multitask", "singletask", or None when unknown (a bare matrix).
         named: whether the column names came from the file.
-        manifest: the run's manifest, {} without one.
+        manifest: the run's manifest, or as much of it as the matrix has; {} = unknown.
         simulators: environment type → {package: version} that played the episodes; {} = not recorded.
         notes: what a reader of the numbers should know.
     """
@@ -79,6 +80,12 @@ class Record:
     def one_row(self) -> bool:
         """Whether the row is that of one jointly trained policy rather than of a sequence."""
         return self.mode == "multitask" or (self.mode is None and len(self.rows) == 1 and len(self.tasks) > 1)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What has to go with the numbers: the run and its label, as far as they are known, and the simulators."""
+        known = {key: self.manifest[key] for key in ABOUT if key in self.manifest}
+        return known | {"criterion": self.criterion, "simulators": self.simulators}
 
     @property
     def played_with(self) -> str:
@@ -203,6 +210,8 @@ def _from_json(data: Any, where: str) -> Record:
     criterion = data.get("criterion", CRITERIA[0])
     if criterion not in CRITERIA:
         raise UserError(f'{where}: "criterion" is {shown(criterion)}; known: {", ".join(CRITERIA)}.')
+    about = {} if data.get("run") is None else data["run"]
+    _check_manifest(about, f'{where}: "run"')
     return Record(
         tasks=tasks if tasks is not None else _default_names(n),
         success=success,
@@ -211,7 +220,9 @@ def _from_json(data: Any, where: str) -> Record:
         base=extra["base"],
         random=extra["random"],
         criterion=criterion,
+        mode=about.get("mode"),
         named=tasks is not None,
+        manifest=about,
     )
 
 
@@ -331,9 +342,10 @@ def _load_eval(folder: Path, criterion: str | None, final_k: int | None = None) 
     where = str(folder / "matrix.json")
     record = _from_json(read_json(folder / "matrix.json"), where)
     record.source = folder
-    record.manifest = _manifest(folder)
-    mode = record.manifest.get("mode")
-    record.mode = mode if isinstance(mode, str) else None
+    found, own = _manifest(folder), record.manifest
+    if not own or found.get("run_id") == own.get("run_id"):  # else the folder lies in another run's
+        record.manifest = own | found
+    record.mode = record.manifest.get("mode")
     recompute = criterion is not None and criterion != record.criterion
     record.criterion = criterion or record.criterion
     if final_k is not None and len(record.rows) == 1 and any((folder / "cells").glob(f"k{final_k:02d}_*")):
@@ -357,13 +369,18 @@ def _manifest(folder: Path) -> dict[str, Any]:
     for parent in list(folder.resolve().parents)[:3]:
         if (parent / "manifest.json").is_file():
             manifest = read_json(parent / "manifest.json")
-            if not isinstance(manifest, dict):
-                raise UserError(f"{parent / 'manifest.json'} is not a JSON object.")
-            seed, mode = manifest.get("seed"), manifest.get("mode")
-            if not (seed is None or type(seed) is int) or not (mode is None or mode in MODES):
-                raise UserError(f"{parent / 'manifest.json'} is damaged: it has no proper 'seed' or 'mode'.")
-            return manifest
+            _check_manifest(manifest, str(parent / "manifest.json"))
+            return dict(manifest)
     return {}
+
+
+def _check_manifest(manifest: Any, where: str) -> None:
+    """Raise UserError where a manifest, or what a matrix has of it, is not what is relied on here."""
+    if not isinstance(manifest, dict):
+        raise UserError(f"{where} is not a JSON object.")
+    seed, mode = manifest.get("seed"), manifest.get("mode")
+    if not (seed is None or type(seed) is int) or not (mode is None or mode in MODES):
+        raise UserError(f"{where} is damaged: it has no proper 'seed' or 'mode'.")
 
 
 def read_cell(cells: Path, tasks: list[str], k: int, j: int) -> list[dict[str, Any]]:

@@ -67,12 +67,18 @@ def _labels(runs: Sequence[Run]) -> list[str]:
 
 
 def _metrics(runs: Sequence[Run], groups: Sequence[Group]) -> dict[str, object]:
-    """One run: {"metrics": …} as `clbench metrics --json` prints it; several: that per run and per group."""
+    """One run: {"about", "metrics"} as `clbench metrics --json` prints it; several: that per run and per group."""
     if len(runs) == 1:
-        return {"metrics": runs[0].metrics}
+        return {"about": runs[0].record.about, "metrics": runs[0].metrics}
     return {
-        "runs": {run.name: {"path": str(run.path), "metrics": run.metrics} for run in runs},
-        "groups": [{"label": g.label, "runs": [r.name for r in g.runs], "metrics": g.metrics} for g in groups],
+        "runs": {
+            run.name: {"path": str(run.path), "view": run.view, "about": run.record.about, "metrics": run.metrics}
+            for run in runs
+        },
+        "groups": [
+            {"label": g.label, "notes": _labels(g.runs), "runs": [r.name for r in g.runs], "metrics": g.metrics}
+            for g in groups
+        ],
     }
 
 
