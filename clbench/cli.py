@@ -353,6 +353,7 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     from clbench.checkpoints.run_folder import run_folder
     from clbench.config.compose import override
     from clbench.evaluation.evaluate import CellsFailed, evaluate, run_config
+    from clbench.evaluation.records import eval_folder
 
     folder = run_folder(args.run_id)
     for item in overrides:
@@ -377,7 +378,7 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
         _print_matrix(e.matrix)
         raise
     _print_matrix(matrix)
-    print(f"matrix: {(output or folder) / 'eval' / 'matrix.json'}")
+    print(f"matrix: {eval_folder(output or folder, config.eval.split) / 'matrix.json'}")
     return 0
 
 
@@ -385,6 +386,8 @@ def _print_matrix(matrix: dict[str, object]) -> None:
     tasks = matrix["tasks"]
     assert isinstance(tasks, list)
     print("success rate after task k (rows) on task j (columns): " + ", ".join(f"{j}={t}" for j, t in enumerate(tasks)))
+    if matrix["split"] != "test":
+        print(f"{matrix['split']} episodes")
     run = matrix["run"]
     assert isinstance(run, dict)
     if run["privileged"]:

@@ -27,6 +27,7 @@ from omegaconf import OmegaConf
 from clbench.config.compose import check_keys, compose, load_yaml, merge
 from clbench.config.schema import Config
 from clbench.errors import RESUME_EXIT, UserError, nearest
+from clbench.evaluation.records import eval_folder
 from clbench.io import read_json
 from clbench.paths import CONFIG_ROOT, results_root
 from clbench.registry import algorithm_names
@@ -104,6 +105,8 @@ def load_experiment(name: str) -> tuple[Experiment, list[Run]]:
                 smoke=experiment.smoke,
             )
             runs.append(Run(run_id, (*_axes(experiment), *own, "--", *overrides), config))
+    if len({run.config.eval.split for run in runs}) > 1:
+        raise UserError(f"{path}: its runs differ in eval.split, and one report cannot hold both. Write two files.")
     return experiment, runs
 
 
@@ -123,7 +126,7 @@ def finished(run: Run) -> bool:
     from clbench.training.trainer import FREE_ON_RESUME
 
     folder = results_root() / run.run_id
-    complete = folder / "eval" / "complete.json"
+    complete = eval_folder(folder, run.config.eval.split) / "complete.json"
     if not (folder / "manifest.json").is_file() or not complete.is_file():
         return False
     if finished_visits(folder) != len(read_manifest(folder)["checkpoints"]):
@@ -178,7 +181,12 @@ def _run_sweep(name: str, dry_run: bool, stop: Stop) -> int:
     if done:
         from clbench.report import build_report
 
-        page = build_report([results_root() / r for r in done], name=experiment.name, command=f"clbench sweep {name}")
+        page = build_report(
+            [results_root() / r for r in done],
+            name=experiment.name,
+            command=f"clbench sweep {name}",
+            split=runs[0].config.eval.split,
+        )
         print(f"report of {len(done)} of {len(runs)} runs: {page}")
     return 1 if failed else 0
 

@@ -13,7 +13,8 @@
 #   --gpus N         1 = the policy runs on a GPU, 0 = on the CPU
 #   --output-base D  write D/RUN/eval instead of into the run's folder
 #   --debug          show tracebacks
-#   -- key=value ... overrides of the eval section, e.g. -- eval.slots=16
+#   -- key=value ... overrides of the eval section, e.g. -- eval.slots=16, or -- eval.split=validation for episodes to
+#                    choose by, which are kept apart from the reported ones, in eval/validation
 #   -h, --help       this text
 #
 # Exit status: 0 done; 2 the message says what is wrong (simulators that failed again and again included);

@@ -27,6 +27,8 @@ from clbench.evaluation import worker
 PYTHON_VARIABLE = "FAULTY_PYTHON"
 FPS, ROBOT_TYPE, STATE_DIM, ACTION_DIM, MAX_STEPS = 80, "none", 39, 4, 500
 STEP_S = 0.002
+if "TEST_STATES" in os.environ:
+    TEST_STATES = int(os.environ["TEST_STATES"])
 instruction = metaworld.instruction
 tasks = metaworld.tasks
 

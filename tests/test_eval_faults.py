@@ -342,6 +342,39 @@ def test_what_a_killed_writer_left_is_cleared_away(run: Path, undisturbed: Files
     assert files(tmp_path) == undisturbed
 
 
+def test_validation_has_episodes_and_a_folder_of_its_own(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Evaluated before and after the test, which it leaves as it is; only test episodes can come again."""
+    monkeypatch.setenv("TEST_STATES", "2")
+    validation = evaluation(tmp_path) / "validation"
+    done = finish(start(run, tmp_path, "eval.split=validation", "eval.episodes=3", "eval.seed=5"))
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+    assert "\nvalidation episodes\n" in done.stdout and f"matrix: {validation / 'matrix.json'}" in done.stdout
+    assert [r["seed"] for r in read_jsonl(validation / "cells/k02_j01.jsonl")] == [2_000_005, 2_000_006, 2_000_007]
+    before = files(tmp_path)
+    assert all(name.startswith("validation/") for name in before)
+    assert main(["metrics", str(tmp_path / "r")]) == 2
+    assert f"but validation episodes, in {validation}" in capsys.readouterr().err
+
+    done = finish(start(run, tmp_path, "eval.episodes=3", "eval.workers=1"))
+    assert done.returncode == 0 and "validation episodes" not in done.stdout
+    assert done.stderr.count("warning: ") == done.stderr.count("3 episodes a cell, and metaworld has 2 initial") == 1
+    after = files(tmp_path)
+    assert {name: text for name, text in after.items() if name.startswith("validation/")} == before
+    assert read_jsonl(evaluation(tmp_path) / "cells/k02_j01.jsonl")[0]["seed"] == EVAL_SEED_BASE
+
+    for folder, said in ((tmp_path / "r", False), (validation, True)):
+        assert main(["metrics", str(folder), "--bootstrap", "0"]) == 0
+        assert ("validation episodes" in capsys.readouterr().out) == said
+        assert main(["metrics", str(folder), "--bootstrap", "0", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["about"]["split"] == ("validation" if said else "test")
+    settings = read_json(evaluation(tmp_path) / "settings.json")
+    write_json(evaluation(tmp_path) / "settings.json", {k: v for k, v in settings.items() if k != "split"})
+    done = finish(start(run, tmp_path, "eval.episodes=3"))  # one made before there were splits is the test's
+    assert done.returncode == 0 and not done.stderr and files(tmp_path) == after
+
+
 def test_episodes_of_two_simulators_do_not_mix(
     run: Path, tmp_path: Path, in_child: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

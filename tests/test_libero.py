@@ -22,7 +22,15 @@ from clbench.config.compose import available, compose
 from clbench.data.make import Job
 from clbench.data.make import _check as check_jobs
 from clbench.envs import libero, libero_assets, libero_tasks
-from clbench.envs.base import EVAL_SEED_BASE, STATE_KEY, Simulator, available_tasks, instruction, make_simulator
+from clbench.envs.base import (
+    EVAL_SEED_BASE,
+    STATE_KEY,
+    VALIDATION_SEED_BASE,
+    Simulator,
+    available_tasks,
+    instruction,
+    make_simulator,
+)
 from clbench.errors import UserError
 from clbench.streams.stream import visit_order
 
@@ -383,19 +391,22 @@ class TestSimulator:
         assert done.stdout.split()[-1] == hashlib.sha256(trajectory(simulators(SOUP), 4).tobytes()).hexdigest()
         assert not (tmp_path / ".libero").exists() and not (tmp_path / ".cache" / "libero").exists()
 
-    def test_evaluation_starts_from_liberos_states_and_demonstrations_do_not(
+    def test_the_test_starts_from_liberos_states_and_demonstrations_and_validation_do_not(
         self, simulators: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         simulator = simulators(SOUP)
         published = simulator.initial_states()
-        assert published.shape == (50, 110)
+        assert published.shape == (50, 110) and libero.TEST_STATES == 50
         monkeypatch.setattr(libero, "settle_steps", lambda task: 0)
         simulator.reset(EVAL_SEED_BASE + 7)
         np.testing.assert_array_equal(simulator.env.get_sim_state(), published[7])
         simulator.reset(EVAL_SEED_BASE + 57)
         np.testing.assert_array_equal(simulator.env.get_sim_state(), published[7])
-        for seed in range(3):
+        sampled = []
+        for seed in (0, 1, 2, VALIDATION_SEED_BASE, VALIDATION_SEED_BASE + 1):
             simulator.reset(seed)
+            sampled.append(simulator.env.get_sim_state())
+            assert all(np.abs(sampled[-1] - other).max() > 1e-3 for other in sampled[:-1])
             assert np.abs(published - simulator.env.get_sim_state()).max(axis=1).min() > 1e-3
 
     def test_the_state_is_the_robots_and_the_objects_poses(self, simulators: Callable[[str], Any]) -> None:

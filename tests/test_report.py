@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from clbench.errors import UserError
+from clbench.metrics import compute_metrics, load_record
 from clbench.report import build_report
 from clbench.report.cli import add_arguments, run
 from clbench.report.tables import bytes_text, count_text, escape_latex
@@ -337,6 +339,35 @@ def test_what_was_privileged_stands_in_every_picture(tmp_path: Path, monkeypatch
     data = json.loads((tmp_path / "several/metrics.json").read_text())
     assert data["runs"][path.name]["about"]["privileged"] == "object poses"
     assert [g["notes"] for g in data["groups"]] == [["privileged observations: object poses"], []]
+
+
+def test_a_report_of_validation_episodes_is_apart_and_says_so(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, a) for a in ("er", "naive")]
+    with pytest.raises(UserError, match=r"no validation episodes: evaluate it with -- eval\.split=validation"):
+        build_report(runs, split="validation")
+    for path in runs:
+        shutil.copytree(path / "eval", tmp_path / "other")
+        matrix = json.loads((path / "eval/matrix.json").read_text()) | {"split": "validation"}
+        (tmp_path / "other/matrix.json").write_text(json.dumps(matrix))
+        (tmp_path / "other").rename(path / "eval/validation")
+        shutil.copytree(path / "eval/validation", path / "eval/validation/views/task_id")
+    plain = build_report(runs, bootstrap=0)
+    assert "validation episodes" not in plain.read_text()
+    index = build_report(runs, bootstrap=0, split="validation")
+    assert index == plain.parent / "validation/index.html"
+    page = index.read_text()
+    assert "· validation episodes ·" in page and "seed 0" in page and "er (task id)" in page
+    assert "validation episodes" in (index.parent / "table.md").read_text()
+    data = json.loads((index.parent / "metrics.json").read_text())
+    assert data["runs"]["er_s0"]["about"]["split"] == "validation"
+    assert data["groups"][0]["notes"] == ["validation episodes"]
+    test, validation = load_record(runs[0]), load_record(write_run(tmp_path, "multitask", mode="multitask"))
+    validation.split = "validation"
+    with pytest.raises(UserError, match="it has validation episodes, and this run test ones"):
+        compute_metrics(test, joint=validation)
+    (runs[0] / "eval/matrix.json").write_text(json.dumps(matrix | {"split": "train"}))
+    with pytest.raises(UserError, match='"split"'):
+        load_record(runs[0])
 
 
 def test_texts() -> None:

@@ -41,6 +41,13 @@ def test_mistakes_show_before_anything_runs(tmp_path: Path, text: str, message: 
         sweep.run_sweep(experiment(tmp_path, text), dry_run=True)
 
 
+def test_test_and_validation_episodes_are_no_one_experiment(tmp_path: Path) -> None:
+    path = Path(experiment(tmp_path))
+    path.write_text(path.read_text().replace("overrides: [", "overrides: [eval.split=validation, "))
+    with pytest.raises(ValueError, match=r"differ in eval\.split"):
+        sweep.run_sweep(str(path), dry_run=True)
+
+
 def test_finished_means_with_the_same_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLBENCH_RESULTS_ROOT", str(tmp_path / "results"))
     _, runs = sweep.load_experiment(experiment(tmp_path))
@@ -57,6 +64,10 @@ def test_finished_means_with_the_same_settings(tmp_path: Path, monkeypatch: pyte
             section.pop(key, None)
     write_text(folder / "config.yaml", yaml.safe_dump(older))
     assert sweep.finished(runs[0]), "keys that came later count with their defaults"
+    _, validated = sweep.load_experiment(experiment(tmp_path, "overrides: [eval.split=validation]"))
+    assert not sweep.finished(validated[0])
+    write_json(folder / "eval" / "validation" / "complete.json", {"cells": "full", "episodes": 20})
+    assert sweep.finished(validated[0])
     _, longer = sweep.load_experiment(experiment(tmp_path, "overrides: [train.steps=7]"))
     assert not sweep.finished(longer[0])
     _, more = sweep.load_experiment(experiment(tmp_path, "overrides: [eval.episodes=50]"))

@@ -25,6 +25,7 @@ from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from clbench.config.schema import Config, DatasetConfig, PretrainDataConfig
+from clbench.envs.base import SEEDS_PER_SPLIT, SPLITS
 from clbench.envs.rendering import FIDELITIES, MAX_SIZE, MIN_SIZE
 from clbench.errors import UserError, nearest
 from clbench.io import read_text
@@ -329,6 +330,7 @@ def check_values(c: Config) -> None:
     )
     _choice(problems, "train.on_nonfinite", t.on_nonfinite, ("stop", "skip"))
     _choice(problems, "train.device", t.device, ("auto", "cpu", "cuda"))
+    _choice(problems, "eval.split", e.split, tuple(SPLITS))
     _choice(problems, "eval.cells", e.cells, ("full", "lower", "last", "diagonal"))
     if c.render.fidelity is not None:
         _choice(problems, "render.fidelity", c.render.fidelity, FIDELITIES)
@@ -341,7 +343,11 @@ def check_values(c: Config) -> None:
     need(t.num_workers >= 0, "train.num_workers must not be negative")
     need(t.threads is None or t.threads >= 1, "train.threads must be at least 1 (or null)")
     need(1 <= e.episodes <= 100_000, f"eval.episodes must be between 1 and 100000, is {e.episodes}")
-    need(0 <= e.seed < 1_000_000_000, "eval.seed must be in [0, 1e9)")
+    most = max(e.episodes, e.heldout_episodes)
+    need(
+        0 <= e.seed <= SEEDS_PER_SPLIT - most,
+        f"eval.seed must be between 0 and {SEEDS_PER_SPLIT - most} (a million less the episodes), is {e.seed}",
+    )
     need(0 <= e.heldout_episodes <= 100_000, "eval.heldout_episodes must be between 0 and 100000")
     need(
         not e.heldout_episodes or (d.pretrain is not None and not c.policy.get("path")),

@@ -190,8 +190,10 @@ class EvalConfig:
 
     Attributes:
         episodes: episodes per cell.
-        seed: first of the consecutive episode seeds, counted from the evaluation range's start; the same for
-            every algorithm, never used for demonstrations.
+        split: test | validation. Choose by validation episodes, report test ones: their seeds, and those of
+            demonstrations, are never the same. Validation is stored in eval/validation.
+        seed: first of the consecutive episode seeds, counted from the start of the split's million; the same for
+            every algorithm.
         cells: full (T×T) | lower (k ≥ j) | last (final row) | diagonal.
         steps_after_success: an episode goes on for this many steps after its first success (or to the step
             limit); success at the end is judged there.
@@ -209,6 +211,7 @@ class EvalConfig:
     """
 
     episodes: int = 20
+    split: str = "test"
     seed: int = 0
     cells: str = "full"
     steps_after_success: int = 10

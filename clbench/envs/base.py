@@ -20,6 +20,8 @@ A backend is a module of this package, named in `BACKENDS`, that offers
                                           what the simulator calls the cameras. `make` is told how to draw them:
                                           {"fidelity": fast | full, "size": pixels}
     NAMES: dict[str, list[str]]           optional: what data sets call the dimensions of state and action
+    TEST_STATES: int                      optional: how many initial states there are for test episodes, where their
+                                          seeds go through a fixed list; all other seeds draw other states
     PRIVILEGED: str                       optional: what its observations hold that no robot would see; data sets,
                                           manifests and reports carry it as a label
 """
@@ -37,8 +39,12 @@ import numpy as np
 from clbench.errors import UserError, nearest
 
 # Episodes that evaluate a policy have seeds from here on; demonstrations have seeds below it. So no policy is
-# ever tested on an initial state that it was shown.
+# ever tested on an initial state that it was shown. Those that policies are chosen by come behind those of the test, so
+# none is chosen by an initial state that it is reported on.
 EVAL_SEED_BASE = 1_000_000
+VALIDATION_SEED_BASE = 2_000_000
+SPLITS = {"test": EVAL_SEED_BASE, "validation": VALIDATION_SEED_BASE}  # eval.split → its first seed
+SEEDS_PER_SPLIT = 1_000_000
 
 INTERPRETER = "simulator_"  # so begin the versions of another interpreter that has the simulators, and of its numpy
 
@@ -205,6 +211,11 @@ def without_demonstrations(env_type: str) -> dict[str, str]:
 def privileged(env_type: str) -> str | None:
     """Return what an environment type's observations hold that no robot would see, in words; None where nothing."""
     return getattr(backend(env_type), "PRIVILEGED", None)
+
+
+def count_test_states(env_type: str) -> int | None:
+    """Return how many initial states an environment type has for test episodes; None: each seed has its own."""
+    return getattr(backend(env_type), "TEST_STATES", None)
 
 
 def suite_of(env_type: str, task: str) -> str:

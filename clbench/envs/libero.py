@@ -10,10 +10,11 @@ State (89,) float32, lengths in metres, angles in radians:
     85..88  four joints of the fixtures (drawers, doors, knobs), in the order of the fixtures; zeros likewise
 Action (7,) in [-1, 1]: end-effector displacement xyz (1 is 5 cm), rotation (1 is 0.5 rad), gripper (1 closes).
 
-Initial states. A seed of EVAL_SEED_BASE + i (evaluation) starts from entry i modulo 50 of the initial states that
-LIBERO publishes for the task, as its own evaluation does. A smaller seed (demonstrations, validation) draws a placement
-from the regions in the task's BDDL file, so nothing is trained or chosen on a state that is reported. Either way the
-scene then settles while the robot holds still with its gripper open.
+Initial states. A seed of EVAL_SEED_BASE + i (test episodes) starts from entry i modulo 50 of the initial states that
+LIBERO publishes for the task, as its own evaluation does. A smaller seed (demonstrations), or one from
+VALIDATION_SEED_BASE on (validation), draws a placement from the regions in the task's BDDL file, so nothing is trained
+or chosen on a state that is reported. Either way the scene then settles while the robot holds still with its gripper
+open.
 """
 
 from __future__ import annotations
@@ -29,7 +30,15 @@ from typing import Any
 
 import numpy as np
 
-from clbench.envs.base import EVAL_SEED_BASE, STATE_KEY, Expert, Observation, Step, check_task
+from clbench.envs.base import (
+    EVAL_SEED_BASE,
+    STATE_KEY,
+    VALIDATION_SEED_BASE,
+    Expert,
+    Observation,
+    Step,
+    check_task,
+)
 from clbench.envs.libero_assets import INSTALL, digest, import_libero, package
 from clbench.envs.libero_tasks import suite_of, task_instruction, task_names
 from clbench.envs.rendering import DEFAULT_FIDELITY, Renderer
@@ -43,6 +52,7 @@ ROBOT_DIM = 8
 STATE_DIM = ROBOT_DIM + 7 * (OBJECT_SLOTS + FIXTURE_SLOTS) + JOINT_SLOTS
 ACTION_DIM = 7
 GRIPPER_OPENS = -1.0
+TEST_STATES = 50  # LIBERO's published ones, of every task
 PRIVILEGED = "object poses instead of camera images"
 _UNDER = "the scripted expert puts only things with a handle under a roof that has a floor of its own"
 NO_DEMONSTRATIONS = {  # of libero_90
@@ -239,7 +249,7 @@ class LiberoSimulator:
     def reset(self, seed: int) -> Observation:
         """Start the episode of `seed` (0 or more; see this module on what it chooses); nothing before it matters."""
         published = None
-        if seed >= EVAL_SEED_BASE:
+        if EVAL_SEED_BASE <= seed < VALIDATION_SEED_BASE:
             states = self.initial_states()
             seed = (int(seed) - EVAL_SEED_BASE) % len(states)  # also decides where the fixtures stand
             published = states[seed]

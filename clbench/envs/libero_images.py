@@ -26,7 +26,7 @@ from clbench.envs.rendering import check_render, gl_context, opengl_version
 
 ACTION_DIM, FPS, MAX_STEPS, ROBOT_TYPE = libero.ACTION_DIM, libero.FPS, libero.MAX_STEPS, libero.ROBOT_TYPE
 NO_DEMONSTRATIONS = libero.NO_DEMONSTRATIONS
-GRIPPER_OPENS, suite_of = libero.GRIPPER_OPENS, libero.suite_of
+GRIPPER_OPENS, TEST_STATES, suite_of = libero.GRIPPER_OPENS, libero.TEST_STATES, libero.suite_of
 tasks, instruction, expert_for = libero.tasks, libero.instruction, libero.expert_for
 
 STATE_DIM = libero.ROBOT_DIM

@@ -22,7 +22,7 @@ from clbench.checkpoints.run_folder import (
 from clbench.checkpoints.whole import damage
 from clbench.config.compose import check_keys, load_yaml, merge, to_config
 from clbench.config.schema import Config
-from clbench.envs.base import EVAL_SEED_BASE, physics_versions, privileged
+from clbench.envs.base import SPLITS, count_test_states, physics_versions, privileged
 from clbench.errors import Interrupted, UserError
 from clbench.evaluation.crew import Cell, Crew
 from clbench.evaluation.records import (
@@ -30,10 +30,12 @@ from clbench.evaluation.records import (
     EARLIER,
     RANDOM,
     SIMULATORS,
+    TEST,
     UNKNOWN,
     CellFile,
     build_matrix,
     cell_name,
+    eval_folder,
     read_failures,
     read_simulators,
     write_failures,
@@ -90,7 +92,7 @@ def evaluate(folder: Path, config: Config, output: Path | None = None, progress:
     Args:
         folder: the run folder.
         config: its configuration; the `eval` section says how.
-        output: where the `eval` folder goes; null = into the run folder.
+        output: where the `eval` folder goes; null = into the run folder. Validation episodes go to eval/validation.
 
     Returns:
         The matrix, as in matrix.json.
@@ -110,7 +112,8 @@ def _evaluate(folder: Path, config: Config, output: Path | None, progress: bool,
     e = config.eval
     views = _view_overrides(config)
     heldout = heldout_columns(manifest, config) if e.heldout_episodes else []
-    out = (output or folder) / "eval"
+    whole = eval_folder(output or folder)
+    out = eval_folder(output or folder, e.split)
     rows = finished_visits(folder)
     if rows == 0:
         raise UserError(f"run {folder.name} has no whole checkpoint yet: train it first (--resume continues it).")
@@ -119,8 +122,8 @@ def _evaluate(folder: Path, config: Config, output: Path | None, progress: bool,
             f"warning: run {folder.name} has {rows} of {len(manifest['checkpoints'])} checkpoints; evaluating those.",
             file=sys.stderr,
         )
-    with held(out, "evaluation"):
-        for left in out.rglob(".*.tmp"):  # of an evaluation that was killed while it wrote a file
+    with held(whole, "evaluation"):  # of both splits: what it clears away may be the other's
+        for left in whole.rglob(".*.tmp"):  # of an evaluation that was killed while it wrote a file
             left.unlink()
         columns = manifest["visits"]
         if not columns:
@@ -189,7 +192,7 @@ def heldout_columns(manifest: dict[str, Any], config: Config) -> list[dict[str, 
 @dataclass
 class _Run:
     """A run under evaluation. `fill` plays what a matrix lacks; `failed` collects (its folder, the cell) given up;
-    `versions` has those of the simulators that were needed so far."""
+    `versions` has those of the simulators that were needed so far, `warned` those whose initial states come again."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -199,12 +202,26 @@ class _Run:
     stop: Stop
     failed: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
     versions: dict[str, dict[str, str]] = field(default_factory=dict)
+    warned: set[str] = field(default_factory=set)
 
     def simulators(self, env_types: Iterable[str]) -> dict[str, dict[str, str]]:
         """Environment type → versions of its simulator, asked for once; UserError where it cannot be used."""
         for env_type in set(env_types) - self.versions.keys():
             self.versions[env_type] = physics_versions(env_type)
         return {env_type: self.versions[env_type] for env_type in sorted(env_types)}
+
+    def warn_of_repeats(self, env_types: Iterable[str], count: int) -> None:
+        """Say once where `count` test episodes are more than there are initial states for them."""
+        for env_type in sorted(env_types):
+            states = count_test_states(env_type) if self.config.eval.split == TEST else None
+            if states is not None and count > states and env_type not in self.warned:
+                self.warned.add(env_type)
+                print(
+                    f"warning: {count} episodes a cell, and {env_type} has {states} initial states for the test: from "
+                    f"episode {states} on they come again, with other random numbers for the policy; one that draws "
+                    "none repeats the same episodes. Intervals count all as independent.",
+                    file=sys.stderr,
+                )
 
     def fill(
         self,
@@ -221,7 +238,8 @@ class _Run:
         """
         e = self.config.eval
         max_steps = [c["env"]["max_steps"] for c in columns]
-        _check_settings(out, self.folder, self.rows, e.steps_after_success, max_steps, e.seed)
+        limits = {"steps_after_success": e.steps_after_success, "max_steps": max_steps}
+        _check_settings(out, self.folder, self.rows, {**limits, "seed": e.seed, "split": e.split})
         files = {(k, j): CellFile(out, k, j) for k, j in cells}
         first = {c["task"]: i for i, c in reversed(list(enumerate(columns)))}  # a repeated task's first column
         missing: dict[int, list[dict[str, Any]]] = {}
@@ -237,7 +255,7 @@ class _Run:
                             "j": j,
                             "task_id": first_id + j,
                             "episode": episode,
-                            "seed": EVAL_SEED_BASE + e.seed + episode,
+                            "seed": SPLITS[e.split] + e.seed + episode,
                             "env": env,
                             "instruction": columns[j]["instruction"],
                             "max_steps": columns[j]["env"]["max_steps"],
@@ -256,7 +274,9 @@ class _Run:
         total = sum(len(job.episodes) for job in jobs)
         failed: dict[Cell, dict[str, Any]] = {}
         if total:
-            _check_simulators(out, self.simulators({e["env"]["type"] for job in jobs for e in job.episodes}))
+            env_types = {e["env"]["type"] for job in jobs for e in job.episodes}
+            _check_simulators(out, self.simulators(env_types))
+            self.warn_of_repeats(env_types, count)
             print(f"evaluating {total} episodes in {workers} processes → {out}", file=sys.stderr, flush=True)
             settings = Settings(self.config, e.slots, e.steps_after_success, self.config.train.device, threads=1)
             before, started = _episodes(files), time.monotonic()
@@ -277,7 +297,7 @@ class _Run:
         write_failures(out, given_up)
         self.failed += [(out, failed[cell]) for cell in sorted(failed)]
         about = about_run(self.manifest)
-        matrix = build_matrix(out, [c["task"] for c in columns], shown, failed=given_up, about=about)
+        matrix = build_matrix(out, [c["task"] for c in columns], shown, failed=given_up, split=e.split, about=about)
         if total:
             _add_summary(out, seconds, played, workers)
         return matrix
@@ -287,17 +307,15 @@ def _episodes(files: dict[Cell, CellFile]) -> int:
     return sum(len(f.rows) for f in files.values())
 
 
-def _check_settings(
-    out: Path, folder: Path, rows: int, steps_after_success: int, max_steps: list[int], seed: int
-) -> None:
+def _check_settings(out: Path, folder: Path, rows: int, settings: dict[str, Any]) -> None:
     """Records of other settings or other checkpoints must not mix with new ones."""
     path = out / "settings.json"  # one per matrix: views and held-out tasks have their own
     digests = [read_checkpoint(checkpoint_folder(folder, k)).get("digest") for k in range(rows)]
-    now = {"steps_after_success": steps_after_success, "max_steps": max_steps, "seed": seed, "checkpoints": digests}
+    now = {**settings, "checkpoints": digests}
     kept: dict[str, Any] = {}
     if path.is_file():
         before = read_json(path)
-        before = before if isinstance(before, dict) else {}
+        before = {"split": TEST, **(before if isinstance(before, dict) else {})}  # there was no other one
         earlier = before.get("checkpoints")
         earlier = earlier if isinstance(earlier, list) else []
         before["checkpoints"] = [*earlier, *digests[len(earlier) :]]  # a run may have gone on since

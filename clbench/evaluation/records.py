@@ -17,8 +17,14 @@ from clbench.errors import UserError
 from clbench.io import read_bytes, read_json, read_jsonl, write_json, write_jsonl
 
 BASE, RANDOM = -1, -2  # row numbers of the base and of random actions
+TEST, VALIDATION = "test", "validation"  # eval.split
 SIMULATORS = "simulators"  # key of settings.json: environment type → {package: version} behind the episodes
 EARLIER, UNKNOWN = "earlier_simulators", "unknown"  # key and value, where episodes are older than that key
+
+
+def eval_folder(run: Path, split: str = TEST) -> Path:
+    """Where the episodes of a split are below a run's folder: eval, or eval/validation, so that they never mix."""
+    return run / "eval" if split == TEST else run / "eval" / split
 
 
 def cell_name(k: int, j: int) -> str:
@@ -135,6 +141,7 @@ def build_matrix(
     rows: Sequence[int],
     criterion: str = "success_once",
     failed: Container[tuple[int, int]] = (),
+    split: str = TEST,
     about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write matrix.json from the cells of the checkpoints `rows`.
@@ -161,6 +168,7 @@ def build_matrix(
     matrix = {
         "tasks": tasks,
         "criterion": criterion,
+        "split": split,
         "success": [[v for v, _ in r] for r in cells],
         "episodes": [[n for _, n in r] for r in cells],
         "base": optional(BASE),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clbench.errors import UserError
+from clbench.evaluation.records import TEST
 from clbench.metrics.compute import compute_metrics, wilson
 from clbench.metrics.definitions import METRICS
 from clbench.metrics.record import CRITERIA, Record, load_record
@@ -142,6 +143,8 @@ def _facts(record: Record) -> str:
         known.append(f"seed {m['seed']}")
     if m.get("privileged"):
         known.append(f"privileged observations ({m['privileged']})")
+    if record.split not in (None, TEST):
+        known.append(f"{record.split} episodes")
     return ", ".join([*known, f"{len(record.rows)} x {len(record.tasks)}, success = {record.criterion}"])
 
 

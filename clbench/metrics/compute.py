@@ -197,7 +197,9 @@ def _final_row(record: Record) -> FloatArray | str:
 
 
 def _columns(record: Record, other: Record, flag: str) -> list[int]:
-    """For each of the record's tasks, its column in `other`; raises UserError when the tasks differ."""
+    """For each of the record's tasks, its column in `other`; raises UserError when tasks or splits differ."""
+    if record.split and other.split and record.split != other.split:
+        raise UserError(f"{flag} {other.source}: it has {other.split} episodes, and this run {record.split} ones.")
     n = len(record.tasks)
     if record.tasks == other.tasks or (len(other.tasks) == n and not (record.named and other.named)):
         return list(range(n))

@@ -15,7 +15,16 @@ import numpy as np
 import numpy.typing as npt
 
 from clbench.errors import UserError
-from clbench.evaluation.records import EARLIER, cell_name, counted, read_failures, read_simulators
+from clbench.evaluation.records import (
+    EARLIER,
+    TEST,
+    VALIDATION,
+    cell_name,
+    counted,
+    eval_folder,
+    read_failures,
+    read_simulators,
+)
 from clbench.io import read_json, read_jsonl, read_text
 from clbench.metrics.definitions import FloatArray
 
@@ -52,6 +61,7 @@ class Record:
         curves: k → learning curve of task k.
         heldout: the record on tasks outside the stream, or None.
         criterion: "success_once" or "success_at_end".
+        split: "test" or "validation", of which the episodes are; None when unknown (a bare matrix).
         mode: "sequential", "multitask", "singletask", or None when unknown (a bare matrix).
         named: whether the column names came from the file.
         manifest: the run's manifest, or as much of it as the matrix has; {} = unknown.
@@ -69,6 +79,7 @@ class Record:
     curves: dict[int, Curve] = field(default_factory=dict)
     heldout: Record | None = None
     criterion: str = "success_once"
+    split: str | None = None
     mode: str | None = None
     named: bool = True
     manifest: dict[str, Any] = field(default_factory=dict)
@@ -85,6 +96,7 @@ class Record:
     def about(self) -> dict[str, Any]:
         """What has to go with the numbers: the run and its label, as far as they are known, and the simulators."""
         known = {key: self.manifest[key] for key in ABOUT if key in self.manifest}
+        known |= {} if self.split is None else {"split": self.split}
         return known | {"criterion": self.criterion, "simulators": self.simulators}
 
     @property
@@ -122,7 +134,7 @@ def _load(path: Path, criterion: str | None) -> Record:
             if (folder / "matrix.json").is_file():
                 return _load_eval(folder, criterion)
         raise UserError(
-            f"{path} holds no eval/matrix.json: nothing has been evaluated there yet; "
+            f"{path} holds no eval/matrix.json: nothing has been evaluated there yet{_validation_of(path)}; "
             "scripts/run_cl_eval.sh evaluates a run."
         )
     if not path.exists():
@@ -137,6 +149,14 @@ def _load(path: Path, criterion: str | None) -> Record:
     if criterion is not None and criterion != record.criterion:
         raise UserError(f"{path} keeps no episode records, so its rates cannot be recomputed by {criterion}.")
     return record
+
+
+def _validation_of(path: Path) -> str:
+    """What to say of a folder without test episodes that has validation's."""
+    for folder in (eval_folder(path, VALIDATION), path / VALIDATION):
+        if (folder / "matrix.json").is_file():
+            return f" but validation episodes, in {folder}"
+    return ""
 
 
 # ----------------------------------------------------------------------------------- cells of a matrix
@@ -210,6 +230,9 @@ def _from_json(data: Any, where: str) -> Record:
     criterion = data.get("criterion", CRITERIA[0])
     if criterion not in CRITERIA:
         raise UserError(f'{where}: "criterion" is {shown(criterion)}; known: {", ".join(CRITERIA)}.')
+    split = data.get("split")
+    if split is not None and split not in (TEST, VALIDATION):
+        raise UserError(f'{where}: "split" is {shown(split)}; known: {TEST}, {VALIDATION}.')
     about = {} if data.get("run") is None else data["run"]
     _check_manifest(about, f'{where}: "run"')
     return Record(
@@ -220,6 +243,7 @@ def _from_json(data: Any, where: str) -> Record:
         base=extra["base"],
         random=extra["random"],
         criterion=criterion,
+        split=split,
         mode=about.get("mode"),
         named=tasks is not None,
         manifest=about,
@@ -342,6 +366,7 @@ def _load_eval(folder: Path, criterion: str | None, final_k: int | None = None) 
     where = str(folder / "matrix.json")
     record = _from_json(read_json(folder / "matrix.json"), where)
     record.source = folder
+    record.split = record.split or TEST  # older ones do not say
     found, own = _manifest(folder), record.manifest
     if not own or found.get("run_id") == own.get("run_id"):  # else the folder lies in another run's
         record.manifest = own | found
@@ -366,7 +391,7 @@ def _load_eval(folder: Path, criterion: str | None, final_k: int | None = None) 
 
 def _manifest(folder: Path) -> dict[str, Any]:
     """The manifest of the run an eval folder (or a view or the held-out tasks inside it) belongs to."""
-    for parent in list(folder.resolve().parents)[:3]:
+    for parent in list(folder.resolve().parents)[:4]:  # RUN/eval/validation/views/NAME
         if (parent / "manifest.json").is_file():
             manifest = read_json(parent / "manifest.json")
             _check_manifest(manifest, str(parent / "manifest.json"))

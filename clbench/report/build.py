@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clbench.errors import UserError
+from clbench.evaluation.records import TEST
 from clbench.io import write_bytes, write_json, write_text
 from clbench.report import figures, tables
 from clbench.report.page import Image, page
@@ -22,28 +23,32 @@ def build_report(
     name: str | None = None,
     bootstrap: int = 1000,
     command: str | None = None,
+    split: str = TEST,
 ) -> Path:
     """Write the report of one run, or of several side by side, and return its index.html.
 
     Args:
         runs: run folders, evaluated.
-        out: folder to write to; by default RUN/report, or reports/NAME beside the runs for several.
+        out: folder to write to; by default RUN/report, or reports/NAME beside the runs for several; of validation
+            episodes, the folder "validation" in it.
         name: NAME of a report of several runs; by default their data set.
         bootstrap: resamplings behind each interval; 0 for none.
         command: the command to print as provenance; by default this process's.
+        split: which episodes, of the test or of validation.
 
     Raises:
         UserError: no run, a run without an evaluation, or runs that learned different tasks.
     """
     if not runs:
         raise UserError("name at least one run.")
-    loaded = load_runs([Path(r) for r in runs], bootstrap)
+    loaded = load_runs([Path(r) for r in runs], bootstrap, split)
     groups, notes = group_runs(loaded)
     several = len({r.path for r in loaded}) > 1
     if several and name is None:
         name = loaded[0].dataset or "comparison"
     folder = out or (
-        loaded[0].path.parent / "reports" / _file_name(name or "") if several else loaded[0].path / "report"
+        (loaded[0].path.parent / "reports" / _file_name(name or "") if several else loaded[0].path / "report")
+        / ("" if split == TEST else split)
     )
 
     title = f"Continual learning: {name}" if several else f"Continual learning: {loaded[0].name}"
@@ -63,7 +68,7 @@ def build_report(
 
 def _labels(runs: Sequence[Run]) -> list[str]:
     """What has to stand beside every result of these runs."""
-    return [f"privileged observations: {text}" for text in sorted({r.privileged for r in runs} - {""})]
+    return sorted({label for run in runs for label in run.labels})
 
 
 def _metrics(runs: Sequence[Run], groups: Sequence[Group]) -> dict[str, object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from clbench.evaluation.records import TEST, VALIDATION
 from clbench.metrics.cli import default_run
 from clbench.report.build import build_report
 
@@ -14,11 +15,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders (or names under results/)")
     parser.add_argument("--name", help="name of a report of several runs (default: the data set)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write to")
+    parser.add_argument(
+        "--split", choices=(TEST, VALIDATION), default=TEST, help="which episodes (default: those of the test)"
+    )
     parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamplings (0: none)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the report and print where it is; raises UserError."""
     runs = [default_run(r) for r in args.runs]
-    print(build_report(runs, args.out, name=args.name, bootstrap=args.bootstrap))
+    print(build_report(runs, args.out, name=args.name, bootstrap=args.bootstrap, split=args.split))
     return 0

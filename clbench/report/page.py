@@ -85,7 +85,7 @@ def _subtitle(runs: Sequence[Run]) -> str:
         ", ".join(sorted({r.dataset for r in runs} - {""})),
         f"{len(record.tasks)} tasks",
         f"seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}" if seeds else "",
-        *(f"privileged observations: {text}" for text in sorted({r.privileged for r in runs} - {""})),
+        *sorted({label for run in runs for label in run.labels}),
         f"an episode succeeds by {record.criterion}{episodes}",
     ]
     return " · ".join(p for p in parts if p)

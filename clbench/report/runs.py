@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clbench.errors import UserError
+from clbench.evaluation.records import TEST, eval_folder
 from clbench.io import read_json, read_jsonl, refuse_links
 from clbench.metrics import Record, aggregate, bootstrap_draws, compute_metrics, load_record
 from clbench.metrics.definitions import FloatArray
@@ -69,9 +70,11 @@ class Run:
         return str(self.manifest.get("dataset") or "")
 
     @property
-    def privileged(self) -> str:
-        """What its observations held that no robot would see; "" where nothing."""
-        return str(self.manifest.get("privileged") or "")
+    def labels(self) -> list[str]:
+        """What has to stand beside its results: observations that no robot would have, episodes to choose by."""
+        seen = self.manifest.get("privileged")
+        labels = [f"privileged observations: {seen}"] if seen else []
+        return labels + ([] if self.record.split == TEST else [f"{self.record.split} episodes"])
 
     @property
     def seed(self) -> Any:
@@ -120,20 +123,22 @@ class Group:
         return sum(have) / len(have) if have else None
 
 
-def load_run(path: Path, view: str = "") -> Run:
-    """Read a run folder; what is absent stays empty. Raises UserError when there is no evaluated matrix."""
+def load_run(path: Path, view: str = "", split: str = TEST) -> Run:
+    """Read a run folder; what is absent stays empty. Raises UserError when there is no evaluated matrix of `split`."""
     if not path.is_dir():
         raise UserError(f"{path} is not a run folder.")
     refuse_links(path)  # the report is written into it
-    folder = path / "eval" / "views" / view if view else path / "eval"
-    run = Run(path=path.resolve(), record=load_record(folder if view else path), view=view)
+    folder = eval_folder(path, split)
+    if split != TEST and not (folder / "matrix.json").is_file():
+        raise UserError(f"{path} has no {split} episodes: evaluate it with -- eval.split={split}.")
+    folder = folder / "views" / view if view else folder
+    run = Run(path=path.resolve(), record=load_record(path if folder == path / "eval" else folder), view=view)
     if len(run.record.tasks) > MAX_TASKS:
         raise UserError(f"{path} has {len(run.record.tasks)} tasks; a report draws at most {MAX_TASKS}.")
     run.notes += run.record.notes
     if not run.manifest:
         run.notes.append("no manifest.json: algorithm, seed and versions are unknown")
-    if run.privileged:
-        run.notes.append(f"privileged observations: {run.privileged}")
+    run.notes += run.labels
     _read_log(run)
     summary = folder / "summary.json"
     if summary.is_file():
@@ -143,9 +148,9 @@ def load_run(path: Path, view: str = "") -> Run:
     return run
 
 
-def views_of(path: Path) -> list[str]:
+def views_of(path: Path, split: str = TEST) -> list[str]:
     """Names of the other views that a run was evaluated under."""
-    return sorted(p.parent.name for p in (path / "eval" / "views").glob("*/matrix.json"))
+    return sorted(p.parent.name for p in (eval_folder(path, split) / "views").glob("*/matrix.json"))
 
 
 def _number(value: Any) -> float | None:
@@ -206,8 +211,10 @@ def _read_routing(run: Run, cells: Path) -> Routing:
 # --------------------------------------------------------------------------------------- side by side
 
 
-def load_runs(paths: Sequence[Path], bootstrap: int = 1000) -> list[Run]:
+def load_runs(paths: Sequence[Path], bootstrap: int = 1000, split: str = TEST) -> list[Run]:
     """Read the runs and compute their metrics, with joint and single-task runs among them as references.
+
+    All are of `split`, test or validation episodes.
 
     Raises:
         UserError: a run is given twice, is not evaluated, or the runs learned different tasks.
@@ -216,7 +223,7 @@ def load_runs(paths: Sequence[Path], bootstrap: int = 1000) -> list[Run]:
         raise UserError("a run is given twice.")
     if len({p.resolve().name for p in paths}) != len(paths):
         raise UserError("two runs have the same folder name; rename one, so that the report can tell them apart.")
-    runs = [load_run(p, view) for p in paths for view in ("", *views_of(p))]
+    runs = [load_run(p, view, split) for p in paths for view in ("", *views_of(p, split))]
     _check_same_tasks(runs)
     for run in runs:
         joint = _reference(run, runs, "multitask")
