@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import yaml
 
 from clbench import sweep
 from clbench.config.compose import to_dict, to_yaml
+from clbench.config.schema import Config
 from clbench.io import write_json, write_text
+from clbench.paths import results_root
 
 
 def experiment(path: Path, text: str = "") -> str:
@@ -48,15 +51,21 @@ def test_test_and_validation_episodes_are_no_one_experiment(tmp_path: Path) -> N
         sweep.run_sweep(str(path), dry_run=True)
 
 
+def leave(run: sweep.Run, config: Config) -> Path:
+    """What a run that trained and evaluated one task leaves, as far as it is looked at; `config` is written down."""
+    folder = results_root() / run.run_id
+    write_text(folder / "config.yaml", to_yaml(config))
+    write_json(folder / "manifest.json", {"visits": [], "checkpoints": ["a"], "mode": "sequential", "base": {}})
+    write_json(folder / "checkpoints" / "task_00" / "checkpoint.json", {})
+    write_json(folder / "eval" / "complete.json", {"cells": "full", "episodes": run.config.eval.episodes})
+    return folder
+
+
 def test_finished_means_with_the_same_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLBENCH_RESULTS_ROOT", str(tmp_path / "results"))
     _, runs = sweep.load_experiment(experiment(tmp_path))
-    folder = tmp_path / "results" / runs[0].run_id
     assert not sweep.finished(runs[0])
-    write_text(folder / "config.yaml", to_yaml(runs[0].config))
-    write_json(folder / "manifest.json", {"visits": [], "checkpoints": ["a"], "mode": "sequential", "base": {}})
-    write_json(folder / "checkpoints" / "task_00" / "checkpoint.json", {})
-    write_json(folder / "eval" / "complete.json", {"cells": "full", "episodes": 20})
+    folder = leave(runs[0], runs[0].config)
     assert sweep.finished(runs[0])
     older = to_dict(runs[0].config)  # by a version that did not have these keys
     for section in (older, older["dataset"], older["dataset"]["pretrain"]):
@@ -72,3 +81,18 @@ def test_finished_means_with_the_same_settings(tmp_path: Path, monkeypatch: pyte
     assert not sweep.finished(longer[0])
     _, more = sweep.load_experiment(experiment(tmp_path, "overrides: [eval.episodes=50]"))
     assert not sweep.finished(more[0])
+
+
+def test_a_run_on_camera_images_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes down how its images were drawn, which the experiment leaves to the data."""
+    monkeypatch.setenv("CLBENCH_RESULTS_ROOT", str(tmp_path / "results"))
+    file = tmp_path / "images.yaml"
+    file.write_text("dataset: libero_object\nalgorithms: [seqfft]\n")
+    _, (run,) = sweep.load_experiment(str(file))
+    drawn = replace(run.config.render, fidelity="fast", size=64)
+    leave(run, replace(run.config, render=drawn))
+    assert sweep.finished(run)
+    for stated, the_same in (("fidelity=fast", True), ("fidelity=full", False), ("size=64", True), ("size=128", False)):
+        file.write_text(f"dataset: libero_object\nalgorithms: [seqfft]\noverrides: [render.{stated}]\n")
+        _, (run,) = sweep.load_experiment(str(file))
+        assert sweep.finished(run) is the_same, stated

@@ -222,9 +222,17 @@ def clear_leftovers(folder: Path) -> None:
                 path.unlink()
 
 
+AS_THE_DATA = ("render.fidelity", "render.size")  # null: as the training data; the trainer writes down what they were
+
+
 def changed_keys(folder: Path, config: Config, ignore: tuple[str, ...]) -> list[str]:
-    """Keys whose values differ between config.yaml and `config`; keys that start like `ignore` are left out."""
-    return [k for k in changed_values(folder, config) if not k.startswith(ignore)]
+    """Keys whose values differ between config.yaml and `config`; keys that start like `ignore` are left out.
+
+    What `config` leaves to the data (`AS_THE_DATA`) differs from nothing that they said.
+    """
+    changed = changed_values(folder, config)
+    left = {k for k, (_, here) in changed.items() if k in AS_THE_DATA and here is None}
+    return [k for k in changed if k not in left and not k.startswith(ignore)]
 
 
 def changed_values(folder: Path, config: Config) -> dict[str, list[Any]]:
