@@ -106,8 +106,24 @@ def test_a_stream_takes_any_of_liberos_task_orders() -> None:
     ):
         with pytest.raises(UserError, match=message):
             visit_order(composed("libero_goal", *overrides).dataset)
-    with pytest.raises(UserError, match="suites of 10 tasks"):
-        visit_order(composed("metaworld_quick", "dataset.libero_order=1").dataset)
+
+
+@pytest.mark.parametrize(
+    ("stream", "reordered", "message"),
+    [
+        ("metaworld_quick", False, "'metaworld' has no published task orders"),
+        ("metaworld_cw10", False, "'metaworld' has no published task orders"),  # ten tasks, too
+        ("libero_90", False, "dataset.tasks lists 90 tasks that are no such suite"),
+        ("libero_goal", True, "dataset.tasks lists those of libero_goal in another order"),
+        ("libero_goal_state", True, "dataset.tasks lists those of libero_goal in another order"),
+    ],
+)
+def test_liberos_task_orders_are_of_its_suites_alone(stream: str, reordered: bool, message: str) -> None:
+    config = composed(stream, "dataset.libero_order=1").dataset
+    if reordered:
+        config.tasks = [*config.tasks[1:], config.tasks[0]]
+    with pytest.raises(UserError, match=message):
+        visit_order(config)
 
 
 # How images are drawn: configuration, record, mismatch

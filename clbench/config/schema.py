@@ -162,7 +162,8 @@ class DatasetConfig:
         rename: feature names of a data set that clbench did not make → names that the simulator uses.
         tasks: the stream's tasks, in order.
         task_order: null, or names or indices into `tasks`; may leave out, reorder and repeat tasks.
-        libero_order: null, or which of LIBERO's published task orders, 0 to 20, a suite of ten is visited in.
+        libero_order: null, or which of LIBERO's published task orders, 0 to 20, a suite of ten is visited in;
+            `tasks` must be that suite's, in its order 0.
         fresh_on_revisit: a task's visits share its demonstrations out among them instead of seeing all each time.
         make: how `clbench data make` makes the data.
         pretrain: the base's tasks and data; null = the stream has no base of its own.

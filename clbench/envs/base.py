@@ -16,6 +16,9 @@ A backend is a module of this package, named in `BACKENDS`, that offers
                                           has the simulator (see remote.py); only make, expert_for and versions need it
     GRIPPER_OPENS: float                  optional: the value of an action's last number that opens the gripper
     suite_of(task: str) -> str            optional: the suite a task belongs to, where its tasks come in several
+    published_order(number: int, tasks: list[str]) -> list[str]
+                                          optional: the tasks of a suite in the order that its authors published under
+                                          that number; UserError where `tasks` are not such a suite in its first order
     CAMERAS: dict[str, str]               optional: the camera images among its observations, uint8 (size, size, 3), and
                                           what the simulator calls the cameras. `make` is told how to draw them:
                                           {"fidelity": fast | full, "size": pixels}
@@ -30,7 +33,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
@@ -222,6 +225,21 @@ def suite_of(env_type: str, task: str) -> str:
     """Return the suite that a task belongs to; "" for simulators without suites."""
     module = backend(env_type)
     return str(module.suite_of(task)) if hasattr(module, "suite_of") else ""
+
+
+def published_order(env_type: str, number: int, tasks: Sequence[str]) -> list[str]:
+    """Return the tasks of a suite in the order that its authors published under that number.
+
+    Raises:
+        UserError: the type has no published orders, none of that number, or `tasks` are not a suite that has them.
+    """
+    module = backend(env_type)
+    if not hasattr(module, "published_order"):
+        raise UserError(
+            f"dataset.libero_order is for LIBERO's suites: '{env_type}' has no published task orders. Give an order of "
+            "your own with dataset.task_order instead."
+        )
+    return list(module.published_order(number, list(tasks)))
 
 
 def cameras(env_type: str) -> list[str]:

@@ -40,6 +40,7 @@ from clbench.envs.base import (
     check_task,
 )
 from clbench.envs.libero_assets import INSTALL, digest, import_libero, package
+from clbench.envs.libero_tasks import published_order as published_order
 from clbench.envs.libero_tasks import suite_of, task_instruction, task_names
 from clbench.envs.rendering import DEFAULT_FIDELITY, Renderer
 from clbench.errors import UserError

@@ -28,6 +28,7 @@ ACTION_DIM, FPS, MAX_STEPS, ROBOT_TYPE = libero.ACTION_DIM, libero.FPS, libero.M
 NO_DEMONSTRATIONS = libero.NO_DEMONSTRATIONS
 GRIPPER_OPENS, TEST_STATES, suite_of = libero.GRIPPER_OPENS, libero.TEST_STATES, libero.suite_of
 tasks, instruction, expert_for = libero.tasks, libero.instruction, libero.expert_for
+published_order = libero.published_order
 
 STATE_DIM = libero.ROBOT_DIM
 PYTHON_VARIABLE = libero.PYTHON_VARIABLE

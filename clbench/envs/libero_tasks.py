@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -63,6 +64,29 @@ def task_order(number: int) -> tuple[int, ...]:
     if not 0 <= number < len(TASK_ORDERS):
         raise UserError(f"LIBERO has task orders 0 to {len(TASK_ORDERS) - 1}, not {number}.")
     return TASK_ORDERS[number]
+
+
+def published_order(number: int, tasks: Sequence[str]) -> list[str]:
+    """Return the tasks of a suite of ten in LIBERO's task order of that number.
+
+    Raises:
+        UserError: `tasks` are not those of such a suite in its published order, or there is no order of that number.
+    """
+    order = task_order(number)
+    of_ten = [name for name, suite in _table().items() if len(suite) == len(order)]
+    if not any(list(tasks) == suite_tasks(name) for name in of_ten):
+        raise UserError(
+            f"dataset.libero_order counts the tasks of one of LIBERO's suites of {len(order)} ({', '.join(of_ten)}) in "
+            f"their published order, and dataset.tasks lists {_what_else(tasks, of_ten)}. Leave dataset.tasks as the "
+            "suite's stream has it, or give your own order with dataset.task_order instead."
+        )
+    return [tasks[i] for i in order]
+
+
+def _what_else(tasks: Sequence[str], of_ten: Sequence[str]) -> str:
+    """What `tasks` are, when not a suite in its order."""
+    same = [name for name in of_ten if sorted(tasks) == sorted(suite_tasks(name))]
+    return f"those of {same[0]} in another order" if same else f"{len(tasks)} tasks that are no such suite"
 
 
 def task_names() -> list[str]:

@@ -15,8 +15,7 @@ from typing import Any
 
 from clbench.config.schema import DatasetConfig, RenderConfig
 from clbench.data.source import DataSource, open_data
-from clbench.envs.base import cameras, check_task
-from clbench.envs.libero_tasks import task_order
+from clbench.envs.base import cameras, check_task, published_order
 from clbench.envs.rendering import DEFAULT_FIDELITY, DEFAULT_SIZE
 from clbench.errors import UserError, nearest
 
@@ -96,7 +95,7 @@ def _union_episodes(tasks: Sequence[Task]) -> list[Task]:
 def visit_order(config: DatasetConfig) -> list[str]:
     """Return the task names in visiting order; raises UserError for an unknown, empty or impossible order.
 
-    One of LIBERO's orders permutes the tasks that `task_order` names (all of them where it is null).
+    One of LIBERO's orders is of a whole suite; it permutes those of its tasks that `task_order` names (null: all).
     """
     tasks = list(config.tasks)
     if len(set(tasks)) != len(tasks):
@@ -124,18 +123,14 @@ def visit_order(config: DatasetConfig) -> list[str]:
                 raise UserError(f"dataset.task_order names '{item}'.{nearest(str(item), tasks)}")
     if not order:
         raise UserError("dataset.task_order is empty: a stream needs tasks.")
-    return order if config.libero_order is None else _libero_order(config.libero_order, tasks, order)
-
-
-def _libero_order(number: int, tasks: list[str], visited: list[str]) -> list[str]:
-    """`visited`, which are some of a suite's `tasks`, in LIBERO's task order of that number."""
-    indices = task_order(number)
-    if len(tasks) != len(indices) or len(set(visited)) != len(visited):
+    if config.libero_order is None:
+        return order
+    if len(set(order)) != len(order):
         raise UserError(
-            f"dataset.libero_order is for LIBERO's suites of {len(indices)} tasks, each visited once: this stream has "
-            f"{len(tasks)} tasks and {len(visited)} visits."
+            f"dataset.libero_order is for tasks that are each visited once: dataset.task_order has {len(order)} visits "
+            f"of {len(set(order))} tasks."
         )
-    return [tasks[i] for i in indices if tasks[i] in visited]
+    return [t for t in published_order(config.env.type, config.libero_order, tasks) if t in order]
 
 
 def drawing(
