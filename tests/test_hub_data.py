@@ -27,6 +27,7 @@ from clbench.config.compose import to_config
 from clbench.config.schema import Config, DatasetConfig, EnvConfig, PretrainDataConfig, RenderConfig
 from clbench.data import hub
 from clbench.data.frames import StreamFrames, load_batches
+from clbench.data.lerobot_set import is_described
 from clbench.data.matching import match_tasks, plain
 from clbench.data.source import open_data
 from clbench.envs import base
@@ -295,6 +296,62 @@ def test_what_is_in_lerobots_cache_needs_no_network(
         capsys.readouterr()
         assert build_stream(hub_goals()).fingerprint == first.fingerprint
         assert "fetching 1 files" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("left", [("info.json",), ("info.json", "tasks.parquet"), ("tasks.parquet",), ()], ids=str)
+@pytest.mark.parametrize("own_folder", [False, True])
+def test_a_first_fetch_that_was_interrupted_goes_on(
+    image_set: Path, online: Callable[[str], None], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, left: tuple[str, ...], own_folder: bool,
+) -> None:  # fmt: skip
+    """Killed within meta/, of which only `left` had come."""
+    import huggingface_hub
+
+    whole = huggingface_hub.snapshot_download
+
+    def interrupted(*a: Any, **options: Any) -> str:
+        if not options.get("local_files_only"):
+            options["allow_patterns"] = [f"meta/{name}" for name in left] or "none"
+            whole(*a, **options)
+            raise KeyboardInterrupt
+        return whole(*a, **options)
+
+    name = stream_file(tmp_path)
+    folder = [f"dataset.data={tmp_path / 'kept'}"] if own_folder else []
+    command = ["data", "check", name, "--", f"dataset.repo_id={REPO}", *folder]
+    with served({REPO: image_set}) as (url, _):
+        online(url)
+        with monkeypatch.context() as patch:
+            patch.setattr(huggingface_hub, "snapshot_download", interrupted)
+            assert cli.main(command) == 130
+        cache = tmp_path / "lerobot"
+        if cache.exists():  # under another name, so that the hub's client knows no list of its files, as older ones do
+            for listing in list(cache.rglob("trees")):
+                shutil.rmtree(listing)
+            monkeypatch.setenv("HF_LEROBOT_HOME", str(cache.rename(tmp_path / "later")))
+        online("http://127.0.0.1:9")
+        assert cli.main(command) == 2
+        assert "not whole on this machine and the hub cannot be reached" in capsys.readouterr().err
+        online(url)
+        assert cli.main(command) == 0
+    shown = capsys.readouterr()
+    assert "fetching the description" in shown.err and "fetching 6 files" in shown.err
+    assert f"fingerprint {build_stream(goals(image_set)).fingerprint}" in shown.out
+
+
+def test_a_description_in_several_files_is_whole_with_all_of_them(copied: Path) -> None:
+    assert is_described(copied)
+    files = sorted((copied / "meta/episodes").rglob("*.parquet"))
+    assert len(files) > 1
+    for file in files:
+        content = file.read_bytes()
+        file.unlink()
+        assert not is_described(copied), f"{file.name} has not come"
+        file.write_bytes(content)
+    assert is_described(copied)
+    for damaged in ("{", '{"codebase_version": "v2.1"}', "[]"):  # to be said, not to be fetched again
+        (copied / "meta/info.json").write_text(damaged)
+        assert is_described(copied), damaged
 
 
 def test_the_cache_is_lerobots() -> None:

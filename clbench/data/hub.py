@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clbench.data.lerobot_set import FORMAT, INFO, has_set
+from clbench.data.lerobot_set import FORMAT, INFO, has_set, is_described
 from clbench.errors import UserError
 from clbench.io import read_json, write_json
 
@@ -41,7 +41,7 @@ def cache_folder() -> Path:
 
 
 def local_copy(repo_id: str, revision: str | None = None, folder: Path | None = None) -> HubCopy | None:
-    """The copy that is on this machine, without asking the hub; None where there is none.
+    """The copy that is on this machine, without asking the hub; None where its description has not all been fetched.
 
     Raises:
         UserError: `folder` holds something else.
@@ -59,7 +59,7 @@ def local_copy(repo_id: str, revision: str | None = None, folder: Path | None = 
             )  # fmt: skip
         except errors.LocalEntryNotFoundError:
             return None
-        return HubCopy(repo_id, wanted, root.name, root) if has_set(root) else None
+        return HubCopy(repo_id, wanted, root.name, root) if is_described(root) else None
     if not (folder / RECORD).is_file():
         if folder.is_dir() and any(p.name != ".cache" for p in folder.iterdir()):
             raise UserError(
@@ -94,6 +94,8 @@ def fetch_description(repo_id: str, revision: str | None = None, folder: Path | 
         record = {"repo_id": repo_id, "revision": wanted, "commit": commit}
         write_json(folder / RECORD, record)
         root = Path(_snapshot(repo_id, wanted, commit, allow_patterns=META, local_dir=folder))
+    if not is_described(root):
+        _commit(repo_id, wanted)  # without a network the client hands out what there is; this says so
     if not has_set(root):
         raise UserError(f"{repo_id} (revision {wanted}) has no {INFO}: it is no LeRobot data set.")
     if folder is not None:

@@ -62,6 +62,27 @@ def has_set(root: Path) -> bool:
     return (root / INFO).is_file()
 
 
+def is_described(root: Path) -> bool:
+    """Whether all that `read_set` needs has been fetched. A set that is damaged or of another format counts as that.
+
+    Files of meta/ come one by one, each whole, so an interrupted fetch shows in what is missing: the tasks, or files of
+    episodes, of which info.json says how many there are.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not has_set(root):
+        return False
+    try:
+        info = read_json(root / INFO)
+        if not str(info["codebase_version"]).startswith("v3."):
+            return True
+        listed = sum(pq.read_metadata(path).num_rows for path in (root / EPISODES).glob("*/*.parquet"))
+        return (root / TASKS).is_file() and listed >= int(info["total_episodes"])
+    except (UserError, KeyError, TypeError, ValueError, OSError, pa.ArrowException):  # `read_set` says what is wrong
+        return True
+
+
 def read_set(root: Path, remedy: str) -> LeRobotSet:
     """Read a set's metadata.
 
