@@ -15,7 +15,7 @@ from clbench.errors import RESUME_EXIT, Interrupted, UserError, nearest
 
 if TYPE_CHECKING:
     from clbench.config.schema import Config
-    from clbench.data.source import DataSource
+    from clbench.data.source import DataSource, Depth
     from clbench.stopping import Stop
 
 OVERRIDES = "after --: overrides as key=value, e.g. -- train.steps=500 algorithm.expand_threshold=4"
@@ -226,7 +226,7 @@ def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str], 
 
     if not launched() or os.environ.get("RANK") == "0":
         print(f"configuration: {' ← '.join(files)}{' ← overrides' if overrides else ''}", file=sys.stderr)
-    from clbench.streams.stream import build_stream, checked_order, pretraining_data
+    from clbench.streams.stream import build_stream, check_images, checked_order, pretraining_data
 
     if not launched():
         _check_ranks(config, ranks, args.port)
@@ -238,6 +238,7 @@ def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str], 
     ]
     if d.pretrain is not None and not config.policy.get("path"):
         sets.append((d.pretrain.repo_id is not None, lambda: pretraining_data(d, config.render)))
+    check_images(d, config.render, base=not config.policy.get("path"))
     for _, opened in sorted(sets, key=lambda s: s[0]):  # those of the hub last
         opened()
     if ranks > 1 and not launched():
@@ -408,14 +409,16 @@ def _data(args: argparse.Namespace, overrides: list[str]) -> int:
 
 def _check_data(args: argparse.Namespace, overrides: list[str]) -> int:
     from clbench.config.compose import compose
-    from clbench.streams.stream import pretraining_data, stream_data
+    from clbench.streams.stream import check_images, pretraining_data, stream_data
 
     config, _ = compose(
         model="dit_dec_tiny", algorithms=["seqfft"], dataset=args.name, registered=["seqfft"], overrides=overrides
     )
-    _print_data(f"stream {config.dataset.name}", stream_data(config.dataset, config.render, fetch=not args.no_fetch))
+    check_images(config.dataset, config.render)
+    depth: Depth = "size" if args.no_fetch else "all"
+    _print_data(f"stream {config.dataset.name}", stream_data(config.dataset, config.render, depth))
     if config.dataset.pretrain is not None:
-        _print_data("base's tasks", pretraining_data(config.dataset, config.render, fetch=not args.no_fetch))
+        _print_data("base's tasks", pretraining_data(config.dataset, config.render, depth))
     return 0
 
 

@@ -27,6 +27,7 @@ from clbench.config.compose import to_config
 from clbench.config.schema import Config, DatasetConfig, EnvConfig, PretrainDataConfig, RenderConfig
 from clbench.data import hub
 from clbench.data.frames import StreamFrames, load_batches
+from clbench.data.info import FORMAT, INFO_FILE
 from clbench.data.lerobot_set import is_described
 from clbench.data.matching import match_tasks, plain
 from clbench.data.source import open_data
@@ -630,6 +631,60 @@ def test_the_bases_data_are_missed_before_the_streams_are_fetched(capsys: pytest
     assert cli.main(["train", "--algo", "er", "--dataset", "libero_goal_state", "--", f"dataset.repo_id={REPO}"]) == 2
     said = capsys.readouterr().err
     assert "fetching" not in said and f"clbench data make libero_goal_state -- dataset.repo_id={REPO}" in said
+
+
+def record_as_made(root: Path, tasks: list[str], fidelity: str, size: int) -> Path:
+    """What clbench writes beside a set that it made, as far as it says how images were drawn."""
+    rates = {"expert_attempts": 0, "expert_successes": 0, "expert_success_rate": None, "demo_attempts": 2,
+             "demo_successes": 2, "demo_success_rate": 1.0}  # fmt: skip
+    described = [
+        {"name": t, "instruction": task_instruction(t), "task_index": i, "episodes": [i], "frames": 5, **rates}
+        for i, t in enumerate(tasks)
+    ]
+    record = {"format": FORMAT, "name": root.name, "env_type": ENV, "seed": 0, "action_noise": 0.1, "tail_steps": 10,
+              "max_steps": 10, "demos_per_task": 1, "ceiling_episodes": 0, "tasks": described, "fingerprint": "f",
+              "versions": {}, "render": {"fidelity": fidelity, "size": size}}  # fmt: skip
+    write_json(root / INFO_FILE, record)
+    return root
+
+
+@pytest.mark.parametrize("command", [["train", "--algo", "er", "--dataset"], ["data", "check"]], ids=" ".join)
+@pytest.mark.parametrize(
+    ("drawn", "overrides", "message"),
+    [
+        (("full", 32), [], r"base's tasks in .* were drawn full at 32 pixels, those of the stream in .* full at 16"),
+        (("fast", 16), [], r"were drawn fast at 16 .* goals -- dataset.repo_id=.* render.fidelity=full render.size=16"),
+        (("full", 16), ["render.fidelity=fast"], "were drawn full at 16 pixels, but .* draw them fast at 16"),
+        (("full", 16), ["render.size=64"], "were drawn full at 16 pixels, but .* draw them full at 64"),
+    ],
+)
+def test_other_images_are_refused_before_the_frames_are_fetched(
+    image_set: Path, tmp_path: Path, online: Callable[[str], None], capsys: pytest.CaptureFixture[str],
+    command: list[str], drawn: tuple[str, int], overrides: list[str], message: str,
+) -> None:  # fmt: skip
+    made = record_as_made(tmp_path / "made", BASE_TASKS, *drawn)
+    name = stream_file(tmp_path, pretrain={"data": str(made), "tasks": BASE_TASKS})
+    with served({REPO: image_set}) as (url, asked):
+        online(url)
+        assert cli.main([*command, name, "--", f"dataset.repo_id={REPO}", *overrides]) == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said)
+    assert "fetching the description" in said or overrides  # the base alone may show it
+    assert "/data/" not in "".join(asked) and not any((tmp_path / "lerobot").rglob("data"))
+
+
+def test_a_base_of_the_hub_with_other_images_is_refused_before_any_frames_are_fetched(
+    image_set: Path, copied: Path, tmp_path: Path, online: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for camera in IMAGES:
+        edit_feature(copied, camera, shape=[32, 32, 3])
+    name = stream_file(tmp_path, repo_id=REPO, pretrain={"repo_id": "someone/other", "tasks": BASE_TASKS})
+    with served({REPO: image_set, "someone/other": copied}) as (url, asked):
+        online(url)
+        assert cli.main(["train", "--algo", "er", "--dataset", name]) == 2
+    said = capsys.readouterr().err
+    assert "were drawn full at 32 pixels, those of the stream" in said and "clbench data make" not in said
+    assert "/data/" not in "".join(asked)
 
 
 def test_a_made_set_is_not_renamed(toy_data: Path) -> None:

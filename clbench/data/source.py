@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -41,6 +41,7 @@ from clbench.errors import UserError, nearest
 from clbench.paths import data_root, named_folder
 
 ACTION_KEY = "action"
+Depth = Literal["all", "size", "meta"]
 ROUNDING = 1e-3  # an action so little outside of [-1, 1] is only rounded
 
 
@@ -106,7 +107,7 @@ def open_data(
     *,
     stream: str,
     key: str = "dataset",
-    fetch: bool = True,
+    depth: Depth = "all",
 ) -> DataSource:
     """Open a data set for some of the simulator's tasks.
 
@@ -114,15 +115,15 @@ def open_data(
         names: the tasks.
         stream: the stream's name, for messages: `clbench data make STREAM` makes its data.
         key: where `settings` stand in the configuration, for messages.
-        fetch: fetch the data and video files that are missing; False: only say, on stderr, how much that would be, and
-            return without a fingerprint.
+        depth: how far to go. all: fetch what is missing of a hub's set. size: only say, on stderr, how much that would
+            be, and return without a fingerprint. meta: read, and fetch, nothing but what the set says of itself.
 
     Raises:
         UserError: there is no data set, it is damaged, not whole, too old, or of another kind than the simulator; its
             tasks are not the stream's; the hub cannot be reached.
     """
     if settings.repo_id:
-        return _from_hub(settings, env_type, names, key, fetch)
+        return _from_hub(settings, env_type, names, key, depth)
     root = data_folder(settings.data)
     if (root / INFO_FILE).exists():
         if settings.rename:
@@ -134,7 +135,7 @@ def open_data(
         raise UserError(f"there is no data set in {root}. {_two_ways(env_type, stream, key)}")
     found = read_set(root, _remedy(root))
     features = _features(found, settings.rename, env_type, key)
-    return _foreign(found, features, env_type, names, {"kind": "lerobot"}, None, _remedy(root))
+    return _foreign(found, features, env_type, names, {"kind": "lerobot"}, lambda _: depth != "meta", _remedy(root))
 
 
 def _two_ways(env_type: str, stream: str, key: str) -> str:
@@ -168,7 +169,7 @@ def _episodes(tasks: dict[str, TaskData]) -> int:
     return sum(len(t.episodes) for t in tasks.values())
 
 
-def _from_hub(settings: DataSettings, env_type: str, names: Sequence[str], key: str, fetch: bool) -> DataSource:
+def _from_hub(settings: DataSettings, env_type: str, names: Sequence[str], key: str, depth: Depth) -> DataSource:
     assert settings.repo_id is not None
     folder = data_folder(settings.data).absolute() if "/" in settings.data else None  # a name is that of a made set
     if folder is not None and (folder / INFO_FILE).exists():
@@ -183,12 +184,14 @@ def _from_hub(settings: DataSettings, env_type: str, names: Sequence[str], key: 
     at = copy
 
     def get(files: list[str]) -> bool:
-        if fetch:
+        if depth == "meta" or not files:
+            return depth != "meta"
+        if depth == "all":
             hub.fetch_files(at, files, in_cache=folder is None)
-        else:
-            size = hub.size_of(at, files, in_cache=folder is None)
-            print(f"to be fetched: {len(files)} files ({size / 1e6:.1f} MB) of {at.repo_id}", file=sys.stderr)
-        return fetch
+            return True
+        size = hub.size_of(at, files, in_cache=folder is None)
+        print(f"to be fetched: {len(files)} files ({size / 1e6:.1f} MB) of {at.repo_id}", file=sys.stderr)
+        return False
 
     features = _features(found, settings.rename, env_type, key)
     return _foreign(found, features, env_type, names, origin, get, remedy)
@@ -200,10 +203,10 @@ def _foreign(
     env_type: str,
     names: Sequence[str],
     origin: dict[str, Any],
-    get: Callable[[list[str]], bool] | None,
+    get: Callable[[list[str]], bool],
     remedy: str,
 ) -> DataSource:
-    """A set that clbench did not make. `get` fetches files that are missing, or returns False where it is not to."""
+    """A set that clbench did not make. `get` fetches the files that are missing; False: frames are not to be read."""
     of_task: dict[str, list[Any]] = {}
     for e in found.episodes:
         for text in e.texts:
@@ -225,8 +228,7 @@ def _foreign(
             name, said, index, text, tuple(e.index for e in episodes), sum(e.frames for e in episodes)
         )
     task_of = {e: t.task_index for t in tasks.values() for e in t.episodes}
-    absent = missing_files(found, task_of)
-    fetched = get(absent) if absent and get is not None else True
+    fetched = get(missing_files(found, task_of))
     described = {
         **origin,
         "root": str(found.root),

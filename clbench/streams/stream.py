@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clbench.config.schema import DatasetConfig, RenderConfig
-from clbench.data.source import DataSource, open_data
+from clbench.data.source import DataSource, Depth, open_data
 from clbench.envs.base import cameras, check_task, published_order
 from clbench.envs.rendering import DEFAULT_FIDELITY, DEFAULT_SIZE
 from clbench.errors import UserError, nearest
@@ -153,8 +153,8 @@ def _check_drawing(env_type: str, data: DataSource, render: RenderConfig | None)
     if wanted is None or found is None or found == wanted or (render is not None and render.mismatch == "allow"):
         return
     raise UserError(
-        f"the images in {data.root} were drawn {found['fidelity']} at {found['size']} pixels, but the simulator "
-        f"would draw them {wanted['fidelity']} at {wanted['size']}: a policy would be tested on other images than "
+        f"the images in {data.root} were drawn {_drawn(found)}, but the simulator would draw them "
+        f"{wanted['fidelity']} at {wanted['size']}: a policy would be tested on other images than "
         f"it learned from. Set render.fidelity={found['fidelity']} render.size={found['size']}, make the data "
         "again (clbench data make NAME --force), or state render.mismatch=allow."
     )
@@ -201,16 +201,60 @@ def checked_order(config: DatasetConfig) -> list[str]:
     return order
 
 
-def stream_data(config: DatasetConfig, render: RenderConfig | None = None, fetch: bool = True) -> DataSource:
-    """The stream's data set, with the tasks that it visits."""
+def check_images(config: DatasetConfig, render: RenderConfig, base: bool = True) -> None:
+    """Look at how the images of the stream's and of the base's data were drawn, which their descriptions (meta/) say.
+
+    Of a hub's set nothing else is fetched, so this comes before all that opens the data.
+
+    Args:
+        base: the base is pretrained on the tasks of `config.pretrain`; False: it comes from elsewhere.
+
+    Raises:
+        UserError: a policy would learn from other images than those it is tested on, or was pretrained on others; a
+            data set is missing or has not the tasks.
+    """
+    if not cameras(config.env.type):
+        return
+    sets = {stream_data: config.repo_id is not None}
+    if base and config.pretrain is not None:
+        sets[pretraining_data] = config.pretrain.repo_id is not None
+    found = {opened: opened(config, render, "meta") for opened in sorted(sets, key=sets.__getitem__)}  # the hub's last
+    data, pretrain = found[stream_data], found.get(pretraining_data)
+    wanted = drawing(config.env.type, render, data.render)
+    if pretrain is None or pretrain.render in (None, wanted) or render.mismatch == "allow":
+        return
+    assert wanted is not None and pretrain.render is not None
+    assert config.pretrain is not None
+    make = "" if config.pretrain.repo_id else (
+        f" (clbench data make {_base_of(config)} dataset.pretrain.data=NAME render.fidelity={wanted['fidelity']} "
+        f"render.size={wanted['size']} makes it, for the training to be given that name as well)"
+    )  # fmt: skip
+    raise UserError(
+        f"the images of the base's tasks in {pretrain.root} were drawn {_drawn(pretrain.render)}, those of the stream "
+        f"in {data.root} {_drawn(wanted)}: a policy would be pretrained on other images than it learns from. Take a "
+        f"set for the base that was drawn like the stream's{make}, or state render.mismatch=allow."
+    )
+
+
+def _drawn(render: Mapping[str, Any]) -> str:
+    return f"{render['fidelity']} at {render['size']} pixels"
+
+
+def _base_of(config: DatasetConfig) -> str:
+    """What `clbench data make` has to be told for it to make the base's data alone, where the stream's are a hub's."""
+    return f"{config.name} --" + (f" dataset.repo_id={config.repo_id}" if config.repo_id else "")
+
+
+def stream_data(config: DatasetConfig, render: RenderConfig | None = None, depth: Depth = "all") -> DataSource:
+    """The stream's data set, with the tasks that it visits. `depth`: see `open_data`."""
     names = list(dict.fromkeys(checked_order(config)))
-    data = open_data(config, config.env.type, names, stream=config.name, fetch=fetch)
+    data = open_data(config, config.env.type, names, stream=config.name, depth=depth)
     _check_drawing(config.env.type, data, render)
     return data
 
 
-def pretraining_data(config: DatasetConfig, render: RenderConfig | None = None, fetch: bool = True) -> DataSource:
-    """The data set of the base's tasks; UserError when the stream names none."""
+def pretraining_data(config: DatasetConfig, render: RenderConfig | None = None, depth: Depth = "all") -> DataSource:
+    """The data set of the base's tasks; UserError when the stream names none. `depth`: see `open_data`."""
     if config.pretrain is None:
         raise UserError(
             f"stream '{config.name}' names no pretraining tasks (dataset.pretrain): give a base with policy.path=DIR."
@@ -218,10 +262,10 @@ def pretraining_data(config: DatasetConfig, render: RenderConfig | None = None, 
     names = list(config.pretrain.tasks)
     make = config.name
     if config.repo_id:  # makes this set alone, and draws its images as those of the hub are
-        make += f" -- dataset.repo_id={config.repo_id}" + (" render.fidelity=full" if cameras(config.env.type) else "")
+        make = _base_of(config) + (" render.fidelity=full" if cameras(config.env.type) else "")
     for name in names:
         check_task(config.env.type, name)
-    data = open_data(config.pretrain, config.env.type, names, stream=make, key="dataset.pretrain", fetch=fetch)
+    data = open_data(config.pretrain, config.env.type, names, stream=make, key="dataset.pretrain", depth=depth)
     _check_drawing(config.env.type, data, render)
     return data
 
