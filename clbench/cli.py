@@ -409,16 +409,26 @@ def _data(args: argparse.Namespace, overrides: list[str]) -> int:
 
 def _check_data(args: argparse.Namespace, overrides: list[str]) -> int:
     from clbench.config.compose import compose
+    from clbench.data.source import NoData
     from clbench.streams.stream import check_images, pretraining_data, stream_data
 
     config, _ = compose(
         model="dit_dec_tiny", algorithms=["seqfft"], dataset=args.name, registered=["seqfft"], overrides=overrides
     )
-    check_images(config.dataset, config.render)
+    d, render = config.dataset, config.render
+    base, not_yet = d.pretrain is not None, ""
+    if base:
+        try:
+            pretraining_data(d, render, "meta")
+        except NoData as e:  # they need not be there for the stream's to be in order
+            base, not_yet = False, str(e)
+    check_images(d, render, base)
     depth: Depth = "size" if args.no_fetch else "all"
-    _print_data(f"stream {config.dataset.name}", stream_data(config.dataset, config.render, depth))
-    if config.dataset.pretrain is not None:
-        _print_data("base's tasks", pretraining_data(config.dataset, config.render, depth))
+    _print_data(f"stream {d.name}", stream_data(d, render, depth))
+    if base:
+        _print_data("base's tasks", pretraining_data(d, render, depth))
+    elif not_yet:
+        print(f"base's tasks, without which no training starts: {not_yet}")
     return 0
 
 

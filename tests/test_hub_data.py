@@ -720,6 +720,26 @@ def test_data_check(
     assert "base's tasks" in out and "not made by clbench" in out
 
 
+def test_data_check_where_the_bases_data_are_not_made_yet(
+    image_set: Path, tmp_path: Path, online: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The stream's set is checked all the same; a base's set that is there and wrong stays an error."""
+    absent = tmp_path / "absent"
+    name = stream_file(tmp_path, pretrain={"data": str(absent), "tasks": BASE_TASKS})
+    command = ["data", "check", name, "--no-fetch", "--", f"dataset.repo_id={REPO}"]
+    with served({REPO: image_set}) as (url, _):
+        online(url)
+        assert cli.main(command) == 0
+        shown = capsys.readouterr()
+        assert "to be fetched: 6 files" in shown.err and "not used: 3 tasks, 6 episodes" in shown.out
+        said = shown.out.splitlines()[-1]
+        assert f"without which no training starts: there is no data set in {absent}. Make it with" in said
+        assert f"clbench data make goals -- dataset.repo_id={REPO} render.fidelity=full" in said
+        (absent / "meta").mkdir(parents=True)
+        assert cli.main(command) == 2
+    assert f"{absent} is no whole data set" in capsys.readouterr().err
+
+
 def test_nothing_is_made_for_a_set_of_the_hub(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["data", "make", stream_file(tmp_path, repo_id=REPO)]) == 0
     assert f"{REPO} is a data set of the hub, nothing is made for it" in capsys.readouterr().err

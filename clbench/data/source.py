@@ -54,6 +54,10 @@ class DataSettings(Protocol):
     rename: dict[str, str]
 
 
+class NoData(UserError):
+    """There is nothing where a data set is to be; it has not been made yet."""
+
+
 @dataclass(frozen=True)
 class TaskData:
     """One task's demonstrations in a data set.
@@ -119,7 +123,8 @@ def open_data(
             be, and return without a fingerprint. meta: read, and fetch, nothing but what the set says of itself.
 
     Raises:
-        UserError: there is no data set, it is damaged, not whole, too old, or of another kind than the simulator; its
+        NoData: there is no data set.
+        UserError: it is damaged, not whole, too old, or of another kind than the simulator; its
             tasks are not the stream's; the hub cannot be reached.
     """
     if settings.repo_id:
@@ -132,7 +137,7 @@ def open_data(
     if not has_set(root):
         if (root / "meta").is_dir():
             raise UserError(f"{root} is no whole data set: it has no {INFO}. {_remedy(root)}")
-        raise UserError(f"there is no data set in {root}. {_two_ways(env_type, stream, key)}")
+        raise NoData(f"there is no data set in {root}. {_two_ways(env_type, stream, key)}")
     found = read_set(root, _remedy(root))
     features = _features(found, settings.rename, env_type, key)
     return _foreign(found, features, env_type, names, {"kind": "lerobot"}, lambda _: depth != "meta", _remedy(root))
