@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from clbench import __version__
 from clbench.errors import RESUME_EXIT, Interrupted, UserError, nearest
 
 if TYPE_CHECKING:
-    from clbench.config.schema import Config
+    from clbench.config.schema import Config, DatasetConfig, PretrainDataConfig
     from clbench.data.source import DataSource, Depth
     from clbench.stopping import Stop
 
@@ -478,11 +478,20 @@ def _stream_on_states(name: str) -> str:
     return name
 
 
+def _without(stream: DatasetConfig, part: DatasetConfig | PretrainDataConfig, tasks: Collection[str]) -> str:
+    """The override with which a training does without some tasks of the stream, or of its base."""
+    from clbench.streams.stream import visit_order
+
+    if part is not stream:
+        return f"dataset.pretrain.tasks=[{','.join(t for t in part.tasks if t not in tasks)}]"
+    visits = [str(stream.tasks.index(t)) for t in visit_order(stream) if t not in tasks]
+    return f"dataset.task_order=[{','.join(visits)}]"
+
+
 def _make_data(args: argparse.Namespace, overrides: list[str]) -> int:
     from clbench.config.compose import compose
-    from clbench.data.make import make_dataset
+    from clbench.data.make import demonstrable, make_dataset
     from clbench.data.source import data_folder
-    from clbench.envs.base import without_demonstrations
     from clbench.streams.stream import drawing
 
     config, _ = compose(
@@ -493,20 +502,21 @@ def _make_data(args: argparse.Namespace, overrides: list[str]) -> int:
         overrides=overrides,
     )
     d = config.dataset
-    sets = [(d.repo_id, d.data, list(d.tasks), d.make)]
-    if d.pretrain is not None:
-        sets.append((d.pretrain.repo_id, d.pretrain.data, list(d.pretrain.tasks), d.pretrain.make))
-    for repo_id, data, wanted, make in sets:
-        if repo_id is not None:
-            print(f"{repo_id} is a data set of the hub, nothing is made for it: see `clbench data check {args.name}`.",
-                  file=sys.stderr)  # fmt: skip
+    parts: list[DatasetConfig | PretrainDataConfig] = [d] if d.pretrain is None else [d, d.pretrain]
+    sets = []
+    for part in parts:  # what is left out, and refused, shows before anything is made
+        if part.repo_id is not None:
+            print(f"{part.repo_id} is a data set of the hub, nothing is made for it: see `clbench data check "
+                  f"{args.name}`.", file=sys.stderr)  # fmt: skip
             continue
-        root = data_folder(data)
-        cannot = without_demonstrations(d.env.type)
-        tasks = [task for task in wanted if task not in cannot]
-        for task in wanted:
-            if task in cannot:
-                print(f"{root.name}: left out {task}: {cannot[task]}.", file=sys.stderr)
+        tasks, cannot = demonstrable(d.env.type, part.tasks)
+        root = data_folder(part.data)
+        for task, why in cannot.items():
+            print(f"{root.name}: no demonstrations can be made of {task}, which is left out: {why}.", file=sys.stderr)
+        if cannot:
+            print(f"{root.name}: to train on the rest give -- '{_without(d, part, cannot)}'", file=sys.stderr)
+        sets.append((root, tasks, part.make))
+    for root, tasks, make in sets:
         make_dataset(
             root, name=root.name, env_type=d.env.type, tasks=tasks, seed=make.seed,
             demos_per_task=make.demos_per_task if args.demos is None else args.demos,

@@ -17,10 +17,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from clbench.data.info import fingerprint, load_info
+from clbench.cli import main
+from clbench.config.compose import compose
+from clbench.config.schema import DatasetConfig
+from clbench.data.info import INFO_FILE, fingerprint, load_info
 from clbench.data.make import ROLES, episode_seed, make_dataset, run_episode
+from clbench.envs import metaworld
 from clbench.envs.base import EVAL_SEED_BASE, STATE_KEY, Observation, Step
 from clbench.errors import UserError
+from clbench.io import read_json, write_json
+from clbench.streams.stream import build_stream, pretraining_tasks
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = ["reach-v3", "handle-press-side-v3"]
@@ -48,6 +54,50 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copied(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "tiny"))
+
+
+def test_what_the_expert_cannot_do_is_left_out_and_trained_without(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`copied` is the set of the other tasks, and a copy passes for the base's, so that nothing has to be made."""
+    monkeypatch.setenv("CLBENCH_DATA_ROOT", str(tmp_path))
+    record = read_json(shutil.copytree(copied, tmp_path / "base") / INFO_FILE) | {"name": "base"}
+    others = ["window-close-v3", "faucet-close-v3"]
+    for task, name in zip(record["tasks"], others, strict=True):
+        task["name"] = name
+    write_json(tmp_path / "base" / INFO_FILE, record)
+    cannot = {"push-v3": "its arm is too short", "door-open-v3": "it has no key"}
+    monkeypatch.setattr(metaworld, "NO_DEMONSTRATIONS", cannot, raising=False)
+    how = {"demos_per_task": 2, "seed": 3, "ceiling_episodes": 2}
+    stream = {"name": "mine", "data": "tiny", "env": {"type": "metaworld", "max_steps": 200}, "make": how,
+              "tasks": ["push-v3", *TASKS], "pretrain": {"data": "base", "tasks": [*others, "door-open-v3"],
+              "make": how}}  # fmt: skip
+    file = tmp_path / "mine.yaml"
+    file.write_text(json.dumps({"dataset": stream}))
+    assert main(["data", "make", str(file)]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert "tiny: no demonstrations can be made of push-v3, which is left out: its arm is too short." in lines
+    assert "base: no demonstrations can be made of door-open-v3, which is left out: it has no key." in lines
+    said = [line.partition(" -- ")[2].strip("'") for line in lines if "to train on the rest give -- " in line]
+    assert len(said) == 2 and [k for k, line in enumerate(lines) if "nothing to do" in line] == [4, 5]
+
+    def composed(overrides: list[str]) -> DatasetConfig:
+        names = ["seqfft"]
+        return compose(
+            model="dit_dec_tiny", algorithms=names, dataset=str(file), registered=names, overrides=overrides
+        )[0].dataset
+
+    with pytest.raises(UserError, match="no task 'push-v3'"):
+        build_stream(composed([]))
+    assert [v.task for v in build_stream(composed(said)).visits] == TASKS
+    assert [t.name for t in pretraining_tasks(composed(said))[0]] == others
+
+    alone = ["dataset.tasks=[push-v3,door-open-v3]", "dataset.pretrain.tasks=[window-close-v3]"]
+    assert main(["data", "make", str(file), "--", *alone]) == 2
+    assert (
+        "no demonstrations can be made of push-v3: its arm is too short; door-open-v3: it has no key. Leave them out."
+        in capsys.readouterr().err
+    )
 
 
 def columns(root: Path) -> dict[str, np.ndarray]:

@@ -28,7 +28,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
@@ -111,6 +111,24 @@ class Collected:
     episodes: list[Recorded]
     attempts: int
     ceiling_successes: int
+
+
+def demonstrable(env_type: str, tasks: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Return those of `tasks` of which demonstrations can be made, in order, and why not of the others.
+
+    Raises:
+        UserError: there are only others.
+    """
+    known = without_demonstrations(env_type)
+    cannot = {task: known[task] for task in tasks if task in known}
+    if cannot and len(cannot) == len(set(tasks)):
+        raise UserError(_impossible(cannot))
+    return [task for task in tasks if task not in cannot], cannot
+
+
+def _impossible(cannot: Mapping[str, str]) -> str:
+    listed = "; ".join(f"{task}: {why}" for task, why in cannot.items())
+    return f"no demonstrations can be made of {listed}. Leave {'it' if len(cannot) == 1 else 'them'} out."
 
 
 def episode_seed(seed: int, env_type: str, task: str, role: str, attempt: int) -> int:
@@ -304,9 +322,9 @@ def _check(jobs: list[Job], workers: int, longest: int) -> None:
         raise UserError(f"tasks named more than once: {', '.join(repeated)}.")
     for job in jobs:
         check_task(job.env_type, job.task)
-        reason = without_demonstrations(job.env_type).get(job.task)
-        if reason is not None:
-            raise UserError(f"no demonstrations can be made of {job.task}: {reason}. Leave it out.")
+    cannot = demonstrable(jobs[0].env_type, names)[1]
+    if cannot:
+        raise UserError(_impossible(cannot))
     said: dict[str, str] = {}
     for job in jobs:
         first = said.setdefault(instruction({"type": job.env_type, "task": job.task}), job.task)
