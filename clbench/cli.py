@@ -116,7 +116,14 @@ def _axes(p: argparse.ArgumentParser, algo: bool = True) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. 0: done; 2: the user can mend it (one message); 75: stopped in good order; 130: interrupted."""
+    from clbench.env_file import load_env_file
+
     argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        load_env_file()  # before the imports that read variables
+    except UserError as e:
+        print(f"clbench: {e}", file=sys.stderr)
+        return 2
     overrides: list[str] = []
     if "--" in argv:
         at = argv.index("--")

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from clbench.config.compose import available, compose
 from clbench.data.lerobot_set import has_set
 from clbench.data.source import data_folder
+from clbench.env_file import env_file, read_env_file
 from clbench.envs import libero_assets
 from clbench.envs.base import other_python, simulator_versions
 from clbench.envs.rendering import LIBRARIES, backend_name, libraries
@@ -116,6 +117,19 @@ def simulators() -> Iterator[Finding]:
         yield Finding("note", "LIBERO's assets", str(e))
 
 
+def settings() -> Iterator[Finding]:
+    """What .env sets, by name alone: a value may be a secret."""
+    file = env_file()
+    if file is None:
+        yield Finding("ok", "no .env (.env.example lists what may stand there)")
+        return
+    found = read_env_file(file)
+    lost = [k for k, v in found.items() if os.environ.get(k, v) != v]
+    yield Finding("ok", f"{file} sets {', '.join(k for k in found if k not in lost) or 'nothing'}")
+    if lost:
+        yield Finding("note", f"{file} has other values of {', '.join(lost)}", "the environment's are used")
+
+
 def folders() -> Iterator[Finding]:
     """Data, results, caches: are they there, writable, and what do they hold?"""
     for label, variable, root in (
@@ -128,7 +142,7 @@ def folders() -> Iterator[Finding]:
         if os.access(nearest, os.W_OK):
             yield Finding("ok", f"{label}: {root} ({free:.0f} GB free)")
         else:
-            yield Finding("missing", f"{label}: {root} is not writable", f"set {variable} in .env")
+            yield Finding("missing", f"{label}: {root} is not writable", f"set {variable}, in .env or outside")
     for name in available("datasets"):
         yield _stream(name)
     bases = list((cache_root() / "bases").glob("*/base.json"))
@@ -159,6 +173,7 @@ SECTIONS: dict[str, Callable[[], Iterator[Finding]]] = {
     "devices": devices,
     "renderers": renderers,
     "simulators": simulators,
+    "settings": settings,
     "folders and data": folders,
 }
 

@@ -28,10 +28,23 @@ _clb_say() { printf 'clbench: %s\n' "$*" >&2; }
 # --------------------------------------------------------------------------------------------- the .env file
 
 # Sets KEY=VALUE lines of a file. Nothing in it is evaluated; variables that are set already, and empty values, are
-# left alone. A value may stand in single or double quotes; unquoted, it ends before " #".
+# left alone. A value may stand in single or double quotes; unquoted, it ends before " #". The clbench command reads
+# it likewise (clbench/env_file.py): a rule that changes here changes there.
 _clb_load_env() {
-    local file=$1 line key value
-    [[ -f $file && -r $file ]] || return 0
+    local _clb_key _clb_value # names that no file has
+    [[ -f $1 && -r $1 ]] || return 0
+    while IFS= read -r -d '' _clb_key && IFS= read -r -d '' _clb_value; do
+        [[ -n $_clb_value && -z ${!_clb_key+set} ]] || continue
+        export "$_clb_key=$_clb_value"
+    done < <(
+        LC_ALL=C # bytes: a file need not be of the user's locale
+        _clb_read_env "$1"
+    )
+}
+
+# Prints keys and values, a NUL behind each.
+_clb_read_env() {
+    local line key value
     while IFS= read -r line || [[ -n $line ]]; do
         line=${line%$'\r'}
         [[ $line =~ ^[[:space:]]*(export[[:space:]]+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)$ ]] || continue
@@ -45,9 +58,8 @@ _clb_load_env() {
         fi
         # shellcheck disable=SC2088  # a literal ~/ is what is looked for
         [[ $value == "~/"* ]] && value=${HOME:-}/${value:2}
-        [[ -n $value && -z ${!key+set} ]] || continue
-        export "$key=$value"
-    done <"$file"
+        printf '%s\0%s\0' "$key" "$value"
+    done <"$1"
 }
 
 # ----------------------------------------------------------------------------------------- using what exists
@@ -362,8 +374,12 @@ _clb_install() {
 # ------------------------------------------------------------------------------------------------- the whole
 
 clbench_bootstrap() {
+    if [[ -n ${CLBENCH_ENV_FILE:-} && ! (-f $CLBENCH_ENV_FILE && -r $CLBENCH_ENV_FILE) ]]; then
+        _clb_say "CLBENCH_ENV_FILE=$CLBENCH_ENV_FILE is no file that can be read. Unset it for the project's .env."
+        return 2
+    fi
+    _clb_load_env "${CLBENCH_ENV_FILE-$CLBENCH_ROOT/.env}" # before the names below hide any of its
     local venv python bin
-    _clb_load_env "$CLBENCH_ROOT/.env"
     venv=${CLBENCH_VENV:-.venv}
     [[ $venv == /* ]] || venv=$CLBENCH_ROOT/$venv
     venv=$(readlink -m "$venv")

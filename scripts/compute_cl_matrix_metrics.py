@@ -30,6 +30,14 @@ def main() -> int:
         )
         return 2
     sys.path.insert(0, ROOT)
+    from clbench.env_file import load_env_file
+    from clbench.errors import UserError
+
+    try:
+        load_env_file()  # runs may be elsewhere: CLBENCH_RESULTS_ROOT
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
     from clbench.metrics.cli import main as metrics_main
 
     return metrics_main(sys.argv[1:])

@@ -11,6 +11,7 @@ for _name, _value in {
     "WANDB_MODE": "disabled",
     "TOKENIZERS_PARALLELISM": "false",
     "MPLBACKEND": "Agg",
+    "CLBENCH_ENV_FILE": "",  # no test, and no command that one starts, reads a developer's .env
 }.items():
     os.environ[_name] = _value
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -362,6 +362,18 @@ def test_env_file_may_place_the_environment(project: Project, tmp_path: Path) ->
     assert project.run().stdout.strip() == str(tmp_path.resolve() / "other/bin/python")
 
 
+def test_another_env_file_can_be_named(project: Project, tmp_path: Path) -> None:
+    fake_python(project.bin / "python3.12", 12)
+    (project.root / ".env").write_text("WHERE=project\n")
+    (tmp_path / "mine").write_text("WHERE=mine\npython=not clbench's\nvenv=neither\n")
+    show = 'source "$1"; clbench_bootstrap; echo "${WHERE-nowhere} ${python-} ${venv-}"'
+    assert project.run(show).stdout == "project  \n"
+    assert project.run(show, CLBENCH_ENV_FILE=str(tmp_path / "mine")).stdout == "mine not clbench's neither\n"
+    assert project.run(show, CLBENCH_ENV_FILE="").stdout == "nowhere  \n"
+    absent = project.run(CLBENCH_ENV_FILE=str(tmp_path / "absent"))
+    assert absent.returncode == 2 and f"CLBENCH_ENV_FILE={tmp_path}/absent is no file" in absent.stderr
+
+
 def test_env_example_only_names_variables_in_comments() -> None:
     """Copied as it is, it sets nothing."""
     for line in (ROOT / ".env.example").read_text().splitlines():

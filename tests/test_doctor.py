@@ -21,6 +21,20 @@ def test_names_every_stream_and_how_to_make_its_data(
     assert "nothing essential is missing" in out
 
 
+def test_says_what_the_env_file_sets_but_no_values(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert "no .env" in next(doctor.settings()).what
+    file = tmp_path / "mine.env"
+    file.write_text("HF_TOKEN=hf_secret\nCLBENCH_MODEL_ROOT=/here\nEMPTY=\n")
+    monkeypatch.setenv("CLBENCH_ENV_FILE", str(file))
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("CLBENCH_MODEL_ROOT", "/there")
+    used, lost = doctor.settings()
+    assert used.what == f"{file} sets HF_TOKEN"
+    assert "CLBENCH_MODEL_ROOT" in lost.what and "the environment's are used" in lost.remedy
+
+
 def test_what_is_essential_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def version(name: str) -> str:
         if name in ("lerobot", "deepspeed"):
