@@ -1,6 +1,7 @@
 """scripts/bootstrap.sh, with Python, uv and pip played by small shell scripts: nothing real is installed."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -372,6 +373,18 @@ def test_another_env_file_can_be_named(project: Project, tmp_path: Path) -> None
     assert project.run(show, CLBENCH_ENV_FILE="").stdout == "nowhere  \n"
     absent = project.run(CLBENCH_ENV_FILE=str(tmp_path / "absent"))
     assert absent.returncode == 2 and f"CLBENCH_ENV_FILE={tmp_path}/absent is no file" in absent.stderr
+
+
+def test_env_example_names_every_variable_that_users_may_set() -> None:
+    named = set(re.findall(r"^# ([A-Z_]+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
+    read = set()
+    for path in (*(ROOT / "clbench").rglob("*.py"), *(ROOT / "scripts").glob("*.sh")):
+        read |= set(re.findall(r"""(?:environ\S*?["']|getenv\(["']|\$\{)([A-Z_]+)""", path.read_text()))
+    ours = {name for name in read if name.startswith(("CLBENCH_", "LIBERO_", "HF_", "WANDB_", "MUJOCO_"))}
+    within = {"CLBENCH_ROOT", "CLBENCH_PYTHON", "LIBERO_CONFIG_PATH"}  # set by clbench itself, for its own processes
+    in_the_environment = {"CLBENCH_ENV_FILE"}  # in the file it would come too late; the first lines tell of it
+    assert ours >= {"CLBENCH_DEBUG", "HF_LEROBOT_HOME", "MUJOCO_GL"}
+    assert ours - within - in_the_environment <= named
 
 
 def test_env_example_only_names_variables_in_comments() -> None:
