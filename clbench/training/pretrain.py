@@ -75,8 +75,8 @@ def base_folder(config: Config, data: DataSource) -> Path:
     digest = hashlib.sha256(key.encode()).hexdigest()[:12]
     assert config.dataset.pretrain is not None
     section = config.dataset.pretrain
-    data = Path(section.repo_id or section.data).name
-    return cache_root() / "bases" / f"{config.policy.get('type')}-{data}-{digest}"
+    name = Path(section.repo_id or section.data).name
+    return cache_root() / "bases" / f"{config.policy.get('type')}-{name}-{digest}"
 
 
 def ensure_base(config: Config, backend: Backend, stop: Stop, progress: str = "auto") -> tuple[Path, dict[str, Any]]:
