@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -280,6 +281,17 @@ def test_text_names_every_definition(run_folder: Path, capsys: pytest.CaptureFix
     assert "not comparable across papers" in out.replace("\n", " ") and "8 episodes a cell" in out
     columns = {line.index("definition") for line in out.splitlines() if line.startswith("metric")}
     assert len(columns) == 1 and "\nnbt_clare " in out and "\nfwt_gem " in out
+
+
+def test_no_forgetting_is_a_zero_without_a_sign(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = [0.8, 0.6, 0.5, 0.3]
+    success = [[rate if j <= k else 0.0 for j, rate in enumerate(kept)] for k in range(4)]
+    path = write(tmp_path / "matrix.json", json.dumps({"tasks": list("abcd"), "success": success}))
+    assert compute_metrics(load_record(path))["nbt_clare"]["value"] == 0
+    assert main([str(path)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^nbt_final +0\.000 ", out, re.MULTILINE)
+    assert "-0.000" not in out
 
 
 def test_user_mistakes_are_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -95,8 +95,8 @@ def format_text(record: Record, metrics: dict[str, dict[str, Any]], title: str) 
         if m["value"] is None:
             rows.append((name, "-", "-", better, f"missing: {m['missing']} | {about}"))
         else:
-            interval = "-" if m["low"] is None else f"[{m['low']:.3f}, {m['high']:.3f}]"
-            rows.append((name, f"{m['value']:.3f}", interval, better, about))
+            interval = "-" if m["low"] is None else f"[{m['low']:z.3f}, {m['high']:z.3f}]"
+            rows.append((name, f"{m['value']:z.3f}", interval, better, about))
     widths = [max(len(r[i]) for r in rows) for i in range(4)]
     lines += ["  ".join([*(c.ljust(w) for c, w in zip(r, widths, strict=False)), r[4]]).rstrip() for r in rows]
     played = [f"episodes were played in {record.played_with}"] if record.played_with else []

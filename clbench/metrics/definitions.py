@@ -101,7 +101,8 @@ def nbt_clare(success: FloatArray) -> Any:
     """1/(N−1) Σ_{n<N−1} mean_{m>n} (R[n, n] − R[m, n]): loss since learning. CLARE, 2601.09512."""
     n = _tasks(success, at_least=2)
     _need(success, _lower(n))
-    return np.mean([success[..., j, j] - success[..., j + 1 :, j].mean(axis=-1) for j in range(n - 1)], axis=0)
+    lost = [success[..., j, j, None] - success[..., j + 1 :, j] for j in range(n - 1)]
+    return np.mean([of_task.mean(axis=-1) for of_task in lost], axis=0)  # exactly 0 where nothing is lost
 
 
 def nbt_libero(success: FloatArray) -> Any:

@@ -73,11 +73,11 @@ def metric_text(m: dict[str, Any]) -> str:
     """mean ± s.e., or value [low, high], or –; (n) after a mean that lacks some seeds."""
     if m["value"] is None:
         return NONE
-    text = f"{m['value']:.3f}"
+    text = f"{m['value']:z.3f}"
     if m.get("se") is not None:
         text += f" ± {m['se']:.3f}"
     elif m.get("low") is not None:
-        text += f" [{m['low']:.2f}, {m['high']:.2f}]"
+        text += f" [{m['low']:z.2f}, {m['high']:z.2f}]"
     return text + (f" (n={m['n']})" if m.get("missing_in") else "")
 
 
