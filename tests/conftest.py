@@ -1,6 +1,7 @@
 """What every test gets: no network, no trackers, one thread, and folders for data, runs and bases."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,8 @@ for _name, _value in {
 }.items():
     os.environ[_name] = _value
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # under nohup, as a script's background job: children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 LIBERO_PYTHON = os.environ.pop("LIBERO_PYTHON", None)  # for the tests that are about it; others look into simulators
 
 import pytest  # noqa: E402

@@ -301,10 +301,7 @@ def test_an_interrupted_make_leaves_nothing_taken_for_whole(how: signal.Signals,
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, str(script), str(root)], env=environment, stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # under nohup it would be ignored
-    )  # fmt: skip
+    process = subprocess.Popen([sys.executable, str(script), str(root)], env=environment, stderr=subprocess.PIPE)
     children: list[int] = []
     deadline = time.monotonic() + 60
     while len(children) < 3:  # two workers and multiprocessing's resource tracker

@@ -78,7 +78,6 @@ def start(run: Path, out: Path, *overrides: str, faults: dict[str, str] | None =
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
@@ -317,6 +316,18 @@ def test_the_second_signal_ends_at_once() -> None:
     process.terminate()
     assert process.wait(5) == -signal.SIGTERM
     process.stdout.close()
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    """nohup, and a script's background job: Ctrl-C is for what runs in the foreground."""
+    code = (
+        "import signal; from clbench.stopping import stoppable\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "with stoppable() as stop:\n    signal.raise_signal(signal.SIGINT)\n    assert not stop.reason\n"
+        "    signal.raise_signal(signal.SIGTERM)\n    assert stop.reason == 'SIGTERM'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_full_disk(run: Path, tmp_path: Path) -> None:

@@ -301,7 +301,10 @@ def test_a_signal_saves_and_asks_to_be_resumed(toy_data: Path, tmp_path: Path, n
         while not (log.is_file() and b'"step"' in log.read_bytes()) and time.monotonic() < deadline:
             time.sleep(0.1)
         process.send_signal(number)
-        said = process.communicate(timeout=120)[1]
+        try:
+            said = process.communicate(timeout=120)[1]
+        finally:
+            process.kill()  # leaving the block waits for it
     assert process.returncode == RESUME_EXIT, said
     last = said.strip().splitlines()[-1]
     assert f"stopped by {number.name} in task 1, phase train, after step" in last
