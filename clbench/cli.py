@@ -6,7 +6,8 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -485,21 +486,11 @@ def _stream_on_states(name: str) -> str:
     return name
 
 
-def _without(stream: DatasetConfig, part: DatasetConfig | PretrainDataConfig, tasks: Collection[str]) -> str:
-    """The override with which a training does without some tasks of the stream, or of its base."""
-    from clbench.streams.stream import visit_order
-
-    if part is not stream:
-        return f"dataset.pretrain.tasks=[{','.join(t for t in part.tasks if t not in tasks)}]"
-    visits = [str(stream.tasks.index(t)) for t in visit_order(stream) if t not in tasks]
-    return f"dataset.task_order=[{','.join(visits)}]"
-
-
 def _make_data(args: argparse.Namespace, overrides: list[str]) -> int:
     from clbench.config.compose import compose
     from clbench.data.make import demonstrable, make_dataset
     from clbench.data.source import data_folder
-    from clbench.streams.stream import drawing
+    from clbench.streams.stream import drawing, without
 
     config, _ = compose(
         model="dit_dec_tiny",
@@ -510,7 +501,7 @@ def _make_data(args: argparse.Namespace, overrides: list[str]) -> int:
     )
     d = config.dataset
     parts: list[DatasetConfig | PretrainDataConfig] = [d] if d.pretrain is None else [d, d.pretrain]
-    sets = []
+    sets: list[partial[Path]] = []
     for part in parts:  # what is left out, and refused, shows before anything is made
         if part.repo_id is not None:
             print(f"{part.repo_id} is a data set of the hub, nothing is made for it: see `clbench data check "
@@ -521,16 +512,25 @@ def _make_data(args: argparse.Namespace, overrides: list[str]) -> int:
         for task, why in cannot.items():
             print(f"{root.name}: no demonstrations can be made of {task}, which is left out: {why}.", file=sys.stderr)
         if cannot:
-            print(f"{root.name}: to train on the rest give -- '{_without(d, part, cannot)}'", file=sys.stderr)
-        sets.append((root, tasks, part.make))
-    for root, tasks, make in sets:
-        make_dataset(
-            root, name=root.name, env_type=d.env.type, tasks=tasks, seed=make.seed,
+            print(f"{root.name}: to train on the rest give -- '{without(d, part, cannot)}'", file=sys.stderr)
+        make = part.make
+        making = partial(
+            make_dataset, root, name=root.name, env_type=d.env.type, tasks=tasks, seed=make.seed,
             demos_per_task=make.demos_per_task if args.demos is None else args.demos,
             action_noise=make.action_noise, tail_steps=make.tail_steps, max_steps=make.max_steps,
             ceiling_episodes=make.ceiling_episodes, workers=args.workers, force=args.force,
             progress=config.log.progress != "quiet", render=drawing(d.env.type, config.render),
         )  # fmt: skip
+        try:
+            making(only_check=True)
+        except UserError as e:
+            if part is d:
+                raise
+            raise UserError(f"{e} It is for the base, which streams may share: dataset.pretrain.data=NAME, given to "
+                            "training as well, takes another set for this one.") from e  # fmt: skip
+        sets.append(making)
+    for making in sets:
+        making()
     return 0
 
 

@@ -99,6 +99,13 @@ def test_what_the_expert_cannot_do_is_left_out_and_trained_without(
         in capsys.readouterr().err
     )
 
+    noisier = ["dataset.data=third", "dataset.tasks=[push-v3,reach-v3]", "dataset.pretrain.make.action_noise=0.3"]
+    assert main(["data", "make", str(file), "--", *noisier]) == 2
+    refused = capsys.readouterr().err.splitlines()[-1]
+    assert "base already holds a data set with other parameters: action_noise is " in refused
+    assert "dataset.pretrain.data=NAME" in refused
+    assert not (tmp_path / "third").exists(), "nothing is made before all can be"
+
 
 def columns(root: Path) -> dict[str, np.ndarray]:
     table = pq.read_table(next(root.glob("data/*/*.parquet")))

@@ -155,6 +155,23 @@ def test_everything_wrong_with_a_match_is_in_one_message() -> None:
     assert "The data has 4 tasks" in message
 
 
+def test_a_stream_goes_without_tasks_that_a_set_has_not(image_set: Path) -> None:
+    """What the message says is what to say: for the stream, and for the base."""
+    rack = "put_the_wine_bottle_on_the_rack"
+    config = goals(image_set, tasks=[BOWL, rack, DRAWER, STOVE], task_order=[STOVE, rack, BOWL])
+    with pytest.raises(UserError, match=rf"2 of 3 match; not: {rack}.* -- 'dataset\.task_order=\[3,0\]'$"):
+        build_stream(config)
+    config.task_order = [3, 0]
+    assert [v.task for v in build_stream(config).visits] == [STOVE, BOWL]
+
+    config.pretrain = PretrainDataConfig(data=str(image_set), tasks=[rack, DRAWER])
+    with pytest.raises(UserError, match=rf" -- 'dataset\.pretrain\.tasks=\[{DRAWER}\]'$"):
+        pretraining_tasks(config)
+    config.pretrain.tasks = [rack]
+    with pytest.raises(UserError, match=r"or leave those tasks out\.$"):
+        pretraining_tasks(config)
+
+
 def test_an_instruction_of_several_scenes_is_refused() -> None:
     scenes = ["KITCHEN_SCENE1_open_the_top_drawer_of_the_cabinet", "KITCHEN_SCENE2_open_the_top_drawer_of_the_cabinet"]
     with pytest.raises(UserError, match="also what KITCHEN_SCENE2_open_the_top_drawer_of_the_cabinet is called"):

@@ -246,6 +246,7 @@ def make_dataset(
     progress: bool = True,
     force: bool = False,
     render: Mapping[str, Any] | None = None,
+    only_check: bool = False,
 ) -> Path:
     """Make the data set `name` in folder `root`, as one LeRobotDataset v3, and return `root`.
 
@@ -263,6 +264,7 @@ def make_dataset(
         progress: report on stderr, a bar on a terminal and else a line per task.
         force: replace an existing set that differs, or is damaged.
         render: for a simulator with cameras, how they draw: {"fidelity": fast | full, "size": pixels}.
+        only_check: raise what forbids making it, and make nothing.
 
     An existing set with the same parameters is left as it is. Raises UserError for a bad parameter, an
     existing set with other parameters, a folder that is not clbench's to replace, and a task that its expert
@@ -292,6 +294,9 @@ def make_dataset(
         "tasks": list(tasks),
         **({"render": drawn} if drawn else {}),
     }
+    if only_check:
+        _is_made(root, wanted, force)
+        return root
     with _working_folder(root) as folder:
         if _is_made(root, wanted, force):
             _say(progress, f"{root} already holds '{name}' with these parameters; nothing to do.")

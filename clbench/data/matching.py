@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from clbench.envs.base import available_tasks, instruction, suite_of
 from clbench.errors import UserError
@@ -15,6 +15,14 @@ SHOWN = 8  # problems named in one message
 def plain(text: str) -> str:
     """An instruction for comparing: lower case, single spaces, no full stop at the end. Nothing else is changed."""
     return " ".join(text.casefold().split()).rstrip(".").rstrip()
+
+
+class Unmatched(UserError):
+    """The data has not all the tasks that are looked for; `tasks` are those it has not."""
+
+    def __init__(self, message: str, tasks: Iterable[str]) -> None:
+        super().__init__(message)
+        self.tasks = frozenset(tasks)
 
 
 def match_tasks(
@@ -32,7 +40,7 @@ def match_tasks(
         counts: task index → its number of episodes.
 
     Raises:
-        UserError: an instruction is not in the data, or twice, or has no episodes, or belongs to several of the
+        Unmatched: an instruction is not in the data, or twice, or has no episodes, or belongs to several of the
             simulator's tasks that the data may hold; all that is wrong in one message.
     """
     there: dict[str, list[int]] = defaultdict(list)
@@ -70,9 +78,10 @@ def match_tasks(
     if problems:
         more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         has = "; ".join(f'"{t}"' for t in list(texts.values())[:SHOWN]) + ("; …" if len(texts) > SHOWN else "")
-        raise UserError(
+        raise Unmatched(
             f"the data's tasks and the stream's cannot be matched one to one by their instructions. {len(found)} "
             f"of {len(tasks)} match; not: {'; '.join(problems[:SHOWN])}{more}. The data has {len(texts)} tasks: {has}. "
-            "Take a data set of this suite, or leave those tasks out (dataset.tasks, dataset.task_order)."
+            "Take a data set of this suite, or leave those tasks out.",
+            [name for name in tasks if name not in found],
         )
     return found

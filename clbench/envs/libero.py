@@ -348,7 +348,7 @@ def load_initial_states(task: str) -> np.ndarray:
     """
     path = package() / "init_files" / suite_of(task) / f"{task}.pruned_init"
     if not path.is_file():
-        raise UserError(f"{path} is missing: install LIBERO again (pip install 'clbench[libero]').")
+        raise UserError(f"{path} is missing: install hf-libero again.")
     with zipfile.ZipFile(path) as file:
         (name,) = (n for n in file.namelist() if n.endswith("/data.pkl"))
         with file.open(name) as data:
@@ -356,7 +356,7 @@ def load_initial_states(task: str) -> np.ndarray:
 
 
 class _OneArray(pickle.Unpickler):
-    """Unpickles an array of numbers, which any version of NumPy wrote, and nothing else."""
+    """Unpickles an array of numbers as NumPy 1 wrote it, which LIBERO's files are, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         """Return what an array's pickle may name."""

@@ -40,7 +40,7 @@ from clbench.io import read_json, write_json, write_text
 from clbench.paths import cache_root
 
 COMMAND = "clbench data assets libero --from FILE|FOLDER|hub"
-INSTALL = "Install it with: pip install 'clbench[libero]', or set LIBERO_PYTHON to an interpreter that has hf-libero."
+INSTALL = "Install it with scripts/bootstrap.sh, or set LIBERO_PYTHON to an interpreter that has hf-libero."
 HUB_REPOSITORY = "lerobot/libero-assets"  # hf-libero's own source
 EXPECTED_FILE = Path(__file__).with_name("libero_assets.json")
 RECORD = "assets.json"

@@ -21,7 +21,7 @@ import numpy as np
 from clbench.envs.base import STATE_KEY, Expert, Observation, Step, check_task
 from clbench.errors import UserError
 
-INSTALL = "Install it with: pip install 'clbench[metaworld]'"
+INSTALL = "Install it with scripts/bootstrap.sh, or pip install -e '.[metaworld]' in the checkout."
 FPS = 80  # control steps per simulated second
 ROBOT_TYPE = "sawyer"
 STATE_DIM = 39

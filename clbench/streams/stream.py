@@ -8,12 +8,13 @@ with the data of all tasks) and `independent` (every visit starts from the base 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from clbench.config.schema import DatasetConfig, RenderConfig
+from clbench.config.schema import DatasetConfig, PretrainDataConfig, RenderConfig
+from clbench.data.matching import Unmatched
 from clbench.data.source import DataSource, Depth, open_data
 from clbench.envs.base import cameras, check_task, published_order
 from clbench.envs.rendering import DEFAULT_FIDELITY, DEFAULT_SIZE
@@ -245,10 +246,30 @@ def _base_of(config: DatasetConfig) -> str:
     return f"{config.name} --" + (f" dataset.repo_id={config.repo_id}" if config.repo_id else "")
 
 
+def without(stream: DatasetConfig, part: DatasetConfig | PretrainDataConfig, tasks: Collection[str]) -> str:
+    """Return the override with which a training does without some tasks of the stream, or of its base (`part`)."""
+    if part is not stream:
+        return f"dataset.pretrain.tasks=[{','.join(t for t in part.tasks if t not in tasks)}]"
+    visits = [str(stream.tasks.index(t)) for t in visit_order(stream) if t not in tasks]
+    return f"dataset.task_order=[{','.join(visits)}]"
+
+
+def _open(
+    stream: DatasetConfig, part: DatasetConfig | PretrainDataConfig, names: list[str], make: str, key: str, depth: Depth
+) -> DataSource:
+    """`open_data`, which says how to go without the tasks that the data has not."""
+    try:
+        return open_data(part, stream.env.type, names, stream=make, key=key, depth=depth)
+    except Unmatched as e:
+        if set(names) <= e.tasks:
+            raise
+        raise UserError(f"{e} To go without them: -- '{without(stream, part, e.tasks)}'") from e
+
+
 def stream_data(config: DatasetConfig, render: RenderConfig | None = None, depth: Depth = "all") -> DataSource:
     """The stream's data set, with the tasks that it visits. `depth`: see `open_data`."""
     names = list(dict.fromkeys(checked_order(config)))
-    data = open_data(config, config.env.type, names, stream=config.name, depth=depth)
+    data = _open(config, config, names, config.name, "dataset", depth)
     _check_drawing(config.env.type, data, render)
     return data
 
@@ -265,7 +286,7 @@ def pretraining_data(config: DatasetConfig, render: RenderConfig | None = None, 
         make = _base_of(config) + (" render.fidelity=full" if cameras(config.env.type) else "")
     for name in names:
         check_task(config.env.type, name)
-    data = open_data(config.pretrain, config.env.type, names, stream=make, key="dataset.pretrain", depth=depth)
+    data = _open(config, config.pretrain, names, make, "dataset.pretrain", depth)
     _check_drawing(config.env.type, data, render)
     return data
 
