@@ -24,6 +24,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from common import (
@@ -61,10 +62,12 @@ def work(name: str, args: argparse.Namespace, folder: str, pipe: Any) -> None:
     torch.set_num_threads(1)
     from clbench.algorithms.build import build_algorithm
     from clbench.algorithms.hooks import Phase
+    from clbench.checkpoints.training_state import Position, StateKeeper
     from clbench.config.compose import compose
+    from clbench.stopping import Stop
     from clbench.streams.stream import build_stream
     from clbench.training.backend import Backend
-    from clbench.training.loop import PhaseRunner
+    from clbench.training.loop import PhaseRunner, Resumed
     from clbench.training.pretrain import ensure_base
     from clbench.training.trainer import Trainer
 
@@ -73,13 +76,13 @@ def work(name: str, args: argparse.Namespace, folder: str, pipe: Any) -> None:
     class Paced(PhaseRunner):
         """Cuts phases short; at the measured tasks it runs `steps` steps per turn and reports their time."""
 
-        def run(self, phase: Phase) -> None:
+        def run(self, phase: Phase, resumed: Resumed | None = None) -> None:
             self.paced = phase.policy_training and phase.name != "retrain" and self.ctx.k in (1, last)
             self.done, self.began = -args.warm_up, 0.0
             cores = os.sched_getaffinity(0)
             if self.paced and args.device == "cpu":
                 os.sched_setaffinity(0, {max(cores)})
-            super().run(replace(phase, steps=measured_steps if self.paced else 2))
+            super().run(replace(phase, steps=measured_steps if self.paced else 2), resumed)
             if self.paced:
                 wait_for(args.device)
                 pipe.send(time.perf_counter() - self.began)
@@ -95,11 +98,10 @@ def work(name: str, args: argparse.Namespace, folder: str, pipe: Any) -> None:
             return super()._train_step(*a, **k)
 
     class PacedTrainer(Trainer):
-        def _load(self, start: int) -> None:
-            super()._load(start)
-            r = self.runner
-            self.runner = Paced(r.ctx, r.algorithm, r.backend, r.loss, r.log)
-            self.runner.progress_mode = "quiet"
+        def _load(self, source: Path | None, within: bool = False) -> dict[str, Any]:
+            counters = super()._load(source, within)
+            self.runner.__class__ = Paced
+            return counters
 
     config, _ = compose(
         model="dit_dec_tiny", algorithms=[name], dataset=args.dataset, registered=[name],
@@ -111,12 +113,12 @@ def work(name: str, args: argparse.Namespace, folder: str, pipe: Any) -> None:
     stream = build_stream(config.dataset, render=config.render)
     last = len(stream.visits) - 1
     backend = Backend(config.train)
-    base, _ = ensure_base(config, backend, "quiet")
-    from pathlib import Path
-
+    stop = Stop()
+    base, _ = ensure_base(config, backend, stop, "quiet")
     out = Path(folder) / name
     out.mkdir(parents=True)
-    PacedTrainer(config, algorithm, stream, out, name, backend, base).run()
+    keeper = StateKeeper(out, every_steps=None, every_minutes=None)
+    PacedTrainer(config, algorithm, stream, out, name, backend, base, keeper, stop).run(Position())
     pipe.send(backend.peak_memory_mb())
 
 

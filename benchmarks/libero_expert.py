@@ -18,15 +18,15 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import run
 
 from clbench.data.make import run_episode
-from clbench.envs.base import make_simulator
+from clbench.envs.base import check_this_python, make_simulator
 from clbench.envs.libero import versions
 from clbench.envs.libero_expert import LiberoExpert
 from clbench.envs.libero_tasks import MAX_STEPS, suite_tasks
@@ -105,7 +105,8 @@ def print_versions(found: dict[str, str]) -> None:
     print("Simulator: " + ", ".join(f"{name} {version[:12]}" for name, version in found.items()) + "\n", flush=True)
 
 
-def run(args: argparse.Namespace) -> None:
+def measure_all(args: argparse.Namespace) -> None:
+    check_this_python("libero_state")
     installed = versions() | {"numpy": importlib.metadata.version("numpy")}
     figures: dict[str, Any] = {"versions": installed, "tasks": {}}
     if args.json is not None and args.json.exists():
@@ -170,14 +171,11 @@ def compare(first: Path, second: Path) -> None:
 
 def main() -> None:
     args = arguments()
-    try:
-        if args.compare is not None:
-            compare(*args.compare)
-        else:
-            run(args)
-    except UserError as e:
-        sys.exit(f"error: {e}")
+    if args.compare is not None:
+        compare(*args.compare)
+    else:
+        measure_all(args)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -11,13 +11,13 @@ each task what differs most. Needs LIBERO and its assets.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import run
 
-from clbench.envs.base import EVAL_SEED_BASE, make_simulator
+from clbench.envs.base import EVAL_SEED_BASE, check_this_python, make_simulator
 from clbench.envs.libero import versions
 from clbench.envs.libero_tasks import suite_tasks
 from clbench.errors import UserError
@@ -56,6 +56,7 @@ def poses(task: str, states: int) -> dict[str, list[list[float]]]:
 
 
 def measure(path: Path, suites: list[str], tasks: list[int] | None, states: int) -> None:
+    check_this_python("libero_state")
     figures: dict[str, Any] = {"versions": versions(), "states": states, "tasks": {}}
     for suite in suites:
         names = suite_tasks(suite)
@@ -89,14 +90,11 @@ def compare(first: Path, second: Path) -> None:
 
 def main() -> None:
     args = arguments()
-    try:
-        if args.compare is not None:
-            compare(*args.compare)
-        else:
-            measure(args.json, args.suites, args.tasks, args.states)
-    except UserError as e:
-        sys.exit(f"error: {e}")
+    if args.compare is not None:
+        compare(*args.compare)
+    else:
+        measure(args.json, args.suites, args.tasks, args.states)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

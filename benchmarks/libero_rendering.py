@@ -13,13 +13,15 @@ import argparse
 import os
 import statistics
 import time
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("LP_NUM_THREADS", "1")
 
 import psutil
+from common import run
 
-from clbench.envs.base import Simulator, make_simulator
+from clbench.envs.base import Simulator, check_this_python, make_simulator
 from clbench.envs.libero import IDLE
 from clbench.envs.libero_tasks import suite_tasks
 from clbench.envs.rendering import FIDELITIES, opengl_version
@@ -51,13 +53,15 @@ def megabytes() -> float:
 
 def main() -> None:
     args = arguments()
+    for env_type in ("libero_state", "libero"):
+        check_this_python(env_type)
     print(opengl_version())
     print(f"{'task':<18} {'images':<10} {'ms/step (CPU)':>14} {'ms/step':>9} {'steps/s (CPU)':>14} {'MB':>6}")
     make_simulator({"type": "libero_state", "task": suite_tasks("libero_object")[0]}).close()  # imports
     for name in args.tasks:
         suite, _, number = name.partition(":")
         task = suite_tasks(suite)[int(number or 0)]
-        kinds = [("none", {"type": "libero_state", "task": task})]
+        kinds: list[tuple[str, dict[str, Any]]] = [("none", {"type": "libero_state", "task": task})]
         kinds += [
             (f"{fidelity} {size}", {"type": "libero", "task": task, "render": {"fidelity": fidelity, "size": size}})
             for size in args.sizes
@@ -76,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

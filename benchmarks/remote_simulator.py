@@ -17,10 +17,10 @@ import time
 
 import numpy as np
 import psutil
+from common import run
 
 from clbench.envs import base, wire
 from clbench.envs.base import STATE_KEY, Simulator
-from clbench.errors import UserError
 
 VARIABLE = "LIBERO_PYTHON"
 ACTION_DIM, STATE_DIM = 7, 89
@@ -64,7 +64,7 @@ def steps_of_libero(task: str, steps: int, rounds: int) -> None:
 
 def messages(size: int, count: int) -> None:
     """B: a step of `count`, with two pictures of `size` pixels' side."""
-    shown = {STATE_KEY: np.zeros(STATE_DIM, np.float32)}
+    shown: dict[str, np.ndarray] = {STATE_KEY: np.zeros(STATE_DIM, np.float32)}
     for name in ("image", "image2") if size else ():
         shown[f"observation.images.{name}"] = np.full((size, size, 3), 7, np.uint8)
     ours, theirs = socket.socketpair()
@@ -96,7 +96,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as e:
-        sys.exit(f"remote_simulator.py: {e}")
+    run(main)

@@ -167,6 +167,16 @@ def check_other_python(env_type: str) -> None:
         simulator_versions(env_type)
 
 
+def check_this_python(env_type: str) -> None:
+    """Raise UserError where another interpreter is named: for programs that look into simulators, or measure them."""
+    variable = other_python(env_type)
+    if variable is not None:
+        raise UserError(
+            f"{variable} names another interpreter, into whose simulators this program cannot look. Unset it, and run "
+            "this where clbench and the simulator are both installed."
+        )
+
+
 def step_unseen(simulator: Simulator, action: np.ndarray) -> Step:
     """`simulator.step` for who does not look at what it leads to: no camera image is drawn where one can do without."""
     return getattr(simulator, "step_unseen", simulator.step)(action)  # type: ignore[no-any-return]

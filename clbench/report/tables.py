@@ -15,7 +15,7 @@ NONE = "–"
 METRIC_COLUMNS = {"AUC": "auc_clare", "FWT": "fwt_clare", "NBT": "nbt_clare", "ASR": "asr", "BWT": "bwt_gem"}
 COST_COLUMNS = ("added params", "exemplars", "state", "train min", "eval min", "peak memory")
 CAPTION = (
-    "AUC, FWT and NBT as in CLARE (FWT is the diagonal), ASR: mean of the last row, BWT as in GEM; "
+    "AUC, FWT and NBT as in CLARE (FWT is the diagonal), not as in LIBERO, ASR: mean of the last row, BWT as in GEM; "
     "mean ± standard error over seeds, or the 95 % bootstrap interval of one seed. Pretraining tasks: the base's own, "
     "before → after the stream. State: what the method itself keeps (anchors, masks, references)."
 )
@@ -122,11 +122,11 @@ def plain(text: str) -> str:
 
 
 def to_markdown(head: Sequence[str], body: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
-    """A Markdown table, `notes` below it."""
+    """A Markdown table, with what it shows and `notes` below it."""
     rows = [[_escape_markdown(row[0]), *row[1:]] for row in body]  # the other cells are numbers
     lines = [head, ["---"] * len(head), *rows]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-    return table + "".join(f"\n{_escape_markdown(note)}\n" for note in notes)
+    return table + "".join(f"\n{_escape_markdown(note)}\n" for note in (CAPTION, *notes))
 
 
 def to_latex(head: Sequence[str], body: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
