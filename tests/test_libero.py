@@ -272,7 +272,7 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         with pytest.raises(UserError, match=r"assets are not installed .*clbench data assets libero --from"):
             make_simulator(spec)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"LIBERO is not installed.*clbench\[libero\]"):
+    with pytest.raises(UserError, match=r"LIBERO is not installed\. .*scripts/bootstrap.sh.*LIBERO_PYTHON"):
         make_simulator(spec)
 
 
