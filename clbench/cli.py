@@ -488,7 +488,7 @@ def _stream_on_states(name: str) -> str:
 
 def _make_data(args: argparse.Namespace, overrides: list[str]) -> int:
     from clbench.config.compose import compose
-    from clbench.data.make import demonstrable, make_dataset
+    from clbench.data.make import OtherSet, demonstrable, make_dataset
     from clbench.data.source import data_folder
     from clbench.streams.stream import drawing, without
 
@@ -523,7 +523,7 @@ def _make_data(args: argparse.Namespace, overrides: list[str]) -> int:
         )  # fmt: skip
         try:
             making(only_check=True)
-        except UserError as e:
+        except OtherSet as e:
             if part is d:
                 raise
             raise UserError(f"{e} It is for the base, which streams may share: dataset.pretrain.data=NAME, given to "

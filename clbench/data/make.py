@@ -113,6 +113,10 @@ class Collected:
     ceiling_successes: int
 
 
+class OtherSet(UserError):
+    """Where a set is to be made there is one with other parameters."""
+
+
 def demonstrable(env_type: str, tasks: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Return those of `tasks` of which demonstrations can be made, in order, and why not of the others.
 
@@ -366,7 +370,7 @@ def _is_made(root: Path, wanted: dict[str, Any], force: bool) -> bool:
     found = {key: getattr(info, key) for key in wanted} | {"tasks": [t.name for t in info.tasks]}
     differing = [f"{key} is {found[key]}, wanted {wanted[key]}" for key in wanted if found[key] != wanted[key]]
     if differing and not force:
-        raise UserError(
+        raise OtherSet(
             f"{root} already holds a data set with other parameters: {'; '.join(differing)}. "
             "Use another name, or --force to replace it."
         )
