@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +57,23 @@ def raw_batch(n: int, seed: int = 0) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_saves_and_loads_the_same_policy(kind: str, toy_data: Path, tmp_path: Path) -> None:
+def test_saves_and_loads_the_same_policy(
+    kind: str, toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     built = build(kind, toy_data)
-    save_policy(built, tmp_path)
-    again = load_policy(tmp_path)
+    save_policy(built, tmp_path / "policy")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    again = load_policy(tmp_path / "policy")
+    assert list(temporary.iterdir()) == []
+    assert again.policy.config == replace(built.policy.config, device="cpu")
     batch, noise = raw_batch(5), torch.randn(5, 4, 4)
     built.policy.eval()
     a = built.postprocessor(built.policy.predict_action_chunk(built.preprocessor(batch), noise=noise))
     b = again.postprocessor(again.policy.predict_action_chunk(again.preprocessor(batch), noise=noise))
     assert torch.equal(a, b)
-    assert PreTrainedConfig.from_pretrained(tmp_path).type == kind
+    assert PreTrainedConfig.from_pretrained(tmp_path / "policy").type == kind
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -9,7 +9,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import draccus
 import torch
+from huggingface_hub.constants import CONFIG_NAME
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies import PreTrainedPolicy, make_pre_post_processors
 from lerobot.policies.factory import get_policy_class
@@ -96,7 +98,7 @@ def load_policy(folder: Path | str, device: str = "cpu", overrides: dict[str, An
         raise UserError(f"{folder} is no LeRobot checkpoint folder: it has no config.json.")
     try:
         _check_processors(folder)
-        config = PreTrainedConfig.from_pretrained(folder, cli_overrides=[f"--device={device}"])
+        config = read_policy_config(folder, device)
         for key, value in (overrides or {}).items():
             if key not in {f.name for f in fields(config)}:
                 raise UserError(f"unknown key 'policy.{key}' for {config.type}.")
@@ -114,6 +116,22 @@ def load_policy(folder: Path | str, device: str = "cpu", overrides: dict[str, An
     except (Exception, SystemExit) as e:  # LeRobot and PEFT raise anything for a damaged folder
         raise UserError(f"cannot load the policy in {folder}: {' '.join(str(e).split()) or type(e).__name__}") from e
     return LoadedPolicy(policy, pre, post, str(folder))
+
+
+def read_policy_config(folder: Path, device: str) -> PreTrainedConfig:
+    """The configuration of a LeRobot checkpoint folder, for `device`.
+
+    `PreTrainedConfig.from_pretrained` would do the same, but leave a temporary file behind each time.
+    """
+    path = folder / CONFIG_NAME
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is no policy's configuration: it holds no object.")
+    kind = values.pop("type", None)
+    known = PreTrainedConfig.get_known_choices()
+    if kind not in known:
+        raise UserError(f"{path} is of an unknown policy type {kind!r}.{nearest(str(kind), known)}")
+    return draccus.decode(PreTrainedConfig.get_choice_class(kind), {**values, "device": device})
 
 
 def _check_processors(folder: Path) -> None:
