@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from clbench import __version__
 from clbench.errors import RESUME_EXIT, Interrupted, UserError, nearest
+from clbench.terminal import show, tell
 
 if TYPE_CHECKING:
     from clbench.config.schema import Config, DatasetConfig, PretrainDataConfig
@@ -123,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         load_env_file()  # before the imports that read variables
     except UserError as e:
-        print(f"clbench: {e}", file=sys.stderr)
+        tell(f"clbench: {e}")
         return 2
     overrides: list[str] = []
     if "--" in argv:
@@ -137,23 +138,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(args, overrides, argv)
     except UserError as e:
         if debug:
-            traceback.print_exc()
-        print(f"clbench: {e}", file=sys.stderr)
+            tell(*traceback.format_exc().splitlines())
+        tell(f"clbench: {e}")
         return 2
     except BrokenPipeError:
         return 141
     except Exception as e:  # noqa: BLE001 (one line for the user; the traceback with --debug)
         if debug:
-            traceback.print_exc()
+            tell(*traceback.format_exc().splitlines())
         text = " ".join(f"{type(e).__name__}: {e}".split())
-        print(f"clbench: unexpected error, {text} (--debug shows where; please report it)", file=sys.stderr)
+        tell(f"clbench: unexpected error, {text} (--debug shows where; please report it)")
         return 1
     except Interrupted as e:
         if os.environ.get("RANK", "0") == "0":  # said once, not once per rank
-            print(f"clbench: {e}", file=sys.stderr)
+            tell(f"clbench: {e}")
         return RESUME_EXIT
     except KeyboardInterrupt:
-        print("clbench: interrupted", file=sys.stderr)
+        tell("clbench: interrupted")
         return 130
 
 
@@ -233,7 +234,7 @@ def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str], 
     from clbench.launch import launch, launched
 
     if not launched() or os.environ.get("RANK") == "0":
-        print(f"configuration: {' ← '.join(files)}{' ← overrides' if overrides else ''}", file=sys.stderr)
+        tell(f"configuration: {' ← '.join(files)}{' ← overrides' if overrides else ''}")
     from clbench.streams.stream import build_stream, check_images, checked_order, pretraining_data
 
     if not launched():
@@ -354,7 +355,7 @@ def _pretrain(args: argparse.Namespace, overrides: list[str]) -> int:
 
     with stoppable() as stop:
         folder, _ = ensure_base(config, Backend(config.train), stop, config.log.progress)
-    print(folder)
+    show(folder)
     return 0
 
 
@@ -387,27 +388,27 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
         _print_matrix(e.matrix)
         raise
     _print_matrix(matrix)
-    print(f"matrix: {eval_folder(output or folder, config.eval.split) / 'matrix.json'}")
+    show(f"matrix: {eval_folder(output or folder, config.eval.split) / 'matrix.json'}")
     return 0
 
 
 def _print_matrix(matrix: dict[str, object]) -> None:
     tasks = matrix["tasks"]
     assert isinstance(tasks, list)
-    print("success rate after task k (rows) on task j (columns): " + ", ".join(f"{j}={t}" for j, t in enumerate(tasks)))
+    show("success rate after task k (rows) on task j (columns): " + ", ".join(f"{j}={t}" for j, t in enumerate(tasks)))
     if matrix["split"] != "test":
-        print(f"{matrix['split']} episodes")
+        show(f"{matrix['split']} episodes")
     run = matrix["run"]
     assert isinstance(run, dict)
     if run["privileged"]:
-        print(f"privileged observations: {run['privileged']}")
+        show(f"privileged observations: {run['privileged']}")
     rows = [(name, matrix[name]) for name in ("random", "base") if matrix[name]]
     success = matrix["success"]
     assert isinstance(success, list)
     rows += [(f"k={k}", row) for k, row in enumerate(success)]
     for name, row in rows:
         assert isinstance(row, list)
-        print(f"{name:>7} " + " ".join("   – " if v is None else f"{v:5.2f}" for v in row))
+        show(f"{name:>7} " + " ".join("   – " if v is None else f"{v:5.2f}" for v in row))
 
 
 def _data(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -436,24 +437,24 @@ def _check_data(args: argparse.Namespace, overrides: list[str]) -> int:
     if base:
         _print_data("base's tasks", pretraining_data(d, render, depth))
     elif not_yet:
-        print(f"base's tasks, without which no training starts: {not_yet}")
+        show(f"base's tasks, without which no training starts: {not_yet}")
     return 0
 
 
 def _print_data(title: str, data: DataSource) -> None:
     d = data.description
     origin = {"made": "made by clbench", "lerobot": "not made by clbench", "hub": "from the hub"}[d["kind"]]
-    print(f"{title}: {data.root}, {origin}")
+    show(f"{title}: {data.root}, {origin}")
     if d["kind"] == "hub":
-        print(f"  repo_id {d['repo_id']}, revision {d['revision']}, commit {d['commit']}")
-    print(f"  fingerprint {data.fingerprint or 'not known before all is fetched'}")
+        show(f"  repo_id {d['repo_id']}, revision {d['revision']}, commit {d['commit']}")
+    show(f"  fingerprint {data.fingerprint or 'not known before all is fetched'}")
     if data.features is not None:
-        print("  features " + ", ".join(k if k == v else f"{k} as {v}" for k, v in data.features.items())
-              + (f"; not used: {', '.join(d['features_unused'])}" if d["features_unused"] else ""))  # fmt: skip
-        print(f"  it says {d['fps']:g} frames a second; the simulator makes {d['simulator_steps_per_second']:g} steps")
+        show("  features " + ", ".join(k if k == v else f"{k} as {v}" for k, v in data.features.items())
+             + (f"; not used: {', '.join(d['features_unused'])}" if d["features_unused"] else ""))  # fmt: skip
+        show(f"  it says {d['fps']:g} frames a second; the simulator makes {d['simulator_steps_per_second']:g} steps")
     for t in data.tasks.values():
-        print(f"  task {t.task_index:3} {len(t.episodes):5} episodes {t.frames:7} frames  {t.name}: {t.text}")
-    print(f"  not used: {d['tasks_unused']} tasks, {d['episodes_unused']} episodes")
+        show(f"  task {t.task_index:3} {len(t.episodes):5} episodes {t.frames:7} frames  {t.name}: {t.text}")
+    show(f"  not used: {d['tasks_unused']} tasks, {d['episodes_unused']} episodes")
 
 
 def _assets(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -463,9 +464,9 @@ def _assets(args: argparse.Namespace, overrides: list[str]) -> int:
         raise UserError("`clbench data assets` takes no overrides after --.")
     folder, differing = install(args.source, args.accept_differences)
     if differing:
-        print(f"warning: {len(differing)} files that decide the physics are not those clbench was tested with, first "
-              f"{differing[0]}: compare no results with others'.", file=sys.stderr)  # fmt: skip
-    print(folder)
+        tell(f"warning: {len(differing)} files that decide the physics are not those clbench was tested with, first "
+             f"{differing[0]}: compare no results with others'.")  # fmt: skip
+    show(folder)
     return 0
 
 
@@ -504,15 +505,15 @@ def _make_data(args: argparse.Namespace, overrides: list[str]) -> int:
     sets: list[partial[Path]] = []
     for part in parts:  # what is left out, and refused, shows before anything is made
         if part.repo_id is not None:
-            print(f"{part.repo_id} is a data set of the hub, nothing is made for it: see `clbench data check "
-                  f"{args.name}`.", file=sys.stderr)  # fmt: skip
+            tell(f"{part.repo_id} is a data set of the hub, nothing is made for it: see `clbench data check "
+                 f"{args.name}`.")  # fmt: skip
             continue
         tasks, cannot = demonstrable(d.env.type, part.tasks)
         root = data_folder(part.data)
         for task, why in cannot.items():
-            print(f"{root.name}: no demonstrations can be made of {task}, which is left out: {why}.", file=sys.stderr)
+            tell(f"{root.name}: no demonstrations can be made of {task}, which is left out: {why}.")
         if cannot:
-            print(f"{root.name}: to train on the rest give -- '{without(d, part, cannot)}'", file=sys.stderr)
+            tell(f"{root.name}: to train on the rest give -- '{without(d, part, cannot)}'")
         make = part.make
         making = partial(
             make_dataset, root, name=root.name, env_type=d.env.type, tasks=tasks, seed=make.seed,
@@ -538,10 +539,10 @@ def _list(args: argparse.Namespace, overrides: list[str]) -> int:
     from clbench.config.compose import available
     from clbench.registry import algorithm_names
 
-    print("models:     " + ", ".join(available("models")))
-    print("algorithms: " + ", ".join(algorithm_names()))
-    print("streams:    " + ", ".join(available("datasets")))
-    print("experiments: " + ", ".join(available("experiments")))
+    show("models:     " + ", ".join(available("models")))
+    show("algorithms: " + ", ".join(algorithm_names()))
+    show("streams:    " + ", ".join(available("datasets")))
+    show("experiments: " + ", ".join(available("experiments")))
     return 0
 
 

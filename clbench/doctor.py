@@ -19,6 +19,7 @@ from clbench.envs.base import other_python, simulator_versions
 from clbench.envs.rendering import LIBRARIES, backend_name, libraries
 from clbench.errors import UserError
 from clbench.paths import cache_root, data_root, results_root
+from clbench.terminal import show
 
 REQUIRED = ("torch", "lerobot", "accelerate", "peft", "transformers", "omegaconf")
 OPTIONAL = {
@@ -182,9 +183,9 @@ def doctor() -> int:
     """Print all findings; returns 1 when something essential is missing."""
     missing = 0
     for title, check in SECTIONS.items():
-        print(title)
+        show(title)
         for f in check():
-            print(f"  {MARKS[f.state]} {f.what}" + (f" — {f.remedy}" if f.remedy else ""))
+            show(f"  {MARKS[f.state]} {f.what}" + (f" — {f.remedy}" if f.remedy else ""))
             missing += f.state == "missing"
-    print("something essential is missing: see above." if missing else "nothing essential is missing.")
+    show("something essential is missing: see above." if missing else "nothing essential is missing.")
     return 1 if missing else 0

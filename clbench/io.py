@@ -123,7 +123,7 @@ def read_json(path: Path | str, limit: int = MAX_JSON_BYTES) -> Any:
             NaN, Infinity, numbers that overflow, an object with a key twice and halves of characters are refused.
     """
     try:
-        return _parse(read_text(path, limit))
+        return parse_json(read_text(path, limit))
     except (ValueError, RecursionError) as e:
         if isinstance(e, UserError):
             raise
@@ -138,7 +138,7 @@ def read_jsonl(path: Path | str) -> list[Any]:
         if not line.strip():
             continue
         try:
-            rows.append(_parse(line))
+            rows.append(parse_json(line))
         except (ValueError, RecursionError) as e:
             if i == len(lines) - 1:  # no newline after it: the write was cut off
                 break
@@ -161,7 +161,8 @@ def refuse_links(folder: Path) -> None:
                 )
 
 
-def _parse(text: str) -> Any:
+def parse_json(text: str) -> Any:
+    """Parse strict JSON with the bounds of `read_json`; ValueError or RecursionError for anything else."""
     value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
     level = [value]
     for _ in range(MAX_DEPTH + 1):

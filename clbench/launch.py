@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from clbench.errors import RESUME_EXIT
+from clbench.terminal import tell
 
 EXPECTED_RANKS = "CLBENCH_RANKS"  # how many processes there must be; read by training/backend.py
 LAUNCHER = "CLBENCH_LAUNCHER"  # the process that started the ranks: without it they stop
@@ -86,7 +87,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], signals: Sequence[int]) 
             if -code in signals:
                 return _end(processes)
             how = f"was ended by signal {-code}" if code < 0 else f"failed (exit status {code})"
-            print(f"rank {rank} {how}; ending the other ranks.", file=sys.stderr, flush=True)
+            tell(f"rank {rank} {how}; ending the other ranks.")
             _end(processes)
             return code if code > 0 else 1
         if None not in codes:

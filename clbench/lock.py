@@ -8,6 +8,9 @@ Released, it is removed. A holder that was killed leaves the file behind, but no
 Where a file system has no `flock` (ENOLCK, EOPNOTSUPP, ENOSYS; some network mounts), the file alone is the lock: its
 holder counts as dead when its process is gone from this machine. From another machine nothing can be told, neither
 there nor where `flock` reaches no further than one machine: its file is respected until someone removes it.
+
+A run's folder may come from somebody else, and a lock file with it: what it says is checked before it is believed, and
+a link is never followed, for the file is overwritten.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import json
 import os
 import shlex
 import socket
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -27,9 +31,14 @@ from pathlib import Path
 from typing import Any
 
 from clbench.errors import UserError
+from clbench.io import parse_json
+from clbench.terminal import printable, tell
 
 NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
 TRIES = 100  # at a file that is being taken or given back this very moment
+DAY_S = 86400
+MAX_BYTES = 1 << 20  # of a lock file that is read
+MAX_TEXT = 500  # characters of it in a message
 SETTLE_S = 0.1  # without flock: longer than two processes need to find the same dead holder
 
 _held: dict[int, int] = {}  # descriptors of the lock files that this process holds → its pid
@@ -51,6 +60,8 @@ def held(folder: Path | str, what: str) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _take(path, what)
     except OSError as e:
+        if e.errno == errno.ELOOP or path.is_symlink():
+            raise UserError(f"{path} is a link, and no lock. Remove it: rm {shlex.quote(str(path))}") from e
         raise UserError(f"cannot write {path}: {e.strerror}. Choose a writable folder with free space.") from e
     _held[descriptor] = os.getpid()
     try:
@@ -81,7 +92,7 @@ def _take(path: Path, what: str) -> int:
             descriptor, new = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), True
         except FileExistsError:
             try:
-                descriptor, new = os.open(path, os.O_RDWR), False
+                descriptor, new = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK), False
             except FileNotFoundError:
                 continue
         try:
@@ -97,6 +108,8 @@ def _take(path: Path, what: str) -> int:
 
 def _try(descriptor: int, path: Path, what: str, new: bool) -> bool:
     """Lock the open lock file; False when it was removed meanwhile. Raises UserError when another holds it."""
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        raise UserError(f"{path} is no regular file, and no lock. Remove it: rm {shlex.quote(str(path))}")
     locked = _flock(descriptor)
     owner = _read(descriptor)
     if locked is False or (owner and not _is_gone(owner, locked is True)) or (locked is None and not (owner or new)):
@@ -105,8 +118,10 @@ def _try(descriptor: int, path: Path, what: str, new: bool) -> bool:
         raise UserError(_refusal(path, what, owner))
     if not _same_file(descriptor, path):
         return False
+    if os.fstat(descriptor).st_nlink > 1:  # it would be written into another file, too
+        raise UserError(f"{path} is another file's second name, and no lock. Remove it: rm {shlex.quote(str(path))}")
     if owner:
-        print(f"note: {_name(owner)} is gone and left {path} behind; taking over.", file=sys.stderr)
+        tell(f"note: {_name(owner)} is gone and left {path} behind; taking over.")
     if locked is None and not new:
         path.unlink(missing_ok=True)  # and make a new one, which only one process can
         return False
@@ -157,12 +172,14 @@ def _write(descriptor: int, path: Path) -> None:
 
 
 def _read(descriptor: int) -> dict[str, Any]:
-    """The holder that the file names; {} in a new file, or one whose writer was killed over it."""
+    """The holder that the file names; {} in a new file, one whose writer was killed over it, or one of no holder."""
     try:
-        owner = json.loads(os.pread(descriptor, 1 << 20, 0))
-    except ValueError:
+        owner = parse_json(os.pread(descriptor, MAX_BYTES, 0).decode())
+    except (ValueError, RecursionError):
         return {}
-    return owner if isinstance(owner, dict) and isinstance(owner.get("pid"), int) else {}
+    if not isinstance(owner, dict) or type(owner.get("pid")) is not int or not isinstance(owner.get("host"), str):
+        return {}
+    return owner if 0 < owner["pid"] < 2**31 else {}  # others name no process, and `kill -1` ends them all
 
 
 def _is_gone(owner: dict[str, Any], locked: bool) -> bool:
@@ -204,7 +221,13 @@ def _start_of(pid: int) -> int | None:
 
 
 def _name(owner: dict[str, Any]) -> str:
-    return f"process {owner['pid']} on {owner.get('host')}"
+    return f"process {owner['pid']} on {_text(owner['host'])}"
+
+
+def _text(value: Any) -> str:
+    """What a lock file says, for a message."""
+    text = printable(value)
+    return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + " …"
 
 
 def _refusal(path: Path, what: str, owner: dict[str, Any]) -> str:
@@ -215,8 +238,11 @@ def _refusal(path: Path, what: str, owner: dict[str, Any]) -> str:
             f"remove the lock: rm {shlex.quote(str(path))}"
         )
     began = owner.get("time")
-    since = f", since {_when(began)}" if isinstance(began, int | float) else ""
-    text = f"{path.parent} is in use by another {what}: {_name(owner)}{since} ({owner.get('command')}). "
+    now = time.time()
+    since = ""
+    if isinstance(began, int | float) and 0 <= began <= now + DAY_S:  # clocks of machines differ
+        since = f", since {_when(began, now)}"
+    text = f"{path.parent} is in use by another {what}: {_name(owner)}{since} ({_text(owner.get('command'))}). "
     if _is_here(owner):
         return text + f"Wait for it to end, or end it: kill {owner['pid']}"
     return (
@@ -225,7 +251,7 @@ def _refusal(path: Path, what: str, owner: dict[str, Any]) -> str:
     )
 
 
-def _when(seconds: float) -> str:
-    age = max(0.0, time.time() - seconds)
-    unit, size = next(((u, s) for u, s in (("days", 86400), ("h", 3600), ("min", 60)) if age >= 2 * s), ("s", 1))
+def _when(seconds: float, now: float) -> str:
+    age = max(0.0, now - seconds)
+    unit, size = next(((u, s) for u, s in (("days", DAY_S), ("h", 3600), ("min", 60)) if age >= 2 * s), ("s", 1))
     return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(seconds))}, {age / size:.0f} {unit} ago"

@@ -32,6 +32,7 @@ from clbench.io import read_json
 from clbench.paths import CONFIG_ROOT, results_root
 from clbench.registry import algorithm_names
 from clbench.stopping import Stop, stoppable
+from clbench.terminal import printable
 
 KEPT = "What is done is kept: give the same command again."
 PROGRESS_SECONDS = 15.0
@@ -233,4 +234,4 @@ def _last_line(log: Path) -> str:
     with log.open("rb") as f:
         f.seek(max(0, log.stat().st_size - 4096))
         lines = f.read().decode("utf-8", "replace").replace("\r", "\n").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return printable(next((line.strip() for line in reversed(lines) if line.strip()), ""))

@@ -168,6 +168,56 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"), held(tmp_path / "file", "job"):
         pytest.fail("held")
-    lock_file(tmp_path).symlink_to("/dev/full")
-    with pytest.raises(UserError, match="cannot write"), held(tmp_path, "job"):
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(UserError, match=r"cannot write .*No space"), held(tmp_path, "job"):
+            pytest.fail("held")
+    assert list(tmp_path.iterdir()) == []
+
+
+OTHERS = {"host": "h", "boot": "b", "pid": 7, "started": 1, "time": 1, "command": "x"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"time": 1e300}, {"time": -1e308}, {"time": 10**400}, {"time": "soon"}, {"boot": ["b"]},
+        {"command": "x\x1b]0;mine\x07\u202e\n"}, {"command": ["y"] * 5000}, {"host": "h\x1b[2J"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_odd_contents_are_one_plain_message(tmp_path: Path, change: dict[str, Any], locks: str) -> None:
+    """A run's folder may come from somebody else, its lock files with it."""
+    lock_file(tmp_path).write_text(json.dumps({**OTHERS, **change}))
+    with pytest.raises(UserError, match=r"process 7 on h.*: rm ") as e, held(tmp_path, "job"):
+        pytest.fail("taken over")
+    assert str(e.value).isprintable() and len(str(e.value)) < 1500
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[" * 200_000, json.dumps({**OTHERS, "time": float("nan")}), '{"host": "h", "pid": ' + "9" * 400 + "}",
+     *(json.dumps({**OTHERS, **c}) for c in ({"pid": -1}, {"pid": 0}, {"pid": True}, {"pid": 2**31}, {"host": ["h"]})),
+     '{"host": "\\ud800", "pid": 7}', '{"host": "h", "pid": 7, "pid": 8}'],
+)  # fmt: skip
+def test_what_names_no_holder_is_a_half_written_file(tmp_path: Path, locks: str, content: str) -> None:
+    """No advice is made of it: `kill -1` would end everything."""
+    test_a_half_written_file(tmp_path, locks, content)
+
+
+@pytest.mark.parametrize("kind", ["link", "second name", "pipe"])
+def test_no_other_file_is_overwritten(tmp_path: Path, kind: str) -> None:
+    other = tmp_path / "config.yaml"
+    other.write_text("seed: 1\n")
+    lock = lock_file(tmp_path)
+    {"link": lambda: lock.symlink_to(other), "second name": lambda: lock.hardlink_to(other),
+     "pipe": lambda: os.mkfifo(lock)}[kind]()  # fmt: skip
+    with pytest.raises(UserError, match=r"no lock\. Remove it: rm "), held(tmp_path, "job"):
         pytest.fail("held")
+    assert other.read_text() == "seed: 1\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import html.parser
 import json
@@ -18,11 +19,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from clbench import io
+from clbench import cli, io
 from clbench.checkpoints.run_folder import new_run_folder, read_manifest, results_folder, run_folder
 from clbench.checkpoints.state import load_state, save_state
 from clbench.config.compose import compose, compose_files, load_yaml, override, to_yaml
 from clbench.errors import UserError
+from clbench.evaluation import crew
 from clbench.evaluation.evaluate import run_config
 from clbench.evaluation.records import CellFile
 from clbench.io import read_json, read_jsonl, read_text, write_json, write_text
@@ -30,6 +32,7 @@ from clbench.metrics import load_record
 from clbench.metrics.cli import main as metrics_main
 from clbench.report import build_report
 from clbench.report.tables import escape_latex
+from clbench.training.progress import Progress
 from tests.test_report import write_run
 
 # ------------------------------------------------------------------------------------------------- JSON
@@ -526,6 +529,81 @@ def test_odd_manifests_are_refused_by_reports(tmp_path: Path, change: dict[str, 
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=r"manifest\.json"):
         build_report([run], bootstrap=0)
+
+
+# --------------------------------------------------------------------------------------------------- terminal
+
+STEER = "\x1b]0;mine\x07\u202e\x9b2J\r"
+
+
+def test_everything_is_printed_through_one_function() -> None:
+    """`print` is called in clbench/terminal.py alone; a file that is a program of its own (libero_*) prints for itself.
+
+    A sweep prints names that were checked, and its runs' lines (below).
+    """
+    package = Path(io.__file__).parent
+    found = []
+    for path in package.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if ("print(" not in text and "print_exc" not in text) or path.name == "sweep.py":
+            continue
+        tree = ast.parse(text)
+        programs = {id(n) for node in tree.body if isinstance(node, ast.If) for n in ast.walk(node)}
+        for n in ast.walk(tree):
+            called = isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "print"
+            if called and id(n) not in programs:
+                found.append(str(path.relative_to(package)))
+            if isinstance(n, ast.Attribute) and n.attr == "print_exc":
+                found.append(f"{path.relative_to(package)} (a traceback)")
+    assert found == ["terminal.py"] * 2
+
+
+def test_a_sweep_shows_no_escape_sequences_of_its_runs(tmp_path: Path) -> None:
+    from clbench.sweep import _last_line
+
+    (tmp_path / "log").write_text(f"{STEER[:-1]}step 3\n", encoding="utf-8")
+    assert _last_line(tmp_path / "log").strip() == "]0;mine   2Jstep 3"
+
+
+def no_steering(captured: Any) -> str:
+    text = str(captured.out + captured.err)
+    assert text and all(line.isprintable() for line in text.split("\n"))
+    return text
+
+
+def test_names_do_not_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    matrix = {"tasks": [f"push{STEER}\nk=0 1.00"], "split": f"test{STEER}", "run": {"privileged": f"poses{STEER}"},
+              "random": None, "base": None, "success": [[0.5]]}  # fmt: skip
+    cli._print_matrix(matrix)
+    assert no_steering(capsys.readouterr()).count("\n") == 4  # a line break in a name makes no line
+    for command, name, text in (
+        ("train --yaml", "c.yaml", '"se\\e]0;mine\\aed": 1\n'),
+        ("train --yaml", "v.yaml", 'train: {steps: "\\e[2J"}\n'),
+        ("sweep", "e.yaml", 'name: e\nalgorithms: ["er\\e]0;mine\\a"]\n'),
+        ("sweep", "o.yaml", 'name: e\nalgorithms: [er]\noverrides: ["tra\\ein=3"]\n'),
+        ("metrics", "m.json", json.dumps({"success": [[0.5]], "criterion": STEER})),
+        ("metrics", "m.csv", f"0.5,{STEER[:-1]}\n0.5,0.5"),
+        ("report", f"run{STEER}", None),
+    ):
+        path = tmp_path / name
+        if text is not None:
+            path.write_text(text)
+        for debug in ((), ("--debug",)):
+            assert cli.main([*command.split(), str(path), *debug]) == 2
+            no_steering(capsys.readouterr())
+
+
+def test_notes_of_an_evaluation_and_progress_do_not_steer_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crew._say(f"the simulator raised {STEER}")
+    monkeypatch.setattr(Progress, "SECONDS", 0.0)
+    for mode in ("bar", "lines"):
+        progress = Progress(f"task 1 of 3 {STEER[:-1]}", 2, mode)
+        progress.update(1, 0.5)
+        progress.close(0.5)
+    out = capsys.readouterr().err
+    assert out.count("task 1 of 3") >= 3 and "\x1b]" not in out and "\x07" not in out and "\u202e" not in out
 
 
 # ----------------------------------------------------------------------------------------------------- writing

@@ -17,7 +17,6 @@ a copy, bit for bit, also when something fails in between.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from clbench.data.frames import Batch, batch_size, select
 from clbench.data.replay import draw_without_replacement
 from clbench.errors import UserError
 from clbench.policies.loss import without_dropout
+from clbench.terminal import tell
 
 DEFAULT_VIRTUAL_LR = 1e-4
 
@@ -99,10 +99,9 @@ class MIR(ER):
         super().bind(ctx)
         m = self._count(ctx.train.batch_size)
         if m > self.config.mir_top_k and ctx.rank == 0:
-            print(
+            tell(
                 f"warning: mir replays {m} samples a step but chooses only mir_top_k={self.config.mir_top_k}: each is "
                 f"repeated. For this batch size mir_top_k={m} and mir_candidate_size={2 * m} fit better.",
-                file=sys.stderr,
             )
 
     def on_task_start(self, ctx: Context) -> None:

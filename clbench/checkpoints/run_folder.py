@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from clbench.errors import UserError, nearest
 from clbench.io import read_json, refuse_links, write_json, write_text
 from clbench.paths import PROJECT_ROOT, results_root
 from clbench.streams.stream import Task, TaskStream, pretraining_tasks
+from clbench.terminal import tell
 
 PACKAGES = ("torch", "lerobot", "accelerate", "peft", "transformers", "numpy", "metaworld", "mujoco", "hf-libero",
             "robosuite", "bddl", "deepspeed")  # fmt: skip
@@ -202,7 +202,7 @@ def whole_checkpoints(folder: Path) -> int:
                 f"{here} is damaged ({reason}), and later tasks have checkpoints. Put the file back from a copy, or "
                 f"remove the checkpoints from {here.name} on to train again from there."
             )
-        print(f"warning: {here} is damaged ({reason}); it is made again.", file=sys.stderr)
+        tell(f"warning: {here} is damaged ({reason}); it is made again.")
         return k
     return count
 

@@ -13,7 +13,6 @@ Random numbers need no state: every draw is a function of (seed, k, phase, step)
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import Any
 from clbench.checkpoints.whole import DESCRIPTION, damage, write_whole
 from clbench.errors import UserError
 from clbench.io import read_json, write_text
+from clbench.terminal import tell
 
 FOLDER = "training_state"
 LATEST = "LATEST"
@@ -117,8 +117,7 @@ class StateKeeper:
                 reason = f"{DESCRIPTION} is no training state's"
             if reason is not None:
                 self._damaged.append(folder)
-                print(f"warning: training state {folder} is damaged ({reason}); using what is before it.",
-                      file=sys.stderr)  # fmt: skip
+                tell(f"warning: training state {folder} is damaged ({reason}); using what is before it.")
                 continue
             if d["k"] == k:
                 return Position(d["k"], folder, d["phase"], d["step"])

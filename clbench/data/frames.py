@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import re
 import signal
-import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,6 +30,7 @@ from clbench.errors import UserError
 from clbench.io import read_json
 from clbench.seeding import generator
 from clbench.streams.stream import Task
+from clbench.terminal import tell
 
 Batch = dict[str, Any]
 Deltas = dict[str, list[int]]  # feature → frame offsets, e.g. {"action": [0, …, 7]}
@@ -401,7 +401,7 @@ def load_batches(frames: StreamFrames, refs: Iterator[Tensor], workers: int) -> 
             if re.search(r"DataLoader worker \(pid", str(e)) is None:  # an error in reading, not a death
                 raise
             deaths += 1
-            print(f"warning: a data-loading process died ({e}); starting new ones.", file=sys.stderr)
+            tell(f"warning: a data-loading process died ({e}); starting new ones.")
     raise UserError(
         f"data-loading processes died {MAX_DEATHS} times in a row. Often memory is short: lower train.num_workers (0 "
         "reads the data in the training process itself)."

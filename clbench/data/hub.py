@@ -8,7 +8,6 @@ What has been fetched is used as it is and nobody is asked; only what is missing
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 from clbench.data.lerobot_set import FORMAT, INFO, has_set, is_described
 from clbench.errors import UserError
 from clbench.io import read_json, write_json
+from clbench.terminal import tell
 
 RECORD = ".clbench_hub.json"  # in a folder of the user's: which set it is a copy of
 META = "meta/"
@@ -128,7 +128,7 @@ def _place(copy: HubCopy, in_cache: bool) -> dict[str, Any]:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    tell(line)
 
 
 def _commit(repo_id: str, revision: str) -> str:

@@ -61,6 +61,7 @@ from clbench.envs.base import (
 from clbench.envs.rendering import check_render
 from clbench.errors import UserError
 from clbench.io import write_json
+from clbench.terminal import tell
 
 ACTION_KEY = "action"
 ATTEMPTS_PER_DEMO = 10  # give up on a task after this many attempts for each demonstration wanted
@@ -668,4 +669,4 @@ def _image_digests(files: list[Path], seen: list[str], episodes: int) -> list[st
 
 def _say(progress: bool, line: str) -> None:
     if progress:
-        print(line, file=sys.stderr, flush=True)
+        tell(line)

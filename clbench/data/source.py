@@ -6,7 +6,6 @@ Nothing is fetched unless a configuration names a `repo_id`.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -39,6 +38,7 @@ from clbench.envs.base import (
 )
 from clbench.errors import UserError, nearest
 from clbench.paths import data_root, named_folder
+from clbench.terminal import tell
 
 ACTION_KEY = "action"
 Depth = Literal["all", "size", "meta"]
@@ -195,7 +195,7 @@ def _from_hub(settings: DataSettings, env_type: str, names: Sequence[str], key: 
             hub.fetch_files(at, files, in_cache=folder is None)
             return True
         size = hub.size_of(at, files, in_cache=folder is None)
-        print(f"to be fetched: {len(files)} files ({size / 1e6:.1f} MB) of {at.repo_id}", file=sys.stderr)
+        tell(f"to be fetched: {len(files)} files ({size / 1e6:.1f} MB) of {at.repo_id}")
         return False
 
     features = _features(found, settings.rename, env_type, key)

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from clbench.errors import Interrupted, UserError
 from clbench.evaluation.worker import CALL, CALLS, COUNT, EPISODE, Beat, Job, Settings, work
 from clbench.stopping import SIGNALS, Stop, how_ended
+from clbench.terminal import printable, tell
 
 POLL_S = 0.5
 END_S = 2.0  # for a process to end by itself, or after it was killed
@@ -147,7 +148,7 @@ class Crew:
             self._failed(w.job.k, w.left[j, episode], reason)
         else:
             if os.environ.get("CLBENCH_DEBUG"):
-                print(message[2], file=sys.stderr)
+                tell(*message[2].splitlines())
             raise UserError(f"an evaluation process failed: {message[1]}. Finished episodes are kept.")
 
     def _done(self, w: _Worker) -> None:
@@ -260,4 +261,4 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _say(text: str) -> None:
-    tqdm.write(f"note: {text}", file=sys.stderr)  # beside the progress bar
+    tqdm.write(printable(f"note: {text}"), file=sys.stderr)  # beside the progress bar

@@ -45,6 +45,7 @@ from clbench.io import read_json, write_json
 from clbench.lock import held
 from clbench.stopping import Stop, stoppable
 from clbench.streams.stream import pretraining_tasks
+from clbench.terminal import tell
 
 # What a matrix says of the run it is of: what tables and labels need, wherever the matrix is kept.
 ABOUT = ("run_id", "algorithm", "algorithm_config", "lora", "policy", "dataset", "render", "mode", "seed", "privileged",
@@ -118,9 +119,8 @@ def _evaluate(folder: Path, config: Config, output: Path | None, progress: bool,
     if rows == 0:
         raise UserError(f"run {folder.name} has no whole checkpoint yet: train it first (--resume continues it).")
     if rows < len(manifest["checkpoints"]):
-        print(
+        tell(
             f"warning: run {folder.name} has {rows} of {len(manifest['checkpoints'])} checkpoints; evaluating those.",
-            file=sys.stderr,
         )
     with held(whole, "evaluation"):  # of both splits: what it clears away may be the other's
         for left in whole.rglob(".*.tmp"):  # of an evaluation that was killed while it wrote a file
@@ -216,11 +216,10 @@ class _Run:
             states = count_test_states(env_type) if self.config.eval.split == TEST else None
             if states is not None and count > states and env_type not in self.warned:
                 self.warned.add(env_type)
-                print(
+                tell(
                     f"warning: {count} episodes a cell, and {env_type} has {states} initial states for the test: from "
                     f"episode {states} on they come again, with other random numbers for the policy; one that draws "
                     "none repeats the same episodes. Intervals count all as independent.",
-                    file=sys.stderr,
                 )
 
     def fill(
@@ -277,7 +276,7 @@ class _Run:
             env_types = {e["env"]["type"] for job in jobs for e in job.episodes}
             _check_simulators(out, self.simulators(env_types))
             self.warn_of_repeats(env_types, count)
-            print(f"evaluating {total} episodes in {workers} processes → {out}", file=sys.stderr, flush=True)
+            tell(f"evaluating {total} episodes in {workers} processes → {out}")
             settings = Settings(self.config, e.slots, e.steps_after_success, self.config.train.device, threads=1)
             before, started = _episodes(files), time.monotonic()
             try:
@@ -350,10 +349,9 @@ def _check_simulators(out: Path, now: dict[str, dict[str, str]]) -> None:
                 )
         if SIMULATORS not in settings:
             settings[EARLIER] = UNKNOWN
-            print(
+            tell(
                 f"warning: the episodes in {out} do not say which simulator's versions played them; only those of "
                 "the coming ones are recorded.",
-                file=sys.stderr,
             )
     else:
         before = {}

@@ -17,6 +17,7 @@ from clbench.metrics.compute import compute_metrics, wilson
 from clbench.metrics.definitions import METRICS
 from clbench.metrics.record import CRITERIA, Record, load_record
 from clbench.paths import results_root
+from clbench.terminal import show, tell
 
 NOT_COMPARABLE = (
     "auc_*, fwt_* and nbt_* of CLARE, LIBERO and GEM are different quantities under like names and not "
@@ -52,9 +53,9 @@ def run(args: argparse.Namespace) -> int:
         bootstrap=args.bootstrap,
     )
     if args.json:
-        print(json.dumps({"about": record.about, "metrics": metrics}, indent=1, allow_nan=False))
+        show(*json.dumps({"about": record.about, "metrics": metrics}, indent=1, allow_nan=False).split("\n"))
     else:
-        print(format_text(record, metrics, str(args.path)))
+        show(*format_text(record, metrics, str(args.path)))
     return 0
 
 
@@ -78,14 +79,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as e:
         if args.debug:
             raise
-        print("error: " + " ".join(str(e).split()), file=sys.stderr)
+        tell("error: " + " ".join(str(e).split()))
         return 2
 
 
 # ------------------------------------------------------------------------------------------------ text
 
 
-def format_text(record: Record, metrics: dict[str, dict[str, Any]], title: str) -> str:
+def format_text(record: Record, metrics: dict[str, dict[str, Any]], title: str) -> list[str]:
     """The matrix, an aligned table of metrics, and what to know about them."""
     lines = [f"{title}: {_facts(record)}", "", *_matrix_lines(record), ""]
     rows = [("metric", "value", "95 % interval", "better", "definition (source)")]
@@ -102,7 +103,7 @@ def format_text(record: Record, metrics: dict[str, dict[str, Any]], title: str) 
     played = [f"episodes were played in {record.played_with}"] if record.played_with else []
     notes = [NOT_COMPARABLE, *width_notes(record, metrics), *played, *record.notes]
     lines += ["", *(f"note: {n}" for n in notes)]
-    return "\n".join(_printable(line) for line in lines)
+    return lines
 
 
 def width_notes(record: Record, metrics: dict[str, dict[str, Any]]) -> list[str]:
@@ -160,11 +161,6 @@ def _matrix_lines(record: Record) -> list[str]:
             cells = ["-" if math.isnan(v) else f"{v:.2f}" for v in rates]
             lines.append(name.ljust(10) + "  ".join(c.rjust(w) for c, w in zip(cells, widths, strict=True)))
     return lines
-
-
-def _printable(text: str) -> str:
-    """Without control characters, so that a task's name cannot steer the terminal."""
-    return "".join(c if c.isprintable() else "�" for c in text)
 
 
 def default_run(path: str | Path) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 from clbench.evaluation.records import TEST, VALIDATION
 from clbench.metrics.cli import default_run
 from clbench.report.build import build_report
+from clbench.terminal import show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,5 +25,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the report and print where it is; raises UserError."""
     runs = [default_run(r) for r in args.runs]
-    print(build_report(runs, args.out, name=args.name, bootstrap=args.bootstrap, split=args.split))
+    show(build_report(runs, args.out, name=args.name, bootstrap=args.bootstrap, split=args.split))
     return 0

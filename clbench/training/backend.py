@@ -16,7 +16,6 @@ import itertools
 import json
 import os
 import resource
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -33,6 +32,7 @@ from clbench.errors import UserError
 from clbench.io import read_json
 from clbench.launch import EXPECTED_RANKS
 from clbench.paths import CONFIG_ROOT
+from clbench.terminal import tell
 
 ZERO2_FILE = CONFIG_ROOT / "accelerate" / "zero2.json"
 MASTER = "master"  # key of a low-precision parameter's fp32 value in a saved optimizer state
@@ -464,4 +464,4 @@ def count(parameters: Iterable[nn.Parameter]) -> int:
 def say(backend: Backend, text: str) -> None:
     """Print to stderr once, not once per rank."""
     if backend.is_main:
-        print(text, file=sys.stderr, flush=True)
+        tell(text)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from clbench.config.schema import LogConfig
 from clbench.errors import UserError
 from clbench.io import read_jsonl, write_jsonl
+from clbench.terminal import tell
 
 FILE = "log.jsonl"
 
@@ -40,7 +40,7 @@ class RunLog:
                 except UserError:  # not installed
                     raise
                 except Exception as e:  # noqa: BLE001 (a logger that is down must not keep a run from starting)
-                    print(f"warning: {name} cannot be reached ({e}); going on without it.", file=sys.stderr)
+                    tell(f"warning: {name} cannot be reached ({e}); going on without it.")
 
     def event(self, event: str, /, **fields: Any) -> None:
         """Write {"event": …, fields…, "time": seconds since the epoch}."""
@@ -55,7 +55,7 @@ class RunLog:
                 try:
                     sink.write(numbers, int(fields.get("total", self._steps)))
                 except Exception as e:  # noqa: BLE001 (a logger that is down must not end the run)
-                    print(f"warning: {sink.name} failed ({e}); going on without it.", file=sys.stderr)
+                    tell(f"warning: {sink.name} failed ({e}); going on without it.")
                     self._sinks.remove(sink)
 
     def _write(self, line: bytes) -> None:
@@ -88,7 +88,7 @@ class RunLog:
             self._file = path.open("ab", buffering=0)
             return
         if self.flushed() < length:
-            print(f"warning: {path} has lost lines: it is shorter than when the state was saved.", file=sys.stderr)
+            tell(f"warning: {path} has lost lines: it is shorter than when the state was saved.")
             return
         os.ftruncate(self._file.fileno(), length)
 
@@ -99,7 +99,7 @@ class RunLog:
             try:
                 sink.close()
             except Exception as e:  # noqa: BLE001 (a logger that is down must not end the run)
-                print(f"warning: {sink.name} could not be closed ({e}).", file=sys.stderr)
+                tell(f"warning: {sink.name} could not be closed ({e}).")
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import json
 import shutil
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -40,6 +39,7 @@ from clbench.policies.loss import PolicyLoss
 from clbench.seeding import seeded
 from clbench.stopping import Stop
 from clbench.streams.stream import Task, TaskStream, Visit, pretraining_tasks
+from clbench.terminal import tell
 from clbench.training.backend import Backend, autocast_precision, say
 from clbench.training.log import FILE as LOG_FILE
 from clbench.training.log import RunLog
@@ -115,7 +115,7 @@ def _is_whole(folder: Path) -> bool:
         return False
     reason = damage(folder) if (folder / DESCRIPTION).is_file() else None  # one of an earlier version has no sums
     if reason is not None:
-        print(f"warning: the base {folder} is damaged ({reason}); it is made again.", file=sys.stderr)
+        tell(f"warning: the base {folder} is damaged ({reason}); it is made again.")
     return reason is None
 
 

@@ -7,6 +7,8 @@ import time
 
 from tqdm import tqdm
 
+from clbench.terminal import printable, tell
+
 
 class Progress:
     """Progress of one phase, from step `start` on. `mode`: auto | bar | lines | quiet."""
@@ -19,7 +21,9 @@ class Progress:
         self.title, self.steps, self.mode = title, steps, mode
         self.start = self.last = time.monotonic()
         self.first = self.done = start
-        self._bar = tqdm(total=steps, initial=start, desc=title, unit="step", leave=False) if mode == "bar" else None
+        self._bar = None
+        if mode == "bar":
+            self._bar = tqdm(total=steps, initial=start, desc=printable(title), unit="step", leave=False)
 
     def update(self, step: int, loss: float | None) -> None:
         """Say that `step` steps are done."""
@@ -32,10 +36,8 @@ class Progress:
         if self.mode == "lines" and now - self.last >= self.SECONDS:
             self.last = now
             left = (now - self.start) / max(step - self.first, 1) * (self.steps - step)
-            print(
+            tell(
                 f"{self.title}: step {step}/{self.steps} {text} ({left:.0f} s left)",
-                file=sys.stderr,
-                flush=True,
             )
 
     def close(self, loss: float | None) -> None:
@@ -44,4 +46,4 @@ class Progress:
         if self.mode != "quiet":
             seconds = time.monotonic() - self.start
             text = "" if loss is None else f", loss {loss:.4f}"
-            print(f"{self.title}: {self.done - self.first} steps in {seconds:.1f} s{text}", file=sys.stderr, flush=True)
+            tell(f"{self.title}: {self.done - self.first} steps in {seconds:.1f} s{text}")
