@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from clbench.config.compose import CONFIG_ROOT, _recipe, available, compose, compose_files, override, to_dict, to_yaml
+from clbench.config.schema import WandbConfig
 from clbench.registry import algorithm_names
 
 
@@ -109,3 +110,17 @@ def test_help_is_quick_because_it_imports_no_torch() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_wandb_is_a_switch_or_settings() -> None:
+    def wandb(*overrides: str) -> Any:
+        config, _ = compose(
+            model="dit_dec_tiny", algorithms=["seqfft"], dataset="metaworld_quick", overrides=overrides
+        )
+        return override(config, []).log.wandb
+
+    assert not wandb().enabled and wandb("log.wandb=true") == WandbConfig(enabled=True)
+    assert wandb("log.wandb={entity: me, tags: [a]}") == WandbConfig(enabled=True, entity="me", tags=["a"])
+    assert wandb("log.wandb.group=g", "log.wandb.enabled=false") == WandbConfig(enabled=False, group="g")
+    with pytest.raises(ValueError, match="Did you mean 'entity'"):
+        wandb("log.wandb.entitty=me")

@@ -22,7 +22,7 @@ from clbench.algorithms.hooks import CLAlgorithm, Context
 from clbench.checkpoints.run_folder import checkpoint_folder
 from clbench.checkpoints.training_state import StateKeeper
 from clbench.checkpoints.whole import damage, write_whole
-from clbench.config.schema import LogConfig
+from clbench.config.schema import LogConfig, WandbConfig
 from clbench.data.frames import StreamFrames, load_batches
 from clbench.errors import RESUME_EXIT, Interrupted, UserError
 from clbench.io import read_json, read_jsonl
@@ -529,7 +529,7 @@ def test_a_logger_that_is_down_is_left_out(
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(module, "_Wandb", down)
-    log = RunLog(tmp_path, LogConfig(wandb=True), "r")
+    log = RunLog(tmp_path, LogConfig(wandb=WandbConfig(enabled=True)), "r")
     log.event("step", loss=1.0)
     log.close()
     assert capsys.readouterr().err.count("wandb cannot be reached (no route to host); going on without it") == 1
@@ -547,7 +547,7 @@ def test_a_logger_that_is_down_is_left_out(
         close = down  # type: ignore[assignment]
 
     monkeypatch.setattr(module, "_Wandb", Closing)
-    RunLog(tmp_path, LogConfig(wandb=True), "r").close()
+    RunLog(tmp_path, LogConfig(wandb=WandbConfig(enabled=True)), "r").close()
     assert "wandb could not be closed (no route to host)" in capsys.readouterr().err
 
 

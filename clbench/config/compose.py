@@ -64,7 +64,18 @@ def load_yaml(path: Path | str) -> DictConfig:
         raise UserError(f"{path} is not valid YAML: {_one_line(e)}") from e
     if not isinstance(value, DictConfig):
         raise UserError(f"{path} must hold a mapping of keys to values.")
-    return value
+    return _wandb(value)
+
+
+def _wandb(layer: DictConfig) -> DictConfig:
+    """`layer` with log.wandb written out: true and false stand for `enabled`, and any other key of it turns it on."""
+    log = layer.get("log") if not OmegaConf.is_missing(layer, "log") else None
+    given = log._get_node("wandb") if isinstance(log, DictConfig) else None
+    if isinstance(given, DictConfig) and len(given) and "enabled" not in given:
+        given["enabled"] = True
+    elif isinstance(given, Node) and isinstance(given._value(), bool):
+        log["wandb"] = {"enabled": given._value()}  # type: ignore[index]
+    return layer
 
 
 def _check_yaml(text: str, references: bool) -> None:
@@ -210,7 +221,7 @@ def _dotlist(overrides: Sequence[str]) -> DictConfig:
     try:
         for item in items:
             _check_yaml(item.partition("=")[2], references=True)
-        return OmegaConf.from_dotlist(items)
+        return _wandb(OmegaConf.from_dotlist(items))
     except INVALID as e:
         raise UserError(f"cannot read the overrides {reprlib.repr(items)}: {_one_line(e)}") from e
 

@@ -246,11 +246,33 @@ class LoraConfig:
 
 
 @dataclass
+class WandbConfig:
+    """Weights & Biases. `log.wandb=true` and `=false` stand for `enabled` alone; naming any other of these keys
+    turns it on.
+
+    Attributes:
+        enabled: send the run there.
+        project: its project; null = log.project.
+        entity: the user or team that it belongs to; null = the account's default.
+        group: runs of one group are shown together; null = none.
+        tags: labels of the run.
+        artifacts: also upload each task's checkpoint.
+    """
+
+    enabled: bool = False
+    project: Optional[str] = None  # noqa: UP045
+    entity: Optional[str] = None  # noqa: UP045
+    group: Optional[str] = None  # noqa: UP045
+    tags: list[str] = field(default_factory=list)
+    artifacts: bool = False
+
+
+@dataclass
 class LogConfig:
-    """log.jsonl is always written; these are beside it. Each `project` is the logger's project name."""
+    """log.jsonl is always written; these are beside it. `project` is the project's name with each of them."""
 
     tensorboard: bool = False
-    wandb: bool = False
+    wandb: WandbConfig = field(default_factory=WandbConfig)
     trackio: bool = False
     project: str = "clbench"
     progress: str = "auto"  # auto | bar | lines | quiet

@@ -34,7 +34,7 @@ class RunLog:
             raise UserError(f"cannot write into {folder}: {e.strerror}.") from e
         makers = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}
         for name, maker in makers.items():
-            if getattr(config, name):
+            if config.wandb.enabled if name == "wandb" else getattr(config, name):
                 try:
                     self._sinks.append(maker(folder, config.project, run_id))
                 except UserError:  # not installed
