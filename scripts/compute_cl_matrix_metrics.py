@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Print every continual-learning metric of a run, its eval folder, or a success matrix as JSON or CSV.
+"""Print every continual-learning metric of a run, its eval folder, or a success matrix as JSON, CSV, .npy or .npz.
 
     python3 scripts/compute_cl_matrix_metrics.py results/RUN
     python3 scripts/compute_cl_matrix_metrics.py matrix.csv --json

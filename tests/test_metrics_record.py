@@ -134,6 +134,124 @@ def test_csv(tmp_path: Path, text: str, tasks: list[str]) -> None:
     assert r.success.tolist() == EXAMPLE and r.tasks == tasks
 
 
+E0, E1, E2 = EXAMPLE_LINES = ("0.8,0.1,0.0", "0.6,0.9,0.2", "0.4,0.5,0.7")
+LOWER = [[0.8, math.nan, math.nan], [0.6, 0.9, math.nan], [0.4, 0.5, 0.7]]
+AVALANCHE = "eval_exp,training_exp,eval_accuracy,eval_loss,forgetting\n" + "".join(
+    f"{j},{k},{rate},{2 - rate},0\n" for k, row in enumerate(EXAMPLE) for j, rate in enumerate(row)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "rates", "tasks"),
+    [
+        # rows in the order of their labels
+        (f",a,b,c\nb,{E1}\na,{E0}\nc,{E2}\n", EXAMPLE, "a b c"),
+        (f"a,b,c\nafter c,{E2}\nafter a,{E0}\nafter b,{E1}\n", EXAMPLE, "a b c"),
+        (f"k,a,b,c\na,{E0}\nc,{E2}\n", [EXAMPLE[0], [math.nan] * 3, EXAMPLE[2]], "a b c"),
+        (f"k,a,b,c\n0,{E0}\n2,{E2}\n", [EXAMPLE[0], [math.nan] * 3, EXAMPLE[2]], "a b c"),
+        (f"step,a,b,c\n300,{E0}\n600,{E1}\n900,{E2}\n", EXAMPLE, "a b c"),
+        (f",4,2,7\n4,{E0}\n2,{E1}\n7,{E2}\n", EXAMPLE, "4 2 7"),
+        # rows are tasks, columns checkpoints
+        ("task,after_a,after_b,after_c\na,0.8,0.6,0.4\nb,0.1,0.9,0.5\nc,0,0.2,0.7\n", EXAMPLE, "a b c"),
+        ("eval_task,a,b,c\na,0.8,0.6,0.4\nb,0.1,0.9,0.5\nc,0,0.2,0.7\n", EXAMPLE, "a b c"),
+        (",after c,after a,after b\na,0.4,0.8,0.6\nb,0.5,0.1,0.9\nc,0.7,0,0.2\n", EXAMPLE, "a b c"),
+        # pandas' default, an index without a name
+        (f",0,1,2\n0,{E0}\n1,{E1}\n2,{E2}\n", EXAMPLE, ""),
+        (f"0,1,2\n{E0}\n{E1}\n{E2}\n", EXAMPLE, ""),
+        ("0,1\n0.8,0.1\n0.6,0.9\n", [[0.8, 0.1], [0.6, 0.9]], ""),
+        (f"Unnamed: 0,a,b,c\n0,{E0}\n1,{E1}\n2,{E2}\n", EXAMPLE, "a b c"),
+        (f"0,{E0}\n1,{E1}\n2,{E2}\n", EXAMPLE, ""),
+        # columns and rows that are no tasks
+        (f"k,a,b,c,average\n0,{E0},0.3\n1,{E1},0.57\n2,{E2},0.53\n", EXAMPLE, "a b c"),
+        (f"k,a,b,c,eval_loss\n0,{E0},2.3\n1,{E1},1.5\n2,{E2},1.3\nmean,0.6,0.5,0.3,1.7\n", EXAMPLE, "a b c"),
+        # a separator at the end
+        (f"{E0},\n{E1},\n{E2},\n", EXAMPLE, ""),
+        (f"a,b,c\n{E0},\n{E1},\n{E2},\n", EXAMPLE, "a b c"),
+        (f"k,a,b,c,\n0,{E0},\n1,{E1},\n2,{E2},\n", EXAMPLE, "a b c"),
+        # other separators
+        ("a b c\n" + "\n".join(EXAMPLE_LINES).replace(",", "   "), EXAMPLE, "a b c"),
+        ("# made by numpy\n# a b c\n" + "\n".join(EXAMPLE_LINES).replace(",", " "), EXAMPLE, "a b c"),
+        ("\n".join(EXAMPLE_LINES).replace(",", ";").replace(".", ","), EXAMPLE, ""),
+        ("put; a, b\tb\tc\n" + "\n".join(EXAMPLE_LINES).replace(",", "\t"), EXAMPLE, "put; a, b|b|c"),
+        # a lower triangle
+        ("0.8\n0.6,0.9\n0.4,0.5,0.7\n", LOWER, ""),
+        ("a,b,c\n0,0.8\n1,0.6,0.9\n2,0.4,0.5,0.7\n", LOWER, "a b c"),
+        ("0.8\n0.6 0.9\n0.4 0.5 0.7\n", LOWER, ""),
+        # rounding
+        ("1.0000000000000002,-1e-9\n0.5,1.0009765625\n", [[1, 0], [0.5, 1]], ""),
+        # one line per pair of tasks
+        (AVALANCHE, EXAMPLE, ""),
+        ("after,task,success\nb,a,0.6\na,a,0.8\nb,b,0.9\n", [[0.9, 0.6], [math.nan, 0.8]], "b a"),
+    ],
+)  # fmt: skip
+def test_tables_of_other_tools(tmp_path: Path, text: str, rates: list[list[float]], tasks: str) -> None:
+    r = load_record(write(tmp_path / "m.csv", text))
+    np.testing.assert_array_equal(r.success, rates)
+    assert r.tasks == (tasks.split("|" if "|" in tasks else " ") if tasks else [f"task_{j}" for j in range(len(rates))])
+
+
+def test_what_the_labels_decided_is_a_note(tmp_path: Path) -> None:
+    for text, note in (
+        (f",a,b,c\nb,{E1}\na,{E0}\nc,{E2}\n", "in the order of the columns"),
+        ("task,after_a,after_b\na,0.8,0.6\nb,0.1,0.9\n", "they were exchanged"),
+        (f"k,a,b,c,average\n0,{E0},0.3\n1,{E1},0.57\n2,{E2},0.53\n", "left out, as being of no task: 'average'"),
+        (f"{E0},\n{E1},\n{E2},\n", "separator at the end"),
+        (f"a,b,c\nx,{E0}\ny,{E1}\nz,{E2}\n", "name none of the columns"),
+    ):
+        assert note in " ".join(load_record(write(tmp_path / "m.csv", text)).notes)
+    assert load_record(write(tmp_path / "m.csv", f"k,a,b,c\na,{E0}\nb,{E1}\nc,{E2}\n")).notes == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("k,a,b\nafter 1,0.6,0.9\nafter 0,0.8,0.1\n", "not in order"),
+        ("k,1,2\n0,0.8,0.1\n1,0.6,0.9\n", "name of none of the columns"),
+        ("k,a,b,c\na,0.8,0.1,0\nstart,0.6,0.9,0\n", "'start' has the name of none"),
+        ("k,a,b\na,0.8,0.1\na,0.6,0.9\n", "one label"),
+        ("k,a,b,c,d\n2,0.8,0.1,0,0\n3,0.6,0.9,0,0\n", "numbered from 2"),
+        ("0,0.8,0.1\n1,0.6,0.9\n", "rates, or the rows' numbers"),
+        ("a,b\n0,0.8,\n1,0.6,\n", "one cell more"),
+        ("after_a,after_b\n0.8,0.6\n0.1,0.9\n", "no first column names them"),
+        ("0.8,0.1,0.45\n0.6,0.9,0.75\n", "mean of the others"),
+        ("seed,a,b\n0,0.8,0.1\n1,0.6,0.9\n", "several seeds"),
+        ("0.8,0.1,0\n0.9,0.2\n0.7\n", "ragged"),
+        ("21/20,0\n0,1\n", "more successes than episodes"),
+        ("1.02,0\n0.5,1\n", r"is 1\.02, outside \[0, 1\]\.$"),
+        ("2.3,4.5\n1.2,3\n", r"outside \[0, 1\]\.$"),
+        ("17,3\n12,20\n", "count successes"),
+        ("train,test,metric,value\na,a,top1_acc,0.8\na,a,top5_acc,0.9\n", "2 metrics"),
+        ("after,task,success\na,a,0.8\na,a,0.5\n", "two values"),
+        ("trained_on,evaluated_on,reward\na,a,0.8\n", "no columns of rates"),
+    ],
+)  # fmt: skip
+def test_tables_that_could_be_read_in_two_ways_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_record(write(tmp_path / "m.csv", text))
+
+
+def test_fractions_say_how_many_episodes(tmp_path: Path) -> None:
+    r = load_record(write(tmp_path / "m.csv", "base,1/20,0/20\n0,17/20,\n1,5/10,10/10\n"))
+    assert r.base is not None and r.base.tolist() == [0.05, 0] and r.episodes is not None
+    assert r.success[0, 0] == 0.85 and r.episodes.tolist() == [[20, 0], [10, 10]]
+
+
+def test_numpy_files(tmp_path: Path) -> None:
+    rates = np.array(EXAMPLE)
+    path = tmp_path / "m.npy"
+    for array in (rates, np.asfortranarray(rates), rates.astype(">f4")):
+        np.save(path, array)
+        np.testing.assert_allclose(load_record(path).success, EXAMPLE, atol=1e-6)
+    np.save(path, np.where(np.triu(np.ones((3, 3)), 1) > 0, np.nan, rates))
+    np.testing.assert_array_equal(load_record(path).success, LOWER)
+    np.savez_compressed(tmp_path / "one.npz", rates)
+    assert load_record(tmp_path / "one.npz").success.tolist() == EXAMPLE
+    others = {"tasks": np.array(["x", "y", "z"]), "base": rates[0] * 0, "losses": np.array([{}], dtype=object)}
+    np.savez(tmp_path / "many.npz", success=rates, **others)  # type: ignore[arg-type]
+    r = load_record(tmp_path / "many.npz")
+    assert r.success.tolist() == EXAMPLE and r.tasks == ["x", "y", "z"] and r.base is not None
+
+
 def test_csv_base_row_and_unevaluated_cells(tmp_path: Path) -> None:
     text = "k,a,b\nbase,0.1,0.2\nrandom,0,0\n0,0.5,\n1,null,NaN\n"
     r = load_record(write(tmp_path / "m.csv", text))
@@ -146,12 +264,15 @@ def test_json_forms(tmp_path: Path) -> None:
     for data in (EXAMPLE, {"success": EXAMPLE}, {"tasks": list("abc"), "success": EXAMPLE}):
         assert load_record(write(tmp_path / "m.txt", json.dumps(data))).success.tolist() == EXAMPLE
     assert load_record(write(tmp_path / "m.json", "[[1, null]]")).one_row
+    triangle = load_record(write(tmp_path / "m.json", "[[0.8], [0.6, 0.9], [0.4, 0.5, 0.7]]"))
+    np.testing.assert_array_equal(triangle.success, LOWER)
 
 
 # ------------------------------------------------------------------------------------ what is refused
 
 BAD = {
     "ragged.json": ("[[0.1, 0.2], [0.3]]", "ragged"),
+    "ragged2.json": ("[[0.1], [0.2, 0.3], [0.4, 0.5, 0.6, 0.7]]", "ragged"),
     "ragged.csv": ("0.1,0.2\n0.3\n", "ragged"),
     "text.json": ('[[0.1, "x"], [0.3, 0.4]]', "not a number"),
     "bool.json": ("[[true]]", "not a number"),

@@ -11,10 +11,12 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -111,6 +113,44 @@ def test_csv_that_would_give_a_wrong_number(tmp_path: Path, text: str, message: 
     (tmp_path / "m.csv").write_text(text)
     with pytest.raises(UserError, match=message):
         load_record(tmp_path / "m.csv")
+
+
+def test_numpy_files_hold_numbers_and_no_more_than_their_size(tmp_path: Path) -> None:
+    """Nothing is unpickled, and no memory is taken for what a header or an archive only claims."""
+
+    class Marks:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return open, (str(tmp_path / "was_here"), "w")
+
+    path = tmp_path / "m.npy"
+    np.save(path, np.array([[Marks()]], dtype=object))
+    with pytest.raises(UserError, match="not loaded"):
+        load_record(path)
+    np.savez(tmp_path / "m.npz", success=np.array([[Marks()]], dtype=object))
+    with pytest.raises(UserError, match="not loaded"):
+        load_record(tmp_path / "m.npz")
+    assert not (tmp_path / "was_here").exists()
+    np.save(path, np.full((2, 2), 0.5))
+    whole = path.read_bytes()
+    tall = whole.replace(b"(2, 2), }" + b" " * 12, b"(2, 999999999999), }" + b" ")
+    for data, message in (
+        (tall, "at most 1000"),
+        (whole.replace(b"(2, 2)", b"(9, 9)"), "bytes of 648"),
+        (whole[:-1], "31 bytes of 32"),
+        (whole.replace(b"(2, 2)", b"((((("), "damaged"),
+        (whole.replace(b"'<f8'", b"'<f9'"), "damaged"),
+        (whole[:20], "damaged"),
+        (b"PK\x03\x04 and no more", "damaged"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=message):
+            load_record(path)
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive, archive.open("a.npy", "w") as f:
+        for _ in range(65):
+            f.write(bytes(2**20))
+    assert (tmp_path / "bomb.npz").stat().st_size < 2**18
+    with pytest.raises(UserError, match="larger than"):
+        load_record(tmp_path / "bomb.npz")
 
 
 # --------------------------------------------------------------------------------------------- configurations

@@ -28,7 +28,7 @@ NOT_COMPARABLE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `clbench metrics`."""
-    parser.add_argument("path", metavar="PATH", help="a run, its eval folder, or a matrix as JSON or CSV")
+    parser.add_argument("path", metavar="PATH", help="a run, its eval folder, or a matrix as JSON, CSV, .npy or .npz")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--joint", metavar="RUN", help="multitask run on the same tasks, for intransigence")
     parser.add_argument("--single", metavar="RUN", help="single-task run on the same tasks, for ft_cw")

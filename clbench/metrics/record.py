@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import itertools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,17 +22,16 @@ from clbench.evaluation.records import (
     read_failures,
     read_simulators,
 )
-from clbench.io import read_json, read_jsonl, read_text
+from clbench.io import read_bytes, read_json, read_jsonl, read_text
 from clbench.metrics.definitions import FloatArray
+from clbench.metrics.table import MAX_TASKS, NPY, ZIP, from_numpy, from_text
 
 BASE_ROW = -1
-NOT_EVALUATED = {"", "null", "none", "nan", "na", "n/a", "-"}
-LABEL_HEADERS = {"", "k", "row", "task", "after", "visit", "checkpoint"}
 CRITERIA = ("success_once", "success_at_end")
 MODES = ("sequential", "multitask", "singletask")
 ABOUT = ("run_id", "policy", "algorithm", "dataset", "mode", "seed", "privileged")
-MAX_TASKS = 1000  # columns, and so rows
 MAX_EPISODES = 100_000  # of one cell
+ROUNDING = 1e-3  # of a rate; a mean taken in half precision is off by as much
 
 
 @dataclass(frozen=True)
@@ -113,7 +109,7 @@ class Record:
 
 
 def load_record(path: Path | str, *, criterion: str | None = None) -> Record:
-    """Read the record behind `path`: a run, its eval folder, a matrix.json, or any matrix as JSON or CSV.
+    """Read the record behind `path`: a run, its eval folder, a matrix.json, or any matrix as JSON, CSV, .npy or .npz.
 
     Args:
         criterion: "success_once" or "success_at_end" to recompute the rates from the episode records; by
@@ -138,13 +134,21 @@ def _load(path: Path, criterion: str | None) -> Record:
             "scripts/run_cl_eval.sh evaluates a run."
         )
     if not path.exists():
-        raise UserError(f"{path} does not exist. Give a run, its eval folder, or a matrix as JSON or CSV.")
+        raise UserError(f"{path} does not exist. Give a run, its eval folder, or a matrix as JSON, CSV, .npy or .npz.")
     if path.name == "matrix.json" and (path.parent / "cells").is_dir():
         return _load_eval(path.parent, criterion)
-    if path.suffix.lower() == ".json" or read_text(path).lstrip()[:1] in ("[", "{"):
-        record = _from_json(read_json(path), str(path))
+    notes: list[str] = []
+    table = False
+    content = read_bytes(path)
+    if content.startswith((NPY, ZIP)):
+        data = from_numpy(content, str(path))
+    elif path.suffix.lower() == ".json" or read_text(path).lstrip()[:1] in ("[", "{"):
+        data = read_json(path)
     else:
-        record = _from_csv(path)
+        data, notes = from_text(read_text(path), str(path))
+        table = True
+    record = _from_json(data, str(path), keys=not table)
+    record.notes += notes
     record.source = path
     if criterion is not None and criterion != record.criterion:
         raise UserError(f"{path} keeps no episode records, so its rates cannot be recomputed by {criterion}.")
@@ -162,26 +166,44 @@ def _validation_of(path: Path) -> str:
 # ----------------------------------------------------------------------------------- cells of a matrix
 
 
-def _cell(value: Any, where: str) -> float:
-    """A rate in [0, 1], or NaN for None; raises UserError for anything else."""
+def _cell(value: Any, where: str, hint: str = "") -> float:
+    """A rate in [0, 1], or NaN for None; raises UserError, with `hint` for a rate outside, for anything else."""
     if value is None:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UserError(f"{where} is {shown(value)}, not a number (null = not evaluated).")
     if isinstance(value, float) and not math.isfinite(value):  # from CSV; JSON has none
         raise UserError(f"{where} is {value}, not a rate; write null for a cell that was not evaluated.")
-    if not 0 <= value <= 1:
-        hint = " This looks like percent; divide by 100." if 1 < value <= 100 else ""
-        raise UserError(f"{where} is {shown(value)}, outside [0, 1].{hint}")
-    return float(value)
+    if not -ROUNDING <= value <= 1 + ROUNDING:
+        raise UserError(f"{where} is {shown(value)}, outside [0, 1].{hint if value >= 2 else ''}")
+    return min(1.0, max(0.0, float(value)))
 
 
-def _row(values: Any, where: str, n: int | None = None) -> FloatArray:
+def _scale_hint(rows: list[Any]) -> str:
+    """What to do about rates that have the values of another scale; "" where they have not."""
+    known = [v for row in rows if isinstance(row, list) for v in row if isinstance(v, int | float)]
+    if not known or not all(0 <= v <= 100 for v in known):
+        return ""
+    if all(isinstance(v, int) or v.is_integer() for v in known):
+        return " If these are percent, divide by 100; if they count successes, by the episodes, or write 17/20."
+    return " This looks like percent; divide by 100." if max(known) >= 10 else ""
+
+
+def _fill_triangle(rows: list[Any], n: int | None) -> list[Any]:
+    """Rows of 1, 2, 3, … cells are those of a lower triangle: the tasks still to come were not evaluated."""
+    lengths = [len(r) if isinstance(r, list) else None for r in rows]
+    if len(rows) < 2 or lengths != list(range(1, len(rows) + 1)):
+        return rows
+    return [r + [None] * ((n or len(rows)) - len(r)) for r in rows]
+
+
+def _row(values: Any, where: str, n: int | None = None, hint: str | None = None) -> FloatArray:
     if not isinstance(values, list):
         raise UserError(f"{where} is not a list of rates.")
     if n is not None and len(values) != n:
         raise UserError(f"{where} has {len(values)} cells where {n} were expected: the matrix is ragged.")
-    return np.array([_cell(v, f"{where}, column {j}") for j, v in enumerate(values)], dtype=float)
+    hint = _scale_hint([values]) if hint is None else hint
+    return np.array([_cell(v, f"{where}, column {j}", hint) for j, v in enumerate(values)], dtype=float)
 
 
 def _matrix(rows: Any, where: str, n: int | None = None) -> FloatArray:
@@ -194,8 +216,10 @@ def _matrix(rows: Any, where: str, n: int | None = None) -> FloatArray:
         raise UserError(f"{where} is empty.")
     if max(len(rows), *(len(r) if isinstance(r, list) else 0 for r in rows)) > MAX_TASKS:
         raise UserError(f"{where} has more than {MAX_TASKS} rows or columns.")
+    rows = _fill_triangle(rows, n)
     width = n if n is not None else len(rows[0]) if isinstance(rows[0], list) else None
-    matrix = np.stack([_row(r, f"{where}, row {k}", width) for k, r in enumerate(rows)])
+    hint = _scale_hint(rows)
+    matrix = np.stack([_row(r, f"{where}, row {k}", width, hint) for k, r in enumerate(rows)])
     if len(matrix) > matrix.shape[1]:
         raise UserError(
             f"{where} has {len(matrix)} rows for {matrix.shape[1]} tasks; there is one row per visited task. "
@@ -211,8 +235,8 @@ def _default_names(n: int) -> list[str]:
 # --------------------------------------------------------------------------------------- bare matrices
 
 
-def _from_json(data: Any, where: str) -> Record:
-    """A record from parsed JSON: a list of lists, or an object with "success"."""
+def _from_json(data: Any, where: str, keys: bool = True) -> Record:
+    """A record from parsed JSON: a list of lists, or an object with "success"; `keys`: whether messages name keys."""
     if isinstance(data, list):
         success = _matrix(data, where)
         return Record(_default_names(success.shape[1]), success, list(range(len(success))), named=False)
@@ -221,7 +245,8 @@ def _from_json(data: Any, where: str) -> Record:
     tasks = data.get("tasks")
     if tasks is not None and not (isinstance(tasks, list) and all(isinstance(t, str) for t in tasks)):
         raise UserError(f'{where}: "tasks" is not a list of names.')
-    success = _matrix(data["success"], f'{where}: "success"', len(tasks) if tasks is not None else None)
+    inside = f'{where}: "success"' if keys else where
+    success = _matrix(data["success"], inside, len(tasks) if tasks is not None else None)
     n = success.shape[1]
     extra = {
         name: None if data.get(name) is None else _row(data[name], f'{where}: "{name}"', n)
@@ -254,6 +279,7 @@ def _counts(counts: Any, success: FloatArray, where: str) -> npt.NDArray[np.int6
     """(K, N) episode counts (null = 0), or None when the file has none."""
     if counts is None:
         return None
+    counts = _fill_triangle(counts, success.shape[1]) if isinstance(counts, list) else counts
     good = isinstance(counts, list) and len(counts) == len(success)
     good = good and all(isinstance(row, list) and len(row) == success.shape[1] for row in counts)
     if not good:
@@ -263,94 +289,6 @@ def _counts(counts: Any, success: FloatArray, where: str) -> npt.NDArray[np.int6
             if n is not None and (isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < 2**53):
                 raise UserError(f'{where}: "episodes" holds {shown(n)}, not a count.')
     return np.array([[n or 0 for n in row] for row in counts], dtype=np.int64)
-
-
-def _from_csv(path: Path) -> Record:
-    """A record from CSV (also ; or tab): an optional row of task names, an optional first column of labels.
-
-    Rows labelled "base" or "random" are taken as such; an empty cell, null or nan means not evaluated.
-    """
-    text = read_text(path)
-    lines = io.StringIO(text, newline="")  # not splitlines: U+2028 in a name ends no line
-    delimiter = next((d for d in (",", "\t", ";") if d in text), ",")
-    try:
-        table = [[c.strip() for c in row] for row in csv.reader(lines, delimiter=delimiter) if row]
-    except csv.Error as e:
-        raise UserError(f"{path} is not CSV: {e}.") from e
-    table = [row for row in table if any(row) or len(row) > 1]
-    if not table:
-        raise UserError(f"{path} is empty.")
-
-    header: list[str] | None = None
-    first = table[0]
-    if all(_is_text(c) for c in first[1:]) and (_is_text(first[0]) or (len(first) > 1 and not first[0])):
-        header, table = first, table[1:]
-    if not table:
-        raise UserError(f"{path} is not a matrix: it has no row of numbers.")
-    labels: list[str] = []
-    by_name = header is not None and len(header) > 1 and header[0].lower() in LABEL_HEADERS
-    by_width = header is not None and all(len(row) == len(header) + 1 for row in table)
-    if by_name or by_width or all(_is_text(row[0]) and len(row) > 1 for row in table):
-        labels = [row[0].lower() for row in table]
-        table = [row[1:] for row in table]
-        if header is not None and not by_width:
-            header = header[1:]
-        _check_labels(labels, path)
-
-    rows: list[Any] = []
-    extra: dict[str, FloatArray] = {}
-    for k, row in enumerate(table):
-        values = [_number(c, f"{path}, row {k}, column {j}") for j, c in enumerate(row)]
-        if labels and labels[k] in ("base", "random"):
-            extra[labels[k]] = _row(values, f'{path}: row "{labels[k]}"', len(header) if header else None)
-        else:
-            rows.append(values)
-    success = _matrix(rows, str(path), len(header) if header else None)
-    if any(row.shape[0] != success.shape[1] for row in extra.values()):
-        raise UserError(f"{path}: the base or random row has another length than the others.")
-    return Record(
-        tasks=header if header is not None else _default_names(success.shape[1]),
-        success=success,
-        rows=list(range(len(success))),
-        base=extra.get("base"),
-        random=extra.get("random"),
-        named=header is not None,
-    )
-
-
-def _check_labels(labels: list[str], path: Path) -> None:
-    """Rows are taken in the file's order: labels that say another one are an error."""
-    numbers = [int(label) for label in labels if label.isascii() and label.isdigit() and len(label) < 10]
-    if any(b <= a for a, b in itertools.pairwise(numbers)):
-        raise UserError(f"{path}: its rows are not in order: {shown(numbers)}.")
-    if any(labels.count(name) > 1 for name in ("base", "random")):
-        raise UserError(f"{path} has more than one base or random row.")
-
-
-def _float(cell: str) -> float:
-    if "_" in cell:  # Python's own way of writing numbers, nobody else's
-        raise ValueError
-    return float(cell)
-
-
-def _is_text(cell: str) -> bool:
-    if cell.lower() in NOT_EVALUATED:
-        return False
-    try:
-        _float(cell)
-    except ValueError:
-        return True
-    return False
-
-
-def _number(cell: str, where: str) -> float | None:
-    if cell.lower() in NOT_EVALUATED:
-        return None
-    try:
-        return _float(cell)
-    except ValueError:
-        hint = " Write the rate as a fraction in [0, 1]." if cell.endswith("%") else ""
-        raise UserError(f"{where} is {shown(cell)}, not a number.{hint}") from None
 
 
 # ---------------------------------------------------------------------------------------- eval folders
