@@ -46,9 +46,11 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--strategy", choices=("ddp", "zero2"),
                        help="how several processes share the work (default: train.strategy, which is ddp)")  # fmt: skip
     train.add_argument("--port", type=int, help="port on which the processes meet (default: a free one)")
+    _trust(train)
 
     pre = _command(sub, "pretrain", "train and cache the base of a stream, unless it is there")
     _axes(pre, algo=False)
+    _trust(pre)
 
     ev = _command(sub, "eval", "evaluate a run: the T×T success matrix, in simulators")
     ev.add_argument("--run-id", required=True, help="the run, by id or folder")
@@ -60,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     ev.add_argument("--workers", type=int, help="processes (default: one a core, at most 2)")
     ev.add_argument("--gpus", help="1 = the policy runs on a GPU, 0 = on the CPU")
     ev.add_argument("--output-base", metavar="DIR", help="write DIR/RUN/eval instead of into the run's folder")
+    _trust(ev)
 
     from clbench.metrics import cli as metrics_cli
     from clbench.report import cli as report_cli
@@ -96,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
     sweep = _command(sub, "sweep", "train, evaluate and compare the runs of an experiment file; finished ones are kept")
     sweep.add_argument("experiment", help="a name under configs/experiments, or a YAML file")
     sweep.add_argument("--dry-run", action="store_true", help="only say what is done and what is left")
+    _trust(sweep)
     return p
 
 
@@ -114,6 +118,12 @@ def _axes(p: argparse.ArgumentParser, algo: bool = True) -> None:
     p.add_argument("--yaml", nargs="+", metavar="FILE", help="merge these files left to right instead of the axes")
     p.add_argument("--smoke", action="store_true", help="a few steps per task: proves that it runs, measures nothing")
     p.epilog = OVERRIDES
+
+
+def _trust(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--trust", action="append", default=[], metavar="CHECKPOINT|RUN|TYPE",
+                   help="let these checkpoints, or fresh policies of this type, run code of models that they name and "
+                        "fetch from hubs (docs/security.md); may be given again")  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -135,7 +145,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if debug:
         os.environ["CLBENCH_DEBUG"] = "1"
     try:
-        return _run(args, overrides, argv)
+        from clbench.checkpoints.trusted import trusting
+
+        with trusting(getattr(args, "trust", [])):
+            return _run(args, overrides, argv)
     except UserError as e:
         if debug:
             tell(*traceback.format_exc().splitlines())
@@ -235,6 +248,7 @@ def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str], 
 
     if not launched() or os.environ.get("RANK") == "0":
         tell(f"configuration: {' ← '.join(files)}{' ← overrides' if overrides else ''}")
+    from clbench.checkpoints.trusted import check_start
     from clbench.streams.stream import build_stream, check_images, checked_order, pretraining_data
 
     if not launched():
@@ -242,6 +256,7 @@ def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str], 
     # Mistakes show before anything heavy is imported or fetched.
     d = config.dataset
     checked_order(d)
+    check_start(config.policy)
     sets: list[tuple[bool, Callable[[], object]]] = [
         (d.repo_id is not None, lambda: build_stream(d, sequential=False, render=config.render))
     ]
@@ -332,6 +347,7 @@ def _results(config: Config) -> Path:
 
 def _init_from(text: str) -> str:
     from clbench.checkpoints.run_folder import checkpoint_folder, finished_visits, run_folder
+    from clbench.checkpoints.trusted import check_checkpoint
 
     run, _, k = text.partition(":")
     folder = run_folder(run)
@@ -344,11 +360,15 @@ def _init_from(text: str) -> str:
     policy = checkpoint_folder(folder, number) / "policy"
     if (policy / "adapter_config.json").is_file():
         raise UserError(f"--init-from {text}: that checkpoint is an adapter; only whole policies can be a base.")
+    check_checkpoint(policy)
     return str(policy.resolve())
 
 
 def _pretrain(args: argparse.Namespace, overrides: list[str]) -> int:
     config, _ = _compose(args, overrides, "seqfft")
+    from clbench.checkpoints.trusted import check_start
+
+    check_start(config.policy)
     from clbench.stopping import stoppable
     from clbench.training.backend import Backend
     from clbench.training.pretrain import ensure_base
@@ -555,7 +575,7 @@ def _doctor(args: argparse.Namespace, overrides: list[str]) -> int:
 def _sweep(args: argparse.Namespace, overrides: list[str]) -> int:
     from clbench.sweep import run_sweep
 
-    return run_sweep(args.experiment, dry_run=args.dry_run)
+    return run_sweep(args.experiment, dry_run=args.dry_run, trust=args.trust)
 
 
 if __name__ == "__main__":

@@ -141,16 +141,18 @@ def finished(run: Run) -> bool:
     return covered and not changed_keys(folder, run.config, FREE_ON_RESUME)
 
 
-def run_sweep(name: str, dry_run: bool = False) -> int:
+def run_sweep(name: str, dry_run: bool = False, trust: Sequence[str] = ()) -> int:
     """Run what is left of an experiment; returns 1 when a run failed, after the others have finished.
+
+    `trust`: what --trust names. Its commands get that, and beside it the runs that they made themselves.
 
     Raises Interrupted when a signal asked to stop; the runs under way have saved.
     """
     with stoppable() as stop:
-        return _run_sweep(name, dry_run, stop)
+        return _run_sweep(name, dry_run, trust, stop)
 
 
-def _run_sweep(name: str, dry_run: bool, stop: Stop) -> int:
+def _run_sweep(name: str, dry_run: bool, trust: Sequence[str], stop: Stop) -> int:
     experiment, runs = load_experiment(name)
     left = [r for r in runs if not finished(r)]
     print(f"experiment {experiment.name}: {len(runs) - len(left)} of {len(runs)} runs are finished", flush=True)
@@ -167,13 +169,13 @@ def _run_sweep(name: str, dry_run: bool, stop: Stop) -> int:
     if left:
         print(f"runs → {results_root()}, their output → {logs}", flush=True)
     # The base is shared: it is made before runs race for it.
-    base = ("pretrain", *_axes(experiment), "--", *experiment.overrides)
+    base = ("pretrain", *_axes(experiment), *_trusting(trust), "--", *experiment.overrides)
     if left and not _call(base, logs / "pretrain.log", stop):
         stop.check(KEPT)
         print(f"failed: the base; see {logs / 'pretrain.log'}", file=sys.stderr)
         return 1
     with ThreadPoolExecutor(max_workers=max(1, experiment.parallel)) as pool:
-        results = list(pool.map(lambda r: _one(r, logs, experiment.parallel, stop), left))
+        results = list(pool.map(lambda r: _one(r, logs, experiment.parallel, trust, stop), left))
     stop.check(KEPT)
     failed = [r.run_id for r, ok in zip(left, results, strict=True) if not ok]
     for run_id in failed:
@@ -192,11 +194,17 @@ def _run_sweep(name: str, dry_run: bool, stop: Stop) -> int:
     return 1 if failed else 0
 
 
-def _one(run: Run, logs: Path, parallel: int, stop: Stop) -> bool:
+def _trusting(names: Sequence[str], run_id: str | None = None) -> tuple[str, ...]:
+    own = [run_id] if names and run_id is not None and (results_root() / run_id).is_dir() else []
+    return tuple(f"--trust={name}" for name in [*names, *own])
+
+
+def _one(run: Run, logs: Path, parallel: int, trust: Sequence[str], stop: Stop) -> bool:
     began = time.monotonic()
     log = logs / f"{run.run_id}.log"
-    ok = _call(("train", *run.train), log, stop)
-    ok = ok and _call(("eval", "--run-id", run.run_id, *(("--workers", "1") if parallel > 1 else ())), log, stop)
+    ok = _call(("train", *_trusting(trust, run.run_id), *run.train), log, stop)
+    workers = ("--workers", "1") if parallel > 1 else ()
+    ok = ok and _call(("eval", *_trusting(trust, run.run_id), "--run-id", run.run_id, *workers), log, stop)
     if stop.signal is not None:
         return False
     print(f"{'done' if ok else 'FAILED'}: {run.run_id} in {(time.monotonic() - began) / 60:.1f} min", flush=True)

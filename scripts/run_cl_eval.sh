@@ -12,6 +12,7 @@
 #   --workers N      processes (default: one a core, at most 2)
 #   --gpus N         1 = the policy runs on a GPU, 0 = on the CPU
 #   --output-base D  write D/RUN/eval instead of into the run's folder
+#   --trust C        let checkpoint or run C run code of models that it names and fetch from hubs
 #   --debug          show tracebacks
 #   -- key=value ... overrides of the eval section, e.g. -- eval.slots=16, or -- eval.split=validation for episodes to
 #                    choose by, which are kept apart from the reported ones, in eval/validation

@@ -17,6 +17,7 @@
 #   --nproc N        N processes on the CPU              (default 1)
 #   --strategy S     ddp | zero2, how several processes share the work (default: the model's, else ddp)
 #   --port P         port on which the processes meet     (default: a free one)
+#   --trust C        let checkpoint, run or policy type C run code of models that it names and fetch from hubs
 #   --debug          show tracebacks
 #   -- key=value ... overrides, each with or without leading dashes, e.g. -- train.steps=500 eval.episodes=50
 #   -h, --help       this text

@@ -19,6 +19,7 @@ from lerobot.utils.constants import POLICY_POSTPROCESSOR_DEFAULT_NAME, POLICY_PR
 
 import clbench.policies  # noqa: F401 (registers our policies)
 from clbench.adapters import clare, lora
+from clbench.checkpoints import trusted
 from clbench.errors import UserError, nearest
 from clbench.io import read_json
 from clbench.policies.dit.configuration import DitConfig
@@ -91,19 +92,22 @@ def load_policy(folder: Path | str, device: str = "cpu", overrides: dict[str, An
     """Load a LeRobot checkpoint folder, with CLARE or PEFT adapters where it has them.
 
     Raises:
-        UserError: the folder is missing, incomplete or damaged, or of an unknown policy type.
+        UserError: the folder is missing, incomplete or damaged, of an unknown policy type, or holds what is built for
+            a user who trusts it alone (trusted.py).
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no LeRobot checkpoint folder: it has no config.json.")
     try:
-        _check_processors(folder)
+        trusted.check_checkpoint(folder)  # first: a configuration may fetch what it names as soon as it is made
+        pipelines = _processors(folder)
         config = read_policy_config(folder, device)
         for key, value in (overrides or {}).items():
             if key not in {f.name for f in fields(config)}:
                 raise UserError(f"unknown key 'policy.{key}' for {config.type}.")
             setattr(config, key, value)
         config.__post_init__()  # checks them
+        trusted.check_steps(config, folder, pipelines)
         adapter = folder / "adapter_config.json"
         policy = _load_weights(config, folder) if not adapter.is_file() else _load_adapter(config, folder)
         pre, post = make_pre_post_processors(
@@ -134,12 +138,13 @@ def read_policy_config(folder: Path, device: str) -> PreTrainedConfig:
     return draccus.decode(PreTrainedConfig.get_choice_class(kind), {**values, "device": device})
 
 
-def _check_processors(folder: Path) -> None:
-    """Raise UserError for processors that would run code or read files from elsewhere.
+def _processors(folder: Path) -> dict[Path, list[dict[str, Any]]]:
+    """The steps of both processors by file; raises UserError where one would import a class or read from elsewhere.
 
     LeRobot imports whatever a step's "class" names and calls it with the step's settings, so that
     {"class": "subprocess.Popen", …} would run a program: only steps that are registered by name are loaded.
     """
+    found = {}
     for name in (POLICY_PREPROCESSOR_DEFAULT_NAME, POLICY_POSTPROCESSOR_DEFAULT_NAME):
         path = folder / f"{name}.json"
         described = read_json(path)
@@ -154,6 +159,8 @@ def _check_processors(folder: Path) -> None:
                 raise UserError(f"{path}: state_file {state!r} is no file name in that folder.")
             if "state_file" in step:
                 tensor_shapes(folder / state)
+        found[path] = steps
+    return found
 
 
 def _load_weights(config: PreTrainedConfig, folder: Path) -> PreTrainedPolicy:
@@ -163,7 +170,8 @@ def _load_weights(config: PreTrainedConfig, folder: Path) -> PreTrainedPolicy:
         raise UserError(f"cannot load the policy in {folder}: {e}") from e
     if isinstance(config, DitConfig):
         _check_sizes(config, shapes, folder)
-    with contextlib.redirect_stdout(io.StringIO()):  # LeRobot prints where it loads from
+    quiet = contextlib.redirect_stdout(io.StringIO())  # LeRobot prints where it loads from
+    with quiet, trusted.no_backbone_weights(config):
         return get_policy_class(config.type).from_pretrained(folder, config=config, strict=True)
 
 

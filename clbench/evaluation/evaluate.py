@@ -19,6 +19,7 @@ from clbench.checkpoints.run_folder import (
     read_checkpoint,
     read_manifest,
 )
+from clbench.checkpoints.trusted import check_checkpoint, given
 from clbench.checkpoints.whole import damage
 from clbench.config.compose import check_keys, load_yaml, merge, to_config
 from clbench.config.schema import Config
@@ -273,11 +274,15 @@ class _Run:
         total = sum(len(job.episodes) for job in jobs)
         failed: dict[Cell, dict[str, Any]] = {}
         if total:
+            for policy in {job.policy for job in jobs if job.policy is not None}:  # said before processes are started
+                if (Path(policy) / "config.json").is_file():
+                    check_checkpoint(Path(policy))
             env_types = {e["env"]["type"] for job in jobs for e in job.episodes}
             _check_simulators(out, self.simulators(env_types))
             self.warn_of_repeats(env_types, count)
             tell(f"evaluating {total} episodes in {workers} processes → {out}")
-            settings = Settings(self.config, e.slots, e.steps_after_success, self.config.train.device, threads=1)
+            device = self.config.train.device
+            settings = Settings(self.config, e.slots, e.steps_after_success, device, threads=1, trust=given())
             before, started = _episodes(files), time.monotonic()
             try:
                 _play(jobs, settings, workers, files, failed, total, self.progress, self.stop)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from clbench.checkpoints.trusted import NOTHING, Trust, trust
 from clbench.envs.remote import SimulatorDied
 from clbench.stopping import belong_to
 
@@ -43,6 +44,7 @@ class Settings:
     steps_after_success: int
     device: str
     threads: int
+    trust: Trust = NOTHING  # what the command line trusts
 
 
 class Beat(Protocol):
@@ -164,6 +166,7 @@ def _actors(job: Job, settings: Settings) -> Any:
     from clbench.checkpoints.policy_io import load_policy, pick_device
     from clbench.checkpoints.state import load_state
 
+    trust(settings.trust)
     loaded = load_policy(job.policy, pick_device(settings.device))
     algorithm = CLAlgorithm(None)
     if job.checkpoint is not None:

@@ -22,6 +22,7 @@ from lerobot.policies.factory import get_policy_class
 from lerobot.utils.feature_utils import dataset_to_policy_features
 
 from clbench.algorithms.hooks import CLAlgorithm, Context, Phase, training_phase
+from clbench.checkpoints import trusted
 from clbench.checkpoints.policy_io import LoadedPolicy, load_policy, pick_device, policy_config, save_policy
 from clbench.checkpoints.run_folder import versions
 from clbench.checkpoints.state import load_state, save_state, tensor_bytes
@@ -84,6 +85,7 @@ def ensure_base(config: Config, backend: Backend, stop: Stop, progress: str = "a
 
     A pretraining that was stopped or killed goes on from its newest state.
     """
+    trusted.check_start(config.policy)
     if config.policy.get("path"):
         path = named_folder(str(config.policy["path"]), model_root())
         if not (path / "config.json").is_file():
@@ -97,7 +99,12 @@ def ensure_base(config: Config, backend: Backend, stop: Stop, progress: str = "a
         return path.resolve(), {"path": str(path.resolve()), "kind": "given"}
     tasks, data = pretraining_tasks(config.dataset, config.render)
     folder = base_folder(config, data)
+    if config.policy.get("type") in trusted.given().types:  # made by this very configuration
+        trusted.trust_also(folder, _unfinished(folder))
     if not backend.agree(_is_whole(folder)):
+        fetched = trusted.fetched(config.policy, images=bool(cameras(config.dataset.env.type)))
+        if fetched is not None:
+            say(backend, fetched)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with (folder.parent / f".{folder.name}.lock").open("w") as lock:
             while not backend.agree(_locked(lock) if backend.is_main else True):
@@ -107,6 +114,11 @@ def ensure_base(config: Config, backend: Backend, stop: Stop, progress: str = "a
             if not backend.agree(_is_whole(folder)):
                 _pretrain(config, tasks, data, folder, backend, stop, progress)
     return folder, {"path": str(folder), "kind": "pretrained", **base_key(config, data)}
+
+
+def _unfinished(folder: Path) -> Path:
+    """Where a base is while it is made."""
+    return folder.with_name(f".{folder.name}.training")
 
 
 def _is_whole(folder: Path) -> bool:
@@ -224,7 +236,7 @@ def _pretrain(
     progress: str,
 ) -> None:
     start = time.monotonic()
-    temporary = folder.with_name(f".{folder.name}.training")
+    temporary = _unfinished(folder)
     p = config.pretrain
     train = TrainConfig(
         steps=p.steps,

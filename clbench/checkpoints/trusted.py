@@ -1,0 +1,289 @@
+"""What may be built from a file: policy types, processor steps and adapters that run and fetch nothing foreign.
+
+A checkpoint's JSON names a policy type, processor steps and settings, and LeRobot builds whatever they are. Some types
+ask a hub for models that a setting names, or hand a folder to transformers with `trust_remote_code=True`, which runs
+the Python files in it. So:
+
+- policy types in `BUILT`, with the settings there null, are built from any file;
+- of processor steps only those that the policy's own factory makes, with its settings (`check_steps`);
+- of adapters CLARE's and LoRA's, with settings that import nothing (`check_checkpoint`);
+- anything else only from a folder that the user named on the command line, or, for a fresh policy, a type named there:
+  `--trust CHECKPOINT|RUN|TYPE`. No file can say so. Ranks and a sweep's commands get the flag, evaluation processes get
+  `given()` with their settings.
+
+tests/test_loaders.py lists every loader in the installed LeRobot, transformers' entry points and PEFT, and its guard.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clbench.errors import UserError, nearest
+from clbench.io import read_json
+from clbench.paths import model_root, named_folder, results_root
+
+# Built from any file, as long as these settings are null.
+BUILT: dict[str, tuple[str, ...]] = {
+    "dit_dec": (),
+    "dit_encdec": (),
+    "act": (),
+    "diffusion": (),
+    "gaussian_actor": ("vision_encoder_name",),
+    "tdmpc": (),
+    "vqbet": (),
+}
+
+CODE = "runs Python files of the model that its settings name"
+HUB = "fetches models or tokenizers from a hub that no configuration has to name"
+
+# LeRobot's other types, and why they are not built without the user's word.
+RISKS: dict[str, str] = {
+    "eo1": HUB,
+    "evo1": HUB,
+    "fastwam": HUB,
+    "gaussian_actor": CODE,
+    "groot": CODE,
+    "lingbot_va": HUB,
+    "molmoact2": HUB,
+    "multi_task_dit": HUB,
+    "pi0": HUB,
+    "pi05": HUB,
+    "pi0_fast": CODE,
+    "smolvla": HUB,
+    "vla_jepa": HUB,
+    "wall_x": CODE,
+    "xvla": HUB,
+}
+
+# torchvision fetches what this setting of act, diffusion and vqbet names. A checkpoint has all weights itself.
+BACKBONE_WEIGHTS = "pretrained_backbone_weights"
+BACKBONE_DEFAULT = "ResNet18_Weights.IMAGENET1K_V1"
+
+# Settings of steps that depend on the data and the machine. Any other must be as the policy's factory makes it.
+_NORMALIZER = ("eps", "features", "norm_map", "normalize_observation_keys")
+FREE_SETTINGS: dict[str, tuple[str, ...]] = {
+    "device_processor": ("device", "float_dtype"),
+    "normalizer_processor": _NORMALIZER,
+    "rename_observations_processor": ("rename_map",),
+    "unnormalizer_processor": _NORMALIZER,
+}
+
+# PEFT's settings of LoRA that change which layers it adapts and how. Any other must be off or PEFT's default:
+# some import modules (megatron_core), read files (corda_config, lora_ga_config) or load other adapters (arrow_config).
+LORA_SETTINGS = (
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "ensure_weight_tying", "exclude_modules",
+    "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_bias",
+    "lora_dropout", "modules_to_save", "peft_type", "peft_version", "r", "rank_pattern", "revision", "target_modules",
+    "task_type", "use_dora", "use_rslora",
+)  # fmt: skip
+LORA_DEFAULTS = {"megatron_core": "megatron.core", "qalora_group_size": 16}
+LORA_INITS = re.compile(r"gaussian|orthogonal|olora|pissa(_niter_\d+)?")
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What the user trusts: folders with all that is in them, and policy types for fresh policies."""
+
+    folders: tuple[str, ...] = ()
+    types: tuple[str, ...] = ()
+
+
+NOTHING = Trust()
+_given = NOTHING
+
+
+def given() -> Trust:
+    """What the command line trusts."""
+    return _given
+
+
+def trust(what: Trust) -> None:
+    """Replace what is trusted, in this process."""
+    global _given
+    _given = what
+
+
+def trust_also(*folders: Path) -> None:
+    trust(Trust((*_given.folders, *(str(f.resolve()) for f in folders)), _given.types))
+
+
+@contextmanager
+def trusting(names: Sequence[str]) -> Iterator[None]:
+    """Trust what `--trust` names, inside the block, and nothing else.
+
+    Raises:
+        UserError: a name is no folder, run or policy type.
+    """
+    before = _given
+    trust(_resolved(names))
+    try:
+        yield
+    finally:
+        trust(before)
+
+
+def _resolved(names: Sequence[str]) -> Trust:
+    folders, types = [], []
+    for name in names:
+        places = [Path(name).expanduser(), results_root() / name, named_folder(name, model_root())]
+        found = next((p for p in places if name and p.is_dir()), None)
+        if found is not None:
+            folders.append(str(found.resolve()))
+        elif name in RISKS:
+            types.append(name)
+        else:
+            raise UserError(
+                f"--trust {shlex.quote(name)}: there is no checkpoint folder, run or policy type of that name."
+                f"{nearest(name, RISKS)}"
+            )
+    return Trust(tuple(folders), tuple(types))
+
+
+def trusts(folder: Path) -> bool:
+    """Whether the user trusts this folder, or one that it lies in."""
+    return any(folder.resolve().is_relative_to(f) for f in _given.folders)
+
+
+def _unless_trusted(folder: Path, what: str, whole: Path | None = None) -> None:
+    """Raise UserError with what is wrong and how to trust the folder, unless it is trusted."""
+    if trusts(folder):
+        return
+    whole = folder if whole is None else whole
+    if folder.name == "policy" and folder.parent.parent.name in ("checkpoints", "training_state"):
+        whole = folder.parents[2]  # the run: its other checkpoints are like this one
+    raise UserError(f"{what} If you trust whoever made it, say so with --trust {shlex.quote(str(whole))}")
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Raise UserError where a checkpoint's policy type or adapter is built for a user who trusts it alone.
+
+    Nothing but JSON is read. An adapter's base is built with the adapter's configuration, so that is checked for both.
+    """
+    described = read_json(folder / "config.json")
+    adapter = folder / "adapter_config.json"
+    _check_type(described, folder, folder / "config.json")
+    if not adapter.is_file():
+        return
+    settings = read_json(adapter)
+    if not isinstance(settings, dict):
+        raise UserError(f"{adapter} is no adapter's configuration: it holds no object.")
+    _check_adapter(settings, folder)
+    base = settings.get("base_model_name_or_path")
+    if isinstance(base, str) and base:
+        _check_type(described, Path(base), folder / "config.json")
+
+
+def _check_type(described: Any, folder: Path, file: Path) -> None:
+    kind = described.get("type") if isinstance(described, dict) else None
+    if not isinstance(kind, str):
+        raise UserError(f"{file} is no policy's configuration: it names no policy type.")
+    reason = _risk(kind, described)
+    if reason is not None:
+        similar = "" if kind in RISKS else nearest(kind, {*BUILT, *RISKS})
+        _unless_trusted(folder, f"{file}: {reason}, so it is not built from a file.{similar}")
+
+
+def _risk(kind: str, settings: dict[str, Any]) -> str | None:
+    """Why a policy is not built without the user's word; None: it is."""
+    if kind not in BUILT:
+        return f"policy type {kind!r} {RISKS.get(kind, 'is not one that clbench knows')}"
+    named = [key for key in BUILT[kind] if settings.get(key) is not None]
+    return f"policy type {kind!r} with {named[0]} {RISKS[kind]}" if named else None
+
+
+def _check_adapter(settings: dict[str, Any], folder: Path) -> None:
+    kind, file = settings.get("peft_type"), folder / "adapter_config.json"
+    if kind == "CLARE":
+        return
+    if kind != "LORA":
+        _unless_trusted(folder, f"{file}: adapters of type {kind!r} may read other files, so they are not built.")
+        return
+    for key, value in settings.items():
+        if key in LORA_SETTINGS or not value or LORA_DEFAULTS.get(key) == value:
+            continue
+        if key == "init_lora_weights" and (value is True or LORA_INITS.fullmatch(str(value))):
+            continue
+        what = f"{file}: the setting {key!r} may import modules or read files, so it is not taken from a file."
+        _unless_trusted(folder, what)
+
+
+def check_steps(config: Any, folder: Path, pipelines: dict[Path, list[dict[str, Any]]]) -> None:
+    """Raise UserError for a processor step that the policy's own factory does not make, or makes with other settings.
+
+    Args:
+        config: the policy's configuration, as it was read from `folder`.
+        pipelines: the file of the preprocessor, then of the postprocessor, with their steps.
+    """
+    if trusts(folder):
+        return
+    from lerobot.policies import make_pre_post_processors
+
+    for made, (file, steps) in zip(make_pre_post_processors(config), pipelines.items(), strict=True):
+        own: dict[str, list[dict[str, Any]]] = {}
+        for step in json.loads(json.dumps(made.get_config()["steps"], default=str)):
+            own.setdefault(step.get("registry_name", ""), []).append(step["config"])
+        for step in steps:
+            name, settings = step["registry_name"], step.get("config", {})
+            if name not in own:
+                what = f"{file}: a {config.type!r} policy has no step {name!r}, and only its own are built from a file."
+                _unless_trusted(folder, what)
+            if not isinstance(settings, dict):
+                raise UserError(f"{file}: the settings of step {name!r} are no object.")
+            for key, value in settings.items():
+                if key not in FREE_SETTINGS.get(name, ()) and all(value != s.get(key, ...) for s in own[name]):
+                    what = f"{file}: a {config.type!r} policy's step {name!r} is not made with {key!r} = {value!r:.80}."
+                    _unless_trusted(folder, what)
+
+
+@contextmanager
+def no_backbone_weights(config: Any) -> Iterator[None]:
+    """Inside the block, a policy is built without fetching a backbone's weights, for it is about to get its own."""
+    before = getattr(config, BACKBONE_WEIGHTS, None)
+    if before is None:
+        yield
+        return
+    setattr(config, BACKBONE_WEIGHTS, None)
+    try:
+        yield
+    finally:
+        setattr(config, BACKBONE_WEIGHTS, before)
+
+
+def check_start(policy: dict[str, Any]) -> None:
+    """Raise UserError where a `policy` section starts from a checkpoint, or a type, that wants the user's trust."""
+    if policy.get("path"):
+        folder = named_folder(str(policy["path"]), model_root())
+        if (folder / "config.json").is_file():
+            check_checkpoint(folder)
+        return
+    kind = str(policy.get("type"))
+    reason = _risk(kind, policy) if kind in BUILT or kind in RISKS else None  # an unknown one has a message of its own
+    if reason is not None and kind not in _given.types:
+        raise UserError(f"{reason}. If that is what you want, say so with --trust {kind}")
+
+
+def fetched(policy: dict[str, Any], images: bool) -> str | None:
+    """What a fresh policy fetches, as a line for the user; None: nothing.
+
+    Raises:
+        UserError: LeRobot would fetch weights that the configuration does not name.
+    """
+    kind = str(policy.get("type"))
+    if kind in _given.types:
+        return f"policy type {kind!r} {RISKS[kind]}; what is not in the caches is fetched now."
+    if kind not in ("act", "diffusion", "vqbet") or not images:
+        return None
+    if BACKBONE_WEIGHTS not in policy:
+        raise UserError(
+            f"policy type {kind!r} fetches {BACKBONE_DEFAULT} from download.pytorch.org unless told otherwise. Say "
+            f"which: policy.{BACKBONE_WEIGHTS}=null starts the backbone from scratch, ={BACKBONE_DEFAULT} fetches it."
+        )
+    named = policy[BACKBONE_WEIGHTS]
+    return None if named is None else f"{named} is fetched from download.pytorch.org, unless it is in torch's cache."
