@@ -346,7 +346,7 @@ def _results(config: Config) -> Path:
 
 
 def _init_from(text: str) -> str:
-    from clbench.checkpoints.run_folder import checkpoint_folder, finished_visits, run_folder
+    from clbench.checkpoints.run_folder import checkpoint_damage, checkpoint_folder, finished_visits, run_folder
     from clbench.checkpoints.trusted import check_checkpoint
 
     run, _, k = text.partition(":")
@@ -357,6 +357,9 @@ def _init_from(text: str) -> str:
         raise UserError(f"--init-from {text}: run {run} has no checkpoint yet.")
     if (k and not k.isdigit()) or not 0 <= number < done:
         raise UserError(f"--init-from {text}: run {run} has checkpoints 0 to {done - 1}.")
+    reason = checkpoint_damage(folder, number)
+    if reason is not None:
+        raise UserError(f"--init-from {text}: {checkpoint_folder(folder, number)} is damaged ({reason}).")
     policy = checkpoint_folder(folder, number) / "policy"
     if (policy / "adapter_config.json").is_file():
         raise UserError(f"--init-from {text}: that checkpoint is an adapter; only whole policies can be a base.")

@@ -10,12 +10,14 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from clbench.errors import UserError
+from clbench.evaluation.records import CellFile, cell_name, read_seeds
 from clbench.metrics import compute_metrics, load_record
 from clbench.metrics.cli import add_arguments, main, run
 
@@ -351,6 +353,103 @@ def test_cells_that_were_given_up_are_not_evaluated(run_folder: Path) -> None:
     assert record.episodes is not None and record.episodes[0, 0] == 3
     write(run_folder / "eval/failures.json", "[1]")
     with pytest.raises(UserError, match=r"failures\.json"):
+        load_record(run_folder)
+
+
+def settings(folder: Path, rows: list[Path], **values: object) -> None:
+    """Give an eval folder settings.json, and the episodes in `rows` the seeds that these say."""
+    write(folder / "settings.json", json.dumps(values))
+    first = {"test": 1_000_000, "validation": 2_000_000}[str(values.get("split", "test"))] + int(str(values["seed"]))
+    for path in rows:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        write(path, "".join(json.dumps({**row, "seed": first + row["episode"]}) + "\n" for row in lines))
+
+
+def both_readers(run: Path, k: int, j: int) -> list[Callable[[], object]]:
+    """What metrics and reports read records with, and what evaluations do."""
+    return [lambda: load_record(run), lambda: CellFile(run / "eval", k, j, read_seeds(run / "eval"))]
+
+
+@pytest.mark.parametrize(("source", "k", "j"), [("k02_j02", 0, 0), ("k00_j01", 0, 0), ("base_j00", 0, 0),
+                                                ("k00_j00", -1, 0), ("base_j01", -1, 0)])  # fmt: skip
+def test_records_in_another_cells_file_are_refused(run_folder: Path, source: str, k: int, j: int) -> None:
+    """A mixed-up copy or merge of two machines' cells."""
+    cells = run_folder / "eval/cells"
+    name = f"{cell_name(k, j)}.jsonl"
+    good = (cells / name).read_text()
+    mixed = good.splitlines(keepends=True)[:4] + (cells / f"{source}.jsonl").read_text().splitlines(keepends=True)[4:]
+    for text in ((cells / f"{source}.jsonl").read_text(), "".join(mixed)):
+        write(cells / name, text)
+        for read in both_readers(run_folder, k, j):
+            with pytest.raises(UserError, match=f"{name} holds records of another cell"):
+                read()
+    write(cells / name, good)
+    for read in both_readers(run_folder, k, j):
+        read()
+
+
+def test_a_column_of_a_repeated_task_has_the_others_file_checked(tmp_path: Path) -> None:
+    root = make_run(tmp_path / "run", np.random.default_rng(0).integers(0, 2, (2, 2, 6)), ["a", "a"])
+    shutil.move(root / "eval/cells/k00_j00.jsonl", root / "eval/cells/k01_j01.jsonl")
+    (root / "eval/cells/k01_j00.jsonl").unlink()
+    with pytest.raises(UserError, match=r"k01_j01\.jsonl holds records of another cell"):
+        load_record(root)
+
+
+@pytest.mark.parametrize("split", ["test", "validation", None])
+def test_records_have_the_seeds_of_their_evaluation(run_folder: Path, split: str | None) -> None:
+    cell, cells = run_folder / "eval/cells/k01_j02.jsonl", list((run_folder / "eval/cells").iterdir())
+    for rule in ({}, {"episode_seeds": "consecutive"}):  # recorded before rules had names, and since
+        settings(run_folder / "eval", cells, seed=7, **({"split": split} if split else {}), **rule)
+        for read in both_readers(run_folder, 1, 2):
+            read()
+    good = cell.read_text()
+    other = "test" if split == "validation" else "validation"
+    for change in ({"seed": 8, **({"split": split} if split else {})}, {"seed": 7, "split": other}):
+        settings(run_folder / "elsewhere", [cell], **change)  # episodes of another evaluation
+        for read in both_readers(run_folder, 1, 2):
+            with pytest.raises(UserError, match=r"k01_j02\.jsonl: episode 0 has the seed .*eval\.seed=7"):
+                read()
+    write(cell, good)
+    rows = good.splitlines(keepends=True)
+    other_one = {**json.loads(rows[2]), "success_once": not json.loads(rows[2])["success_once"]}
+    write(cell, good + json.dumps(other_one) + "\n")
+    for read in both_readers(run_folder, 1, 2):
+        with pytest.raises(UserError, match="episode 2 is recorded twice, and not alike"):
+            read()
+    write(cell, good + rows[2])  # alike: it is one episode
+    assert load_record(run_folder).episodes[1, 2] == 8  # type: ignore[index]
+
+
+def test_a_rule_of_seeds_that_is_not_known_is_refused(run_folder: Path) -> None:
+    write(run_folder / "eval/settings.json", json.dumps({"seed": 0, "split": "test", "episode_seeds": "of 2031"}))
+    for read in both_readers(run_folder, 0, 0):
+        with pytest.raises(UserError, match="rule 'of 2031', which this version"):
+            read()
+    for damaged in ("[]", '{"seed": "0"}', '{"seed": 0, "split": "exam"}', '{"seed": 0, "episode_seeds": 3}'):
+        write(run_folder / "eval/settings.json", damaged)
+        with pytest.raises(UserError, match=r"settings\.json"):
+            load_record(run_folder)
+
+
+def test_columns_in_another_order_than_the_runs_are_refused(run_folder: Path, tmp_path: Path) -> None:
+    manifest = json.loads((run_folder / "manifest.json").read_text())
+    visits = [{"k": k, "task": t} for k, t in enumerate("abc")]
+    write(run_folder / "manifest.json", json.dumps({**manifest, "visits": visits}))
+    load_record(run_folder)
+    shutil.copytree(run_folder / "eval", run_folder / "eval/heldout")  # of other tasks
+    with pytest.raises(UserError, match="than 'heldout' in the manifest"):
+        write(run_folder / "manifest.json", json.dumps({**manifest, "visits": visits, "heldout": [{"task": "z"}]}))
+        load_record(run_folder)
+    shutil.rmtree(run_folder / "eval/heldout")
+    visits[0], visits[1] = visits[1], visits[0]
+    for changed, message in ((visits, "out of order"), ([{"task": v["task"]} for v in visits], "in another order")):
+        write(run_folder / "manifest.json", json.dumps({**manifest, "visits": changed}))
+        with pytest.raises(UserError, match=message):
+            load_record(run_folder)
+    write(run_folder / "manifest.json", json.dumps(manifest))
+    write(run_folder / "eval/failures.json", json.dumps([{"k": 1, "j": 2, "task": "b", "reason": "it hung"}]))
+    with pytest.raises(UserError, match=r"failures\.json names a task j=2 \('b'\)"):
         load_record(run_folder)
 
 

@@ -22,8 +22,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from clbench import cli, io
-from clbench.checkpoints.run_folder import new_run_folder, read_manifest, results_folder, run_folder
+from clbench.checkpoints.run_folder import (
+    new_run_folder,
+    read_manifest,
+    results_folder,
+    run_folder,
+    save_checkpoint,
+    whole_checkpoints,
+)
 from clbench.checkpoints.state import load_state, save_state
+from clbench.checkpoints.training_state import StateKeeper
 from clbench.config.compose import compose, compose_files, load_yaml, override, to_yaml
 from clbench.errors import UserError
 from clbench.evaluation import crew
@@ -285,6 +293,78 @@ def test_manifests_are_checked_before_they_are_used(tmp_path: Path, change: dict
     (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST | change))
     with pytest.raises(UserError, match=r"manifest\.json is damaged"):
         read_manifest(tmp_path)
+
+
+def test_manifests_say_the_order_of_their_visits(tmp_path: Path) -> None:
+    columns = [{**COLUMN, "k": k, "task": t} for k, t in enumerate("ab")]
+    good = MANIFEST | {"visits": columns, "checkpoints": ["a", "b"]}
+    swapped = columns[::-1]
+    for change, message in (
+        ({}, ""),
+        ({"visits": swapped}, "'visits' are out of order, 'b' is in place 0 and says that it is number 1"),
+        ({"heldout": swapped}, "'heldout' are out of order"),
+        ({"checkpoints": ["b", "a"]}, "in different orders"),
+        ({"visits": [{n: v for n, v in c.items() if n != "k"} for c in swapped]}, "in different orders"),
+    ):
+        (tmp_path / "manifest.json").write_text(json.dumps(good | change))
+        if message:
+            with pytest.raises(UserError, match=message):
+                read_manifest(tmp_path)
+        else:
+            read_manifest(tmp_path)
+
+
+@pytest.fixture
+def three_checkpoints(tmp_path: Path) -> Path:
+    """A run folder as far as checkpoints are found and checked in it."""
+    columns = [{**COLUMN, "k": k, "task": t} for k, t in enumerate("abc")]
+    (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST | {"visits": columns, "checkpoints": list("abc")}))
+    for k in range(3):
+
+        def fill(folder: Path, k: int = k) -> dict[str, Any]:
+            (folder / "policy").mkdir()
+            (folder / "policy" / "config.json").write_text(str(k))
+            return {"task": "abc"[k]}
+
+        save_checkpoint(tmp_path, k, fill, lambda: 0)
+    return tmp_path
+
+
+def test_checkpoints_in_anothers_place_are_refused(
+    three_checkpoints: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = three_checkpoints
+    task = [run / "checkpoints" / f"task_{k:02d}" for k in range(3)]
+    assert whole_checkpoints(run) == 3 and cli._init_from(f"{run}:0") == str(task[0] / "policy")
+    shutil.move(task[0], run / "kept")
+    shutil.copytree(task[2], task[0])
+    for use in (lambda: whole_checkpoints(run), lambda: cli._init_from(f"{run}:0")):
+        with pytest.raises(UserError, match=r"task_00 is damaged \(it is a copy of task_02\)"):
+            use()
+    shutil.rmtree(task[0])
+    shutil.move(run / "kept", task[0])
+    shutil.rmtree(task[2])
+    shutil.copytree(task[1], task[2])  # the last one is made again
+    assert whole_checkpoints(run) == 2 and "(it is a copy of task_01); it is made again" in capsys.readouterr().err
+    shutil.rmtree(task[2])
+    save_checkpoint(run, 2, lambda folder: {"task": "b"}, lambda: 0)  # of a run in another order
+    assert whole_checkpoints(run) == 2 and "it learned b, and visit 2 is c" in capsys.readouterr().err
+
+
+def test_training_states_in_anothers_place_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keeper = StateKeeper(tmp_path, None, None)
+    for step in (4, 8):
+        keeper.save(1, "train", step, step, lambda folder: {}, lambda: 0)
+    states = tmp_path / "training_state"
+    shutil.rmtree(states / "01-train-000008")
+    shutil.copytree(states / "01-train-000004", states / "01-train-000008")
+    (states / "LATEST").unlink()
+    os.mkfifo(states / "LATEST")  # must not block
+    found = keeper.newest(1)
+    assert found is not None and found.step == 4
+    assert "000008 is damaged (it is a copy of 01-train-000004)" in capsys.readouterr().err
+    shutil.rmtree(states / "01-train-000004")
+    assert keeper.newest(1) is None
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
 import clbench
@@ -186,6 +187,20 @@ def save_checkpoint(folder: Path, k: int, fill: Callable[[Path], dict[str, Any]]
     write_whole(checkpoint_folder(folder, k), lambda temporary: {"k": k, **fill(temporary)}, size)
 
 
+def checkpoint_damage(folder: Path, k: int) -> str | None:
+    """Why the checkpoint in visit k's place is not the one that was saved there; None when every byte is as it was."""
+    here = checkpoint_folder(folder, k)
+    reason = damage(here)
+    if reason is not None:
+        return reason
+    described = read_checkpoint(here)
+    if described.get("k", k) != k:
+        return f"it is a copy of task_{described['k']:02d}" if type(described["k"]) is int else "it has no proper 'k'"
+    tasks = read_manifest(folder)["checkpoints"]
+    task = tasks[k] if k < len(tasks) else None
+    return None if described.get("task", task) == task else f"it learned {described['task']}, and visit {k} is {task}"
+
+
 def whole_checkpoints(folder: Path) -> int:
     """How many visits, counted from the first, have a checkpoint of which every byte is as it was saved.
 
@@ -193,7 +208,7 @@ def whole_checkpoints(folder: Path) -> int:
     """
     count = finished_visits(folder)
     for k in range(count):
-        reason = damage(checkpoint_folder(folder, k))
+        reason = checkpoint_damage(folder, k)
         if reason is None:
             continue
         here = checkpoint_folder(folder, k)
@@ -292,7 +307,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     ):
         if not good:
             raise UserError(f"{path} is damaged: it has no proper '{key}'.")
+    _check_order(manifest, path)
     return manifest
+
+
+def _check_order(manifest: dict[str, Any], path: Path) -> None:
+    """Raise UserError where the manifest's visits are not in the order that they say."""
+    for key in ("visits", "heldout"):
+        columns = manifest.get(key)
+        listed = [c for c in columns if isinstance(c, dict)] if isinstance(columns, list) else []
+        for j, column in enumerate(listed):
+            if column.get("k", j) != j:
+                raise UserError(
+                    f"{path} is damaged: '{key}' are out of order, {shown(column.get('task'))} is in place {j} and "
+                    f"says that it is number {shown(column['k'])}."
+                )
+    visited, saved = [c["task"] for c in manifest["visits"]], list(map(str, manifest["checkpoints"]))
+    if saved != visited and sorted(saved) == sorted(visited):
+        raise UserError(f"{path} is damaged: its 'checkpoints' and 'visits' name the same tasks in different orders.")
 
 
 def _are_columns(value: Any) -> bool:

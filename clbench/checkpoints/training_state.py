@@ -21,7 +21,7 @@ from typing import Any
 
 from clbench.checkpoints.whole import DESCRIPTION, damage, write_whole
 from clbench.errors import UserError
-from clbench.io import read_json, write_text
+from clbench.io import read_json, read_text, write_text
 from clbench.terminal import tell
 
 FOLDER = "training_state"
@@ -71,7 +71,7 @@ class StateKeeper:
     ) -> Path:
         """Let `fill` write a state and return what else describes it; then drop all but the last two."""
         began = time.monotonic()
-        name = f"{k:02d}-{phase}-{step:06d}"
+        name = _name(k, phase, step)
 
         def describe(folder: Path) -> dict[str, Any]:
             return {"k": k, "phase": phase, "step": step, "total_steps": total, **fill(folder)}
@@ -105,9 +105,9 @@ class StateKeeper:
         """The newest whole state of visit k. Damaged ones are named and left out."""
         states = sorted(self._all(), key=_total, reverse=True)
         try:
-            latest = (self.folder / LATEST).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError):
-            latest = ""
+            latest = read_text(self.folder / LATEST, limit=1000).strip()
+        except UserError:
+            latest = ""  # the newest one by its description, then
         states.sort(key=lambda p: p.name != latest)
         for folder in states:
             reason = damage(folder)
@@ -115,6 +115,8 @@ class StateKeeper:
             kinds = {"k": int, "phase": str, "step": int, "total_steps": int}
             if reason is None and not all(isinstance(d.get(key), kind) for key, kind in kinds.items()):
                 reason = f"{DESCRIPTION} is no training state's"
+            if reason is None and folder.name != _name(d["k"], d["phase"], d["step"]):
+                reason = f"it is a copy of {_name(d['k'], d['phase'], d['step'])}"
             if reason is not None:
                 self._damaged.append(folder)
                 tell(f"warning: training state {folder} is damaged ({reason}); using what is before it.")
@@ -127,6 +129,10 @@ class StateKeeper:
         if not self.folder.is_dir():
             return []
         return [p for p in self.folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
+
+
+def _name(k: int, phase: str, step: int) -> str:
+    return f"{k:02d}-{phase}-{step:06d}"
 
 
 def _total(folder: Path) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from clbench.checkpoints.run_folder import (
+    checkpoint_damage,
     checkpoint_folder,
     describe_columns,
     finished_visits,
@@ -20,15 +21,15 @@ from clbench.checkpoints.run_folder import (
     read_manifest,
 )
 from clbench.checkpoints.trusted import check_checkpoint, given
-from clbench.checkpoints.whole import damage
 from clbench.config.compose import check_keys, load_yaml, merge, to_config
 from clbench.config.schema import Config
-from clbench.envs.base import SPLITS, count_test_states, physics_versions, privileged
+from clbench.envs.base import count_test_states, physics_versions, privileged
 from clbench.errors import Interrupted, UserError
 from clbench.evaluation.crew import Cell, Crew
 from clbench.evaluation.records import (
     BASE,
     EARLIER,
+    EPISODE_SEEDS,
     RANDOM,
     SIMULATORS,
     TEST,
@@ -41,6 +42,7 @@ from clbench.evaluation.records import (
     read_simulators,
     write_failures,
 )
+from clbench.evaluation.seeds import CONSECUTIVE, RULE, EpisodeSeeds
 from clbench.evaluation.worker import Job, Settings
 from clbench.io import read_json, write_json
 from clbench.lock import held
@@ -239,8 +241,11 @@ class _Run:
         e = self.config.eval
         max_steps = [c["env"]["max_steps"] for c in columns]
         limits = {"steps_after_success": e.steps_after_success, "max_steps": max_steps}
-        _check_settings(out, self.folder, self.rows, {**limits, "seed": e.seed, "split": e.split})
-        files = {(k, j): CellFile(out, k, j) for k, j in cells}
+        seeds = EpisodeSeeds(RULE, e.split, e.seed)
+        _check_settings(out, self.folder, self.rows, {**limits, "seed": e.seed, "split": e.split, EPISODE_SEEDS: RULE})
+        names = [c["task"] for c in columns]
+        given_up_before = read_failures(out, names)
+        files = {(k, j): CellFile(out, k, j, seeds) for k, j in cells}
         first = {c["task"]: i for i, c in reversed(list(enumerate(columns)))}  # a repeated task's first column
         missing: dict[int, list[dict[str, Any]]] = {}
         for k, j in cells:
@@ -255,7 +260,7 @@ class _Run:
                             "j": j,
                             "task_id": first_id + j,
                             "episode": episode,
-                            "seed": SPLITS[e.split] + e.seed + episode,
+                            "seed": seeds.of(episode),
                             "env": env,
                             "instruction": columns[j]["instruction"],
                             "max_steps": columns[j]["env"]["max_steps"],
@@ -263,7 +268,7 @@ class _Run:
                     )
         for k in sorted(missing):
             here = checkpoint_folder(self.folder, k)
-            reason = damage(here) if k >= 0 else None
+            reason = checkpoint_damage(self.folder, k) if k >= 0 else None
             if reason is not None:
                 raise UserError(
                     f"{here} is damaged ({reason}). Put the file back from a copy, or remove the checkpoints from "
@@ -297,11 +302,11 @@ class _Run:
                 if (k, source) in failed:
                     failed[k, j] = {**failed[k, source], "j": j}
             files[k, j].sort()
-        given_up = {**{c: f for c, f in read_failures(out).items() if c not in files}, **failed}
+        given_up = {**{c: f for c, f in given_up_before.items() if c not in files}, **failed}
         write_failures(out, given_up)
         self.failed += [(out, failed[cell]) for cell in sorted(failed)]
-        about = about_run(self.manifest)
-        matrix = build_matrix(out, [c["task"] for c in columns], shown, failed=given_up, split=e.split, about=about)
+        about = about_run(self.manifest) | {EPISODE_SEEDS: RULE}
+        matrix = build_matrix(out, names, shown, failed=given_up, split=e.split, about=about, seeds=seeds)
         if total:
             _add_summary(out, seconds, played, workers)
         return matrix
@@ -319,7 +324,8 @@ def _check_settings(out: Path, folder: Path, rows: int, settings: dict[str, Any]
     kept: dict[str, Any] = {}
     if path.is_file():
         before = read_json(path)
-        before = {"split": TEST, **(before if isinstance(before, dict) else {})}  # there was no other one
+        there_was = {"split": TEST, EPISODE_SEEDS: CONSECUTIVE}  # and no other one, before these were recorded
+        before = {**there_was, **(before if isinstance(before, dict) else {})}
         earlier = before.get("checkpoints")
         earlier = earlier if isinstance(earlier, list) else []
         before["checkpoints"] = [*earlier, *digests[len(earlier) :]]  # a run may have gone on since

@@ -1,7 +1,8 @@
-"""Episode records on disk, and the matrix derived from them. Standard library only.
+"""Episode records on disk, and the matrix derived from them. Imports no torch.
 
 eval/cells/k00_j03.jsonl holds the episodes of checkpoint k on task j; base_j03 and random_j03 those of the base and
 of random actions. A file has one writer; it is appended to while episodes end and sorted when its cell is done.
+Every record says its cell and seed: one that stands in another cell's file is an error (`check_cell`).
 eval/failures.json lists the cells that were given up; there is none when there are none.
 """
 
@@ -11,13 +12,17 @@ import json
 import os
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
+from clbench.envs.base import SPLITS
 from clbench.errors import UserError
+from clbench.evaluation.seeds import CONSECUTIVE, EpisodeSeeds
 from clbench.io import read_bytes, read_json, read_jsonl, write_json, write_jsonl
 
 BASE, RANDOM = -1, -2  # row numbers of the base and of random actions
 TEST, VALIDATION = "test", "validation"  # eval.split
+EPISODE_SEEDS = "episode_seeds"  # key of settings.json and of a matrix's "run": the rule's name
 SIMULATORS = "simulators"  # key of settings.json: environment type → {package: version} behind the episodes
 EARLIER, UNKNOWN = "earlier_simulators", "unknown"  # key and value, where episodes are older than that key
 
@@ -38,20 +43,49 @@ def _is_record(row: Any) -> bool:
     return all(row.get(c) in (0, 1) for c in ("success_once", "success_at_end") if c in row) and "success_once" in row
 
 
-class CellFile:
-    """The records of one cell: what is there, and appending to it."""
+def check_cell(
+    path: Path, rows: Iterable[Mapping[str, Any]], k: int, j: int, seeds: EpisodeSeeds | None = None
+) -> None:
+    """Raise UserError where records in the file of cell (k, j) are of another cell or other episodes.
 
-    def __init__(self, folder: Path, k: int, j: int) -> None:
+    What a record does not say is not compared. `seeds`: null = not known.
+    """
+    remedy = "Move the file away; an evaluation plays the cell again."
+    found: dict[int, tuple[Any, ...]] = {}
+    for row in rows:
+        if (row.get("k", k), row.get("j", j)) != (k, j):
+            raise UserError(
+                f"{path} holds records of another cell (k={shown(row.get('k'))}, j={shown(row.get('j'))}): they stand "
+                f"in the wrong place. {remedy}"
+            )
+        episode = row.get("episode")
+        if type(episode) is not int:
+            continue
+        if seeds is not None and row.get("seed", seeds.of(episode)) != seeds.of(episode):
+            raise UserError(
+                f"{path}: episode {episode} has the seed {shown(row['seed'])}, and in this evaluation it has "
+                f"{seeds.of(episode)} ({seeds.split} episodes, eval.seed={seeds.seed}): it is of another one. {remedy}"
+            )
+        outcome = tuple(row.get(key) for key in ("seed", "success_once", "success_at_end"))
+        if found.setdefault(episode, outcome) != outcome:
+            raise UserError(f"{path}: episode {episode} is recorded twice, and not alike. {remedy}")
+
+
+class CellFile:
+    """The records of one cell: what is there, and appending to it. UserError for records of another one."""
+
+    def __init__(self, folder: Path, k: int, j: int, seeds: EpisodeSeeds | None = None) -> None:
         self.k, self.j = k, j
         self.path = folder / "cells" / f"{cell_name(k, j)}.jsonl"
         self.rows: dict[int, dict[str, Any]] = {}
         self._repaired = False
         if self.path.is_file():
             self._repaired = not read_bytes(self.path).endswith(b"\n")
-            for row in read_jsonl(self.path):
-                if not _is_record(row):
-                    raise UserError(f"{self.path} holds a line that is no episode record; move the file away.")
-                self.rows[row["episode"]] = row
+            rows = read_jsonl(self.path)
+            if not all(map(_is_record, rows)):
+                raise UserError(f"{self.path} holds a line that is no episode record; move the file away.")
+            check_cell(self.path, rows, k, j, seeds)
+            self.rows = {row["episode"]: row for row in rows}
 
     def append(self, row: dict[str, Any]) -> None:
         """Add one episode, so that it outlives this process and the machine's.
@@ -95,10 +129,10 @@ def counted(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return found
 
 
-def read_failures(folder: Path) -> dict[tuple[int, int], dict[str, Any]]:
+def read_failures(folder: Path, tasks: Sequence[str]) -> dict[tuple[int, int], dict[str, Any]]:
     """(k, j) → what failures.json of an eval folder says of a cell that was given up: episode, reason, attempts.
 
-    Raises UserError when the file is damaged.
+    Raises UserError when the file is damaged, or is of other tasks than the columns `tasks`.
     """
     path = folder / "failures.json"
     if not path.is_file():
@@ -108,6 +142,13 @@ def read_failures(folder: Path) -> dict[tuple[int, int], dict[str, Any]]:
         isinstance(f, dict) and isinstance(f.get("k"), int) and isinstance(f.get("j"), int) for f in listed
     ):
         raise UserError(f"{path} is no list of cells; move the file away.")
+    for f in listed:
+        j = f["j"]
+        if not 0 <= j < len(tasks) or f.get("task", tasks[j]) != tasks[j]:
+            raise UserError(
+                f"{path} names a task j={shown(j)} ({shown(f.get('task'))}) that the matrix there does not have: it is "
+                "of another evaluation. Move the file away."
+            )
     return {(f["k"], f["j"]): f for f in listed}
 
 
@@ -124,6 +165,22 @@ def read_simulators(folder: Path) -> dict[str, dict[str, str]]:
     ):
         raise UserError(f"{path} is damaged: its '{SIMULATORS}' are no versions of packages.")
     return found
+
+
+def read_seeds(folder: Path) -> EpisodeSeeds | None:
+    """The seeds of an eval folder's episodes, from settings.json; None where there is none.
+
+    Raises UserError when the file is damaged.
+    """
+    path = folder / "settings.json"
+    if not path.is_file():
+        return None
+    settings = read_json(path)
+    found = settings if isinstance(settings, dict) else {}
+    rule, split, seed = found.get(EPISODE_SEEDS, CONSECUTIVE), found.get("split", TEST), found.get("seed", 0)
+    if not isinstance(settings, dict) or not isinstance(rule, str) or split not in SPLITS or type(seed) is not int:
+        raise UserError(f"{path} is damaged: it does not say which episodes were played.")
+    return EpisodeSeeds(rule, split, seed) if "seed" in found else None
 
 
 def write_failures(folder: Path, failures: Mapping[tuple[int, int], dict[str, Any]]) -> None:
@@ -143,15 +200,17 @@ def build_matrix(
     failed: Container[tuple[int, int]] = (),
     split: str = TEST,
     about: Mapping[str, Any] | None = None,
+    seeds: EpisodeSeeds | None = None,
 ) -> dict[str, Any]:
     """Write matrix.json from the cells of the checkpoints `rows`.
 
     A cell without episodes is null, and so is one of `failed`: its episodes may be the easy ones. "episodes" counts
-    what a rate is of, or what a failed cell has. `about` goes with it as "run": whose matrix it is.
+    what a rate is of, or what a failed cell has. `about` goes with it as "run": whose matrix it is. `seeds` are those
+    that the records must have; null = not known.
     """
 
     def rate(k: int, j: int) -> tuple[float | None, int]:
-        found = CellFile(folder, k, j).rows.values()
+        found = CellFile(folder, k, j, seeds).rows.values()
         if (k, j) in failed:
             return None, len(found)
         values = [bool(r[criterion]) for r in counted(found)]

@@ -17,11 +17,14 @@ from clbench.evaluation.records import (
     TEST,
     VALIDATION,
     cell_name,
+    check_cell,
     counted,
     eval_folder,
     read_failures,
+    read_seeds,
     read_simulators,
 )
+from clbench.evaluation.seeds import EpisodeSeeds
 from clbench.io import read_bytes, read_json, read_jsonl, read_text
 from clbench.metrics.definitions import FloatArray
 from clbench.metrics.table import MAX_TASKS, NPY, ZIP, from_numpy, from_text
@@ -308,6 +311,7 @@ def _load_eval(folder: Path, criterion: str | None, final_k: int | None = None) 
     found, own = _manifest(folder), record.manifest
     if not own or found.get("run_id") == own.get("run_id"):  # else the folder lies in another run's
         record.manifest = own | found
+        _check_columns(record, found, "visits" if final_k is None else "heldout", folder)
     record.mode = record.manifest.get("mode")
     recompute = criterion is not None and criterion != record.criterion
     record.criterion = criterion or record.criterion
@@ -337,6 +341,20 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return {}
 
 
+def _check_columns(record: Record, manifest: dict[str, Any], key: str, folder: Path) -> None:
+    """Raise UserError where the run's manifest has other columns than the matrix in its folder, or in another order."""
+    columns = manifest.get(key)
+    if not isinstance(columns, list) or not columns or not all(isinstance(c, dict) for c in columns):
+        return
+    if [c.get("k", j) for j, c in enumerate(columns)] != list(range(len(columns))):
+        raise UserError(f"the manifest.json of the run above {folder} is damaged: its '{key}' are out of order.")
+    if [c.get("task") for c in columns] != record.tasks:
+        raise UserError(
+            f"{folder / 'matrix.json'} has other tasks, or in another order, than '{key}' in the manifest.json of the "
+            "run above it: one of the two stands in the wrong place."
+        )
+
+
 def _check_manifest(manifest: Any, where: str) -> None:
     """Raise UserError where a manifest, or what a matrix has of it, is not what is relied on here."""
     if not isinstance(manifest, dict):
@@ -346,8 +364,13 @@ def _check_manifest(manifest: Any, where: str) -> None:
         raise UserError(f"{where} is damaged: it has no proper 'seed' or 'mode'.")
 
 
-def read_cell(cells: Path, tasks: list[str], k: int, j: int) -> list[dict[str, Any]]:
-    """Episode records of one cell; columns of the same task share their episodes, so either file will do."""
+def read_cell(
+    cells: Path, tasks: list[str], k: int, j: int, seeds: EpisodeSeeds | None = None
+) -> list[dict[str, Any]]:
+    """Episode records of one cell; columns of the same task share their episodes, so either file will do.
+
+    Raises UserError for records of another cell, and for other seeds than `seeds` says (null = not known).
+    """
     same = [j] + [i for i, name in enumerate(tasks) if name == tasks[j] and i != j]
     for i in same:
         path = cells / (f"base_j{i:02d}.jsonl" if k == BASE_ROW else f"k{k:02d}_j{i:02d}.jsonl")
@@ -357,6 +380,7 @@ def read_cell(cells: Path, tasks: list[str], k: int, j: int) -> list[dict[str, A
                 raise UserError(f"{path} holds more than {MAX_EPISODES} episodes.")
             if not all(isinstance(e, dict) for e in episodes):
                 raise UserError(f"{path} holds lines that are not JSON objects.")
+            check_cell(path, episodes, k, i, seeds)
             return episodes
     return []
 
@@ -384,9 +408,7 @@ def _add_simulators(record: Record, folder: Path) -> None:
 
 def _add_failures(record: Record, folder: Path) -> None:
     """Note the cells that were given up. They are not evaluated, whatever the matrix says."""
-    for (k, j), failure in read_failures(folder).items():
-        if not 0 <= j < len(record.tasks):
-            raise UserError(f"{folder / 'failures.json'} names a task j={j} that matrix.json does not have.")
+    for (k, j), failure in read_failures(folder, record.tasks).items():
         if k in record.rows:
             record.success[record.rows.index(k), j] = math.nan
         elif k == BASE_ROW and record.base is not None:
@@ -401,6 +423,7 @@ def _add_outcomes(record: Record, cells: Path, recompute: bool) -> None:
     """Attach the episode records of every evaluated cell; they are the truth where the matrix disagrees."""
     stale = 0
     n = len(record.tasks)
+    seeds = read_seeds(cells.parent)
     episodes = np.zeros(record.success.shape, dtype=np.int64) if record.episodes is None else record.episodes
     for k, rates in [*zip(record.rows, record.success, strict=True), (BASE_ROW, record.base)]:
         if rates is None:
@@ -408,7 +431,7 @@ def _add_outcomes(record: Record, cells: Path, recompute: bool) -> None:
         for j in range(n):
             if math.isnan(rates[j]):  # it may have records already, but the matrix says it is not done
                 continue
-            played = read_cell(cells, record.tasks, k, j)
+            played = read_cell(cells, record.tasks, k, j, seeds)
             outcomes = _outcomes(played, record.criterion, f"{cells} (k={k}, j={j})")
             if all(isinstance(e.get("episode"), int) for e in played):  # those that the matrix counts
                 outcomes = {e["seed"]: outcomes[e["seed"]] for e in counted(played)}

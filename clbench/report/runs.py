@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clbench.errors import UserError
-from clbench.evaluation.records import TEST, eval_folder
+from clbench.evaluation.records import TEST, eval_folder, read_seeds
 from clbench.io import read_json, read_jsonl, refuse_links
 from clbench.metrics import Record, aggregate, bootstrap_draws, compute_metrics, load_record
 from clbench.metrics.definitions import FloatArray
@@ -135,6 +135,8 @@ def load_run(path: Path, view: str = "", split: str = TEST) -> Run:
     run = Run(path=path.resolve(), record=load_record(path if folder == path / "eval" else folder), view=view)
     if len(run.record.tasks) > MAX_TASKS:
         raise UserError(f"{path} has {len(run.record.tasks)} tasks; a report draws at most {MAX_TASKS}.")
+    if run.record.split != split:
+        raise UserError(f"{folder} has a matrix of {run.record.split} episodes in the place of {split} episodes.")
     run.notes += run.record.notes
     if not run.manifest:
         run.notes.append("no manifest.json: algorithm, seed and versions are unknown")
@@ -193,8 +195,9 @@ def _read_routing(run: Run, cells: Path) -> Routing:
     """Which adapter each layer chose, per evaluated task, in the episodes of the last checkpoint."""
     record = run.record
     routing: Routing = {}
+    seeds = read_seeds(cells.parent)
     for j in range(len(record.tasks)):
-        for episode in read_cell(cells, record.tasks, record.rows[-1], j):
+        for episode in read_cell(cells, record.tasks, record.rows[-1], j, seeds):
             chosen = episode.get("routing")
             for layer, counts in chosen.items() if isinstance(chosen, dict) else ():
                 if not isinstance(counts, dict):
