@@ -32,6 +32,7 @@ from typing import Any
 
 from clbench.errors import UserError
 from clbench.io import parse_json
+from clbench.redaction import redact_command, secrets_of
 from clbench.terminal import printable, tell
 
 NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
@@ -160,7 +161,7 @@ def _write(descriptor: int, path: Path) -> None:
         "pid": os.getpid(),
         "started": _start_of(os.getpid()),
         "time": time.time(),
-        "command": shlex.join(sys.orig_argv),
+        "command": shlex.join(redact_command(sys.orig_argv, secrets_of())),
     }
     try:
         os.ftruncate(descriptor, 0)

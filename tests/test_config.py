@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from clbench.config.compose import CONFIG_ROOT, _recipe, available, compose, compose_files, override, to_dict, to_yaml
-from clbench.config.schema import WandbConfig
+from clbench.config.schema import LogConfig, WandbConfig
+from clbench.lock import held
+from clbench.redaction import redact_command, secrets_of
 from clbench.registry import algorithm_names
+from clbench.training.log import RunLog
 
 
 def test_later_layers_win() -> None:
@@ -74,6 +80,39 @@ def test_every_shipped_file_composes() -> None:
         streams = [d for d in available("datasets") if recipe in _recipe([algo], d)]
         assert algo in available("algorithms") and streams, recipe
         assert name in (*streams, "metaworld", "libero_state")
+
+
+@pytest.mark.parametrize("name", ["WANDB_API_KEY", "SECRET_OF_MINE", "DB_PASSWORD", "hf_token"])
+def test_secrets_are_redacted_inside_of_values(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in ((name, "do-not-tell"), ("LONGER_TOKEN", "do-not-tell-more"), ("MY_KEY", str(CONFIG_ROOT))):
+        monkeypatch.setenv(key, value)
+    config, _ = compose(model="dit_dec_tiny", algorithms=["er"], dataset="metaworld_quick", overrides=[
+        "log.project=x-${oc.env:" + name + "}-y", "policy={note: [do-not-tell-more], api_key: my-own-secret}",
+        "model=of-my-own-secret", "output_dir=" + str(CONFIG_ROOT / "runs"),
+    ])  # fmt: skip
+    assert config.log.project == "x-do-not-tell-y"  # what is used
+    written = yaml.safe_load(to_yaml(config))
+    assert "do-not" not in to_yaml(config) and "my-own-secret" not in to_yaml(config)
+    assert written["log"]["project"] == "x-<redacted>-y" and written["policy"]["note"] == ["<redacted>"]
+    assert written["output_dir"] == str(CONFIG_ROOT / "runs")  # the path of a key's file is no secret
+
+
+def test_command_lines_are_written_down_without_secrets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "do-not-tell")
+    command = ["clbench", "train", "--run-id", "do-not-tell", "--", "log.project=x-do-not-tell", "train.steps=3",
+               "algorithm.hub_token=ab c", "policy={api_key: short, steps: 3, b: {token: 'x y'}}",
+               "seed=1"]  # fmt: skip
+    expected = ["clbench", "train", "--run-id", "<redacted>", "--", "log.project=x-<redacted>", "train.steps=3",
+                "algorithm.hub_token=<redacted>", "policy={api_key: <redacted>, steps: 3, b: {token: <redacted>}}",
+                "seed=1"]  # fmt: skip
+    assert redact_command(command, secrets_of()) == expected
+    monkeypatch.setattr(sys, "orig_argv", ["python", *command])
+    with held(tmp_path, "training"):
+        assert json.loads((tmp_path / ".training.lock").read_text())["command"] == shlex.join(["python", *expected])
+    log = RunLog(tmp_path, LogConfig(), "r")
+    log.event("note", text="x-do-not-tell", listed=["do-not-tell"], step=1)
+    log.close()
+    assert '"text": "x-<redacted>", "listed": ["<redacted>"], "step": 1' in (tmp_path / "log.jsonl").read_text()
 
 
 def test_values_that_look_like_secrets_are_redacted() -> None:

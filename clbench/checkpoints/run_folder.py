@@ -21,6 +21,7 @@ from clbench.envs.base import other_python, privileged, simulator_versions
 from clbench.errors import UserError, nearest
 from clbench.io import read_json, refuse_links, write_json, write_text
 from clbench.paths import PROJECT_ROOT, results_root
+from clbench.redaction import redact, redact_command, secrets_of
 from clbench.streams.stream import Task, TaskStream, pretraining_tasks
 from clbench.terminal import tell
 
@@ -120,8 +121,9 @@ def write_description(
     before = read_json(folder / "manifest.json") if (folder / "manifest.json").is_file() else {}
     earlier = before.get("sessions", []) if isinstance(before, dict) else []
     write_text(folder / "config.yaml", to_yaml(config))
-    write_json(
-        folder / "manifest.json",
+    secrets = secrets_of(asdict(config))
+    session = {**session, "command": redact_command(session["command"], secrets)}
+    described = redact(
         {
             "format": 1,
             "run_id": run_id,
@@ -150,7 +152,9 @@ def write_description(
             "sessions": [*earlier, {**session, "time": round(time.time(), 3), "git_revision": git_revision()}],
             "config_files": files,
         },
+        secrets,
     )
+    write_json(folder / "manifest.json", described)
 
 
 def describe_columns(tasks: Sequence[Task]) -> list[dict[str, Any]]:

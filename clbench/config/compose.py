@@ -11,11 +11,10 @@ refer to other keys or to the environment as OmegaConf lets them.
 from __future__ import annotations
 
 import math
-import os
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,8 @@ from clbench.envs.rendering import FIDELITIES, MAX_SIZE, MIN_SIZE
 from clbench.errors import UserError, nearest
 from clbench.io import read_text
 from clbench.paths import CONFIG_ROOT
+from clbench.redaction import redact, secrets_of
 
-SECRET = re.compile(r"(^|_)(api_?key|key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 MAX_YAML_BYTES = 256 * 1024
 MAX_YAML_DEPTH = 20
@@ -272,28 +271,15 @@ def to_config(config: Any) -> Config:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The configuration as plain containers. Secrets are replaced: values of keys that are named like one, and
-    values that equal an environment variable that is named like one."""
+    """The configuration as plain containers, without secrets (redaction.py)."""
     plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
-    secrets = {v for k, v in os.environ.items() if SECRET.search(k) and len(v) >= 8}
-    redacted = redact(plain, secrets)
+    redacted = redact(plain, secrets_of(plain))
     assert isinstance(redacted, dict)
     return redacted
 
 
 def to_yaml(config: Config) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
-
-
-def redact(value: Any, secrets: Collection[str] = ()) -> Any:
-    if isinstance(value, dict):
-        return {
-            k: "<redacted>" if SECRET.search(str(k)) and isinstance(v, str) and v else redact(v, secrets)
-            for k, v in value.items()
-        }
-    if isinstance(value, list):
-        return [redact(v, secrets) for v in value]
-    return "<redacted>" if isinstance(value, str) and value in secrets else value
 
 
 def check_values(c: Config) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from clbench.errors import UserError
 from clbench.evaluation.records import TEST
 from clbench.io import write_bytes, write_json, write_text
+from clbench.redaction import redact_command, secrets_of
 from clbench.report import figures, tables
 from clbench.report.page import Image, page
 from clbench.report.runs import Group, Run, group_runs, load_runs
@@ -61,7 +62,8 @@ def build_report(
     labels = _labels(loaded)
     write_text(folder / "table.tex", tables.to_latex(head, body, labels))
     write_text(folder / "table.md", tables.to_markdown(head, body, labels))
-    command = command if command is not None else shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    if command is None:
+        command = shlex.join(redact_command([Path(sys.argv[0]).name, *sys.argv[1:]], secrets_of()))
     write_text(folder / "index.html", page(title, loaded, groups, drawn, matrices, absent, notes, command))
     return folder / "index.html"
 

@@ -12,6 +12,7 @@ from typing import Any
 from clbench.config.schema import LogConfig
 from clbench.errors import UserError
 from clbench.io import read_jsonl, write_jsonl
+from clbench.redaction import redact, secrets_of
 from clbench.terminal import tell
 
 FILE = "log.jsonl"
@@ -22,6 +23,7 @@ class RunLog:
 
     def __init__(self, folder: Path, config: LogConfig, run_id: str, enabled: bool = True) -> None:
         self.enabled = enabled
+        self._secrets = secrets_of()
         self._sinks: list[_Sink] = []
         self._file: Any = None
         self._steps = 0
@@ -46,7 +48,7 @@ class RunLog:
         """Write {"event": …, fields…, "time": seconds since the epoch}."""
         if not self.enabled:
             return
-        row = {"event": event, **_plain(fields), "time": round(time.time(), 3)}
+        row = {"event": event, **redact(_plain(fields), self._secrets), "time": round(time.time(), 3)}
         self._write(json.dumps(row, allow_nan=False).encode() + b"\n")
         if event == "step":
             self._steps += 1

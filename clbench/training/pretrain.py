@@ -37,6 +37,7 @@ from clbench.io import read_json, write_json
 from clbench.lock import NO_LOCKS
 from clbench.paths import cache_root, model_root, named_folder
 from clbench.policies.loss import PolicyLoss
+from clbench.redaction import redact, secrets_of
 from clbench.seeding import seeded
 from clbench.stopping import Stop
 from clbench.streams.stream import Task, TaskStream, Visit, pretraining_tasks
@@ -319,7 +320,7 @@ def _pretrain(
             "render": tasks[0].env.get("render"),
             "versions": versions(),
         }
-        write_json(base / BASE_RECORD, described)
+        write_json(base / BASE_RECORD, redact(described, secrets_of(asdict(config))))
         return {}
 
     if backend.is_main:
