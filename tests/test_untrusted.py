@@ -323,8 +323,8 @@ def three_checkpoints(tmp_path: Path) -> Path:
 
         def fill(folder: Path, k: int = k) -> dict[str, Any]:
             (folder / "policy").mkdir()
-            (folder / "policy" / "config.json").write_text(str(k))
-            return {"task": "abc"[k]}
+            (folder / "policy" / "config.json").write_text('{"type": "dit_dec"}')
+            return {"task": "abc"[k], "number": k}
 
         save_checkpoint(tmp_path, k, fill, lambda: 0)
     return tmp_path
