@@ -86,6 +86,34 @@ def _let_go() -> None:
     _held.clear()
 
 
+def sign(descriptor: int) -> None:
+    """Name this process in a lock file that it has locked in its own way."""
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, (json.dumps(_owner()) + "\n").encode(), 0)
+
+
+def holder(descriptor: int) -> str:
+    """Who has a lock file locked, "process 7 on HOST, since …": as it says in the file, or as Linux knows."""
+    owner, number = _read(descriptor), _lock_owner(descriptor)
+    if number is not None and owner.get("pid") != number and not (owner and not _is_here(owner)):
+        owner = {"pid": number, "host": socket.gethostname()}  # it says nothing, or what is left of an earlier one
+    return f"{_name(owner)}{_since(owner)}" if owner else "a process that does not say who it is"
+
+
+def _lock_owner(descriptor: int) -> int | None:
+    """The process that has the file locked, if it is one of this machine that Linux lists."""
+    file = os.fstat(descriptor)
+    place = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}:{file.st_ino}"
+    try:
+        lines = Path("/proc/locks").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    for fields in (line.split() for line in lines):  # 1: FLOCK ADVISORY WRITE 1234 fe:00:567 0 EOF
+        if len(fields) == 8 and fields[1] == "FLOCK" and fields[5] == place and int(fields[4]) > 0:
+            return int(fields[4])
+    return None
+
+
 def _take(path: Path, what: str) -> int:
     """Return the descriptor of the lock file, locked and with this process named in it."""
     for _ in range(TRIES):
@@ -155,7 +183,17 @@ def _same_file(descriptor: int, path: Path) -> bool:
 
 def _write(descriptor: int, path: Path) -> None:
     """Name this process in the file. A file that cannot be written is not left behind."""
-    owner = {
+    try:
+        sign(descriptor)
+        os.fsync(descriptor)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _owner() -> dict[str, Any]:
+    """What tells this process from all others."""
+    return {
         "host": socket.gethostname(),
         "boot": _boot(),
         "pid": os.getpid(),
@@ -163,13 +201,6 @@ def _write(descriptor: int, path: Path) -> None:
         "time": time.time(),
         "command": shlex.join(redact_command(sys.orig_argv, secrets_of())),
     }
-    try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, (json.dumps(owner) + "\n").encode(), 0)
-        os.fsync(descriptor)
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
 
 
 def _read(descriptor: int) -> dict[str, Any]:
@@ -238,12 +269,7 @@ def _refusal(path: Path, what: str, owner: dict[str, Any]) -> str:
             f"{path.parent} is in use by another {what} that is just starting: wait for it to end. If there is none, "
             f"remove the lock: rm {shlex.quote(str(path))}"
         )
-    began = owner.get("time")
-    now = time.time()
-    since = ""
-    if isinstance(began, int | float) and 0 <= began <= now + DAY_S:  # clocks of machines differ
-        since = f", since {_when(began, now)}"
-    text = f"{path.parent} is in use by another {what}: {_name(owner)}{since} ({_text(owner.get('command'))}). "
+    text = f"{path.parent} is in use by another {what}: {_name(owner)}{_since(owner)} ({_text(owner.get('command'))}). "
     if _is_here(owner):
         return text + f"Wait for it to end, or end it: kill {owner['pid']}"
     return (
@@ -252,7 +278,11 @@ def _refusal(path: Path, what: str, owner: dict[str, Any]) -> str:
     )
 
 
-def _when(seconds: float, now: float) -> str:
-    age = max(0.0, now - seconds)
+def _since(owner: dict[str, Any]) -> str:
+    """ ", since …" where the file says it."""
+    began, now = owner.get("time"), time.time()
+    if not isinstance(began, int | float) or not 0 <= began <= now + DAY_S:  # clocks of machines differ
+        return ""
+    age = max(0.0, now - began)
     unit, size = next(((u, s) for u, s in (("days", DAY_S), ("h", 3600), ("min", 60)) if age >= 2 * s), ("s", 1))
-    return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(seconds))}, {age / size:.0f} {unit} ago"
+    return f", since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(began))}, {age / size:.0f} {unit} ago"

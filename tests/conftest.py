@@ -22,6 +22,7 @@ LIBERO_PYTHON = os.environ.pop("LIBERO_PYTHON", None)  # for the tests that are 
 
 import pytest  # noqa: E402
 
+from clbench import patience  # noqa: E402
 from clbench.envs import libero_assets  # noqa: E402
 from clbench.errors import UserError  # noqa: E402
 
@@ -74,6 +75,7 @@ def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Data, runs and cached bases of tests go to temporary folders, whatever .env says."""
     root = tmp_path_factory.mktemp("clbench")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(patience, "FIRST_S", 1e6)  # what is printed does not depend on the machine's speed
         for name in ("DATA", "RESULTS", "CACHE"):
             patch.setenv(f"CLBENCH_{name}_ROOT", str(root / name.lower()))
         yield

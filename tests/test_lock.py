@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from typing import Any
 import pytest
 
 from clbench.errors import UserError
-from clbench.lock import held
+from clbench.lock import held, sign
+from clbench.lock import holder as holder_of
 
 HOLDER = "import sys, time; from clbench.lock import held\nwith held(sys.argv[1], 'job'): print('has it', flush=True); "
 Holder = Callable[..., "subprocess.Popen[str]"]
@@ -221,3 +223,19 @@ def test_no_other_file_is_overwritten(tmp_path: Path, kind: str) -> None:
     with pytest.raises(UserError, match=r"no lock\. Remove it: rm "), held(tmp_path, "job"):
         pytest.fail("held")
     assert other.read_text() == "seed: 1\n"
+
+
+def test_who_holds_a_lock_of_another_kind(tmp_path: Path) -> None:
+    """The base's: named by its file, and where that says nothing, or what is left of an earlier holder, by Linux."""
+    path = tmp_path / "own.lock"
+    with path.open("w+") as file:
+        assert holder_of(file.fileno()) == "a process that does not say who it is"
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert re.fullmatch(rf"process {os.getpid()} on \S+", holder_of(file.fileno()))
+        sign(file.fileno())
+        assert re.match(rf"process {os.getpid()} on \S+, since 20", holder_of(file.fileno()))
+        owner = json.loads(path.read_text())
+        path.write_text(json.dumps({**owner, "pid": 1}))
+        assert re.fullmatch(rf"process {os.getpid()} on \S+", holder_of(file.fileno()))
+        path.write_text(json.dumps({**owner, "pid": 1, "host": "elsewhere", "boot": "another"}))
+        assert holder_of(file.fileno()).startswith("process 1 on elsewhere, since 20")

@@ -46,6 +46,7 @@ from clbench.evaluation.seeds import CONSECUTIVE, RULE, EpisodeSeeds
 from clbench.evaluation.worker import Job, Settings
 from clbench.io import read_json, write_json
 from clbench.lock import held
+from clbench.patience import EVERY_S, patience
 from clbench.stopping import Stop, stoppable
 from clbench.streams.stream import pretraining_tasks
 from clbench.terminal import tell
@@ -114,7 +115,8 @@ def evaluate(folder: Path, config: Config, output: Path | None = None, progress:
 def _evaluate(folder: Path, config: Config, output: Path | None, progress: bool, stop: Stop) -> dict[str, Any]:
     manifest = read_manifest(folder)
     e = config.eval
-    views = _view_overrides(config)
+    with patience("looking at the run"):
+        views = _view_overrides(config)
     heldout = heldout_columns(manifest, config) if e.heldout_episodes else []
     whole = eval_folder(output or folder)
     out = eval_folder(output or folder, e.split)
@@ -268,7 +270,8 @@ class _Run:
                     )
         for k in sorted(missing):
             here = checkpoint_folder(self.folder, k)
-            reason = checkpoint_damage(self.folder, k) if k >= 0 else None
+            with patience(f"checking {here}"):
+                reason = checkpoint_damage(self.folder, k) if k >= 0 else None
             if reason is not None:
                 raise UserError(
                     f"{here} is damaged ({reason}). Put the file back from a copy, or remove the checkpoints from "
@@ -283,7 +286,8 @@ class _Run:
                 if (Path(policy) / "config.json").is_file():
                     check_checkpoint(Path(policy))
             env_types = {e["env"]["type"] for job in jobs for e in job.episodes}
-            _check_simulators(out, self.simulators(env_types))
+            with patience("loading simulators"):
+                _check_simulators(out, self.simulators(env_types))
             self.warn_of_repeats(env_types, count)
             tell(f"evaluating {total} episodes in {workers} processes → {out}")
             device = self.config.train.device
@@ -398,7 +402,7 @@ def _play(
         desc="episodes",
         unit="ep",
         disable=not progress,
-        mininterval=1 if sys.stderr.isatty() else 15,
+        mininterval=1 if sys.stderr.isatty() else EVERY_S,
     )
     successes = 0
 
@@ -409,9 +413,15 @@ def _play(
         bar.update()
         bar.set_postfix_str(f"success {successes / bar.n:.2f}" if bar.n else "", refresh=False)
 
+    def draw(line: str) -> None:
+        if progress:
+            bar.refresh()
+
+    bar.set_postfix_str("starting simulators", refresh=progress)
     crew = Crew(jobs, settings, workers, record, stop)
     try:
-        crew.play()
+        with patience("evaluating", say=draw):
+            crew.play()
     finally:
         bar.close()
         failed |= crew.failed

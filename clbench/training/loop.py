@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,31 +160,33 @@ class PhaseRunner:
             plans: dict[int, Plan | None] = {}
             batches = load_batches(ctx.frames, self._references(phase, start, plans), ctx.train.num_workers)
             log_every = phase.log_every or ctx.train.log_every
-            for step, batch in enumerate(batches, start):
-                ctx.step = step
-                plan = plans.pop(step)
-                extra = 0 if plan is None else max(len(plan.refs), plan.added)
-                draw = self.loss.draw(phase.batch_size + extra, ctx.generator("draw", step))  # all ranks': see "slot"
-                if optimizer is None:
-                    low, high = self._share(phase)
-                    numbers = self._forward_only(phase, batch, {n: v[low:high] for n, v in draw.items()})
-                else:
-                    numbers = self._train_step(phase, optimizer, batch, plan, draw)
-                    last = numbers.get("loss", last)
-                self.total_steps += 1
-                if numbers and (step % log_every == 0 or step == phase.steps - 1):
-                    numbers = self.backend.mean_numbers(numbers)
-                    self.log.event(
-                        "step" if optimizer else "batch",
-                        k=ctx.k,
-                        task=ctx.visit.task,
-                        phase=phase.name,
-                        step=step,
-                        **numbers,
-                        total=self.total_steps,
-                    )
-                progress.update(step + 1, last)
-                self.after_step(phase, step + 1, optimizer)
+            with closing(progress.each(batches, start)) as steps:
+                for step, batch in steps:
+                    ctx.step = step
+                    plan = plans.pop(step)
+                    extra = 0 if plan is None else max(len(plan.refs), plan.added)
+                    # All ranks' draws: see "slot".
+                    draw = self.loss.draw(phase.batch_size + extra, ctx.generator("draw", step))
+                    if optimizer is None:
+                        low, high = self._share(phase)
+                        numbers = self._forward_only(phase, batch, {n: v[low:high] for n, v in draw.items()})
+                    else:
+                        numbers = self._train_step(phase, optimizer, batch, plan, draw)
+                        last = numbers.get("loss", last)
+                    self.total_steps += 1
+                    if numbers and (step % log_every == 0 or step == phase.steps - 1):
+                        numbers = self.backend.mean_numbers(numbers)
+                        self.log.event(
+                            "step" if optimizer else "batch",
+                            k=ctx.k,
+                            task=ctx.visit.task,
+                            phase=phase.name,
+                            step=step,
+                            **numbers,
+                            total=self.total_steps,
+                        )
+                    progress.update(step + 1, last)
+                    self.after_step(phase, step + 1, optimizer)
         self.backend.release()
         seed_everything("exit", ctx.seed, ctx.k, phase.name)
         phase.on_exit(ctx)

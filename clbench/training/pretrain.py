@@ -9,9 +9,13 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
+import re
 import shutil
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,8 +38,9 @@ from clbench.data.source import DataSource
 from clbench.envs.base import cameras
 from clbench.errors import Interrupted, UserError
 from clbench.io import read_json, write_json
-from clbench.lock import NO_LOCKS
+from clbench.lock import NO_LOCKS, holder, sign
 from clbench.paths import cache_root, model_root, named_folder
+from clbench.patience import patience
 from clbench.policies.loss import PolicyLoss
 from clbench.redaction import redact, secrets_of
 from clbench.seeding import seeded
@@ -99,27 +104,54 @@ def ensure_base(config: Config, backend: Backend, stop: Stop, progress: str = "a
         _check_given(path, config)
         return path.resolve(), {"path": str(path.resolve()), "kind": "given"}
     tasks, data = pretraining_tasks(config.dataset, config.render)
+    said = False
     folder = base_folder(config, data)
     if config.policy.get("type") in trusted.given().types:  # made by this very configuration
         trusted.trust_also(folder, _unfinished(folder))
-    if not backend.agree(_is_whole(folder)):
+    whole = backend.agree(_is_whole(folder))
+    if not whole:
         fetched = trusted.fetched(config.policy, images=bool(cameras(config.dataset.env.type)))
         if fetched is not None:
             say(backend, fetched)
+    if not whole or backend.agree(_is_littered(folder)):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+        with (folder.parent / f".{folder.name}.lock").open("a+") as lock, ExitStack() as waiting:
             while not backend.agree(_locked(lock) if backend.is_main else True):
                 if backend.any(bool(stop.reason))[0]:
                     raise Interrupted("stopped while another run makes the base. The same command goes on from there.")
-                time.sleep(1)  # another run is making it: wait, then look again
+                if not said:
+                    say(backend, f"another run makes the base {folder} ({holder(lock.fileno())}); waiting for it")
+                    so_far = partial(_progress, _unfinished(folder), config.pretrain.steps)
+                    waiting.enter_context(patience("waiting for the base that another run makes", so_far))
+                said = True
+                time.sleep(1)
+            waiting.close()
             if not backend.agree(_is_whole(folder)):
                 _pretrain(config, tasks, data, folder, backend, stop, progress)
+            elif backend.is_main:
+                shutil.rmtree(_unfinished(folder), ignore_errors=True)
     return folder, {"path": str(folder), "kind": "pretrained", **base_key(config, data)}
 
 
 def _unfinished(folder: Path) -> Path:
     """Where a base is while it is made."""
     return folder.with_name(f".{folder.name}.training")
+
+
+def _is_littered(folder: Path) -> bool:
+    """Whether there is something to clear away of a pretraining that was killed as it had made the base."""
+    return _unfinished(folder).is_dir() and os.access(folder.parent, os.W_OK)
+
+
+def _progress(temporary: Path, steps: int) -> str:
+    """How far another run's pretraining is, by its log."""
+    try:
+        with (temporary / LOG_FILE).open("rb") as f:
+            f.seek(max(0, f.seek(0, os.SEEK_END) - 4096))
+            done = re.findall(rb'"event": "step",.*?"step": (\d+)', f.read())
+    except OSError:  # it has not begun, or has just ended
+        return ""
+    return f"step {int(done[-1]) + 1} of {steps}" if done else ""
 
 
 def _is_whole(folder: Path) -> bool:
@@ -141,6 +173,7 @@ def _locked(lock: IO[str]) -> bool:
     except OSError as e:
         if e.errno not in NO_LOCKS:
             raise
+    sign(lock.fileno())
     return True
 
 
@@ -260,11 +293,13 @@ def _pretrain(
         shutil.rmtree(temporary, ignore_errors=True)
     section = {k: v for k, v in config.policy.items() if k != "path"}
     device = pick_device(config.train.device)
-    frames = StreamFrames([tuple(tasks)], policy_config(section, device))
+    with patience("reading the base's data"):
+        frames = StreamFrames([tuple(tasks)], policy_config(section, device))
     on = f", from step {done} on" if done else ""
     say(backend, f"pretraining a base on {len(tasks)} tasks{on} → {folder}")
     if source is None:
-        loaded = new_policy(section, frames, device, p.seed)
+        with patience("making the base's policy"):
+            loaded = new_policy(section, frames, device, p.seed)
         counters: dict[str, Any] = {"log_bytes": 0, "seconds": 0.0}
     else:
         loaded = load_policy(source / "policy", device)
@@ -324,7 +359,8 @@ def _pretrain(
         return {}
 
     if backend.is_main:
-        write_whole(folder, fill_base, lambda: tensor_bytes(dict(loaded.policy.state_dict())))
+        with patience("saving the base"):
+            write_whole(folder, fill_base, lambda: tensor_bytes(dict(loaded.policy.state_dict())))
         shutil.rmtree(temporary)
     backend.barrier()
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Generator, Iterable
 
 from tqdm import tqdm
 
+from clbench.patience import patience
 from clbench.terminal import printable, tell
 
 
@@ -39,6 +41,22 @@ class Progress:
             tell(
                 f"{self.title}: step {step}/{self.steps} {text} ({left:.0f} s left)",
             )
+
+    def each[T](self, items: Iterable[T], start: int) -> Generator[tuple[int, T]]:
+        """Number `items` from `start` on, as enumerate does; says so when one, or what is done with it, takes long."""
+        if self.mode == "quiet":
+            yield from enumerate(items, start)
+            return
+        bar, numbered = self._bar, enumerate(items, start)
+        with patience(self.title, say=tell if bar is None else lambda _: bar.refresh()) as patient:
+            while True:
+                patient.now(f"{self.title}: reading data")
+                try:
+                    step, item = next(numbered)
+                except StopIteration:
+                    return
+                patient.now(f"{self.title}: step {step + 1}")
+                yield step, item
 
     def close(self, loss: float | None) -> None:
         if self._bar is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from clbench.checkpoints.training_state import StateKeeper
+from clbench.patience import patience
 from clbench.stopping import Stop
 from clbench.training.backend import Backend
 
@@ -35,8 +36,9 @@ def save_if_due(
     due = backend.is_main and keeper.due(total_steps)
     stopping, due = backend.any(bool(stop.reason), due)
     if stopping or due:
-        moments = None if optimizer is None else backend.optimizer_state(optimizer)  # every rank's part of it
-        if backend.is_main:
-            keeper.save(*place, total_steps, lambda folder: fill(folder, moments), lambda: size(moments))
-        backend.barrier()
+        with patience("saving the training state"):
+            moments = None if optimizer is None else backend.optimizer_state(optimizer)  # every rank's part of it
+            if backend.is_main:
+                keeper.save(*place, total_steps, lambda folder: fill(folder, moments), lambda: size(moments))
+            backend.barrier()
     return stopping
