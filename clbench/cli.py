@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clbench import __version__
-from clbench.errors import RESUME_EXIT, Interrupted, UserError, nearest
+from clbench import __version__, patience
+from clbench.errors import LOST_EXIT, RESUME_EXIT, Interrupted, RankLost, UserError, nearest, shortage
 from clbench.terminal import show, tell
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from clbench.data.source import DataSource, Depth
     from clbench.stopping import Stop
 
+LOADING = "loading LeRobot and PyTorch"
 OVERRIDES = "after --: overrides as key=value, e.g. -- train.steps=500 algorithm.expand_threshold=4"
 
 
@@ -141,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         at = argv.index("--")
         argv, overrides = argv[:at], argv[at + 1 :]
     args = parser().parse_args(argv)
+    patience.quiet = False  # until the configuration is known
     debug = getattr(args, "debug", False) or bool(os.environ.get("CLBENCH_DEBUG"))
     if debug:
         os.environ["CLBENCH_DEBUG"] = "1"
@@ -153,12 +155,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             tell(*traceback.format_exc().splitlines())
         tell(f"clbench: {e}")
-        return 2
+        return LOST_EXIT if isinstance(e, RankLost) else 2
     except BrokenPipeError:
         return 141
     except Exception as e:  # noqa: BLE001 (one line for the user; the traceback with --debug)
         if debug:
             tell(*traceback.format_exc().splitlines())
+        short = shortage(e)
+        if short is not None:
+            tell(f"clbench: {short}")
+            return 2
         text = " ".join(f"{type(e).__name__}: {e}".split())
         tell(f"clbench: unexpected error, {text} (--debug shows where; please report it)")
         return 1
@@ -189,11 +195,12 @@ def _run(args: argparse.Namespace, overrides: list[str], argv: Sequence[str]) ->
             return _train(args, overrides, [*argv, "--", *overrides] if overrides else argv, stop)
     if args.command in commands:
         return commands[args.command](args, overrides)
-    if args.command == "metrics":
-        from clbench.metrics.cli import run
-    else:
-        from clbench.report.cli import run
-    return run(args)
+    with patience.patience("reading runs and computing" if args.command == "metrics" else "reading runs and drawing"):
+        if args.command == "metrics":
+            from clbench.metrics.cli import run
+        else:
+            from clbench.report.cli import run
+        return run(args)
 
 
 def _compose(args: argparse.Namespace, overrides: Sequence[str], algo: str) -> tuple[Config, list[str]]:
@@ -246,6 +253,7 @@ def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str], 
         run_id = args.run_id or default_run_id(config, config.dataset.name, args.smoke)
     from clbench.launch import launch, launched
 
+    patience.quiet = config.log.progress == "quiet"
     if not launched() or os.environ.get("RANK") == "0":
         tell(f"configuration: {' ← '.join(files)}{' ← overrides' if overrides else ''}")
     from clbench.checkpoints.trusted import check_start
@@ -263,15 +271,18 @@ def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str], 
     if d.pretrain is not None and not config.policy.get("path"):
         sets.append((d.pretrain.repo_id is not None, lambda: pretraining_data(d, config.render)))
     check_images(d, config.render, base=not config.policy.get("path"))
-    for _, opened in sorted(sets, key=lambda s: s[0]):  # those of the hub last
-        opened()
+    with patience.patience("looking at the data"):
+        for _, opened in sorted(sets, key=lambda s: s[0]):  # those of the hub last
+            opened()
     if ranks > 1 and not launched():
-        from clbench.algorithms.build import build_algorithm
+        with patience.patience(LOADING, at_once=True):
+            from clbench.algorithms.build import build_algorithm
 
-        build_algorithm(config)  # what would fail in every rank is said once
+            build_algorithm(config)  # what would fail in every rank is said once
         stop.check("Nothing was started.")
         return launch(argv, ranks, args.port)
-    from clbench.training.trainer import train
+    with patience.patience(LOADING, at_once=True):
+        from clbench.training.trainer import train
 
     command = ["clbench", *sys.argv[1:]]
     allowed = [key for keys in args.allow_change for key in keys.split(",")]
@@ -282,13 +293,15 @@ def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str], 
 
 def _ranks(args: argparse.Namespace) -> int:
     """How many processes are asked for; an outer launcher must have started as many."""
+    from clbench.launch import world_size
+
     if args.nproc is not None and args.nproc < 1:
         raise UserError(f"--nproc {args.nproc} must be at least 1.")
     gpus = _gpu_count(args.gpus)
     if args.nproc is not None and gpus > 0:
         raise UserError("--nproc is for processes on the CPU; --gpus alone says how many use GPUs.")
     asked = args.nproc if args.nproc is not None else max(1, gpus)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = world_size()
     if world > 1 and (args.nproc is not None or gpus > 0) and asked != world:
         raise UserError(f"{asked} processes are asked for, but the launcher started {world}.")
     return asked
@@ -296,8 +309,12 @@ def _ranks(args: argparse.Namespace) -> int:
 
 def _check_ranks(config: Config, ranks: int, port: int | None) -> None:
     """Whether so many processes can train this at all."""
+    from clbench.launch import check_port
+
     if port is not None and not 0 < port < 65536:
         raise UserError(f"--port {port} is no port number (1 to 65535).")
+    if port is not None and ranks > 1:
+        check_port(port)
     if config.train.strategy == "zero2" and ranks == 1:
         raise UserError("train.strategy zero2 needs several processes: give --nproc or --gpus, or use ddp.")
     parts = ranks * config.train.gradient_accumulation
@@ -369,12 +386,15 @@ def _init_from(text: str) -> str:
 
 def _pretrain(args: argparse.Namespace, overrides: list[str]) -> int:
     config, _ = _compose(args, overrides, "seqfft")
+    patience.quiet = config.log.progress == "quiet"
     from clbench.checkpoints.trusted import check_start
 
     check_start(config.policy)
     from clbench.stopping import stoppable
-    from clbench.training.backend import Backend
-    from clbench.training.pretrain import ensure_base
+
+    with patience.patience(LOADING, at_once=True):
+        from clbench.training.backend import Backend
+        from clbench.training.pretrain import ensure_base
 
     with stoppable() as stop:
         folder, _ = ensure_base(config, Backend(config.train), stop, config.log.progress)
@@ -404,6 +424,7 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
         *overrides,
     ]
     config = override(run_config(folder), overrides)
+    patience.quiet = config.log.progress == "quiet"
     output = Path(args.output_base) / folder.name if args.output_base else None
     try:
         matrix = evaluate(folder, config, output, progress=config.log.progress != "quiet")
@@ -436,7 +457,10 @@ def _print_matrix(matrix: dict[str, object]) -> None:
 
 def _data(args: argparse.Namespace, overrides: list[str]) -> int:
     actions = {"assets": _assets, "make": _make_data, "check": _check_data}
-    return actions[args.action](args, overrides)
+    from clbench.stopping import clearing_away
+
+    with clearing_away(), patience.patience("reading the data" if args.action == "check" else "loading packages"):
+        return actions[args.action](args, overrides)
 
 
 def _check_data(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -485,7 +509,8 @@ def _assets(args: argparse.Namespace, overrides: list[str]) -> int:
 
     if overrides:
         raise UserError("`clbench data assets` takes no overrides after --.")
-    folder, differing = install(args.source, args.accept_differences)
+    with patience.patience("installing the assets"):
+        folder, differing = install(args.source, args.accept_differences)
     if differing:
         tell(f"warning: {len(differing)} files that decide the physics are not those clbench was tested with, first "
              f"{differing[0]}: compare no results with others'.")  # fmt: skip
@@ -570,9 +595,10 @@ def _list(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _doctor(args: argparse.Namespace, overrides: list[str]) -> int:
-    from clbench.doctor import doctor
+    with patience.patience("looking at this machine"):
+        from clbench.doctor import doctor
 
-    return doctor()
+        return doctor()
 
 
 def _sweep(args: argparse.Namespace, overrides: list[str]) -> int:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import re
 from collections.abc import Iterable
 
 # The exit status of a command that a signal stopped in good order: run again, it continues. This is EX_TEMPFAIL of
 # sysexits.h, on which schedulers can requeue.
 RESUME_EXIT = 75
+
+# The exit status of a rank that ends because another one is gone or does not answer: that one is to blame. This is
+# EX_UNAVAILABLE of sysexits.h.
+LOST_EXIT = 69
 
 
 class UserError(ValueError):
@@ -15,6 +21,10 @@ class UserError(ValueError):
 
     The command line prints the message alone and exits with status 2; `--debug` adds the traceback.
     """
+
+
+class RankLost(UserError):
+    """Another rank is gone, or does not answer. The command line exits with LOST_EXIT."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -28,3 +38,50 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return f" Did you mean '{close[0]}'?"
     return f" Known: {', '.join(known)}." if known else ""
+
+
+MEMORY = (
+    "memory is short: the machine's, or what a limit leaves (ulimit -v, a container's, a job's). Lower "
+    "train.batch_size (or share it out with train.gradient_accumulation), train.num_workers, eval.slots or the number "
+    "of processes"
+)
+SHARED_MEMORY = (
+    "/dev/shm is full, through which processes hand over data. Make it larger (docker run --shm-size=8g), or set "
+    "train.num_workers=0, with which no data goes through it"
+)
+# What libraries say when a machine has no more to give → what it means.
+_SHORTAGES = (
+    (r"</torch_|Bus error", SHARED_MEMORY),
+    (
+        r"CUDA out of memory|CUDA error: out of memory",
+        "the GPU's memory is short. Lower train.batch_size, or share it out with train.gradient_accumulation; "
+        "train.mixed_precision=bf16 takes less, too",
+    ),
+    (
+        r"can't allocate memory|[Cc]annot allocate memory|not enough memory|std::bad_alloc|failed to map segment",
+        MEMORY,
+    ),
+    (
+        r"can't start new thread|pthread_create|Resource temporarily unavailable",
+        "no more threads or processes may be started here: raise the limit (ulimit -u, a container's pids limit), or "
+        "use fewer processes (train.num_workers, --workers, --nproc) and train.threads=1",
+    ),
+    (
+        r"Too many open files",
+        "too many files are open: raise the limit (ulimit -n 65536), or use fewer processes (train.num_workers, "
+        "--workers)",
+    ),
+)
+
+
+def shortage(error: BaseException) -> str | None:
+    """Say what the machine is short of when that is what an exception of a library means; else None."""
+    if isinstance(error, MemoryError):
+        return f"{MEMORY}."
+    text = str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" ({error.filename})" if error.filename else ""
+        return f"the disk is full{where}: make space there, or choose other folders (clbench doctor names them)."
+    if not isinstance(error, OSError | RuntimeError | ImportError):
+        return None
+    return next((f"{meaning}." for pattern, meaning in _SHORTAGES if re.search(pattern, text)), None)

@@ -6,6 +6,7 @@ LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT). Several machines are started 
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -15,23 +16,44 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
-from clbench.errors import RESUME_EXIT
+from clbench.errors import LOST_EXIT, RESUME_EXIT, UserError
 from clbench.terminal import tell
 
 EXPECTED_RANKS = "CLBENCH_RANKS"  # how many processes there must be; read by training/backend.py
 LAUNCHER = "CLBENCH_LAUNCHER"  # the process that started the ranks: without it they stop
 GRACE_S = 10.0  # between asking the other ranks to end and ending them
+SETTLE_S = 3.0  # from when ranks say that another one is gone, for that one to have ended
 
 
 def launched() -> bool:
     """Whether this process is one of several ranks already."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return world_size() > 1
+
+
+def world_size() -> int:
+    """How many ranks a launcher says that there are; 1 without one."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or text == "0":
+        raise UserError(f"WORLD_SIZE={text} in the environment is no number of ranks: unset it, or give 1 or more.")
+    return int(text)
 
 
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
+
+
+def check_port(port: int) -> None:
+    """Raise UserError unless ranks can meet at a port of this machine."""
+    try:
+        with socket.socket() as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the ranks do: one that was just left is free
+            s.bind(("", port))
+            s.listen()
+    except OSError as e:
+        why = "in use by another program" if e.errno == errno.EADDRINUSE else f"no port to be had ({e.strerror})"
+        raise UserError(f"--port {port} is {why}. Choose another one, or leave --port away for a free one.") from e
 
 
 def launch(arguments: Sequence[str], ranks: int, port: int | None = None) -> int:
@@ -78,21 +100,32 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], signals: Sequence[int]) 
 
     A rank that a passed-on signal ended before it could listen has lost nothing: that counts as stopped.
     """
+    lost_since: float | None = None
     while True:
         codes = [p.poll() for p in processes]
-        failed = [(rank, c) for rank, c in enumerate(codes) if c not in (None, 0, RESUME_EXIT)]
-        if failed:
-            rank, code = failed[0]
-            assert code is not None
+        failed = {rank: c for rank, c in enumerate(codes) if c not in (None, 0, RESUME_EXIT)}
+        blamed = {rank: c for rank, c in failed.items() if c != LOST_EXIT}  # the others say that one is gone
+        lost_since = lost_since or (time.monotonic() if failed else None)
+        if blamed or (lost_since is not None and time.monotonic() - lost_since > SETTLE_S):
+            rank, code = min((blamed or failed).items(), key=lambda item: (item[1] > 0, item[0]))  # killed ones first
             if -code in signals:
                 return _end(processes)
-            how = f"was ended by signal {-code}" if code < 0 else f"failed (exit status {code})"
-            tell(f"rank {rank} {how}; ending the other ranks.")
+            tell(f"{_blame(rank, code, codes)}; ending the other ranks.")
             _end(processes)
             return code if code > 0 else 1
         if None not in codes:
             return max(c or 0 for c in codes)
         time.sleep(0.2)
+
+
+def _blame(rank: int, code: int, codes: Sequence[int | None]) -> str:
+    """Say which rank ended the run, and how: `rank` with status `code`, or one that still runs and does not answer."""
+    from clbench.stopping import how_ended  # which imports this module
+
+    if code == LOST_EXIT:
+        hung = [str(r) for r, c in enumerate(codes) if c is None]
+        return f"rank {', '.join(hung)} did not answer" if hung else "the ranks lost each other"
+    return f"rank {rank} {how_ended(code) if code < 0 else f'failed (exit status {code})'}"
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> int:

@@ -66,6 +66,19 @@ def stoppable() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def clearing_away() -> Iterator[None]:
+    """Have SIGTERM raise KeyboardInterrupt, as SIGINT does: what the block has begun to write is removed."""
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def belong_to(parent: int) -> None:
     """Leave signals to the process `parent`, which may get them too, and die when it dies, be it in an endless call."""
     for number in SIGNALS:
@@ -80,5 +93,6 @@ def how_ended(status: int | None) -> str:
     """Return in words how a process ended, from its exit status (-number: by a signal)."""
     if status is not None and status < 0:
         name = signal.Signals(-status).name
-        return f"was killed by {name}" + (" (often: out of memory)" if name == "SIGKILL" else "")
+        often = {"SIGKILL": " (often: out of memory)", "SIGBUS": " (often: /dev/shm is full)"}
+        return f"was killed by {name}{often.get(name, '')}"
     return f"ended its process (exit status {status})"

@@ -20,12 +20,14 @@ import pytest
 from clbench.cli import main
 from clbench.config.compose import compose
 from clbench.config.schema import DatasetConfig
+from clbench.data import make as data_make
 from clbench.data.info import INFO_FILE, fingerprint, load_info
 from clbench.data.make import ROLES, episode_seed, make_dataset, run_episode
 from clbench.envs import metaworld
 from clbench.envs.base import EVAL_SEED_BASE, STATE_KEY, Observation, Step
 from clbench.errors import UserError
 from clbench.io import read_json, write_json
+from clbench.stopping import clearing_away
 from clbench.streams.stream import build_stream, pretraining_tasks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -250,7 +252,7 @@ def test_two_makes_of_one_set_do_not_mix(tmp_path: Path) -> None:
     other.mkdir()
     with open(other / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process is making"):
+        with pytest.raises(UserError, match=r"another process is making .*: kill 1$"):
             make(tmp_path / "tiny")
     assert other.exists()
 
@@ -301,6 +303,12 @@ def running(pid: int) -> bool:
         return False
 
 
+def shared_memory(pid: int) -> set[str]:
+    """The files in /dev/shm that a process uses and that would outlive it."""
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return {line.split(maxsplit=5)[5] for line in lines if "/dev/shm/" in line and not line.endswith("(deleted)")}
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds children in /proc")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_make_leaves_nothing_taken_for_whole(how: signal.Signals, tmp_path: Path) -> None:
@@ -308,7 +316,8 @@ def test_an_interrupted_make_leaves_nothing_taken_for_whole(how: signal.Signals,
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, str(script), str(root)], env=environment, stderr=subprocess.PIPE)
+    command = [sys.executable, str(script), str(root)]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True)
     children: list[int] = []
     deadline = time.monotonic() + 60
     while len(children) < 3:  # two workers and multiprocessing's resource tracker
@@ -318,7 +327,12 @@ def test_an_interrupted_make_leaves_nothing_taken_for_whole(how: signal.Signals,
         children = [int(pid) for pid in listed.split()]
     time.sleep(1.0)
     assert all(running(pid) for pid in children), "it is at work"
-    process.send_signal(how)
+    if how == signal.SIGKILL:  # with all that it started, as a container's end or a job's limit does
+        semaphores = {path for pid in children for path in shared_memory(pid)}
+        os.killpg(process.pid, how)
+        assert not semaphores, "nothing in /dev/shm outlives them"
+    else:
+        process.send_signal(how)
     process.communicate(timeout=30)
     assert process.returncode != 0
     while any(running(pid) for pid in children):
@@ -330,6 +344,29 @@ def test_an_interrupted_make_leaves_nothing_taken_for_whole(how: signal.Signals,
         make(root, demos_per_task=1, ceiling_episodes=0)
         assert load_info(root).episodes == 2
         assert partials(root) == []
+
+
+def test_a_worker_that_is_killed_is_named_with_the_likely_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = data_make._start_worker
+
+    def start_and_kill() -> data_make._Worker:
+        worker = start()
+        worker.process.kill()
+        return worker
+
+    monkeypatch.setattr(data_make, "_start_worker", start_and_kill)
+    with pytest.raises(UserError, match=r"was killed by SIGKILL \(often: out of memory\)\. Nothing was written"):
+        make(tmp_path / "tiny")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sigterm_clears_away_as_ctrl_c_does() -> None:
+    with pytest.raises(KeyboardInterrupt), clearing_away():
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 # Reading descriptions

@@ -513,7 +513,7 @@ def test_a_loader_that_dies_is_replaced(tmp_path: Path, capfd: pytest.CaptureFix
                 os.kill(child.pid or 0, signal.SIGTERM)
                 os.kill(child.pid or 0, signal.SIGINT)
             time.sleep(0.3)
-    assert capfd.readouterr().err.count("a data-loading process died") == 2
+    assert capfd.readouterr().err.count("a data-loading process was killed by SIGKILL (often: out of memory)") == 2
     assert len(got) == len(want)
     for a, b in zip(got, want, strict=True):
         assert a.keys() == b.keys()

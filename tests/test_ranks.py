@@ -6,17 +6,25 @@ the same training, so weights agree to rounding, and masks, choices and expansio
 
 from __future__ import annotations
 
+import re
+import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from clbench.checkpoints.run_folder import checkpoint_folder
 from clbench.checkpoints.state import load_state
+from clbench.cli import main
+from clbench.errors import RankLost, UserError
 from clbench.io import read_json, read_jsonl
+from clbench.launch import check_port
+from clbench.training import backend
 from clbench.training.trainer import train
 from tests.ranks import (
     PLAIN,
@@ -182,18 +190,97 @@ def test_a_rank_that_fails_ends_the_run(toy_data: Path, tmp_path: Path) -> None:
     assert "is nan" in lines[0] or "is inf" in lines[0], done.stderr
 
 
-def test_a_rank_that_dies_ends_the_run(tmp_path: Path) -> None:
-    """`launch` ends the ranks that are left at once, however they wait."""
+KILLED = "was killed by SIGKILL (often: out of memory)"
+
+
+@pytest.mark.parametrize(
+    ("ends", "says", "status"),
+    [
+        ({0: "time.sleep(600)", 1: "os.kill(os.getpid(), 9)"}, f"rank 1 {KILLED}", 1),
+        ({0: "sys.exit(69)", 1: "os.kill(os.getpid(), 9)"}, f"rank 1 {KILLED}", 1),
+        ({0: "sys.exit(69)", 1: "time.sleep(0.5); sys.exit(2)"}, "rank 1 failed (exit status 2)", 2),
+        ({0: "sys.exit(69)", 1: "time.sleep(600)", 2: "sys.exit(69)"}, "rank 1 did not answer", 69),
+    ],
+    ids=["killed", "killed and missed", "failed and missed", "hung"],
+)  # fmt: skip
+def test_a_rank_that_ends_or_hangs_ends_the_run(ends: dict[int, str], says: str, status: int, tmp_path: Path) -> None:
+    """`launch` ends the ranks that are left at once, however they wait, and names the one to blame."""
     (tmp_path / "clbench").mkdir()
     (tmp_path / "clbench" / "__init__.py").write_text("")
     (tmp_path / "clbench" / "cli.py").write_text(
-        "import os, signal, time\n"
-        "if os.environ['RANK'] == '1':\n    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "time.sleep(600)\n"
+        f"import os, sys, time\nexec({ends!r}[int(os.environ['RANK'])])\n"
     )
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom clbench.launch import launch\n"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom clbench import launch, stopping, terminal\n"
+    code += "launch.SETTLE_S = 1.0\n"
     code += f"import os; os.environ['PYTHONPATH'] = {str(tmp_path)!r}; os.chdir({str(tmp_path)!r})\n"
-    code += "sys.exit(launch([], 3))"
+    code += f"sys.exit(launch.launch([], {len(ends)}))"
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, timeout=60)
-    assert done.returncode == 1
-    assert "rank 1 was ended by signal 9; ending the other ranks." in done.stderr
+    assert done.returncode == status
+    assert f"{says}; ending the other ranks." in done.stderr, done.stderr
+
+
+def test_a_port_in_use_is_said_before_anything_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["train", "--nproc", "2", "--port", str(port)]) == 2
+    assert f"--port {port} is in use by another program" in capsys.readouterr().err
+    check_port(port)  # left just now, so free
+
+
+def as_rank(monkeypatch: pytest.MonkeyPatch, **other: str) -> None:
+    given = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in {**given, **other}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    ("given", "raised", "message"),
+    [
+        ({}, dist.DistNetworkError("The server socket … EADDRINUSE"), "127.0.0.1:29500, is in use by another program"),
+        ({}, dist.DistStoreError("Timed out after 9 seconds waiting for clients"), "rank 1 did not meet the other 1"),
+        ({}, dist.DistNetworkError("The client socket has timed out"), "Look whether all were started"),
+        ({"RANK": "7"}, None, "RANK=7 is not below WORLD_SIZE=2"),
+        ({"MASTER_ADDR": ""}, None, "MASTER_ADDR is not set"),
+        ({"MASTER_PORT": "http"}, None, "MASTER_PORT=http"),
+    ],
+)
+def test_ranks_that_do_not_meet(
+    given: dict[str, str], raised: Exception | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def join(**_: Any) -> None:
+        assert raised is not None
+        raise raised
+
+    as_rank(monkeypatch, **given)
+    monkeypatch.setattr(backend, "PartialState", join)
+    with pytest.raises(UserError, match=re.escape(message)):
+        backend._meet(True, timedelta(seconds=9))
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Read error [127.0.0.1]:14510: Connection reset by "
+         "peer", "lost another rank, which has ended"),
+        ("[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 20000ms for recv "
+         "operation to complete", "it hangs"),
+        ("NCCL error in: ProcessGroupNCCL.cpp, remote process exited or there was a network error", "has ended"),
+    ],
+)  # fmt: skip
+def test_a_lost_rank_is_no_unexpected_error(text: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_rank(monkeypatch)
+    with pytest.raises(RankLost, match=why), backend.ranks_together():
+        raise RuntimeError(text)
+    with pytest.raises(RuntimeError, match="shapes"), backend.ranks_together():
+        raise RuntimeError("shapes do not match")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(RuntimeError, match=r"NCCL|gloo"), backend.ranks_together():
+        raise RuntimeError(text)
+
+
+def test_a_world_size_that_is_no_number(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    assert main(["train"]) == 2
+    assert "WORLD_SIZE=two in the environment is no number of ranks" in capsys.readouterr().err

@@ -8,6 +8,7 @@ Batches are raw: LeRobot keys, not normalised, with `task` texts.
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import signal
 import threading
@@ -29,6 +30,7 @@ from clbench.data.lerobot_set import BOOKKEEPING, image_shape, read_columns
 from clbench.errors import UserError
 from clbench.io import read_json
 from clbench.seeding import generator
+from clbench.stopping import belong_to, how_ended
 from clbench.streams.stream import Task
 from clbench.terminal import tell
 
@@ -349,10 +351,9 @@ class _Referenced(Dataset[Batch]):
         return self.frames.fetch(refs)
 
 
-def _leave_signals(worker: int) -> None:
+def _begin(worker: int) -> None:
     """A signal to the whole process group is for the training process, which stops its workers when it has saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    belong_to(os.getppid())
 
 
 def _quietly_watched(loader: DataLoader[Batch]) -> Iterator[Batch]:
@@ -386,13 +387,14 @@ def load_batches(frames: StreamFrames, refs: Iterator[Tensor], workers: int) -> 
             asked.append(r)
             yield r
 
-    deaths = 0
+    deaths, how = 0, ""
     while deaths < MAX_DEATHS:
         loader = DataLoader(
-            _Referenced(frames), batch_size=None, sampler=asking(), num_workers=workers, worker_init_fn=_leave_signals,  # type: ignore[arg-type]
+            _Referenced(frames), batch_size=None, sampler=asking(), num_workers=workers, worker_init_fn=_begin,  # type: ignore[arg-type]
         )  # fmt: skip
+        batches = _quietly_watched(loader)
         try:
-            for batch in _quietly_watched(loader):
+            for batch in batches:
                 asked.popleft()
                 deaths = 0
                 yield batch
@@ -401,8 +403,16 @@ def load_batches(frames: StreamFrames, refs: Iterator[Tensor], workers: int) -> 
             if re.search(r"DataLoader worker \(pid", str(e)) is None:  # an error in reading, not a death
                 raise
             deaths += 1
-            tell(f"warning: a data-loading process died ({e}); starting new ones.")
+            how = _how_one_died(batches)
+            tell(f"warning: a data-loading process {how}; starting new ones.")
     raise UserError(
-        f"data-loading processes died {MAX_DEATHS} times in a row. Often memory is short: lower train.num_workers (0 "
-        "reads the data in the training process itself)."
+        f"data-loading processes died {MAX_DEATHS} times in a row; the last one {how}. Often memory is short: lower "
+        "train.num_workers (0 reads the data in the training process itself), or make /dev/shm larger (docker run "
+        "--shm-size=8g), through which they hand data over."
     )
+
+
+def _how_one_died(batches: Iterator[Batch]) -> str:
+    """How the first of a loader's processes that died ended; torch does not say it."""
+    codes = [process.exitcode for process in getattr(batches, "_workers", [])]
+    return next((how_ended(code) for code in codes if code), "ended")

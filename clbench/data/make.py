@@ -24,15 +24,18 @@ import logging
 import math
 import multiprocessing
 import os
+import queue
 import shutil
 import signal
 import sys
-import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import IO, Any
 
@@ -59,13 +62,16 @@ from clbench.envs.base import (
     without_demonstrations,
 )
 from clbench.envs.rendering import check_render
-from clbench.errors import UserError
+from clbench.errors import UserError, shortage
 from clbench.io import write_json
+from clbench.patience import patience
+from clbench.stopping import SIGNALS, belong_to, how_ended
 from clbench.terminal import tell
 
 ACTION_KEY = "action"
 ATTEMPTS_PER_DEMO = 10  # give up on a task after this many attempts for each demonstration wanted
 ROLES = ("demo", "ceiling")
+END_S = 5.0  # for a process to be gone once its pipe has ended
 _SEEDS_PER_ROLE = EVAL_SEED_BASE // len(ROLES)
 _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -314,7 +320,7 @@ def make_dataset(
         new = folder / "dataset"
         with _collecting(jobs, workers, progress) as collected, _quiet_libraries():
             _write(new, name, module, jobs, collected, wanted)
-        with _quiet_libraries():
+        with _quiet_libraries(), patience("reading back what was written"):
             info = _verify(new)
         if root.exists():
             os.replace(root, folder / "replaced")
@@ -389,7 +395,10 @@ def _working_folder(root: Path) -> Iterator[Path]:
         for stale in sorted(root.parent.glob(f".{glob.escape(root.name)}.partial-*")):
             with _lock(stale) as free:
                 if not free:
-                    raise UserError(f"another process is making {root} (in {stale}). Wait for it to end.")
+                    number = stale.name.rpartition("-")[2]
+                    raise UserError(
+                        f"another process is making {root}. Wait for it to end, or end it: kill {number}"
+                    )
                 shutil.rmtree(stale)
         folder = root.parent / f".{root.name}.partial-{os.getpid()}"
         folder.mkdir()
@@ -419,23 +428,88 @@ def _lock(folder: Path) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def _collecting(jobs: list[Job], workers: int, progress: bool) -> Iterator[Iterator[Collected]]:
-    """Have worker processes collect all jobs; yields the results in the order of `jobs`, each as it comes."""
-    with _one_thread():
-        pool = ProcessPoolExecutor(
-            min(workers, len(jobs)),
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_start_worker,
-        )
+    """Have worker processes collect all jobs; yields the results in the order of `jobs`, each as it comes.
+
+    Each process has a pipe, and a thread that asks it. ProcessPoolExecutor would leave named semaphores in /dev/shm
+    when all of a make's processes are killed together, and not say how a process ended.
+    """
+    count = min(workers, len(jobs))
+    idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+    crew: list[_Worker] = []
+    threads = ThreadPoolExecutor(count)
+    try:
+        with _one_thread():
+            while len(crew) < count:
+                crew.append(_start_worker())
+                idle.put(crew[-1])
+        futures = [threads.submit(_collect, idle, job) for job in jobs]
+        with _reporting(jobs, futures, progress):
+            yield _in_order(futures)
+    finally:
+        for w in crew:  # idle, unless this was ended by an exception
+            w.process.kill()
+        threads.shutdown(wait=True, cancel_futures=True)
+        for w in crew:
+            w.process.join()
+            w.pipe.close()
+
+
+@dataclass
+class _Worker:
+    """A process that collects tasks, and this process's end of its pipe."""
+
+    process: SpawnProcess
+    pipe: Connection
+
+
+def _start_worker() -> _Worker:
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_work, args=(there,), daemon=True)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited, until the process can ignore them
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    there.close()  # else the pipe would not end with the process
+    return _Worker(process, here)
+
+
+def _work(pipe: Connection) -> None:
+    """In a worker: collect the jobs that come, until killed; ends with its parent, to which it leaves signals."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None and parent.pid is not None
+    belong_to(parent.pid)
+    while True:
+        job = pipe.recv()
         try:
-            futures = [pool.submit(collect_task, job) for job in jobs]
-            with _reporting(jobs, futures, progress):
-                yield _in_order(futures)
-        except BaseException:
-            for process in list((pool._processes or {}).values()):
-                process.kill()
-            raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pipe.send((collect_task(job), None, ""))
+        except UserError as e:
+            pipe.send((None, str(e), ""))
+        except Exception as e:  # noqa: BLE001 (the parent raises it)
+            pipe.send((None, shortage(e) or "", traceback.format_exc()))
+
+
+def _collect(idle: queue.SimpleQueue[_Worker], job: Job) -> Collected:
+    """In a thread of the parent: have the next idle process collect one task."""
+    w = idle.get()
+    try:
+        w.pipe.send(job)
+        collected, message, trace = w.pipe.recv()
+    except (EOFError, OSError) as e:
+        w.process.join(END_S)
+        raise UserError(
+            f"a process that made the demonstrations of {job.task} {how_ended(w.process.exitcode)}. Nothing was "
+            "written. Give the command again, with --workers 1 if memory is short."
+        ) from e
+    finally:
+        idle.put(w)
+    if collected is not None:
+        return collected  # type: ignore[no-any-return]
+    error: Exception = UserError(message) if message else RuntimeError(trace.strip().splitlines()[-1])
+    if trace:
+        error.add_note(trace)
+    raise error
 
 
 def _in_order(futures: list[Future[Collected]]) -> Iterator[Collected]:
@@ -447,19 +521,6 @@ def _in_order(futures: list[Future[Collected]]) -> Iterator[Collected]:
             for other in done:
                 other.result()
         yield future.result()
-
-
-def _start_worker() -> None:
-    """In a worker: leave Ctrl-C to the parent, and end when the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager
@@ -501,9 +562,16 @@ def _reporting(jobs: list[Job], futures: list[Future[Collected]], progress: bool
                     f"kept, {frames} frames; without noise {result.ceiling_successes}/{job.ceiling_episodes}",
                 )
 
+        def far(line: str) -> None:
+            if on_terminal:
+                bar.refresh()
+            else:
+                _say(progress, line)
+
         for job, future in zip(jobs, futures, strict=True):
             future.add_done_callback(partial(ended, job))
-        yield
+        with patience("making demonstrations", lambda: f"{done} of {len(jobs)} tasks are collected", say=far):
+            yield
 
 
 @contextlib.contextmanager

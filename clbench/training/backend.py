@@ -15,9 +15,10 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import resource
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -28,10 +29,11 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from clbench.config.schema import TrainConfig
-from clbench.errors import UserError
+from clbench.errors import RankLost, UserError
 from clbench.io import read_json
-from clbench.launch import EXPECTED_RANKS
+from clbench.launch import EXPECTED_RANKS, launched, world_size
 from clbench.paths import CONFIG_ROOT
+from clbench.patience import patience
 from clbench.terminal import tell
 
 ZERO2_FILE = CONFIG_ROOT / "accelerate" / "zero2.json"
@@ -146,18 +148,18 @@ class Backend:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
         cpu = config.device == "cpu" or not torch.cuda.is_available()
         self.strategy = config.strategy
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-        if launched > 1:
+        started = world_size()
+        if started > 1:
             _join(cpu, config)
         AcceleratorState._reset_state()  # a process may train several runs, each with its own precision
         self.accelerator = Accelerator(mixed_precision=autocast_precision(config), cpu=cpu)
-        asked = int(os.environ.get(EXPECTED_RANKS, str(launched)))
-        if self.accelerator.num_processes != asked or launched != asked:
+        asked = int(os.environ.get(EXPECTED_RANKS, str(started)))
+        if self.accelerator.num_processes != asked or started != asked:
             raise UserError(
-                f"{asked} processes were asked for, {launched} were launched, and this one sees "
+                f"{asked} processes were asked for, {started} were launched, and this one sees "
                 f"{self.accelerator.num_processes}. Each would train alone; nothing was started."
             )
-        if self.strategy == "zero2" and launched == 1:
+        if self.strategy == "zero2" and started == 1:
             raise UserError("train.strategy zero2 needs several processes: give --nproc or --gpus, or use ddp.")
         if self.strategy == "zero2" and config.optimizer_across_tasks == "carried":
             raise UserError("train.strategy zero2 rebuilds its optimizer: train.optimizer_across_tasks must be fresh.")
@@ -376,13 +378,37 @@ class Backend:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
+@contextmanager
+def ranks_together() -> Iterator[None]:
+    """Raise RankLost where the block fails because another rank is gone or does not answer."""
+    try:
+        yield
+    except RuntimeError as e:
+        if not launched() or not (isinstance(e, dist.DistError) or _OF_RANKS.search(str(e))):
+            raise
+        waited = re.search(r"[Tt]imed? ?out", str(e)) is not None
+        why = (
+            "waited for another rank in vain: it hangs, or is slower by more than train.collective_timeout_s"
+            if waited
+            else "lost another rank, which has ended"
+        )
+        raise RankLost(
+            f"rank {os.environ.get('RANK', '?')} {why}. What was saved is kept: when the reason is mended, the same "
+            "command with --resume goes on."
+        ) from e
+
+
+# How gloo, NCCL and the ranks' key-value store begin to say that another rank is gone or late.
+_OF_RANKS = re.compile(r"gloo/|NCCL|TCPStore|ProcessGroup")
+
+
 def _join(cpu: bool, config: TrainConfig) -> None:
     """Join the other ranks: gloo between CPU processes, NCCL between GPUs. Collective calls have a bounded wait."""
     timeout = timedelta(seconds=config.collective_timeout_s)
     if config.strategy == "zero2" and cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     if not dist.is_initialized():
-        PartialState(cpu=cpu, timeout=timeout)
+        _meet(cpu, timeout)
     if config.strategy == "zero2":
         try:
             import deepspeed
@@ -391,6 +417,36 @@ def _join(cpu: bool, config: TrainConfig) -> None:
                 f"train.strategy zero2 needs DeepSpeed, which cannot be imported ({e}): install the extra 'deepspeed'."
             ) from e
         deepspeed.init_distributed("gloo" if cpu else "nccl", auto_mpi_discovery=False, timeout=timeout)
+
+
+def _meet(cpu: bool, timeout: timedelta) -> None:
+    """Wait for all ranks to be there, at MASTER_ADDR and MASTER_PORT."""
+    found = {n: os.environ.get(n, "") for n in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    wrong = [f"{n}={v}" if v else f"{n} is not set" for n, v in found.items() if not v.isdecimal()]
+    wrong += [] if os.environ.get("MASTER_ADDR") else ["MASTER_ADDR is not set"]
+    if not wrong and int(found["RANK"]) >= int(found["WORLD_SIZE"]):
+        wrong = [f"RANK={found['RANK']} is not below WORLD_SIZE={found['WORLD_SIZE']}"]
+    if wrong:
+        raise UserError(
+            f"this is to be one of several ranks, but {', '.join(wrong)} in the environment. Start ranks with --nproc "
+            "or --gpus, or with a launcher that sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."
+        )
+    rank, ranks = found["RANK"], found["WORLD_SIZE"]
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        with patience(f"waiting for {ranks} ranks to meet at {place}"):
+            PartialState(cpu=cpu, timeout=timeout)
+    except dist.DistError as e:
+        if "EADDRINUSE" in str(e) or "address already in use" in str(e):
+            raise UserError(
+                f"the port at which the ranks meet, {place}, is in use by another program. Choose another one "
+                "(--port, or MASTER_PORT for another launcher)."
+            ) from e
+        raise UserError(
+            f"rank {rank} did not meet the other {int(ranks) - 1} at {place} (MASTER_ADDR, MASTER_PORT) within "
+            f"{timeout.total_seconds():g} s (train.collective_timeout_s). Look whether all were started, each with a "
+            "RANK of its own, and whether rank 0's machine can be reached there."
+        ) from e
 
 
 def _check_compiler(device: torch.device) -> None:

@@ -40,12 +40,13 @@ from clbench.errors import Interrupted, UserError, nearest
 from clbench.io import read_json, write_text
 from clbench.lock import held
 from clbench.paths import results_root
+from clbench.patience import patience
 from clbench.policies.loss import PolicyLoss
 from clbench.seeding import seed_everything, seeded
 from clbench.stopping import Stop, stoppable
 from clbench.streams.stream import TaskStream, build_stream
 from clbench.training import log as run_log
-from clbench.training.backend import Backend, count, say
+from clbench.training.backend import Backend, count, ranks_together, say
 from clbench.training.loop import PhaseRunner, Resumed
 from clbench.training.pretrain import check_inputs, ensure_base, load_base
 from clbench.training.saving import Moments, save_if_due
@@ -58,6 +59,7 @@ FREE_ON_RESUME = (
 )  # fmt: skip
 
 
+@ranks_together()
 def train(
     config: Config,
     run_id: str,
@@ -95,7 +97,8 @@ def train(
         backend.barrier()
         stop = stop or stack.enter_context(stoppable())
         keeper = StateKeeper(folder, config.train.save_every_steps, config.train.save_every_minutes)
-        found = _position(folder, keeper) if backend.is_main else Position()
+        with patience(f"checking what is in {folder}"):
+            found = _position(folder, keeper) if backend.is_main else Position()
         told = backend.tell([found.k, str(found.source or ""), found.phase, found.step])
         position = Position(told[0], Path(told[1]) if told[1] else None, told[2], told[3])
         changed = {} if position == Position() else _changes(folder, config, stream, allow_change)
@@ -195,7 +198,8 @@ class Trainer:
         self.began = time.monotonic()
         self.log = run_log.RunLog(self.folder, self.config.log, self.run_id, self.backend.is_main)
         try:
-            training = self._load(start.source, within=bool(start.phase))
+            with patience("reading policy and data"):
+                training = self._load(start.source, within=bool(start.phase))
             for k in range(start.k, len(self.stream.visits)):
                 if self.stream.mode == "singletask" and k != start.k:
                     self._load(None)
@@ -268,6 +272,9 @@ class Trainer:
             self.algorithm.load_state_dict(load_state(source, "algorithm"))
         return training
 
+    def _task(self, k: int) -> str:
+        return f"task {k + 1}/{len(self.stream.visits)} {self.stream.visits[k].task}"
+
     def _event(self, event: str, /, **fields: Any) -> None:
         self.log.event(event, k=self.ctx.k, task=self.ctx.visit.task, **fields)
 
@@ -280,7 +287,8 @@ class Trainer:
             self.task_seconds, self.trained = 0.0, 0
             self._event("task_start", samples=ctx.frames.length(k))
             seed_everything("task_start", ctx.seed, k)
-            algorithm.on_task_start(ctx)
+            with patience(f"{self._task(k)}: preparing it"):
+                algorithm.on_task_start(ctx)
         else:
             self.task_seconds, self.trained = float(resumed["task_seconds"]), int(resumed["trained"])
             self.parameters_before = int(resumed["parameters_before"])
@@ -302,7 +310,8 @@ class Trainer:
             self.trained = max(self.trained, count(self.runner.trained.values()))
         ctx.phase, ctx.step = "", 0
         seed_everything("task_end", ctx.seed, k)
-        algorithm.on_task_end(ctx)
+        with patience(f"{self._task(k)}: consolidating what it taught"):
+            algorithm.on_task_end(ctx)
         policy.eval()
         total = count(policy.parameters())
         numbers = {
@@ -326,7 +335,8 @@ class Trainer:
                 adapter = self._save(folder, {"optimizer": carried})
                 return {"task": ctx.visit.task, "adapter": adapter, **memory, **self._progress()}
 
-            save_checkpoint(self.folder, k, fill, lambda: self._bytes(carried))
+            with patience(f"{self._task(k)}: saving its checkpoint"):
+                save_checkpoint(self.folder, k, fill, lambda: self._bytes(carried))
             self.keeper.saved(began)
         self.backend.barrier()
 
