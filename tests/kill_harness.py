@@ -2,14 +2,16 @@
 
     python -m tests.kill_harness PLAN.json
 
-The plan: {"data", "out", "kills" (per run), "seed", "ranks", "runs": [[label, algorithm section, overrides], …]}.
+The plan: {"data", "out", "seed", "runs": [{"label", "section" (algorithm), "overrides", "ranks", "kills", "first"}]}.
 Imports once and forks for every attempt, so that an attempt costs a second. Half of the kills come at a random moment,
-half just before or after a random one of the calls that make files durable (fsync, rename, truncate, rmtree). Prints
-one JSON object: label → {"kills", "in_saving", "resumed_within_a_task", "completed"}.
+half just before or after one of the calls that make files durable (fsync, rename, truncate, rmtree), in one of `PLACES`
+after the other, beginning with the `first`-th. Prints one JSON object: label → {"kills", "in_saving", one for each
+place, "resumed_within_a_task", "completed"}.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -17,40 +19,45 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 SIGKILLED = -signal.SIGKILL
 LIMIT_S = 300.0  # an attempt that takes longer hangs
+# What is written, and what the path of a file of it has: the states of pretraining, the base itself, …
+PLACES = {"pretraining": ".training", "base": "/bases/", "checkpoint": "/checkpoints/", "state": "/training_state/"}
 
 
 def main() -> None:
     plan = json.loads(Path(sys.argv[1]).read_text())
-    ranks = int(plan["ranks"])
     import tests.toy  # noqa: F401 (imports are done before forking; nothing is computed here, so no thread runs)
     from clbench.training import trainer  # noqa: F401
     from tests.same import assert_same_run
 
-    if ranks > 1:
+    if any("zero2" in o for row in plan["runs"] for o in row["overrides"]):
         import deepspeed  # noqa: F401
     found: dict[str, dict[str, int]] = {}
-    for label, section, overrides in plan["runs"]:
+    for row in plan["runs"]:
+        label, kills = row["label"], row["kills"]
         rng = random.Random(f"{plan['seed']} {label}")
-        run = Run(Path(plan["data"]), Path(plan["out"]), label, section, overrides, ranks)
+        run = Run(Path(plan["data"]), Path(plan["out"]), label, row["section"], row["overrides"], row["ranks"])
         assert run.attempt(saving=False) == 0, run.said()
         whole = run.folder.rename(run.folder.with_name("never_stopped"))  # the same path for both: files name the base
         began = time.monotonic()
         assert run.attempt() == 0, run.said()
-        seconds, calls = time.monotonic() - began, run.calls()
+        seconds, calls = time.monotonic() - began, Counter(run.calls())
         assert_same_run(whole / label, run.folder / label)  # saving changes nothing
         shutil.rmtree(run.folder)
-        tally = found[label] = {"kills": 0, "in_saving": 0, "resumed_within_a_task": 0, "completed": 0}
+        places = list(PLACES)[row["first"] :] + list(PLACES)[: row["first"]]
+        tally = found[label] = dict.fromkeys(["kills", "in_saving", *PLACES, "resumed_within_a_task", "completed"], 0)
+        in_saving = True
         while True:
-            over = tally["kills"] >= plan["kills"]
-            in_saving = bool(rng.getrandbits(1))
+            over = tally["kills"] >= kills
+            place = places[tally["in_saving"] % len(places)]  # the same until it was hit
             status = run.attempt(
-                at_call=rng.randint(1, calls) if in_saving and not over else None,
+                at_call=(place, rng.randint(1, calls[place])) if in_saving and not over else None,
                 after_s=rng.uniform(0, seconds) if not in_saving and not over else LIMIT_S,
                 rng=rng,
             )
@@ -58,9 +65,14 @@ def main() -> None:
             if status == SIGKILLED and not over:
                 tally["kills"] += 1
                 tally["in_saving"] += in_saving
+                tally[place] += in_saving
+                in_saving = bool(rng.getrandbits(1))
                 continue
             assert status == 0, run.said()
             assert_same_run(whole / label, run.folder / label)
+            assert weights(run.folder) == weights(whole)
+            left = [p.name for p in run.folder.rglob(".*") if p.suffix in (".partial", ".old", ".training", ".tmp")]
+            assert not left, f"left behind: {left}"
             tally["completed"] += 1
             if over:
                 break
@@ -68,6 +80,13 @@ def main() -> None:
         shutil.rmtree(run.folder)
         shutil.rmtree(whole)
     print(json.dumps(found))
+
+
+def weights(folder: Path) -> dict[str, str]:
+    """Name → sha256 of all weights below a folder, the base's among them."""
+    found = sorted(folder.rglob("*.safetensors"))
+    assert any("bases" in p.parts for p in found)
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
 
 
 class Run:
@@ -82,7 +101,7 @@ class Run:
     def attempt(
         self,
         saving: bool = True,
-        at_call: int | None = None,
+        at_call: tuple[str, int] | None = None,
         after_s: float = LIMIT_S,
         rng: random.Random | None = None,
     ) -> int:
@@ -112,7 +131,7 @@ class Run:
         assert after_s < LIMIT_S or time.monotonic() < deadline, f"an attempt hung: {self.said()}"
         return crashed[0] if crashed and not dead else min(codes.values())
 
-    def _fork(self, saving: bool, rank: int, port: int, at_call: int | None, after: bool) -> int:
+    def _fork(self, saving: bool, rank: int, port: int, at_call: tuple[str, int] | None, after: bool) -> int:
         pid = os.fork()
         if pid:
             return pid
@@ -138,7 +157,7 @@ class Run:
                 own.append("train.save_every_steps=1")
             train(toy_config(self.data, self.section, *own), self.label, resume=True)
             if rank == 0:
-                (self.out / "calls").write_text(str(calls()))
+                (self.out / "calls").write_text(json.dumps(calls))
             status = 0
         except BaseException:  # noqa: BLE001 (the parent prints it)
             import traceback
@@ -155,22 +174,25 @@ class Run:
         """What the last attempt printed."""
         return "".join(self._output(r).read_text() for r in range(self.ranks))
 
-    def calls(self) -> int:
-        return int((self.out / "calls").read_text())
+    def calls(self) -> list[str]:
+        """Where the last attempt that ended made files durable, call by call."""
+        found: list[str] = json.loads((self.out / "calls").read_text())
+        return found
 
 
-def _count_calls(at: int | None, after: bool) -> Callable[[], int]:
-    """Count the calls that make files durable; kill this process before or after the `at`-th."""
-    count = 0
+def _count_calls(at: tuple[str, int] | None, after: bool) -> list[str]:
+    """Note the place of every call that makes files durable; kill this process before or after the n-th of a place."""
+    made: list[str] = []
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
-            nonlocal count
-            count += 1
-            if count == at and not after:
+            path = os.readlink(f"/proc/self/fd/{args[0]}") if isinstance(args[0], int) else str(args[0])
+            made.append(next((place for place, part in PLACES.items() if part in path), "other"))
+            now = at is not None and made[-1] == at[0] and made.count(at[0]) == at[1]
+            if now and not after:
                 os.kill(os.getpid(), signal.SIGKILL)
             result = function(*args, **kwargs)
-            if count == at and after:
+            if now:
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
 
@@ -178,7 +200,7 @@ def _count_calls(at: int | None, after: bool) -> Callable[[], int]:
 
     for module, name in ((os, "fsync"), (os, "replace"), (os, "ftruncate"), (shutil, "rmtree")):
         setattr(module, name, wrap(getattr(module, name)))
-    return lambda: count
+    return made
 
 
 if __name__ == "__main__":
