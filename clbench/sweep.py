@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from clbench.config.schema import Config
 from clbench.errors import RESUME_EXIT, UserError, nearest
 from clbench.evaluation.records import eval_folder
 from clbench.io import read_json
+from clbench.lock import held
 from clbench.paths import CONFIG_ROOT, results_root
 from clbench.registry import algorithm_names
 from clbench.stopping import Stop, stoppable
@@ -148,11 +150,11 @@ def run_sweep(name: str, dry_run: bool = False, trust: Sequence[str] = ()) -> in
 
     Raises Interrupted when a signal asked to stop; the runs under way have saved.
     """
-    with stoppable() as stop:
-        return _run_sweep(name, dry_run, trust, stop)
+    with stoppable() as stop, ExitStack() as stack:
+        return _run_sweep(name, dry_run, trust, stop, stack)
 
 
-def _run_sweep(name: str, dry_run: bool, trust: Sequence[str], stop: Stop) -> int:
+def _run_sweep(name: str, dry_run: bool, trust: Sequence[str], stop: Stop, stack: ExitStack) -> int:
     experiment, runs = load_experiment(name)
     left = [r for r in runs if not finished(r)]
     print(f"experiment {experiment.name}: {len(runs) - len(left)} of {len(runs)} runs are finished", flush=True)
@@ -165,7 +167,7 @@ def _run_sweep(name: str, dry_run: bool, trust: Sequence[str], stop: Stop) -> in
             print(f"  {'left' if r in left else 'done'}  {r.run_id}")
         return 0
     logs = results_root() / "sweeps" / experiment.name
-    logs.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(held(logs, "sweep"))  # two of one experiment would train the same runs
     if left:
         print(f"runs → {results_root()}, their output → {logs}", flush=True)
     # The base is shared: it is made before runs race for it.

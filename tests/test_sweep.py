@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from clbench import sweep
 from clbench.config.compose import to_dict, to_yaml
 from clbench.config.schema import Config
 from clbench.io import write_json, write_text
+from clbench.lock import held
 from clbench.paths import results_root
 
 
@@ -96,3 +98,16 @@ def test_a_run_on_camera_images_is_finished(tmp_path: Path, monkeypatch: pytest.
         file.write_text(f"dataset: libero_object\nalgorithms: [seqfft]\noverrides: [render.{stated}]\n")
         _, (run,) = sweep.load_experiment(str(file))
         assert sweep.finished(run) is the_same, stated
+
+
+def test_a_second_sweep_of_an_experiment_is_refused_and_told_by_whom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLBENCH_RESULTS_ROOT", str(tmp_path / "results"))
+    file = experiment(tmp_path)
+    logs = results_root() / "sweeps" / "mine"
+    with held(logs, "sweep"):
+        with pytest.raises(ValueError, match=rf"mine is in use by another sweep: process {os.getpid()} on .* kill "):
+            sweep.run_sweep(file)
+        assert sweep.run_sweep(file, dry_run=True) == 0
+    assert list(logs.iterdir()) == []
