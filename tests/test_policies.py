@@ -25,8 +25,10 @@ TYPES = ("dit_dec", "dit_encdec")
 SMALL = {"chunk_size": 4, "n_action_steps": 2, "d_model": 32, "n_heads": 2, "encoder_layers": 1, "decoder_layers": 2}
 
 
-def build(kind: str, toy_data: Path, images: bool = False, **changes: Any) -> LoadedPolicy:
-    config = policy_config({"type": kind, **SMALL, **changes}, "cpu")
+def build(
+    kind: str, toy_data: Path, images: bool = False, small: dict[str, Any] = SMALL, **changes: Any
+) -> LoadedPolicy:
+    config = policy_config({"type": kind, **small, **changes}, "cpu")
     meta = LeRobotDatasetMetadata("stream", root=toy_data / "stream")
     if images:
         config.input_features = {

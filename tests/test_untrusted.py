@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,17 @@ from clbench.metrics.cli import main as metrics_main
 from clbench.report import build_report
 from clbench.report.tables import escape_latex
 from clbench.training.progress import Progress
+from tests.foreign import unwatched, watched
 from tests.test_report import write_run
+
+
+@pytest.fixture(autouse=True)
+def _nothing_foreign() -> Iterator[None]:
+    """No file in these tests makes clbench run its code, load a pickle or use the network, caught or not."""
+    with watched() as found:
+        yield
+    assert not found
+
 
 # ------------------------------------------------------------------------------------------------- JSON
 
@@ -514,6 +524,347 @@ def test_a_policy_cannot_claim_memory(policy_folder: Path, tmp_path: Path) -> No
     assert load_file(folder / "model.safetensors")
 
 
+def test_the_guard_of_these_tests_sees_what_it_should(policy_folder: Path, tmp_path: Path) -> None:
+    import pickle
+    import socket
+
+    from transformers import AutoTokenizer
+
+    code = tmp_path / "theirs.py"
+    code.write_text("1")
+    (tmp_path / "p.pkl").write_bytes(pickle.dumps(Path))
+    torch.save({}, tmp_path / "t.pt")
+    attempts: list[Callable[[], object]] = [
+        lambda: exec(compile(code.read_text(), code, "exec")),
+        lambda: pickle.loads((tmp_path / "p.pkl").read_bytes()),
+        lambda: torch.load(tmp_path / "t.pt", weights_only=False),
+        lambda: socket.create_connection(("localhost", 9)),
+        lambda: subprocess.run(["true"], check=True),
+        lambda: AutoTokenizer.from_pretrained(str(tmp_path), trust_remote_code=True),
+    ]
+    for attempt in attempts:
+        with watched() as found, pytest.raises(PermissionError):
+            attempt()
+        assert len(found) == 1
+    assert torch.load(tmp_path / "t.pt") == {}
+
+
+STEPS: list[tuple[str, dict[str, Any], str]] = [
+    ("action_tokenizer_processor", dict.fromkeys(("action_tokenizer_name", "paligemma_tokenizer_name"), "HERE"),
+     "has no step"),
+    ("tokenizer_processor", {"tokenizer_name": "someone/tokenizer"}, "has no step"),
+    ("reward_classifier_processor", {"pretrained_path": "HERE"}, "has no step"),
+    ("clbench_hashed_words", {"max_words": 10**9}, "not made with 'max_words'"),
+    ("device_processor", {"device": "cpu", "tokenizer_name": "HERE"}, "not made with 'tokenizer_name'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("step", "settings", "message"), STEPS)
+def test_only_steps_of_the_policys_own_factory_are_built(
+    policy_folder: Path, tmp_path: Path, step: str, settings: dict[str, Any], message: str
+) -> None:
+    from clbench.checkpoints.policy_io import load_policy
+
+    folder = copied(policy_folder, tmp_path / "p")
+    settings = {k: str(folder / "model") if v == "HERE" else v for k, v in settings.items()}
+    with_code(folder / "model")
+    file = folder / "policy_preprocessor.json"
+    described = json.loads(file.read_text())
+    described["steps"].append({"registry_name": step, "config": settings})
+    file.write_text(json.dumps(described))
+    with pytest.raises(UserError, match=message) as caught:
+        load_policy(folder)
+    assert str(file) in str(caught.value) and f"--trust {folder}" in str(caught.value)
+
+
+def copied(folder: Path, to: Path, **changes: Any) -> Path:
+    """A copy of a policy folder, with other settings in its config.json."""
+    shutil.copytree(folder, to)
+    config = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps(config | changes))
+    return to
+
+
+def with_code(folder: Path) -> None:
+    """Make a folder that transformers, when it trusts it, takes Python code from."""
+    folder.mkdir()
+    (folder / "theirs.py").write_text("raise SystemError('imported')\n")
+    maps = dict.fromkeys(("AutoConfig", "AutoModel", "AutoProcessor", "AutoTokenizer"), "theirs.T")
+    for name in ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        (folder / name).write_text(json.dumps({"model_type": "theirs", "processor_class": "T", "auto_map": maps}))
+
+
+# Types and the settings that lead to code or a hub; the last is of no type at all.
+TYPES: list[dict[str, Any]] = [
+    {"type": "gaussian_actor", "vision_encoder_name": "HERE"},
+    {"type": "pi0_fast", "action_tokenizer_name": "HERE", "text_tokenizer_name": "HERE"},
+    {"type": "eo1", "vlm_base": "HERE"},
+    {"type": "multi_task_dit"},
+    {"type": "groot", "base_model_path": "HERE"},
+    {"type": "smolvla", "vlm_model_name": "HERE"},
+    {"type": "of_a_plugin"},
+]
+
+
+def foreign(policy_folder: Path, to: Path, settings: dict[str, Any]) -> Path:
+    folder = copied(policy_folder, to)
+    with_code(folder / "model")
+    features = {
+        "input_features": {"observation.state": {"type": "STATE", "shape": [39]},
+                           "observation.image": {"type": "VISUAL", "shape": [3, 64, 64]}},
+        "output_features": {"action": {"type": "ACTION", "shape": [4]}},
+    }  # fmt: skip
+    settings = {k: str(folder / "model") if v == "HERE" else v for k, v in settings.items()}
+    (folder / "config.json").write_text(json.dumps({**features, **settings}))
+    return folder
+
+
+@pytest.mark.parametrize("settings", TYPES, ids=lambda s: s["type"])
+def test_a_policy_type_that_may_run_or_fetch_anything_wants_trust(
+    policy_folder: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    from clbench.checkpoints.policy_io import load_policy
+
+    folder = foreign(policy_folder, tmp_path / "p", settings)
+    with pytest.raises(UserError, match=settings["type"]) as caught:
+        load_policy(folder)
+    assert f"--trust {folder}" in str(caught.value)
+
+
+def test_trust_is_for_the_folder_that_the_user_names(policy_folder: Path, tmp_path: Path) -> None:
+    """Then, and only then, does LeRobot get to do what such a type does."""
+    from clbench.checkpoints.policy_io import load_policy
+    from clbench.checkpoints.trusted import given, trusting
+
+    mine = foreign(policy_folder, tmp_path / "mine", TYPES[0])
+    other = foreign(policy_folder, tmp_path / "mine-not", TYPES[0])
+    with trusting([str(mine)]):
+        with pytest.raises(UserError, match="--trust"):
+            load_policy(other)
+        with watched() as found, pytest.raises(UserError, match="cannot load the policy"):
+            load_policy(mine)
+        assert found and "trust_remote_code" in found[0]
+    with trusting(["gaussian_actor"]), pytest.raises(UserError, match="--trust"):  # that is for fresh policies
+        load_policy(mine)
+    assert not given().folders and not given().types
+    for bad in ("nowhere", "", "smolvl", "dit_dec"):
+        with pytest.raises(UserError, match="no checkpoint folder, run or policy type"), trusting([bad]):
+            pass
+
+
+def test_no_file_can_say_what_is_trusted(policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from clbench.checkpoints.policy_io import load_policy
+
+    folder = foreign(policy_folder, tmp_path / "p", TYPES[0] | {"trust": "p", "trust_remote_code": True})
+    monkeypatch.setenv("CLBENCH_TRUST", str(folder))
+    monkeypatch.setenv("HF_TRUST_REMOTE_CODE", "1")
+    with pytest.raises(UserError, match="--trust"):
+        load_policy(folder)
+    with pytest.raises(UserError, match="unknown key"):
+        compose(model="dit_dec_tiny", algorithms=["er"], dataset="metaworld_quick", overrides=[f"trust={folder}"])
+
+
+def test_an_adapter_is_built_over_no_base_that_wants_trust(policy_folder: Path, tmp_path: Path) -> None:
+    """The adapter's configuration decides the type of both, so trusting the adapter is not enough."""
+    from clbench.checkpoints.policy_io import load_policy
+    from clbench.checkpoints.trusted import trusting
+
+    adapter = foreign(policy_folder, tmp_path / "adapter", TYPES[1])
+    described = {"peft_type": "LORA", "base_model_name_or_path": str(policy_folder), "target_modules": ".*ffn.*"}
+    (adapter / "adapter_config.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match=f"--trust {adapter}"):
+        load_policy(adapter)
+    with trusting([str(adapter)]), pytest.raises(UserError, match=f"--trust {policy_folder}"):
+        load_policy(adapter)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"peft_type": "LORA", "megatron_config": {"a": 1}, "megatron_core": "transformers.theirs"},
+        {"peft_type": "LORA", "arrow_config": {"task_adapter_names": ["someone/adapter"]}},
+        {"peft_type": "LORA", "init_lora_weights": "lora_ga", "lora_ga_config": {}},
+        {"peft_type": "LORA", "corda_config": {"cache_file": "pickle"}},
+        {"peft_type": "XLORA", "adapters": {"0": "someone/adapter"}},
+        {"peft_type": "PROMPT_TUNING", "tokenizer_name_or_path": "someone/tokenizer"},
+        {"peft_type": ["LORA"]},
+        {},
+    ],
+    ids=str,
+)
+def test_an_adapter_cannot_import_or_load_other_files(
+    policy_folder: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    from clbench.checkpoints.policy_io import load_policy
+
+    folder = copied(policy_folder, tmp_path / "p")
+    save_file({"base_model.model.x.lora_A.weight": torch.zeros(4, 8)}, folder / "adapter_model.safetensors")
+    described = {"base_model_name_or_path": str(policy_folder), "target_modules": ".*ffn.*", "r": 4, **settings}
+    (folder / "adapter_config.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match="--trust"):
+        load_policy(folder)
+
+
+def test_pefts_own_loader_needs_nothing_but_the_folder(policy_folder: Path, tmp_path: Path) -> None:
+    """A LoRA that also has whole modules goes through PeftModel.from_pretrained."""
+    import peft
+
+    from clbench.checkpoints.policy_io import load_policy
+    from clbench.checkpoints.trusted import LORA_DEFAULTS, LORA_SETTINGS
+
+    base = load_policy(policy_folder).policy
+    linear = [n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)]
+    config = peft.LoraConfig(r=2, target_modules=[linear[0]], modules_to_save=[linear[-1]])
+    adapted = peft.PeftModel(base, config)  # type: ignore[arg-type]
+    folder = copied(policy_folder, tmp_path / "adapter", use_peft=True)
+    adapted.save_pretrained(str(folder), save_embedding_layers=False)
+    described = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(described | {"base_model_name_or_path": str(policy_folder)}))
+    (folder / "model.safetensors").unlink()
+    assert type(load_policy(folder).policy) is peft.PeftModel
+    for key, value in described.items():  # what PEFT writes by default is allowed, in this version of it too
+        fine = key in LORA_SETTINGS or not value or LORA_DEFAULTS.get(key) == value
+        assert fine or (key, value) == ("init_lora_weights", True), key
+
+
+def test_types_that_are_built_make_steps_without_loaders_and_null_settings() -> None:
+    """What `BUILT` promises, of the installed LeRobot: see tests/test_loaders.py for the rest."""
+    from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
+    from lerobot.policies import make_pre_post_processors
+
+    from clbench.checkpoints import trusted
+    from tests.test_loaders import GUARDS
+
+    loaders = {place.rsplit(":")[1].split(".")[0] for place in GUARDS}
+    weights = set()
+    for kind, null in trusted.BUILT.items():
+        config = PreTrainedConfig.get_choice_class(kind)()
+        config.input_features = {"observation.state": PolicyFeature(FeatureType.STATE, (39,))}
+        config.output_features = {"action": PolicyFeature(FeatureType.ACTION, (4,))}
+        for pipeline in make_pre_post_processors(config):
+            assert all(type(step).__name__ not in loaders for step in pipeline.steps), kind
+        assert all(getattr(config, key) is None for key in null), kind
+        weights |= {(kind, getattr(config, trusted.BACKBONE_WEIGHTS, None))}
+    assert {kind for kind, named in weights if named is not None} == set(trusted.BACKBONE_TYPES)
+    assert {named for _, named in weights} == {None, trusted.BACKBONE_DEFAULT}
+
+
+def test_a_checkpoint_with_a_backbone_fetches_no_weights(toy_data: Path, tmp_path: Path) -> None:
+    """LeRobot's default names torchvision's weights, which the checkpoint's own replace."""
+    from clbench.checkpoints.policy_io import load_policy, save_policy
+    from tests.test_policies import build
+
+    small = {"chunk_size": 4, "n_action_steps": 2, "dim_model": 32, "n_heads": 2, "dim_feedforward": 32,
+             "n_encoder_layers": 1, "n_decoder_layers": 1, "n_vae_encoder_layers": 1, "latent_dim": 4}  # fmt: skip
+    saved = build("act", toy_data, images=True, small=small, pretrained_backbone_weights=None)
+    save_policy(saved, tmp_path / "act")
+    described = json.loads((tmp_path / "act" / "config.json").read_text())
+    named = {"pretrained_backbone_weights": "ResNet18_Weights.IMAGENET1K_V1"}
+    (tmp_path / "act" / "config.json").write_text(json.dumps(described | named))
+    loaded = load_policy(tmp_path / "act")
+    assert loaded.policy.config.pretrained_backbone_weights == "ResNet18_Weights.IMAGENET1K_V1"  # as it was written
+    a, b = saved.policy.state_dict(), loaded.policy.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.mark.parametrize(
+    ("policy", "images", "line"),
+    [
+        ({"type": "dit_dec"}, True, None),
+        ({"type": "act"}, False, None),
+        ({"type": "act", "pretrained_backbone_weights": None}, True, None),
+        ({"type": "act", "pretrained_backbone_weights": "W"}, True, "W is fetched from download.pytorch.org"),
+        ({"type": "act"}, True, UserError),
+        ({"type": "smolvla"}, True, "policy type 'smolvla' fetches"),
+    ],
+    ids=str,
+)
+def test_what_a_fresh_policy_fetches_is_named_or_said(policy: dict[str, Any], images: bool, line: Any) -> None:
+    from clbench.checkpoints.trusted import check_start, fetched, trusting
+
+    with trusting(["smolvla"]):
+        check_start(policy)
+        if line is UserError:
+            with pytest.raises(UserError, match="pretrained_backbone_weights=null"):
+                fetched(policy, images)
+        else:
+            said = fetched(policy, images)
+            assert said == line if line is None else said is not None and said.startswith(line)
+    if policy["type"] == "smolvla":
+        with pytest.raises(UserError, match="--trust smolvla"):
+            check_start(policy)
+
+
+@pytest.fixture
+def strangers_run(policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run whose last checkpoint, sealed as it should be, is of a type that runs code."""
+    from clbench.checkpoints.run_folder import finished_visits, save_checkpoint
+
+    run = write_run(tmp_path)
+    monkeypatch.setenv("CLBENCH_RESULTS_ROOT", str(tmp_path))
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    config, _ = compose(model="dit_dec_tiny", algorithms=["er"], dataset="metaworld_quick")
+    (run / "config.yaml").write_text(to_yaml(config))
+    (run / "manifest.json").write_text(json.dumps(MANIFEST))
+    shutil.rmtree(run / "eval")
+
+    def fill(to: Path) -> dict[str, Any]:
+        foreign(policy_folder, to / "policy", TYPES[0])
+        return {}
+
+    save_checkpoint(run, 0, fill, lambda: 0)
+    assert finished_visits(run) == 1
+    return run
+
+
+def test_no_command_builds_a_strangers_policy(strangers_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from clbench.cli import main
+
+    run, policy = strangers_run, strangers_run / "checkpoints" / "task_00" / "policy"
+    base = ["--model", "checkpoint", "--dataset", "metaworld_quick"]
+    fresh = ["policy.type=pi0_fast", f"policy.action_tokenizer_name={policy / 'model'}"]
+    for command in (
+        ["train", "--init-from", run.name],
+        ["train", *base, "--", f"policy.path={policy}"],
+        ["pretrain", *base, "--", f"policy.path={policy}"],
+        ["pretrain", *base, "--", *fresh],
+        ["train", *base, "--", *fresh],
+        ["eval", "--run-id", run.name],
+    ):
+        assert main(command) == 2, command
+        said = capsys.readouterr().err
+        assert ("--trust pi0_fast" if fresh[0] in command else f"--trust {run}") in said, command
+
+
+def test_a_training_state_is_built_like_any_checkpoint(strangers_run: Path) -> None:
+    """Resuming loads it through the same function; the message names the run."""
+    from clbench.checkpoints.policy_io import load_policy
+
+    state = strangers_run / "training_state" / "00-train-000002"
+    shutil.copytree(strangers_run / "checkpoints" / "task_00" / "policy", state / "policy")
+    with pytest.raises(UserError, match=f"--trust {strangers_run}$"):
+        load_policy(state / "policy")
+
+
+def test_an_evaluation_process_trusts_what_its_command_does(strangers_run: Path) -> None:
+    from clbench.checkpoints.trusted import given, trust, trusting
+    from clbench.evaluation.worker import Job, Settings, play
+
+    policy = strangers_run / "checkpoints" / "task_00" / "policy"
+    job = Job(0, str(policy), None, ())
+    with trusting([strangers_run.name]):
+        told = given()
+    before = torch.get_num_threads()
+    try:
+        with pytest.raises(UserError, match="--trust"):
+            list(play(job, Settings(None, 1, 0, "cpu", before), None))
+        with watched() as found, pytest.raises(UserError, match="cannot load the policy"):
+            list(play(job, Settings(None, 1, 0, "cpu", before, trust=told), None))
+        assert found and "trust_remote_code" in found[0]
+    finally:
+        trust(type(told)())
+
+
 # ----------------------------------------------------------------------------------------------------- reports
 
 HOSTILE = """<script>alert(1)</script>"'><img src=x onerror=a()> \
@@ -817,8 +1168,8 @@ def test_a_file_size_limit(tmp_path: Path) -> None:
         "except UserError as e:\n"
         "    print(e)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "a")], capture_output=True, text=True, timeout=60, check=True
-    )
+    command = [sys.executable, "-c", code, str(tmp_path / "a")]
+    with unwatched():
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert "(50000 bytes needed): File too large" in done.stdout and done.stdout.count("\n") == 1
     assert (tmp_path / "a").read_text() == "old" and leftovers(tmp_path) == ["a"]

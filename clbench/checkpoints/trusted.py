@@ -62,7 +62,8 @@ RISKS: dict[str, str] = {
     "xvla": HUB,
 }
 
-# torchvision fetches what this setting of act, diffusion and vqbet names. A checkpoint has all weights itself.
+# torchvision fetches what this setting of these types names. A checkpoint has all weights itself.
+BACKBONE_TYPES = ("act", "diffusion", "vqbet")
 BACKBONE_WEIGHTS = "pretrained_backbone_weights"
 BACKBONE_DEFAULT = "ResNet18_Weights.IMAGENET1K_V1"
 
@@ -278,7 +279,7 @@ def fetched(policy: dict[str, Any], images: bool) -> str | None:
     kind = str(policy.get("type"))
     if kind in _given.types:
         return f"policy type {kind!r} {RISKS[kind]}; what is not in the caches is fetched now."
-    if kind not in ("act", "diffusion", "vqbet") or not images:
+    if kind not in BACKBONE_TYPES or not images:
         return None
     if BACKBONE_WEIGHTS not in policy:
         raise UserError(
