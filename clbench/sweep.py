@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -108,6 +109,10 @@ def load_experiment(name: str) -> tuple[Experiment, list[Run]]:
                 smoke=experiment.smoke,
             )
             runs.append(Run(run_id, (*_axes(experiment), *own, "--", *overrides), config))
+    folders = [unicodedata.normalize("NFC", run.run_id).casefold() for run in runs]  # as some file systems tell them
+    for run, folder in zip(runs, folders, strict=True):
+        if folders.count(folder) > 1:
+            raise UserError(f"{path}: two runs for the folder {run.run_id}. Label algorithms apart, give a seed once.")
     if len({run.config.eval.split for run in runs}) > 1:
         raise UserError(f"{path}: its runs differ in eval.split, and one report cannot hold both. Write two files.")
     return experiment, runs
@@ -125,8 +130,7 @@ def _overrides(experiment: Experiment) -> tuple[str, ...]:
 
 def finished(run: Run) -> bool:
     """Whether a run is trained and evaluated with exactly the settings that the experiment asks for."""
-    from clbench.checkpoints.run_folder import changed_keys, finished_visits, read_manifest
-    from clbench.training.trainer import FREE_ON_RESUME
+    from clbench.checkpoints.run_folder import FREE_ON_RESUME, changed_keys, finished_visits, read_manifest
 
     folder = results_root() / run.run_id
     complete = eval_folder(folder, run.config.eval.split) / "complete.json"

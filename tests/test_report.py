@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from clbench.algorithms.er import ER
 from clbench.errors import UserError
 from clbench.metrics import compute_metrics, load_record
-from clbench.report import build_report
+from clbench.report import build, build_report
+from clbench.report.build import file_names, folder_name
 from clbench.report.cli import add_arguments, run
+from clbench.report.runs import group_runs, load_runs
 from clbench.report.tables import bytes_text, count_text, escape_latex
 
 TASKS = ["reach-v3", "push-v3", "handle-press-side-v3", "window-close-v3"]
@@ -112,6 +115,13 @@ def write_run(
                 f.write(json.dumps(end) + "\n")
             f.write(json.dumps({"event": "run_end", "seconds": 400.0}) + "\n")
     return path
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of a page's text: drawing takes seconds."""
+    monkeypatch.setattr(build, "_draw", lambda *_: ([], ["pictures"]))
+    monkeypatch.setattr(build, "_matrix_image", lambda *_: ("matrix.png", "a matrix", b"png"))
 
 
 def images(page: str) -> int:
@@ -239,6 +249,7 @@ def test_runs_that_do_not_compare(tmp_path: Path) -> None:
     build_report([one, joint], bootstrap=0)  # joint training has no order
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_simulator_behind_the_numbers_is_shown_and_two_are_not_averaged(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, seed=s) for s in (0, 1)]
     for folder, mujoco in zip(runs, ("3.8.1", "3.3.7"), strict=True):
@@ -253,6 +264,7 @@ def test_the_simulator_behind_the_numbers_is_shown_and_two_are_not_averaged(tmp_
     assert "not averaged" not in build_report(runs, bootstrap=0).read_text()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_same_seed_twice_is_not_averaged(tmp_path: Path) -> None:
     one = write_run(tmp_path)
     other = write_run(tmp_path / "b")
@@ -263,6 +275,7 @@ def test_same_seed_twice_is_not_averaged(tmp_path: Path) -> None:
     assert "er [er_s0]" in page and "er [er_other]" in page and "not averaged" in page
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_runs_with_other_settings_are_not_averaged(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, seed=s) for s in (0, 1)]
     assert "not averaged" not in build_report(runs, bootstrap=0).read_text()
@@ -272,9 +285,186 @@ def test_runs_with_other_settings_are_not_averaged(tmp_path: Path) -> None:
     assert "not averaged" not in build_report(runs, bootstrap=0).read_text()
     (runs[1] / "manifest.json").write_text(json.dumps(manifest | {"algorithm_config": {"lambda": 2}}))
     page = build_report(runs, bootstrap=0).read_text()
-    assert "settings of the algorithm differ" in page and "er [er_s1]" in page
+    assert "its runs differ in algorithm.lambda (1, 2), so" in page and "er [er_s1]" in page
 
 
+CONFIG = """seed: 0
+model: dit_dec_tiny
+policy: {type: dit_dec, d_model: 128}
+algorithm: {name: er}
+dataset: {name: metaworld_quick, data: metaworld_quick, tasks: [a]}
+train: {steps: 300, threads: 1, optimizer: {lr: 1e-3}}
+"""
+BASE = {
+    "kind": "pretrained",
+    "path": "/somewhere/bases/x",
+    "policy": {"type": "dit_dec", "d_model": 128},
+    "pretrain": {"steps": 2500, "optimizer": {"lr": 1e-3}},
+    "data_fingerprint": "f",
+}
+
+
+def two_seeds(root: Path) -> list[Path]:
+    runs = [write_run(root, seed=s) for s in (0, 1)]
+    for path in runs:
+        (path / "config.yaml").write_text(CONFIG)
+        change(path, base=BASE)
+        played = {"seed": 0, "steps_after_success": 10, "max_steps": [200] * 4}
+        (path / "eval/settings.json").write_text(json.dumps(played))
+    return runs
+
+
+def change(path: Path, **values: Any) -> None:
+    manifest = json.loads((path / "manifest.json").read_text()) | values
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def why_not_averaged(runs: list[Path]) -> str:
+    """What the report says of it; "" when the runs were averaged."""
+    _, notes = group_runs(load_runs(runs, bootstrap=0))
+    return " ".join(notes)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ("steps: 300", "steps: 8", "train.steps (300, 8)"),
+        ("lr: 1e-3", "lr: 3e-4", "train.optimizer.lr (0.001, 0.0003)"),
+        ("train: {", "train: {batch_size: 64, ", "train.batch_size (128, 64)"),
+        ("train: {", "train: {mixed_precision: bf16, ", "train.mixed_precision"),
+        ("d_model: 128", "d_model: 256", "policy.d_model (128, 256)"),
+        ("d_model: 128", "d_model: 128, chunk_size: 4", "policy.chunk_size"),
+        ("name: metaworld_quick,", "name: metaworld_quick, fresh_on_revisit: true,", "dataset.fresh_on_revisit"),
+    ],
+)
+def test_runs_of_other_configurations_are_not_averaged(tmp_path: Path, old: str, new: str, key: str) -> None:
+    runs = two_seeds(tmp_path)
+    (runs[1] / "config.yaml").write_text(CONFIG.replace(old, new))
+    assert f"its runs differ in {key}" in why_not_averaged(runs)
+
+
+def test_runs_of_other_bases_and_evaluations_are_not_averaged(tmp_path: Path) -> None:
+    runs = two_seeds(tmp_path)
+    assert why_not_averaged(runs) == ""
+    for base, key in (
+        (BASE | {"pretrain": {"steps": 8, "optimizer": {"lr": 1e-3}}}, "pretrain.steps (2500, 8)"),
+        (BASE | {"data_fingerprint": "g"}, "base.data_fingerprint"),
+        ({"kind": "given", "path": "/models/other"}, "base.name"),
+    ):
+        change(runs[0], base=BASE if base["kind"] == "pretrained" else {"kind": "given", "path": "/models/one"})
+        change(runs[1], base=base)
+        assert key in why_not_averaged(runs)
+    for path in runs:
+        change(path, base=BASE)
+    played = json.loads((runs[0] / "eval/settings.json").read_text())
+    for key, value in (("seed", 500), ("steps_after_success", 0), ("max_steps", [60] * 4)):
+        (runs[1] / "eval/settings.json").write_text(json.dumps(played | {key: value}))
+        assert f"{key} (" in why_not_averaged(runs)
+    (runs[1] / "eval/settings.json").write_text(json.dumps(played))
+    change(runs[1], sessions=[{"k": 2, "changed": {"train.optimizer.lr": [1e-3, 1e-4], "train.threads": [1, 2]}}])
+    assert "changed at --resume ([], [[2, 'train.optimizer.lr', 0.0001]])" in why_not_averaged(runs)
+    change(runs[1], sessions=[])
+    shutil.rmtree(runs[1])
+    write_run(tmp_path, seed=1, episodes=5)
+    assert "eval.episodes (10, 5)" in why_not_averaged(runs)
+
+
+def test_what_changes_no_result_does_not_keep_seeds_apart(tmp_path: Path) -> None:
+    """Threads, devices, paths, logs, the order of cells; keys that an earlier version did not have; fewer cells."""
+    runs = two_seeds(tmp_path)
+    (runs[1] / "config.yaml").write_text(
+        CONFIG.replace("seed: 0", "seed: 1\noutput_dir: /elsewhere\neval: {cells: lower, workers: 4}")
+        .replace("data: metaworld_quick", "data: /copied/metaworld_quick")
+        .replace("threads: 1", "threads: 8, device: cuda, num_workers: 0, log_every: 5, tf32: false")
+    )
+    sessions = [{"k": 1, "changed": {"train.threads": [1, 2]}}]
+    change(runs[1], base=BASE | {"path": "/home/other/bases/x"}, sessions=sessions)
+    default = ER.Config().buffer_size_per_task
+    change(runs[0], algorithm_config={"storage": "reference"})  # made before the other option
+    change(runs[1], algorithm_config={"buffer_size_per_task": default})
+    matrix = json.loads((runs[1] / "eval/matrix.json").read_text())
+    matrix["success"] = [[v if j <= k else None for j, v in enumerate(row)] for k, row in enumerate(matrix["success"])]
+    (runs[1] / "eval/matrix.json").write_text(json.dumps(matrix))
+    assert why_not_averaged(runs) == ""
+    change(runs[1], algorithm_config={"buffer_size_per_task": 16})
+    assert f"algorithm.buffer_size_per_task ({default}, 16)" in why_not_averaged(runs)
+
+
+def test_a_joint_run_on_another_base_is_no_reference(tmp_path: Path) -> None:
+    one, joint = write_run(tmp_path), write_run(tmp_path, "multitask", mode="multitask")
+    for path in (one, joint):
+        change(path, base=BASE)
+    measured = load_runs([one, joint], bootstrap=0)[0]
+    assert measured.metrics["intransigence"]["value"] is not None
+    change(joint, base=BASE | {"pretrain": {"steps": 8}})
+    measured = load_runs([one, joint], bootstrap=0)[0]
+    assert measured.metrics["intransigence"]["value"] is None
+    assert "not measured against multitask_s0: they differ in pretrain.steps (2500, 8)" in measured.notes
+
+
+def test_no_two_runs_share_a_file(tmp_path: Path) -> None:
+    alike = ["replay é", "replay ü", "a b", "a_b", "ER", "er", "抓取", "Ω 🤖", "..", "x" * 180, "x" * 181, "a/b", "CON"]
+    files = file_names(alike)
+    assert len({name.casefold() for name in files}) == len(alike) and all(name.isascii() for name in files)
+    assert files[3].startswith("a_b-") and max(map(len, files)) < 120 and file_names(["ER_s0"]) == ["ER_s0"]
+    runs = [write_run(tmp_path, a).rename(tmp_path / name) for a, name in (("er", "replay é"), ("naive", "replay ü"))]
+    index = build_report(runs, bootstrap=0)
+    for kind in ("matrix", "loss"):
+        assert len({path.read_bytes() for path in index.parent.glob(f"{kind}_*.png")}) == 2
+
+
+def test_reports_of_other_names_are_in_other_folders() -> None:
+    names = ["cw10", "CW10", "a b", "a_b", "é", "ü", "..", "x" * 300]
+    folders = [folder_name(name).casefold() for name in names]
+    assert len(set(folders)) == len(names) and folders[0] == "cw10" and folders[3] == "a_b"
+    assert all(len(name) < 130 and not name.startswith(".") for name in folders)
+
+
+def test_a_run_and_a_view_of_one_name_are_refused(tmp_path: Path) -> None:
+    one, other = write_run(tmp_path), write_run(tmp_path, "naive").rename(tmp_path / "er_s0-task_id")
+    shutil.copytree(one / "eval", tmp_path / "copy")
+    (one / "eval/views").mkdir()
+    (tmp_path / "copy").rename(one / "eval/views/task_id")
+    with pytest.raises(UserError, match="called er_s0-task_id"):
+        build_report([one, other])
+
+
+@pytest.mark.filterwarnings("error")
+def test_pictures_show_characters_that_no_font_has_by_their_numbers(tmp_path: Path) -> None:
+    from clbench.report.figures import distinct, short
+
+    tasks = ["抓取杯子", "поставить Ω", "\U00013000", "é $x$"]
+    path = write_run(tmp_path, tasks=tasks)
+    change(path, privileged="$\\frac$ ü \U00013001")
+    page = build_report([path], bootstrap=0).read_text()
+    assert short("\U00013000") == "\\U00013000" and short("поставить Ω é") == "поставить Ω é"
+    assert "no font of this machine has" in page and "\U00013000" in page and "抓取杯子" in page
+    long = [f"replay with a {size} memory of exemplars" for size in ("small", "large")]
+    assert len(set(distinct(long, 22))) == 2
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_page_and_metrics_tell_nothing_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [write_run(tmp_path / "my results", a) for a in ("er", "naive")]
+    command = ["clbench", "train", "--yaml", "/home/me/a b/c.yaml", "dataset.data=/data sets/x", "and=/srv/data/y"]
+    for path in runs:
+        change(path, base=BASE | {"path": str(tmp_path / "bases/mine")}, command=command)
+        (path / "log.jsonl").write_text("{\n{}\n")  # a note with its path
+    monkeypatch.setattr("sys.argv", ["/opt/bin/clbench", "report", *map(str, runs), f"--out={tmp_path}/out"])
+    for out in (None, tmp_path / "out"):
+        index = build_report(runs, out, bootstrap=0)
+        for file in ("index.html", "metrics.json", "table.md", "table.tex"):
+            text = (index.parent / file).read_text()
+            for place in (str(tmp_path), "my results", "/home", "/data sets", "/srv", "/somewhere", "/opt"):
+                assert place not in text, (file, place)
+        data = json.loads((index.parent / "metrics.json").read_text())
+        assert data["runs"]["er_s0"]["path"] == ("er_s0" if out else "../../er_s0")
+    page = index.read_text()
+    assert "clbench report er_s0 naive_s0 --out=out" in page and "mine" in page and "c.yaml" in page
+    assert "log.jsonl" in page
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_a_run_on_lora_has_a_row_of_its_own(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, seed=s) for s in (0, 1, 2, 3)]
     for folder, lora in zip(runs, ({}, {"enabled": False}, {"enabled": True}, {"enabled": True}), strict=True):
@@ -316,7 +506,8 @@ def test_cli(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: py
         run(parser.parse_args(["er_s0", str(tmp_path / "results/naive_s0"), "--name", "my cmp", "--bootstrap", "20"]))
         == 0
     )
-    assert Path(capsys.readouterr().out.strip()) == tmp_path / "results/reports/my_cmp/index.html"
+    index = Path(capsys.readouterr().out.strip())
+    assert index.parent.parent == tmp_path / "results/reports" and index.parent.name.startswith("my_cmp-")
 
 
 def test_what_was_privileged_stands_in_every_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,6 +539,7 @@ def test_what_was_privileged_stands_in_every_picture(tmp_path: Path, monkeypatch
     assert [g["notes"] for g in data["groups"]] == [["privileged observations: object poses"], []]
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_report_of_validation_episodes_is_apart_and_says_so(tmp_path: Path) -> None:
     runs = [write_run(tmp_path, a) for a in ("er", "naive")]
     with pytest.raises(UserError, match=r"no validation episodes: evaluate it with -- eval\.split=validation"):

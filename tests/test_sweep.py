@@ -12,6 +12,7 @@ import yaml
 from clbench import sweep
 from clbench.config.compose import to_dict, to_yaml
 from clbench.config.schema import Config
+from clbench.errors import UserError
 from clbench.io import write_json, write_text
 from clbench.lock import held
 from clbench.paths import results_root
@@ -30,6 +31,17 @@ def test_lists_one_seed_of_everything_before_the_next(tmp_path: Path) -> None:
         "mine_seqfft_s0", "mine_er_big_s0", "mine_seqfft_s1", "mine_er_big_s1",
     ]  # fmt: skip
     assert runs[1].config.algorithm["buffer_size_per_task"] == 9 and runs[3].config.seed == 1
+
+
+def test_two_runs_for_one_folder_are_refused(tmp_path: Path) -> None:
+    for text in (
+        "algorithms: [er, {algo: er, overrides: [train.steps=7]}]\n",
+        "algorithms: [{algo: er, label: A}, {algo: er, label: a}]\n",  # where capitals are not told
+        "algorithms: [er]\nseeds: [0, 1, 0]\n",
+    ):
+        (tmp_path / "mine.yaml").write_text("dataset: metaworld_quick\n" + text)
+        with pytest.raises(UserError, match="two runs for the folder mine_"):
+            sweep.load_experiment(str(tmp_path / "mine.yaml"))
 
 
 @pytest.mark.parametrize(

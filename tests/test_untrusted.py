@@ -255,6 +255,12 @@ def test_run_ids_are_plain_names(run_id: str) -> None:
         results_folder(run_id, None)
 
 
+@pytest.mark.parametrize("run_id", ["reports", "sweeps", "Reports"])
+def test_runs_are_not_called_like_other_folders(run_id: str) -> None:
+    with pytest.raises(UserError, match="folder of that name"):
+        results_folder(run_id, None)
+
+
 def test_links_that_leave_a_run_are_refused(tmp_path: Path) -> None:
     """Appending an episode, a log line or a report would otherwise write to where they point."""
     run = write_run(tmp_path)

@@ -30,6 +30,7 @@ PACKAGES = ("torch", "lerobot", "accelerate", "peft", "transformers", "numpy", "
 
 
 MAX_RUN_ID_BYTES = 200
+OTHER_FOLDERS = {"reports": "reports of several runs", "sweeps": "the logs of sweeps"}  # beside the runs
 MAX_VISITS = 1000
 MAX_EPISODE_STEPS = 1_000_000
 
@@ -75,6 +76,8 @@ def results_folder(run_id: str, output_dir: str | None) -> Path:
     plain = run_id.isprintable() and len(run_id.encode("utf-8", "replace")) <= MAX_RUN_ID_BYTES
     if not plain or not run_id or run_id in (".", "..") or "/" in run_id or "\\" in run_id:
         raise UserError(f"run id {run_id[:MAX_RUN_ID_BYTES]!r} must be a plain folder name.")
+    if run_id.casefold() in OTHER_FOLDERS:
+        raise UserError(f"run id {run_id!r}: {OTHER_FOLDERS[run_id.casefold()]} stand in a folder of that name.")
     return (Path(output_dir).expanduser() if output_dir else results_root()) / run_id
 
 
@@ -228,7 +231,7 @@ def whole_checkpoints(folder: Path) -> int:
 
 def flat_keys(config: Config) -> list[str]:
     """All keys of a configuration, with dots."""
-    return list(_flatten(to_dict(config)))
+    return list(flatten(to_dict(config)))
 
 
 def clear_leftovers(folder: Path) -> None:
@@ -241,6 +244,12 @@ def clear_leftovers(folder: Path) -> None:
                 path.unlink()
 
 
+# What may differ when a run is resumed: it changes no weight (threads, ranks and devices change last bits of sums).
+FREE_ON_RESUME = (
+    "log.", "eval.", "output_dir", "train.threads", "train.num_workers", "train.log_every", "train.strategy",
+    "train.collective_timeout_s", "train.device", "train.save_every_", "train.compile", "train.on_nonfinite",
+    "dataset.recipes",
+)  # fmt: skip
 AS_THE_DATA = ("render.fidelity", "render.size")  # null: as the training data; the trainer writes down what they were
 
 
@@ -265,7 +274,7 @@ def changed_values(folder: Path, config: Config) -> dict[str, list[Any]]:
 
     old = OmegaConf.to_container(load_yaml(folder / "config.yaml"))
     assert isinstance(old, dict)
-    flat_old, flat_new = {**_defaults(config), **_flatten(old)}, _flatten(to_dict(config))
+    flat_old, flat_new = {**_defaults(config), **flatten(old)}, flatten(to_dict(config))
     keys = sorted(flat_old.keys() | flat_new.keys())
     return {k: [flat_old.get(k), flat_new.get(k)] for k in keys if flat_old.get(k) != flat_new.get(k)}
 
@@ -274,21 +283,22 @@ def _defaults(config: Config) -> dict[str, Any]:
     """Defaults of the keys of `config`, those of its algorithms included."""
     from clbench.algorithms.build import algorithm_classes
 
-    known = _flatten(asdict(Config(model="")))
+    known = flatten(asdict(Config(model="")))
     sections = ("train", "eval", "lora", "log", "render", "dataset")
     found = {k: v for k, v in known.items() if k.split(".")[0] in sections}
-    found |= {f"dataset.pretrain.{k}": v for k, v in _flatten(asdict(PretrainDataConfig())).items()}
+    found |= {f"dataset.pretrain.{k}": v for k, v in flatten(asdict(PretrainDataConfig())).items()}
     for cls in algorithm_classes(config):
         found |= {f"algorithm.{k}": v for k, v in asdict(cls.Config()).items()}
-    return {k: v for k, v in found.items() if k in _flatten(to_dict(config))}
+    return {k: v for k, v in found.items() if k in flatten(to_dict(config))}
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, keys with dots."""
     if not isinstance(value, dict):
         return {prefix.rstrip("."): value}
     out: dict[str, Any] = {}
     for k, v in value.items():
-        out.update(_flatten(v, f"{prefix}{k}."))
+        out.update(flatten(v, f"{prefix}{k}."))
     return out
 
 

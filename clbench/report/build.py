@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,8 +16,10 @@ from clbench.evaluation.records import TEST
 from clbench.io import write_bytes, write_json, write_text
 from clbench.redaction import redact_command, secrets_of
 from clbench.report import figures, tables
-from clbench.report.page import Image, page
+from clbench.report.page import Image, by_name, page
 from clbench.report.runs import Group, Run, group_runs, load_runs
+
+MAX_NAME = 100  # characters of a run's name in the names of its files
 
 
 def build_report(
@@ -48,24 +53,37 @@ def build_report(
     if several and name is None:
         name = loaded[0].dataset or "comparison"
     folder = out or (
-        (loaded[0].path.parent / "reports" / _file_name(name or "") if several else loaded[0].path / "report")
+        (loaded[0].path.parent / "reports" / folder_name(name or "") if several else loaded[0].path / "report")
         / ("" if split == TEST else split)
     )
 
     title = f"Continual learning: {name}" if several else f"Continual learning: {loaded[0].name}"
-    matrices = [_matrix_image(run) for run in loaded]
-    drawn, absent = _draw(loaded, groups)
+    own = file_names([run.name for run in loaded])
+    matrices = [_matrix_image(run, file_name) for run, file_name in zip(loaded, own, strict=True)]
+    drawn, absent = _draw(loaded, groups, own)
+    shown = "".join(text for run in loaded for text in (run.name, run.algorithm, *run.labels, *run.record.tasks))
+    strange = figures.undrawable(shown + "".join(g.label for g in groups))
+    if strange:
+        notes.append(
+            f"no font of this machine has {', '.join(strange[:8])}{', …' if len(strange) > 8 else ''}: pictures show "
+            f"such characters by their numbers ({figures.drawable(strange[0])}) until a font that has them is installed"
+        )
     for file_name, _, png in [*matrices, *drawn]:
         write_bytes(folder / file_name, png)
-    write_json(folder / "metrics.json", _metrics(loaded, groups))
+    write_json(folder / "metrics.json", _metrics(loaded, groups, folder))
     head, body = tables.header(groups), tables.rows(groups)
     labels = _labels(loaded)
     write_text(folder / "table.tex", tables.to_latex(head, body, labels))
     write_text(folder / "table.md", tables.to_markdown(head, body, labels))
     if command is None:
-        command = shlex.join(redact_command([Path(sys.argv[0]).name, *sys.argv[1:]], secrets_of()))
+        command = shlex.join(redact_command([Path(sys.argv[0]).name, *by_name(sys.argv[1:])], secrets_of()))
     write_text(folder / "index.html", page(title, loaded, groups, drawn, matrices, absent, notes, command))
     return folder / "index.html"
+
+
+def _beside(path: Path, folder: Path) -> str:
+    """`path` relative to `folder` where they lie in one results folder, else its name: nothing of the machine."""
+    return os.path.relpath(path, folder) if folder.is_relative_to(path.parent) else path.name
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
@@ -73,13 +91,21 @@ def _labels(runs: Sequence[Run]) -> list[str]:
     return sorted({label for run in runs for label in run.labels})
 
 
-def _metrics(runs: Sequence[Run], groups: Sequence[Group]) -> dict[str, object]:
-    """One run: {"about", "metrics"} as `clbench metrics --json` prints it; several: that per run and per group."""
+def _metrics(runs: Sequence[Run], groups: Sequence[Group], folder: Path) -> dict[str, object]:
+    """One run: {"about", "metrics"} as `clbench metrics --json` prints it; several: that per run and per group.
+
+    Where a run is stands as seen from the report's `folder`, or is left out where the report is elsewhere.
+    """
     if len(runs) == 1:
         return {"about": runs[0].record.about, "metrics": runs[0].metrics}
     return {
         "runs": {
-            run.name: {"path": str(run.path), "view": run.view, "about": run.record.about, "metrics": run.metrics}
+            run.name: {
+                "path": _beside(run.path, folder.resolve()),
+                "view": run.view,
+                "about": run.record.about,
+                "metrics": run.metrics,
+            }
             for run in runs
         },
         "groups": [
@@ -89,19 +115,37 @@ def _metrics(runs: Sequence[Run], groups: Sequence[Group]) -> dict[str, object]:
     }
 
 
-def _file_name(text: str) -> str:
-    """`text` as a file name: no separators, never empty, never hidden."""
-    return re.sub(r"[^A-Za-z0-9_.+-]+", "_", text).strip("._") or "report"
+def file_names(names: Sequence[str]) -> list[str]:
+    """A file name for each of these names: plain ASCII, and never the same for two, on whatever file system.
+
+    What a file name cannot show, or another one shows too, is told by some digits of the name's digest.
+    """
+    plain = [re.sub(r"[^A-Za-z0-9_.+-]+", "_", name).strip("._")[:MAX_NAME] for name in names]
+    alike = Counter(text.casefold() for text in plain)
+    return [
+        text if text == name and alike[text.casefold()] == 1 else f"{text or 'name'}-{_digest(name)}"
+        for name, text in zip(names, plain, strict=True)
+    ]
 
 
-def _matrix_image(run: Run) -> Image:
+def _digest(name: str) -> str:
+    return hashlib.sha256(os.fsencode(name)).hexdigest()[:10]
+
+
+def folder_name(name: str) -> str:
+    """A folder's name; also where file systems do not tell capital letters."""
+    text = file_names([name])[0]
+    return text if text != name or name == name.casefold() else f"{text}-{_digest(name)}"
+
+
+def _matrix_image(run: Run, file_name: str) -> Image:
     label = f"{run.algorithm}, seed {run.seed}" if run.manifest else run.name
     png = figures.to_png(figures.success_matrix(run.record, label), "; ".join(_labels([run])))
     caption = f"{run.name}: success after each task. Hatched: not evaluated."
-    return f"matrix_{_file_name(run.name)}.png", caption, png
+    return f"matrix_{file_name}.png", caption, png
 
 
-def _draw(runs: Sequence[Run], groups: Sequence[Group]) -> tuple[list[Image], list[str]]:
+def _draw(runs: Sequence[Run], groups: Sequence[Group], own: Sequence[str]) -> tuple[list[Image], list[str]]:
     """The figures that the records allow, and what is left out."""
     drawn: list[Image] = []
     absent: list[str] = []
@@ -140,8 +184,8 @@ def _draw(runs: Sequence[Run], groups: Sequence[Group]) -> tuple[list[Image], li
         figures.cost(groups),
         "time and memory: no log or eval/summary.json tells them",
     )
-    for run in runs:
-        suffix = f"_{_file_name(run.name)}" if len(runs) > 1 else ""
+    for run, file_name in zip(runs, own, strict=True):
+        suffix = f"_{file_name}" if len(runs) > 1 else ""
         if run.routing or len(runs) == 1:
             add(
                 f"routing{suffix}.png",

@@ -6,6 +6,7 @@ differ in marker and are labelled.
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 from collections.abc import Sequence
@@ -42,20 +43,73 @@ def figure(width: float, height: float) -> Figure:
 def to_png(fig: Figure, note: str = "") -> bytes:
     """The figure as PNG, with a note above it that has to go wherever the picture goes."""
     if note:
+        note = short(note, 200)
         title = fig.get_suptitle()
         fig.suptitle(f"{title}\n{note}" if title else note, x=0.01, ha="left", fontsize=8, color="0.35")
+    from matplotlib.text import Text
+
+    for text in fig.findobj(Text):
+        text.set_fontfamily([*text.get_fontfamily(), *(family for family, _ in _fallbacks())])
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
 def short(name: str, length: int = 22) -> str:
-    """A name that fits an axis: its middle is left out; `$` and control characters would not print."""
-    name = "".join(c if c.isprintable() else " " for c in name)
+    """A name that fits an axis: its middle is left out; `$` and what no font has would not print."""
+    name = drawable("".join(c if c.isprintable() else " " for c in name))
     if len(name) > length:
         head = (length - 1) * 2 // 3
         name = name[:head].rstrip() + "…" + name[len(name) - (length - 1 - head) :].lstrip()
     return name.replace("$", r"\$")
+
+
+def distinct(names: Sequence[str], length: int) -> list[str]:
+    """Names that fit, numbered where leaving out their middles made two alike."""
+    texts = [short(name, length) for name in names]
+    return [f"{text} #{i}" if texts.count(text) > 1 else text for i, text in enumerate(texts, 1)]
+
+
+# Families that have what matplotlib's own font lacks, where one of them is installed.
+FALLBACKS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Noto Sans JP", "Noto Sans KR", "Source Han Sans SC",
+    "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Droid Sans Fallback", "PingFang SC", "Hiragino Sans",
+    "Microsoft YaHei", "SimHei", "Malgun Gothic", "NanumGothic", "Noto Sans", "Noto Sans Devanagari", "Noto Sans Thai",
+    "Noto Emoji", "Symbola", "Segoe UI Emoji", "Segoe UI Symbol", "Arial Unicode MS", "Unifont", "FreeSans",
+)  # fmt: skip
+
+
+@functools.cache
+def _own_font() -> frozenset[int]:
+    """The characters of the font that matplotlib draws with."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    return frozenset(get_font(findfont(FontProperties())).get_charmap())
+
+
+@functools.cache
+def _fallbacks() -> tuple[tuple[str, frozenset[int]], ...]:
+    """The installed ones of `FALLBACKS`, with their characters."""
+    from matplotlib.font_manager import fontManager, get_font
+
+    files: dict[str, str] = {}
+    for font in fontManager.ttflist:
+        files.setdefault(font.name, font.fname)
+    return tuple((name, frozenset(get_font(files[name]).get_charmap())) for name in FALLBACKS if name in files)
+
+
+def undrawable(text: str) -> list[str]:
+    """The printable characters of a text that no font here has, each once."""
+    strange = sorted({c for c in text if ord(c) > 126 and c.isprintable() and ord(c) not in _own_font()})
+    return [c for c in strange if not any(ord(c) in characters for _, characters in _fallbacks())]
+
+
+def drawable(text: str) -> str:
+    """The text with the numbers of characters that no font here has, which would all be the same empty box."""
+    if text.isascii():
+        return text
+    strange = set(undrawable(text))
+    return "".join(c.encode("unicode_escape").decode() if c in strange else c for c in text)
 
 
 def _style(i: int) -> dict[str, Any]:
@@ -207,16 +261,14 @@ def comparison(groups: Sequence[Group]) -> Figure:
     axes = fig.add_subplot()
     _clean(axes)
     last = max(max(r.record.rows) for g in groups for r in g.runs)
-    i = 0
-    for g in groups:
+    for i, (g, name) in enumerate(zip(groups, distinct([g.label for g in groups], 34), strict=True)):
         style = _style(i)
-        i += 1
         if g.multitask or g.singletask:
             rows = [r.record.success[-1] if g.multitask else np.diag(r.record.success) for r in g.runs]
             level = g.mean([_mean(row) for row in rows])
             if level is not None:
                 dashes, what = ("--", "joint") if g.multitask else (":", "one policy per task")
-                label = f"{short(g.label, 34)} ({what})"
+                label = f"{name} ({what})"
                 axes.axhline(level, color=style["color"], linestyle=dashes, label=label)
             continue
         table = np.full((len(g.runs), last + 1), np.nan)
@@ -224,7 +276,7 @@ def comparison(groups: Sequence[Group]) -> Figure:
             line[r.record.rows] = mean_seen(r.record)
         known = ~np.isnan(table).all(axis=0)
         x = np.flatnonzero(known)
-        label = f"{short(g.label, 34)} (n={len(g.runs)})"
+        label = f"{name} (n={len(g.runs)})"
         axes.plot(x, np.nanmean(table[:, known], axis=0), linewidth=2, markersize=5, label=label, **style)
         if len(g.runs) > 1:
             low, high = np.nanmin(table[:, known], axis=0), np.nanmax(table[:, known], axis=0)
@@ -245,10 +297,10 @@ def _mean(row: FloatArray) -> float | None:
 def parameter_growth(groups: Sequence[Group]) -> Figure | None:
     """Parameters added since the base, after each task; None when no log tells of any."""
     lines = []
-    for g in groups:
+    for g, name in zip(groups, distinct([g.label for g in groups], 34), strict=True):
         for run in g.runs[:1]:  # seeds of one algorithm grow alike
             if run.growth:
-                lines.append((g.label, run.growth))
+                lines.append((name, run.growth))
     if not any(y for _, points in lines for _, y in points):
         return None
     from matplotlib.ticker import FuncFormatter
@@ -259,7 +311,7 @@ def parameter_growth(groups: Sequence[Group]) -> Figure | None:
     for i, (label, points) in enumerate(lines):
         x, y = zip(*points, strict=True)
         # lines that lie on each other stay visible: later ones are thinner
-        axes.plot(x, y, label=short(label, 34), linewidth=max(1.2, 4 - 0.6 * i), markersize=5, **_style(i))
+        axes.plot(x, y, label=label, linewidth=max(1.2, 4 - 0.6 * i), markersize=5, **_style(i))
     axes.set(xlabel="after visit k", ylabel="parameters added")
     axes.set_xticks(sorted({k for _, points in lines for k, _ in points}))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: count_text(v)))
@@ -292,7 +344,7 @@ def cost(groups: Sequence[Group]) -> Figure | None:
         axes.spines[["top", "right", "bottom"]].set_visible(False)
         axes.xaxis.set_visible(False)
         axes.tick_params(length=0)
-    all_axes[0].set_yticks(range(len(groups)), [short(g.label, 28) for g in groups])
+    all_axes[0].set_yticks(range(len(groups)), distinct([g.label for g in groups], 28))
     all_axes[0].set_ylim(max(len(groups), 2) - 0.4, -0.6)  # downwards; a lone bar stays a bar
     return fig
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -177,16 +178,35 @@ def _cell(rate: float, n: int) -> str:
     return f"{rate:.2f} [{low:.2f}, {high:.2f}] ({n})"
 
 
+_PATH = re.compile(r"(?<![\w./~-])~?(?:/[^\s/'\"<>|,;:=(){}\[\]]+){2,}/?")
+
+
+def without_paths(text: str) -> str:
+    """The text with names instead of absolute paths: the page tells nothing of the machine it was made on."""
+    return _PATH.sub(lambda m: m[0].rstrip("/").rsplit("/", 1)[-1], text)
+
+
+def by_name(value: Any) -> Any:
+    """A value (an argument /DIR/NAME or KEY=/DIR/NAME, a list, a dictionary) with names instead of absolute paths."""
+    if isinstance(value, str):
+        key, equals, path = value.rpartition("=")
+        whole = path.startswith(("/", "~/"))  # blanks in it and all
+        return f"{key}{equals}{path.rstrip('/').rsplit('/', 1)[-1]}" if whole else without_paths(value)
+    if isinstance(value, list):
+        return [by_name(v) for v in value]
+    return {k: by_name(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
 def _provenance(run: Run) -> str:
     m = run.manifest
     about: dict[str, Any] = {
-        "run": str(run.path),
+        "run": run.path.name,
         **{key: m[key] for key in ("run_id", "algorithm", "policy", "dataset", "mode", "seed") if key in m},
-        **{key: m[key] for key in ("command", "git_revision", "base", "versions") if key in m},
+        **{key: by_name(m[key]) for key in ("command", "git_revision", "base", "versions") if key in m},
     }
     rows = [[key, v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)] for key, v in about.items()]
     rows += [["episodes played in", run.record.played_with]] if run.record.played_with else []
-    rows += [["note", n] for n in run.notes]
+    rows += [["note", without_paths(n.replace(str(run.path), run.path.name))] for n in run.notes]
     visits = m.get("visits")
     if isinstance(visits, list):
         for v in visits:

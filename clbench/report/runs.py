@@ -13,6 +13,7 @@ from clbench.io import read_json, read_jsonl, refuse_links
 from clbench.metrics import Record, aggregate, bootstrap_draws, compute_metrics, load_record
 from clbench.metrics.definitions import FloatArray
 from clbench.metrics.record import read_cell
+from clbench.report import settings
 
 MAX_TASKS = 200  # that figures can show
 MAX_ADAPTERS = 100
@@ -37,6 +38,7 @@ class Run:
     train_seconds: float | None = None
     eval_seconds: float | None = None
     routing: Routing = field(default_factory=dict)
+    deciding: dict[str, Any] = field(default_factory=dict)  # see settings.py
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -147,6 +149,7 @@ def load_run(path: Path, view: str = "", split: str = TEST) -> Run:
         data = read_json(summary)
         run.eval_seconds = _number(data.get("seconds")) if isinstance(data, dict) else None
     run.routing = _read_routing(run, folder / "cells")
+    run.deciding = settings.deciding(run)
     return run
 
 
@@ -227,6 +230,10 @@ def load_runs(paths: Sequence[Path], bootstrap: int = 1000, split: str = TEST) -
     if len({p.resolve().name for p in paths}) != len(paths):
         raise UserError("two runs have the same folder name; rename one, so that the report can tell them apart.")
     runs = [load_run(p, view, split) for p in paths for view in ("", *views_of(p, split))]
+    names = [r.name for r in runs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:  # a run, and another one's view
+        raise UserError(f"two of the runs and their views are called {twice}; rename the run's folder.")
     _check_same_tasks(runs)
     for run in runs:
         joint = _reference(run, runs, "multitask")
@@ -255,7 +262,14 @@ def _reference(run: Run, runs: Sequence[Run], mode: str) -> Run | None:
     """The run of that mode with the same policy, data and seed (of the only such seed, if there is one)."""
     if run.record.mode != "sequential":
         return None
-    same = [r for r in runs if r.record.mode == mode and (r.policy, r.dataset) == (run.policy, run.dataset)]
+    same = []
+    for other in runs:
+        if other.record.mode == mode and (other.policy, other.dataset) == (run.policy, run.dataset):
+            why_not = settings.differing([run, other], settings.OF_REFERENCES)
+            if why_not:
+                run.notes.append(f"not measured against {other.name}: they differ in {settings.listed(why_not)}")
+            else:
+                same.append(other)
     return next((r for r in same if r.seed == run.seed), same[0] if len(same) == 1 else None)
 
 
@@ -268,13 +282,8 @@ def _why_not_seeds(runs: Sequence[Run]) -> str:
     played = [r.record.simulators for r in runs if r.record.simulators]  # older ones do not say
     if any(p != played[0] for p in played):
         return "the simulators' versions differ between runs"
-    for key, what in (("algorithm_config", "settings of the algorithm"), ("lora", "LoRA settings")):
-        settings = [s if isinstance(s := r.manifest.get(key), dict) else {} for r in runs]
-        for name in set().union(*settings):
-            values = [s[name] for s in settings if name in s]  # an older run lacks options that came later
-            if any(v != values[0] for v in values):
-                return f"the {what} differ between runs"
-    return ""
+    found = settings.differing(runs)
+    return f"its runs differ in {settings.listed(found)}" if found else ""
 
 
 def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:

@@ -132,10 +132,12 @@ def to_markdown(head: Sequence[str], body: Sequence[Sequence[str]], notes: Seque
 def to_latex(head: Sequence[str], body: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
     r"""A LaTeX tabular for \usepackage{booktabs}; `notes` become comments."""
     columns = "lr" + "c" * (len(head) - 2 - len(COST_COLUMNS)) + "r" * len(COST_COLUMNS)
+    beyond = any(ord(c) > 0x17F and c not in _LATEX for row in body for c in row[0])  # pdflatex has the Latin ones
     lines = [
         r"% \usepackage{booktabs}",
         "% " + CAPTION,
         *("% " + plain(note) for note in notes),
+        *(["% compile with lualatex or xelatex and a font that has these names"] if beyond else []),
         rf"\begin{{tabular}}{{{columns}}}",
         r"\toprule",
         " & ".join(map(escape_latex, head)) + r" \\",

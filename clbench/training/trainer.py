@@ -17,6 +17,7 @@ from clbench.algorithms.build import build_algorithm
 from clbench.algorithms.hooks import CLAlgorithm, Context, Phase
 from clbench.checkpoints.policy_io import LoadedPolicy, load_policy, pick_device, save_policy
 from clbench.checkpoints.run_folder import (
+    FREE_ON_RESUME,
     changed_values,
     checkpoint_folder,
     clear_leftovers,
@@ -50,13 +51,6 @@ from clbench.training.backend import Backend, count, ranks_together, say
 from clbench.training.loop import PhaseRunner, Resumed
 from clbench.training.pretrain import check_inputs, ensure_base, load_base
 from clbench.training.saving import Moments, save_if_due
-
-# What may differ when a run is resumed: it changes no weight (threads, ranks and devices change last bits of sums).
-FREE_ON_RESUME = (
-    "log.", "eval.", "output_dir", "train.threads", "train.num_workers", "train.log_every", "train.strategy",
-    "train.collective_timeout_s", "train.device", "train.save_every_", "train.compile", "train.on_nonfinite",
-    "dataset.recipes",
-)  # fmt: skip
 
 
 @ranks_together()
