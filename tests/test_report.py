@@ -36,6 +36,7 @@ def write_run(
     routing: bool = False,
     keep: float = 0.8,
     log: bool = True,
+    first: int = 0,
 ) -> Path:
     """A run folder with everything a run leaves; `keep` is how much of a task each later one leaves."""
     rng = np.random.default_rng([seed, len(algorithm)])
@@ -52,7 +53,7 @@ def write_run(
                     "k": k,
                     "j": j,
                     "episode": i,
-                    "seed": 7000 + i,
+                    "seed": 1_000_000 + first + i,
                     "success_once": bool(won),
                 }
                 e |= {"success_at_end": bool(won), "length": 100, "return": 1.0, "seconds": 0.5}
@@ -357,7 +358,7 @@ def test_runs_of_other_bases_and_evaluations_are_not_averaged(tmp_path: Path) ->
     for path in runs:
         change(path, base=BASE)
     played = json.loads((runs[0] / "eval/settings.json").read_text())
-    for key, value in (("seed", 500), ("steps_after_success", 0), ("max_steps", [60] * 4)):
+    for key, value in (("steps_after_success", 0), ("max_steps", [60] * 4)):
         (runs[1] / "eval/settings.json").write_text(json.dumps(played | {key: value}))
         assert f"{key} (" in why_not_averaged(runs)
     (runs[1] / "eval/settings.json").write_text(json.dumps(played))
@@ -367,6 +368,10 @@ def test_runs_of_other_bases_and_evaluations_are_not_averaged(tmp_path: Path) ->
     shutil.rmtree(runs[1])
     write_run(tmp_path, seed=1, episodes=5)
     assert "eval.episodes (10, 5)" in why_not_averaged(runs)
+    shutil.rmtree(runs[1])
+    write_run(tmp_path, seed=1, first=500)
+    (runs[1] / "eval/settings.json").write_text(json.dumps(played | {"seed": 500}))
+    assert "eval.seed (0, 500)" in why_not_averaged(runs)
 
 
 def test_what_changes_no_result_does_not_keep_seeds_apart(tmp_path: Path) -> None:

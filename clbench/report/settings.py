@@ -18,6 +18,8 @@ from clbench.checkpoints.run_folder import FREE_ON_RESUME, flatten
 from clbench.config.compose import load_yaml
 from clbench.config.schema import Config, LoraConfig
 from clbench.errors import UserError
+from clbench.evaluation.records import EPISODE_SEEDS
+from clbench.evaluation.seeds import CONSECUTIVE
 from clbench.io import read_json
 from clbench.metrics import Record
 from clbench.metrics.cli import evaluated_counts
@@ -150,6 +152,8 @@ def _evaluated(record: Record, episodes: str, limit: str) -> dict[str, Any]:
     for key in ("seed", "steps_after_success"):
         if isinstance(settings, dict) and key in settings:
             found[f"eval.{key}"] = settings[key]
+    if isinstance(settings, dict) and settings:
+        found["the rule of episode seeds"] = settings.get(EPISODE_SEEDS, CONSECUTIVE)
     limits = _list(settings, "max_steps")
     return found | ({limit: _one(limits, record.tasks)} if limits else {})
 
