@@ -150,7 +150,7 @@ def finished(run: Run) -> bool:
 def run_sweep(name: str, dry_run: bool = False, trust: Sequence[str] = ()) -> int:
     """Run what is left of an experiment; returns 1 when a run failed, after the others have finished.
 
-    `trust`: what --trust names. Its commands get that, and beside it the runs that they made themselves.
+    `trust`: what --trust names. Its commands get that and, beside it, the experiment's own runs.
 
     Raises Interrupted when a signal asked to stop; the runs under way have saved.
     """

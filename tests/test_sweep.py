@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from clbench import sweep
+from clbench import cli, sweep
 from clbench.config.compose import to_dict, to_yaml
 from clbench.config.schema import Config
 from clbench.errors import UserError
@@ -123,3 +124,28 @@ def test_a_second_sweep_of_an_experiment_is_refused_and_told_by_whom(
             sweep.run_sweep(file)
         assert sweep.run_sweep(file, dry_run=True) == 0
     assert list(logs.iterdir()) == []
+
+
+def test_its_commands_trust_what_the_sweep_does_and_its_own_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLBENCH_RESULTS_ROOT", str(tmp_path / "results"))
+    file = tmp_path / "mine.yaml"
+    file.write_text("algorithms: [er]\n")
+    _, (run,) = sweep.load_experiment(str(file))
+    commands: list[tuple[str, list[str]]] = []
+
+    def call(arguments: Sequence[str], log: Path, stop: object) -> bool:
+        before_overrides = [*arguments, "--"].index("--")
+        commands.append((arguments[0], cli.parser().parse_args(arguments[:before_overrides]).trust))
+        if arguments[0] == "train":
+            (tmp_path / "results" / run.run_id).mkdir(exist_ok=True)
+        return True
+
+    monkeypatch.setattr(sweep, "_call", call)
+    assert sweep.run_sweep(str(file), trust=["smolvla"]) == 0
+    own = ["smolvla", run.run_id]
+    assert commands == [("pretrain", ["smolvla"]), ("train", ["smolvla"]), ("eval", own)]
+    commands.clear()
+    assert sweep.run_sweep(str(file), trust=["smolvla"]) == 0
+    assert commands[1:] == [("train", own), ("eval", own)]

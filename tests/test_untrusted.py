@@ -801,6 +801,28 @@ def test_what_a_fresh_policy_fetches_is_named_or_said(policy: dict[str, Any], im
             check_start(policy)
 
 
+def test_a_fresh_policy_of_a_trusted_type_is_built_and_what_it_fetches_said(
+    toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from clbench.checkpoints.trusted import trusting
+    from clbench.stopping import stoppable
+    from clbench.training.backend import Backend
+    from clbench.training.pretrain import ensure_base
+    from tests.toy import toy_config
+
+    monkeypatch.setenv("CLBENCH_CACHE_ROOT", str(tmp_path))
+    config = toy_config(toy_data, {"name": "seqfft"})
+    config.policy = {"type": "eo1", "vlm_base": "someone/model"}
+    backend = Backend(config.train)
+    with stoppable() as stop:
+        with pytest.raises(UserError, match="--trust eo1"):
+            ensure_base(config, backend, stop)
+        with trusting(["eo1"]), watched() as found, pytest.raises(PermissionError):
+            ensure_base(config, backend, stop)
+    assert len(found) == 1 and "someone/model" in found[0]
+    assert "policy type 'eo1' fetches models" in "".join(capsys.readouterr())
+
+
 @pytest.fixture
 def strangers_run(policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run whose last checkpoint, sealed as it should be, is of a type that runs code."""
