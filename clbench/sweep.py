@@ -22,11 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from omegaconf import OmegaConf
-
-from clbench.config.compose import check_keys, compose, load_yaml, merge
+from clbench.config.compose import compose, load_yaml
 from clbench.config.schema import Config
 from clbench.errors import RESUME_EXIT, UserError, nearest
 from clbench.evaluation.records import eval_folder
@@ -42,6 +39,15 @@ PROGRESS_SECONDS = 15.0
 
 
 @dataclass
+class Entry:
+    """One algorithm of an experiment, or a combination of several joined by commas. `label` names its runs."""
+
+    algo: str = ""
+    label: str = ""
+    overrides: list[str] = field(default_factory=list)
+
+
+@dataclass
 class Experiment:
     """The keys of an experiment file."""
 
@@ -49,7 +55,7 @@ class Experiment:
     model: str = "dit_dec_tiny"
     dataset: str = "metaworld_quick"
     seeds: list[int] = field(default_factory=lambda: [0])
-    algorithms: list[Any] = field(default_factory=list)
+    algorithms: list[str | Entry] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
     parallel: int = 1
     smoke: bool = False
@@ -72,34 +78,22 @@ def load_experiment(name: str) -> tuple[Experiment, list[Run]]:
     if not path.is_file():
         known = [p.stem for p in (CONFIG_ROOT / "experiments").glob("*.yaml")]
         raise UserError(f"there is no experiment '{name}'.{nearest(name, known)}")
-    values = load_yaml(path)
-    schema = OmegaConf.structured(Experiment)
-    check_keys(schema, values, str(path))
-    experiment = OmegaConf.to_object(merge(schema, values, str(path)))
-    assert isinstance(experiment, Experiment)
+    experiment = Experiment(**load_yaml(path, Experiment))
     if not experiment.algorithms or not experiment.seeds:
         raise UserError(f"{path}: algorithms and seeds must not be empty.")
-    if not all(isinstance(o, str) for o in experiment.overrides):
-        raise UserError(f"{path}: overrides is a list of texts like train.steps=500.")
     experiment.name = experiment.name or path.stem
     results_folder(experiment.name, None)  # its logs and its report go to folders of that name
-    entries = []
-    for entry in experiment.algorithms:
-        entry = {"algo": entry} if isinstance(entry, str) else entry
-        if not isinstance(entry, dict) or "algo" not in entry or set(entry) - {"algo", "label", "overrides"}:
-            raise UserError(f"{path}: an algorithm is a name or {{algo, label, overrides}}, not {entry!r}.")
-        entry = {"label": entry["algo"], "overrides": [], **entry}
-        if not isinstance(entry["overrides"], list):
-            raise UserError(f"{path}: the overrides of an algorithm are a list, not {entry['overrides']!r}.")
-        entries.append(entry)
+    entries = [Entry(e) if isinstance(e, str) else Entry(**e) for e in experiment.algorithms]  # type: ignore[arg-type]
+    if not all(e.algo for e in entries):
+        raise UserError(f"{path}: an algorithm is a name or {{algo, label, overrides}}; one has no algo.")
     runs = []
     for seed in experiment.seeds:  # one seed of everything before the next
         for entry in entries:
-            algo = str(entry["algo"])
-            run_id = f"{experiment.name}_{entry['label']}_s{seed}"
+            algo = entry.algo
+            run_id = f"{experiment.name}_{entry.label or algo}_s{seed}"
             results_folder(run_id, None)  # a name or label must not lead elsewhere
             own = ("--algo", algo, "--seed", str(seed), "--run-id", run_id, "--resume")
-            overrides = (*_overrides(experiment), *map(str, entry["overrides"]))
+            overrides = (*_overrides(experiment), *entry.overrides)
             config, _ = compose(
                 model=experiment.model,
                 algorithms=algo.split(","),
@@ -107,6 +101,7 @@ def load_experiment(name: str) -> tuple[Experiment, list[Run]]:
                 registered=algorithm_names(),
                 overrides=[f"seed={seed}", *overrides],
                 smoke=experiment.smoke,
+                references=False,
             )
             runs.append(Run(run_id, (*_axes(experiment), *own, "--", *overrides), config))
     folders = [unicodedata.normalize("NFC", run.run_id).casefold() for run in runs]  # as some file systems tell them

@@ -237,7 +237,7 @@ def test_unknown_flags(capsys: pytest.CaptureFixture[str], argv: list[str]) -> N
         "algorithm=er",
         "dataset.env=null",
         "train.steps=${nowhere}",
-        "algorithm.name=5",
+        "algorithm.name={a: b}",
     ],
 )
 def test_wrong_type_or_range(refused: Refused, run_yaml: Path, override: str) -> None:
@@ -362,7 +362,7 @@ def test_base_without_pretraining_tasks(refused: Refused, run_yaml: Path) -> Non
         ("dataset.tasks=[push-v3,push-v3]", "more than once"),
         ("dataset.task_order=[0,3]", "index 3"),
         ("dataset.task_order=[0,-1]", "index -1"),
-        ("dataset.task_order=[0,true]", "True"),
+        ("dataset.task_order=[0,true]", "names 'true'"),
         ("dataset.task_order=push-v3", "dataset.task_order"),
     ],
 )

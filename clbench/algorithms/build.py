@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any
+from typing import Any, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -21,6 +21,7 @@ from clbench.algorithms.hooks import (
     WeightView,
     check_hooks,
 )
+from clbench.config.reading import fit
 from clbench.config.schema import Config
 from clbench.data.frames import Batch
 from clbench.errors import UserError, nearest
@@ -115,12 +116,13 @@ def view_overrides(config: Config, name: str) -> dict[str, Any]:
 
 
 def _typed(cls: type[CLAlgorithm], values: dict[str, Any]) -> Any:
+    hints = get_type_hints(cls.Config)
+    values = {k: fit(v, hints[k], f"algorithm.{k}") for k, v in values.items()}
     try:
         node = OmegaConf.merge(OmegaConf.structured(cls.Config), values)
         return OmegaConf.to_object(node)
     except OmegaConfBaseException as e:
-        text = " ".join(str(e).split("full_key:")[0].split())
-        raise UserError(f"algorithm.{getattr(e, 'full_key', None) or '?'}: {text}") from e
+        raise UserError(f"algorithm.{getattr(e, 'full_key', None) or '?'} is a value of another kind.") from e
 
 
 class ComposedAlgorithm(CLAlgorithm):

@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import draccus
 import torch
@@ -20,6 +20,7 @@ from lerobot.utils.constants import POLICY_POSTPROCESSOR_DEFAULT_NAME, POLICY_PR
 import clbench.policies  # noqa: F401 (registers our policies)
 from clbench.adapters import clare, lora
 from clbench.checkpoints import trusted
+from clbench.config.reading import fit
 from clbench.errors import UserError, nearest
 from clbench.io import read_json
 from clbench.policies.dit.configuration import DitConfig
@@ -48,6 +49,8 @@ def policy_config(section: dict[str, Any], device: str) -> PreTrainedConfig:
     for key in values:
         if key not in names:
             raise UserError(f"unknown key 'policy.{key}' for {kind}.{nearest(key, names)}")
+    hints = get_type_hints(cls)
+    values = {k: fit(v, hints[k], f"policy.{k}") for k, v in values.items()}
     values.update(device=device, push_to_hub=False)
     try:
         return cls(**values)
@@ -105,7 +108,7 @@ def load_policy(folder: Path | str, device: str = "cpu", overrides: dict[str, An
         for key, value in (overrides or {}).items():
             if key not in {f.name for f in fields(config)}:
                 raise UserError(f"unknown key 'policy.{key}' for {config.type}.")
-            setattr(config, key, value)
+            setattr(config, key, fit(value, get_type_hints(type(config))[key], f"policy.{key}"))
         config.__post_init__()  # checks them
         trusted.check_steps(config, folder, pipelines)
         adapter = folder / "adapter_config.json"

@@ -15,7 +15,7 @@ from typing import Any
 
 import clbench
 from clbench.checkpoints.whole import DESCRIPTION, damage, write_whole
-from clbench.config.compose import to_dict, to_yaml
+from clbench.config.compose import flatten, load_yaml, to_dict, to_yaml
 from clbench.config.schema import Config, PretrainDataConfig
 from clbench.envs.base import other_python, privileged, simulator_versions
 from clbench.errors import UserError, nearest
@@ -268,12 +268,7 @@ def changed_values(folder: Path, config: Config) -> dict[str, list[Any]]:
 
     A key that config.yaml lacks (an option that came later) counts with its default.
     """
-    from omegaconf import OmegaConf
-
-    from clbench.config.compose import load_yaml
-
-    old = OmegaConf.to_container(load_yaml(folder / "config.yaml"))
-    assert isinstance(old, dict)
+    old = load_yaml(folder / "config.yaml")
     flat_old, flat_new = {**_defaults(config), **flatten(old)}, flatten(to_dict(config))
     keys = sorted(flat_old.keys() | flat_new.keys())
     return {k: [flat_old.get(k), flat_new.get(k)] for k in keys if flat_old.get(k) != flat_new.get(k)}
@@ -290,16 +285,6 @@ def _defaults(config: Config) -> dict[str, Any]:
     for cls in algorithm_classes(config):
         found |= {f"algorithm.{k}": v for k, v in asdict(cls.Config()).items()}
     return {k: v for k, v in found.items() if k in flatten(to_dict(config))}
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, keys with dots."""
-    if not isinstance(value, dict):
-        return {prefix.rstrip("."): value}
-    out: dict[str, Any] = {}
-    for k, v in value.items():
-        out.update(flatten(v, f"{prefix}{k}."))
-    return out
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """From names, files and overrides to one checked configuration.
 
-    base.yaml ← models/M ← datasets/D ← algorithms/A… ← recipes/{A}_{D} ← --yaml files ← smoke ← dotlist overrides
+    base.yaml ← models/M ← datasets/D ← algorithms/A… ← recipes/{A}_{D}… ← --yaml files ← smoke ← dotlist overrides
 
-Later wins. A key that nobody defined is an error that names the nearest valid one.
+Later wins, also among the recipes of several algorithms. A key that nobody defined is an error that names the nearest
+valid one; values are read by the types of their keys (reading.py).
 
 Files are taken for hostile: no tags, no aliases, no ${…} (docs/security.md). Overrides are the user's own and may
 refer to other keys or to the environment as OmegaConf lets them.
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import math
 import re
-import reprlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, ListConfig, Node, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from clbench.config.reading import clip, overlay, plain, read_overrides, read_yaml
 from clbench.config.schema import Config, DatasetConfig, PretrainDataConfig
 from clbench.envs.base import SEEDS_PER_SPLIT, SPLITS
 from clbench.envs.rendering import FIDELITIES, MAX_SIZE, MIN_SIZE
@@ -33,7 +34,6 @@ from clbench.redaction import redact, secrets_of
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 MAX_YAML_BYTES = 256 * 1024
-MAX_YAML_DEPTH = 20
 # What OmegaConf, its parsers and Python's conversions raise for values that do not fit; 10**5000 is a ValueError.
 INVALID = (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, IndexError, AttributeError, OverflowError,
            RecursionError)  # fmt: skip
@@ -47,70 +47,29 @@ def available(kind: str) -> list[str]:
     return sorted(p.stem for p in (CONFIG_ROOT / kind).glob("*.yaml"))
 
 
-def load_yaml(path: Path | str) -> DictConfig:
-    """Read one YAML mapping.
+def load_yaml(path: Path | str, schema: type = Config) -> dict[str, Any]:
+    """Read one YAML mapping whose keys are those of a dataclass.
 
     Raises:
         UserError: it is missing, too large, no YAML, no mapping, or holds what a configuration file may not: tags,
-            aliases, ${…}, a key twice, more than MAX_YAML_DEPTH levels.
+            aliases, ${…}, a key twice, more than MAX_DEPTH levels, keys that there are not, values of another kind
+            than their keys'.
     """
     path = Path(path)
     text = read_text(path, MAX_YAML_BYTES)
     try:
-        _check_yaml(text, references=False)
-        value = OmegaConf.create(text)
+        return read_yaml(text, schema, _short(path))
+    except UserError:
+        raise
     except INVALID as e:
         raise UserError(f"{path} is not valid YAML: {_one_line(e)}") from e
-    if not isinstance(value, DictConfig):
-        raise UserError(f"{path} must hold a mapping of keys to values.")
-    return _wandb(value)
-
-
-def _wandb(layer: DictConfig) -> DictConfig:
-    """`layer` with log.wandb written out: true and false stand for `enabled`, and any other key of it turns it on."""
-    log = layer.get("log") if not OmegaConf.is_missing(layer, "log") else None
-    given = log._get_node("wandb") if isinstance(log, DictConfig) else None
-    if isinstance(given, DictConfig) and len(given) and "enabled" not in given:
-        given["enabled"] = True
-    elif isinstance(given, Node) and isinstance(given._value(), bool):
-        log["wandb"] = {"enabled": given._value()}  # type: ignore[index]
-    return layer
-
-
-def _check_yaml(text: str, references: bool) -> None:
-    """Raise ValueError for YAML that could construct objects, grow when it is read, or read the environment."""
-    depth = 0
-    event: Any
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        line = f"line {event.start_mark.line + 1}: "
-        if isinstance(event, yaml.AliasEvent):
-            raise ValueError(f"{line}an alias (*{event.anchor}); write the value out")
-        if getattr(event, "tag", None) is not None:
-            raise ValueError(f"{line}a tag ({event.tag}); only plain values are read")
-        if isinstance(event, yaml.CollectionStartEvent):
-            depth += 1
-            if depth > MAX_YAML_DEPTH:
-                raise ValueError(f"{line}more than {MAX_YAML_DEPTH} levels of nesting")
-        elif isinstance(event, yaml.CollectionEndEvent):
-            depth -= 1
-        elif isinstance(event, yaml.ScalarEvent):
-            if depth == 0 and event.value and not references:
-                raise ValueError("it must hold a mapping of keys to values")
-            if "${" in event.value and not references:
-                raise ValueError(f"{line}'${{' refers to another value, which files may not; write the value out")
-            if event.implicit[0] and len(event.value) > 1000 and event.value.lstrip("+-")[:1].isdigit():
-                raise ValueError(f"{line}a number of {len(event.value)} digits")
-            if "\0" in event.value or event.value != event.value.encode("utf-8", "replace").decode():
-                raise ValueError(f"{line}a character that no text may hold")
 
 
 def _one_line(e: BaseException) -> str:
-    return clip(" ".join(str(e).split("full_key:")[0].split()) or type(e).__name__)
-
-
-def clip(text: str, length: int = 500) -> str:
-    """The beginning of a text that may be of any length, for a message."""
-    return text if len(text) <= length else text[:length] + " …"
+    text = " ".join(str(e).split("full_key:")[0].split()) or type(e).__name__
+    if re.search(r"\b(\w+Config|\w+Node|OmegaConf|Optional)\b", text):  # words of a library
+        text = "a value of another kind than its key's"
+    return clip(text)
 
 
 def find(kind: str, name: str, known: Iterable[str] = ()) -> Path | None:
@@ -134,8 +93,12 @@ def compose(
     registered: Iterable[str] = (),
     overrides: Sequence[str] = (),
     smoke: bool = False,
+    references: bool = True,
 ) -> tuple[Config, list[str]]:
-    """Compose a run's configuration from the three axes; returns it and the names of the files that made it."""
+    """Compose a run's configuration from the three axes; returns it and the names of the files that made it.
+
+    `references`: whether overrides may refer to other values and to the environment; not those of files.
+    """
     dataset = DATASET_ALIASES.get(dataset, dataset)
     files = [CONFIG_ROOT / "base.yaml"]
     for kind, names, known in (
@@ -144,21 +107,53 @@ def compose(
         ("algorithms", algorithms, registered),
     ):
         files += [p for p in (find(kind, n, known) for n in names) if p is not None]
-    files += _recipe(algorithms, dataset)
+    recipes = _recipe(algorithms, dataset)
+    files += recipes
+    notes = _decided(recipes)
     head = {"model": Path(model).stem, "algorithm": {"name": _name(algorithms)}}
-    return _merge(files, head, overrides, smoke), [_short(f) for f in files]
+    return _merge(files, head, overrides, smoke, references), [_short(f) + notes.get(f, "") for f in files]
 
 
 def _recipe(algorithms: Sequence[str], dataset: str) -> list[Path]:
-    """The recipe of the algorithms for this stream, else the one for the streams that it shares recipes with."""
+    """The recipes of the algorithms for this stream, else those for the streams that it shares recipes with.
+
+    A combination has a recipe of its own (A+B_STREAM.yaml), else each algorithm's, in the order given.
+    """
     stream = find("datasets", dataset)
     section = load_yaml(stream).get("dataset") if stream is not None else None
-    shared = section.get("recipes") if isinstance(section, DictConfig) else None
-    for name in (Path(dataset).stem, shared):
-        path = CONFIG_ROOT / "recipes" / f"{'+'.join(algorithms)}_{name}.yaml"
-        if path.parent == CONFIG_ROOT / "recipes" and path.is_file():
-            return [path]
-    return []
+    shared = section.get("recipes") if isinstance(section, dict) else None
+
+    def recipe(algorithm: str) -> list[Path]:
+        for name in (Path(dataset).stem, shared):
+            path = CONFIG_ROOT / "recipes" / f"{algorithm}_{name}.yaml"
+            if path.parent == CONFIG_ROOT / "recipes" and path.is_file():
+                return [path]
+        return []
+
+    return recipe("+".join(algorithms)) or [path for algorithm in algorithms for path in recipe(algorithm)]
+
+
+def _decided(recipes: Sequence[Path]) -> dict[Path, str]:
+    """What a combination's later recipe decides against an earlier one, in words: recipe → note."""
+    seen: dict[str, tuple[Any, Path]] = {}
+    notes: dict[Path, list[str]] = {}
+    for path in recipes:
+        for key, value in flatten(load_yaml(path)).items():
+            before = seen.get(key)
+            if before is not None and before[0] != value:
+                notes.setdefault(path, []).append(f"{key}={value} instead of {before[0]} of {before[1].stem}")
+            seen[key] = value, path
+    return {path: f" ({', '.join(said)})" for path, said in notes.items()}
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """A tree of mappings as one mapping, with dots in its keys."""
+    if not isinstance(value, dict):
+        return {prefix.rstrip("."): value}
+    out: dict[str, Any] = {}
+    for k, v in value.items():
+        out.update(flatten(v, f"{prefix}{k}."))
+    return out
 
 
 def compose_files(paths: Sequence[str], overrides: Sequence[str] = (), smoke: bool = False) -> tuple[Config, list[str]]:
@@ -176,78 +171,39 @@ def _name(algorithms: Sequence[str]) -> str | list[str]:
     return stems[0] if len(stems) == 1 else stems
 
 
-def _merge(files: Sequence[Path], head: dict[str, Any], overrides: Sequence[str], smoke: bool) -> Config:
-    layers: list[tuple[str, DictConfig]] = [(_short(f), load_yaml(f)) for f in files]
-    layers.append(("the command line", OmegaConf.create(head)))
+def _merge(
+    files: Sequence[Path], head: dict[str, Any], overrides: Sequence[str], smoke: bool, references: bool = True
+) -> Config:
+    layer: dict[str, Any] = {}
+    for path in files:
+        layer = overlay(layer, load_yaml(path))
+    layer = overlay(layer, head)
     if smoke:
-        merged: Any = OmegaConf.merge(*(layer for _, layer in layers))
-        section = merged.get("algorithm")
-        named = section.get("name", []) if isinstance(section, DictConfig) else []
-        for name in ["base", *([named] if isinstance(named, str) else named if isinstance(named, ListConfig) else [])]:
+        section = layer.get("algorithm")
+        named = section.get("name") if isinstance(section, dict) else None
+        for name in ["base", *([named] if isinstance(named, str) else named or [])]:
             path = CONFIG_ROOT / "smoke" / f"{name}.yaml"
             if path.is_file():
-                layers.append((_short(path), load_yaml(path)))
-    layers.append(("the command line", _dotlist(overrides)))
-    config: Any = OmegaConf.structured(Config)
-    for source, layer in layers:
-        check_keys(OmegaConf.structured(Config), layer, source)
-        config = merge(config, layer, source)
-    return to_config(config)
+                layer = overlay(layer, load_yaml(path))
+    return to_config(_joined(Config, overlay(layer, read_overrides(overrides, Config, references))))
 
 
-def merge(config: Any, layer: DictConfig, source: str) -> Any:
-    """`config` overlaid with `layer`; UserError, naming `source` and the key, for a value of the wrong type."""
+def _joined(config: Any, layer: dict[str, Any]) -> Any:
+    """A configuration (or its class) overlaid with a layer. What can still be wrong are references to other values."""
     try:
-        return OmegaConf.merge(config, layer)
+        return OmegaConf.merge(OmegaConf.structured(config), layer)
     except INVALID as e:
-        raise UserError(f"{source}: {getattr(e, 'full_key', None) or 'not valid'}: {_one_line(e)}") from e
+        raise UserError(f"the configuration is not valid: {getattr(e, 'full_key', None) or ''} {_one_line(e)}") from e
+
+
+def read_config(path: Path) -> Config:
+    """The configuration that a run has written down."""
+    return to_config(_joined(Config, load_yaml(path)))
 
 
 def override(config: Config, overrides: Sequence[str]) -> Config:
     """Apply dotlist overrides to a composed configuration."""
-    layer = _dotlist(overrides)
-    check_keys(OmegaConf.structured(Config), layer, "the command line")
-    return to_config(merge(OmegaConf.structured(config), layer, "the command line"))
-
-
-def _dotlist(overrides: Sequence[str]) -> DictConfig:
-    items = []
-    for item in overrides:
-        text = item.removeprefix("--")
-        if "=" not in text:
-            raise UserError(f"override '{clip(item)}' is not of the form key=value (for example train.steps=500).")
-        items.append(text)
-    try:
-        for item in items:
-            _check_yaml(item.partition("=")[2], references=True)
-        return _wandb(OmegaConf.from_dotlist(items))
-    except INVALID as e:
-        raise UserError(f"cannot read the overrides {reprlib.repr(items)}: {_one_line(e)}") from e
-
-
-def check_keys(schema: Any, value: Any, source: str, prefix: str = "") -> None:
-    """Raise UserError for a key that the schema lacks, naming the nearest one it has."""
-    if not isinstance(schema, DictConfig):
-        return
-    if not isinstance(value, DictConfig):
-        plain = value._value() if isinstance(value, Node) else value
-        if plain is not None and prefix and not str(plain).startswith("${"):
-            raise UserError(f"{source}: '{clip(prefix.rstrip('.'))}' must hold keys and values, is {clip(str(value))}.")
-        return
-    if OmegaConf.get_type(schema) is dict:  # an open mapping: checked by whoever owns it
-        return
-    known = [str(k) for k in schema]
-    for key in value:
-        name = str(key)
-        if name not in known:
-            raise UserError(f"{source}: unknown key '{prefix}{clip(name)}'.{nearest(clip(name), known)}")
-        try:
-            child = schema[key] if not OmegaConf.is_missing(schema, key) else None
-        except OmegaConfBaseException:
-            child = None
-        if child is None:
-            child = OmegaConf.structured(PretrainDataConfig) if f"{prefix}{name}" == "dataset.pretrain" else None
-        check_keys(child, value._get_node(key), source, f"{prefix}{name}.")
+    return to_config(_joined(config, read_overrides(overrides, Config)))
 
 
 def to_config(config: Any) -> Config:
@@ -272,14 +228,25 @@ def to_config(config: Any) -> Config:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The configuration as plain containers, without secrets (redaction.py)."""
-    plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
-    redacted = redact(plain, secrets_of(plain))
+    values = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+    redacted = redact(values, secrets_of(values))
     assert isinstance(redacted, dict)
     return redacted
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that would be read as something else where its key's type is not known."""
+
+
+def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if isinstance(plain(text), str) else "'")
+
+
+_Dumper.add_representer(str, _quoted)
+
+
 def to_yaml(config: Config) -> str:
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def check_values(c: Config) -> None:

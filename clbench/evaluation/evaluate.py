@@ -21,7 +21,7 @@ from clbench.checkpoints.run_folder import (
     read_manifest,
 )
 from clbench.checkpoints.trusted import check_checkpoint, given
-from clbench.config.compose import check_keys, load_yaml, merge, to_config
+from clbench.config.compose import read_config
 from clbench.config.schema import Config
 from clbench.envs.base import count_test_states, physics_versions, privileged
 from clbench.errors import Interrupted, UserError
@@ -69,12 +69,7 @@ class CellsFailed(UserError):
 
 def run_config(folder: Path) -> Config:
     """The configuration of a finished or running run."""
-    from omegaconf import OmegaConf
-
-    path = folder / "config.yaml"
-    values = load_yaml(path)
-    check_keys(OmegaConf.structured(Config), values, str(path))
-    return to_config(merge(OmegaConf.structured(Config), values, str(path)))
+    return read_config(folder / "config.yaml")
 
 
 def wanted_cells(mode: str, cells: str, rows: int, columns: int) -> list[tuple[int, int]]:
