@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -554,14 +555,14 @@ def _make_data(args: argparse.Namespace, overrides: list[str]) -> int:
     for part in parts:  # what is left out, and refused, shows before anything is made
         if part.repo_id is not None:
             tell(f"{part.repo_id} is a data set of the hub, nothing is made for it: see `clbench data check "
-                 f"{args.name}`.")  # fmt: skip
+                 f"{shlex.quote(args.name)}`.")  # fmt: skip
             continue
         tasks, cannot = demonstrable(d.env.type, part.tasks)
         root = data_folder(part.data)
         for task, why in cannot.items():
             tell(f"{root.name}: no demonstrations can be made of {task}, which is left out: {why}.")
         if cannot:
-            tell(f"{root.name}: to train on the rest give -- '{without(d, part, cannot)}'")
+            tell(f"{root.name}: to train on the rest give -- {shlex.quote(without(d, part, cannot))}")
         make = part.make
         making = partial(
             make_dataset, root, name=root.name, env_type=d.env.type, tasks=tasks, seed=make.seed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -13,7 +14,18 @@ from typing import Any
 import pytest
 import yaml
 
-from clbench.config.compose import CONFIG_ROOT, _recipe, available, compose, compose_files, override, to_dict, to_yaml
+from clbench.checkpoints.run_folder import changed_values
+from clbench.config.compose import (
+    CONFIG_ROOT,
+    _recipe,
+    available,
+    compose,
+    compose_files,
+    override,
+    read_config,
+    to_dict,
+    to_yaml,
+)
 from clbench.config.schema import LogConfig, WandbConfig
 from clbench.lock import held
 from clbench.redaction import redact_command, secrets_of
@@ -149,6 +161,146 @@ def test_help_is_quick_because_it_imports_no_torch() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def composed(*overrides: str, **axes: Any) -> Any:
+    names = {"model": "dit_dec_tiny", "algorithms": ["seqfft"], "dataset": "metaworld_quick"} | axes
+    return compose(**names, overrides=overrides)[0]
+
+
+def at(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = config[part] if isinstance(config, dict) else getattr(config, part)
+    return config
+
+
+TEXT_KEYS = ["output_dir", "dataset.revision", "dataset.data", "log.project", "policy.path", "lora.target_modules"]
+TEXTS = [
+    *("0123456", "7e5", "12e4567", "2025_01_02", "on", "5:00", "a #b", "{a}", "*x", "it's", "1e3", "[qv]_proj"),
+    *("0x10", '"', "1.", "no", "007", "0[1-3]"),
+]
+
+
+def test_a_text_stays_what_was_typed(tmp_path: Path) -> None:
+    """On the command line, in a file, and in the configuration that a run writes down."""
+    path = tmp_path / "c.yaml"
+    for start in range(0, len(TEXTS), len(TEXT_KEYS)):
+        texts = dict(zip(TEXT_KEYS, TEXTS[start:], strict=False))
+        config = composed("dataset.repo_id=me/set", *(f"{k}={t}" for k, t in texts.items()))
+        assert {k: at(config, k) for k in texts} == texts
+        path.write_text(to_yaml(config))
+        assert to_dict(read_config(path)) == to_dict(config)
+    (tmp_path / "more.yaml").write_text(
+        "output_dir: 0123456\ndataset: {revision: 7e5, data: 2025_01_02}\nlog: {project: on}\npolicy: {path: 007}\n"
+        "lora: {target_modules: 5:00}\n"
+    )
+    config = compose_files([str(path), str(tmp_path / "more.yaml")])[0]
+    assert [at(config, k) for k in TEXT_KEYS] == ["0123456", "7e5", "2025_01_02", "on", "007", "5:00"]
+    assert composed("output_dir='null'", 'log.project="a b"').output_dir == "null"  # quotes are taken off
+
+
+def test_numbers_are_decimal_or_an_error() -> None:
+    config = composed("seed=010", "train.steps=0500", "dataset.task_order=[01,2]", "train.optimizer.lr=3e-4")
+    assert (config.seed, config.train.steps, config.train.optimizer.lr) == (10, 500, 3e-4)
+    assert config.dataset.task_order == [1, 2] and composed("train.tf32=on").train.tf32 is True
+    for wrong in ("seed=5:00", "seed=1_0", "seed=0x10", "seed=1e3", "train.optimizer.lr=1_0.5", "train.tf32=2"):
+        with pytest.raises(ValueError, match=rf"{wrong.partition('=')[0]} must be .*; the form is "):
+            composed(wrong)
+
+
+@pytest.mark.parametrize(
+    ("override", "form"),
+    [
+        ("dataset.tasks=push-v3,window-close-v3", "'dataset.tasks=[push-v3, window-close-v3]'"),
+        ("dataset.tasks=(push-v3 window-close-v3)", "'dataset.tasks=[push-v3, window-close-v3]'"),
+        ("dataset.tasks=[push-v3", "'dataset.tasks=[push-v3]'"),
+        ("dataset.task_order=1,0", "'dataset.task_order=[1, 0]'"),
+        ("eval.views=task_id", "'eval.views=[task_id]'"),
+        ("train.optimizer.betas=0.9,0.95", "'train.optimizer.betas=[0.9, 0.95]'"),
+        ("train.optimizer.betas[1]=0.95", "'train.optimizer.betas=[0.9, 0.999]'"),
+        ("train.optimizer.betas.1=0.95", "'train.optimizer.betas=[0.95]'"),
+        ("train.optimizer.betas=[0.9, x]", "'train.optimizer.betas=[1, 2]'"),
+        ("dataset.exclude_episodes=3", "'dataset.exclude_episodes=[3]'"),
+        ("dataset.rename.observation.state.full=observation.state", "'dataset.rename={OLD: NEW}'"),
+        ("dataset.rename={observation.state.full:observation.state}", "{observation.state.full: observation.state}"),
+        ("dataset.rename=observation.state", "'dataset.rename={OLD: NEW}'"),
+        ("dataset.pretrain.rename=[a]", "'dataset.pretrain.rename={OLD: NEW}'"),
+        ("dataset.instructions={a:b}", "'dataset.instructions={TEXT: TASK}'"),
+        ("train.steps=[1]", "train.steps=10"),
+        ("train.steps={a: 1}", "train.steps=10"),
+        ("train.tf32=maybe", "train.tf32=true"),
+        ("dataset.name=null", "dataset.name=TEXT"),
+        ("log.wandb=maybe", "log.wandb=true"),
+        ("train.steps.a=5", "has no keys of its own"),
+        ("train=${pretrain}", "not valid"),
+    ],
+)
+def test_messages_show_the_form_in_no_words_of_a_library(override: str, form: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(form)) as e:
+        composed(override)
+    assert re.search("AnyNode|Config|Optional|Node|<unicode", str(e.value)) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "form"),
+    [
+        ("dataset: {tasks: 'a, b'}", "tasks: [a, b]"),
+        ("dataset: {rename: {a:b}}", "rename: {OLD: NEW}"),
+        ("train: {steps: [1]}", "steps: 10"),
+        ("train: {optimizer: {betas: 0.9}}", "betas: [0.9]"),
+        ("log: {project: [a]}", "project: TEXT"),
+    ],
+)
+def test_messages_about_files_show_their_form(text: str, form: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(f"the form is {form}")) as e:
+        compose_files([str(tmp_path / "c.yaml")])
+    assert re.search("AnyNode|Config|Optional|Node", str(e.value)) is None
+
+
+def test_combined_algorithms_keep_their_recipes() -> None:
+    config, files = compose(model="dit_dec_tiny", algorithms=["er", "ewc"], dataset="metaworld_quick")
+    assert config.algorithm["ewc_lambda"] == 1e3 and config.train.optimizer.lr == 3e-4
+    assert files[-2:] == [
+        "configs/recipes/er_metaworld.yaml",
+        "configs/recipes/ewc_metaworld.yaml (train.optimizer.lr=0.0003 instead of 0.001 of er_metaworld)",
+    ]
+    config, files = compose(model="dit_dec_tiny", algorithms=["ewc", "er"], dataset="metaworld_cw10")
+    assert config.algorithm["ewc_lambda"] == 1e3 and config.train.optimizer.lr == 1e-3
+    assert composed("train.optimizer.lr=0.5", algorithms=["er", "clare"]).algorithm["adapter_hidden"] == 64
+
+
+def test_names_in_experiments_stay_texts(tmp_path: Path) -> None:
+    from clbench.sweep import load_experiment
+
+    path = tmp_path / "e.yaml"
+    path.write_text(
+        "name: 2025_01_02\nseeds: [010]\nalgorithms: [{algo: er, label: 1e3, overrides: [log.project=007]}]\n"
+    )
+    experiment, runs = load_experiment(str(path))
+    assert experiment.name == "2025_01_02" and runs[0].run_id == "2025_01_02_1e3_s10"
+    assert runs[0].config.log.project == "007" and runs[0].config.seed == 10
+    path.write_text("algorithms: [er]\noverrides: ['log.project=${oc.env:HOME}']\n")
+    with pytest.raises(ValueError, match="refers to another value"):
+        load_experiment(str(path))
+    path.write_text('algorithms: [er]\noverrides: [\'log.project="\\x24{oc.env:HOME}"\']\n')
+    with pytest.raises(ValueError, match="refers to another value"):
+        load_experiment(str(path))
+
+
+def test_a_run_written_down_by_an_earlier_version_compares_equal(tmp_path: Path) -> None:
+    """`wandb: false`, and none of the keys that came later."""
+    config = composed("log.project=0123", "dataset.repo_id=me/set", "dataset.revision=7e5")
+    values = to_dict(config)
+    values["log"]["wandb"] = False
+    for part in (values["dataset"], values["dataset"]["pretrain"]):
+        del part["exclude_episodes"], part["instructions"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    assert changed_values(tmp_path, config) == {}
+    assert read_config(tmp_path / "config.yaml") == config
+    values["log"]["wandb"] = True
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    assert set(changed_values(tmp_path, config)) == {"log.wandb.enabled"}
 
 
 def test_wandb_is_a_switch_or_settings() -> None:

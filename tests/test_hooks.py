@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from clbench import registry
 from clbench.algorithms.build import ComposedAlgorithm, build_algorithm
 from clbench.algorithms.hooks import CLAlgorithm, Context, GradientView, Phase, WeightView, check_hooks, training_phase
-from clbench.config.compose import available, load_yaml
+from clbench.checkpoints.policy_io import policy_config
+from clbench.config.compose import available, compose, load_yaml
 from clbench.data.frames import Batch
 from clbench.io import read_jsonl
 from clbench.paths import CONFIG_ROOT
@@ -242,3 +243,26 @@ def test_a_plugin_must_not_take_a_used_name(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(registry, "entry_points", lambda group: [point])
     with pytest.raises(ValueError, match="already taken"):
         registry.algorithm_names()
+
+
+def test_keys_of_open_sections_take_the_types_of_their_classes() -> None:
+    def composed(*overrides: str) -> Any:
+        return compose(model="dit_dec_tiny", algorithms=["er"], dataset="metaworld_quick", overrides=overrides)[0]
+
+    def er(*overrides: str) -> Any:
+        return build_algorithm(composed(*overrides)).config
+
+    assert er("algorithm.buffer_size_per_task=010").buffer_size_per_task == 10
+    assert er("algorithm.replay_batch_ratio=00.5").replay_batch_ratio == 0.5
+    for wrong, says in (
+        ("algorithm.buffer_size_per_task=1_0", "must be a whole number"),
+        ("algorithm.buffer_size_per_task=1e3", "must be a whole number"),
+        ("algorithm.balanced_sampling=7", "must be true or false"),
+        ("algorithm.mode=7e5", "must be a text, .*; the form is 'algorithm.mode=\"TEXT\"'"),
+    ):
+        with pytest.raises(ValueError, match=f"{wrong.partition('=')[0]} {says}"):
+            er(wrong)
+    policy = composed("policy.chunk_size=010", "policy.d_model=0128").policy
+    assert policy_config(policy, "cpu").chunk_size == 10
+    with pytest.raises(ValueError, match=r"policy\.chunk_size must be a whole number"):
+        policy_config(composed("policy.chunk_size=1_0").policy, "cpu")

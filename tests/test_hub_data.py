@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -29,15 +30,15 @@ from clbench.data import hub
 from clbench.data.frames import StreamFrames, load_batches
 from clbench.data.info import FORMAT, INFO_FILE
 from clbench.data.lerobot_set import is_described
-from clbench.data.matching import match_tasks, plain
-from clbench.data.source import open_data
+from clbench.data.matching import match_tasks, named_tasks, plain
+from clbench.data.source import DataSource, _check_actions, fps_note, open_data
 from clbench.envs import base
 from clbench.envs.libero_tasks import suite_tasks, task_instruction
 from clbench.errors import Interrupted, UserError
 from clbench.io import read_json, write_json
 from clbench.stopping import Stop
 from clbench.streams.stream import Task, TaskStream, build_stream, pretraining_tasks, stream_data
-from clbench.training.pretrain import base_folder
+from clbench.training.pretrain import base_folder, base_key
 from clbench.training.trainer import train
 from tests.hub_sets import COMMIT, IMAGES, make_hub_set, served
 from tests.same import assert_same_run
@@ -195,7 +196,7 @@ def test_which_scene_is_meant_depends_on_the_suites_that_a_set_holds() -> None:
 @pytest.mark.parametrize("env_type", [t for t in base.BACKENDS if t.startswith("libero")])
 def test_libero_says_its_suites_and_its_gripper(env_type: str) -> None:
     assert base.suite_of(env_type, STOVE) == "libero_goal"
-    assert base.gripper_opens(env_type) == -1
+    assert base.gripper_opens(env_type, [STOVE]) == -1
     assert base.suite_of("metaworld", "push-v3") == ""
 
 
@@ -516,7 +517,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no action": (lambda r: drop_feature(r, "action"), "action is not there"),
     "no camera": (lambda r: drop_feature(r, IMAGES[1]), "image2 is not there.*dataset.rename="),
     "state's shape": (lambda r: edit_feature(r, "observation.state", shape=[9]), r"is float32 \(9,\), not .*\(8,\)"),
-    "state's type": (lambda r: edit_feature(r, "observation.state", dtype="float64"), "is float64"),
+    "state's type": (lambda r: edit_feature(r, "observation.state", dtype="int64"), "is int64"),
     "camera's type": (lambda r: edit_feature(r, IMAGES[0], dtype="float32"), "not square images"),
     "feature's name": (lambda r: edit_info(r, features={"../x": {"dtype": "video", "shape": [1]}}), "no feature name"),
     "no file": (lambda r: (r / FILE).unlink(), "1 of the files that this stream needs are missing, first " + FILE),
@@ -564,6 +565,21 @@ def test_a_gripper_that_counts_otherwise(tmp_path: Path) -> None:
     config = goals(root, env=EnvConfig("libero_state", 10), tasks=[STOVE, DRAWER])
     with pytest.raises(UserError, match="from 0 to 1 and never opens: the simulator 'libero_state' opens it at -1"):
         build_stream(config)
+
+
+@pytest.mark.parametrize("type_and_task", [("metaworld", "shelf-place-v3"), ("libero", STOVE), ("libero_state", STOVE)])
+def test_a_gripper_that_counts_otherwise_on_every_simulator(
+    type_and_task: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the simulator itself is in another interpreter."""
+    monkeypatch.setenv("LIBERO_PYTHON", sys.executable)
+    env_type, task = type_and_task
+    low, high = -np.ones(4), np.ones(4)
+    _check_actions(Path("set"), env_type, [task], low, high)
+    low[-1] = 0
+    with pytest.raises(UserError, match="goes from 0 to 1 and never opens"):
+        _check_actions(Path("set"), env_type, ["push-v3", task] if env_type == "metaworld" else [task], low, high)
+    _check_actions(Path("set"), "metaworld", ["push-v3", "door-open-v3"], low, high)  # whose expert never opens it
 
 
 def test_images_count_as_drawn_in_full(image_set: Path) -> None:
@@ -702,6 +718,86 @@ def test_a_base_of_the_hub_with_other_images_is_refused_before_any_frames_are_fe
     said = capsys.readouterr().err
     assert "were drawn full at 32 pixels, those of the stream" in said and "clbench data make" not in said
     assert "/data/" not in "".join(asked)
+
+
+def test_episodes_are_left_out(image_set: Path, toy_data: Path, copied: Path) -> None:
+    whole_stream = build_stream(goals(image_set))
+    stream = build_stream(goals(image_set, exclude_episodes=[10, 1, 0]))
+    assert [(t.episodes, t.frames) for t in stream.columns] == [((4,), 5), ((7,), 5), ((2, 8), 10)]
+    assert stream.data["episodes_excluded"] == [0, 1, 10] and "episodes_excluded" not in whole_stream.data
+    assert stream.fingerprint != whole_stream.fingerprint
+    few = ([12], "has 12, but .* has episodes 0 to 11"), ([-1], "has -1"), ([1, 7], f"{DRAWER}: .* no")
+    for wrong, says in few:
+        with pytest.raises(UserError, match=says):
+            build_stream(goals(image_set, exclude_episodes=wrong))
+    edit_column(copied, 1, "observation.state", lambda v: [[float("nan")] * 8] * len(v))  # of episode 1
+    assert build_stream(goals(copied, exclude_episodes=[1])).columns[1].episodes == (7,)
+
+    made = PretrainDataConfig(data=str(toy_data / "stream"), tasks=["push-v3"], exclude_episodes=[3, 0])
+    source = open_data(made, "metaworld", ["push-v3"], stream="s", key="dataset.pretrain")
+    assert source.tasks["push-v3"].episodes == (4, 5) and source.tasks["push-v3"].frames == 40
+    made.exclude_episodes = [3, 4, 5]
+    with pytest.raises(UserError, match=r"dataset\.pretrain\.exclude_episodes leaves out all episodes of push-v3"):
+        open_data(made, "metaworld", ["push-v3"], stream="s", key="dataset.pretrain")
+
+
+def test_a_base_is_another_one_without_some_episodes_or_with_other_names() -> None:
+    data = DataSource(Path("x"), {}, "f")
+    config = Config(model="m", policy={"type": "dit_dec"})
+    config.dataset.pretrain = PretrainDataConfig(data="x", tasks=["a"])
+    keys = [base_key(config, data)]
+    for name, value in (("exclude_episodes", [1]), ("instructions", {"t": "a"})):
+        setattr(config.dataset.pretrain, name, value)
+        keys.append(base_key(config, data))
+    assert set(keys[0]) == {"policy", "pretrain", "tasks", "data_fingerprint", "mixed_precision"}
+    assert keys[1] == keys[0] | {"exclude_episodes": [1]} and keys[2] == keys[1] | {"instructions": {"t": "a"}}
+
+
+def test_instructions_in_words_of_ones_own(image_set: Path) -> None:
+    texts = ["Light the stove!", "drawer", "drawer 2"]
+    assert named_tasks(ENV, {"light the  stove!": STOVE}, dict(enumerate(texts)), "k") == {STOVE: 0}
+    for wrong, says in (
+        ({"light the stove": "x"}, "has no task 'x'"),
+        ({"drawers": DRAWER}, "no instruction 'drawers'. Did you mean 'drawer'?"),
+        ({"drawer": DRAWER, "drawer 2": DRAWER}, "'drawer 2' and .* are not alone"),
+        ({"drawer": DRAWER, "Drawer": STOVE}, "'Drawer' and .* are not alone"),
+    ):
+        with pytest.raises(UserError, match=says):
+            named_tasks(ENV, wrong, dict(enumerate(texts)), "k")
+    milk = "pick up the milk and place it in the basket"
+    stream = build_stream(goals(image_set, instructions={milk: STOVE}))
+    assert stream.columns[2].name == STOVE and stream.columns[2].text == milk and stream.columns[2].episodes == (0, 6)
+    assert stream.columns[2].instruction == task_instruction(STOVE) and stream.data["instructions"] == {milk: STOVE}
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_float64_is_read_as_float32(tmp_path: Path, toy_data: Path, copied: Path, images: bool) -> None:
+    if not images:
+        copied = Path(shutil.copytree(toy_data / "stream", tmp_path / "toy"))
+        (copied / INFO_FILE).unlink()
+    tasks = GOALS if images else ["push-v3", "hammer-v3"]
+    config = goals(copied, tasks=tasks, **({} if images else {"env": EnvConfig("metaworld", 10)}))
+    before = build_stream(config)
+    for name in ("observation.state", "action"):
+        edit_feature(copied, name, dtype="float64")
+    for path in copied.glob("data/*/*.parquet"):
+        table = pq.read_table(path)
+        for name in ("observation.state", "action"):
+            size = len(table[name][0])
+            wide = table[name].cast(pa.list_(pa.float64(), size))
+            table = table.set_column(table.column_names.index(name), name, wide)
+        pq.write_table(table.replace_schema_metadata(None), path)
+    after = build_stream(config)
+    assert after.fingerprint == before.fingerprint
+    batch = StreamFrames([v.tasks for v in after.visits], POLICY).fetch(torch.tensor([[0, 0], [1, 3]]))
+    assert batch["observation.state"].dtype == batch["action"].dtype == torch.float32
+
+
+def test_other_frames_a_second_are_said(image_set: Path) -> None:
+    data = build_stream(goals(image_set)).data
+    said = fps_note(data)
+    assert said is not None and "says 10 frames a second, and the simulator makes 20 steps" in said
+    assert fps_note(data | {"fps": 20.0}) is None and fps_note({"kind": "made"}) is None
 
 
 def test_a_made_set_is_not_renamed(toy_data: Path) -> None:

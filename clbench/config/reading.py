@@ -66,6 +66,8 @@ def read_yaml(text: str, schema: type, source: str) -> dict[str, Any]:
         ValueError, yaml.YAMLError: it is no YAML, no mapping, or holds what a file may not (see `check_yaml`).
     """
     node = _parsed(text, references=False)
+    if node is None:  # nothing but comments
+        return {}
     if not isinstance(node, yaml.MappingNode):
         raise ValueError("it must hold a mapping of keys to values")
     return _switched(_section(node, schema, "", _Place(source)))
@@ -179,8 +181,6 @@ def check_yaml(text: str, references: bool) -> None:
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         elif isinstance(event, yaml.ScalarEvent):
-            if depth == 0 and event.value and not references:
-                raise ValueError("it must hold a mapping of keys to values")
             if "${" in event.value and not references:
                 raise ValueError(f"{line}'${{' refers to another value, which files may not; write the value out")
             if event.implicit[0] and len(event.value) > 1000 and event.value.lstrip("+-")[:1].isdigit():
@@ -258,10 +258,10 @@ def _override(text: str, hint: Any, key: str, place: _Place) -> Any:
         try:
             node = _parsed(text, references=place.references)
         except (yaml.YAMLError, ValueError, RecursionError) as e:
-            if kind is str:
-                node = None
-            elif isinstance(e, ValueError):
+            if isinstance(e, ValueError):
                 raise UserError(f"{place.source}: {key}: {clip(str(e))}") from e
+            if kind is str:  # quotes that are part of the text
+                node = None
             else:
                 place.refuse(key, f"{_kind(kind)}, and cannot be read", text, _form(kind, text, key))
         quoted = isinstance(node, yaml.ScalarNode) and node.style in ("'", '"')

@@ -121,6 +121,8 @@ class PretrainDataConfig:
     repo_id: Optional[str] = None  # noqa: UP045
     revision: Optional[str] = None  # noqa: UP045
     rename: dict[str, str] = field(default_factory=dict)
+    instructions: dict[str, str] = field(default_factory=dict)
+    exclude_episodes: list[int] = field(default_factory=list)
     tasks: list[str] = MISSING
     make: MakeConfig = field(default_factory=MakeConfig)
 
@@ -160,6 +162,9 @@ class DatasetConfig:
         repo_id: a LeRobot data set on the Hugging Face hub, OWNER/NAME; null = nothing is taken from a hub.
         revision: its branch, tag or commit; null = the tag of LeRobot's data format.
         rename: feature names of a data set that clbench did not make → names that the simulator uses.
+        instructions: instructions of a data set that clbench did not make → the simulator's tasks that they are of,
+            where the wording differs from the simulator's.
+        exclude_episodes: indices of episodes of the data set that are left out.
         tasks: the stream's tasks, in order.
         task_order: null, or names or indices into `tasks`; may leave out, reorder and repeat tasks.
         libero_order: null, or which of LIBERO's published task orders, 0 to 20, a suite of ten is visited in;
@@ -175,6 +180,8 @@ class DatasetConfig:
     repo_id: Optional[str] = None  # noqa: UP045
     revision: Optional[str] = None  # noqa: UP045
     rename: dict[str, str] = field(default_factory=dict)
+    instructions: dict[str, str] = field(default_factory=dict)
+    exclude_episodes: list[int] = field(default_factory=list)
     env: EnvConfig = field(default_factory=EnvConfig)
     tasks: list[str] = MISSING
     task_order: Optional[list[Any]] = None  # noqa: UP045

@@ -195,7 +195,8 @@ class TaskFrames:
         item = dataset[place[int(self.table.columns["index"][self.frames[i]])]]
         named = {}
         for there, here in self._names.items():
-            named[here] = item[there]
+            value = item[there]
+            named[here] = value.float() if torch.is_tensor(value) and value.dtype == torch.float64 else value
             if here in self.deltas:
                 named[f"{here}_is_pad"] = item[f"{there}_is_pad"]
         named["task"] = self.task.instruction

@@ -6,6 +6,7 @@ Standard library and numpy only, so that listing data sets costs nothing.
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,7 @@ def load_info(root: Path | str) -> DataInfo:
     if not path.is_file():
         if (root / "meta").is_dir():
             raise UserError(f"{root} is a data set that clbench did not make: it has no {INFO_FILE}.")
-        raise UserError(f"there is no data set in {root}. Make it with: clbench data make {root.name}")
+        raise UserError(f"there is no data set in {root}. Make it with: clbench data make {shlex.quote(root.name)}")
     raw = read_json(path)
     found = raw.get("format") if isinstance(raw, dict) else None
     if type(found) is not int:

@@ -282,11 +282,12 @@ def check_frames(
             )
         digest.update(np.array([episode.index, task_of[episode.index], episode.frames], dtype="<i8").tobytes())
         for name in sorted(low):
-            values = arrays[name][rows]
+            with np.errstate(over="ignore"):  # to infinity, which is refused
+                values = arrays[name][rows].astype("<f4", copy=False)
             if not np.isfinite(values).all():
                 raise UserError(f"the data set in {found.root} has values in '{name}' (episode {episode.index}) that "
                                 f"are not finite. {remedy}")  # fmt: skip
-            digest.update(np.ascontiguousarray(values, dtype="<f4").tobytes())
+            digest.update(np.ascontiguousarray(values).tobytes())
             low_end, high_end = ranges.get(names[name], (values[0], values[0]))
             ranges[names[name]] = np.minimum(low_end, values.min(0)), np.maximum(high_end, values.max(0))
     return digest.hexdigest(), ranges

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from clbench.envs.base import available_tasks, instruction, suite_of
-from clbench.errors import UserError
+from clbench.errors import UserError, nearest
 
 SHOWN = 8  # problems named in one message
 
@@ -25,8 +25,39 @@ class Unmatched(UserError):
         self.tasks = frozenset(tasks)
 
 
+def named_tasks(env_type: str, given: Mapping[str, str], texts: Mapping[int, str], key: str) -> dict[str, int]:
+    """Return the task index of the data for each task that a configuration gives an instruction of the data for.
+
+    Args:
+        given: instruction of the data → task of the simulator.
+        texts: task index → instruction, all that the data set has.
+        key: where `given` stands in the configuration.
+
+    Raises:
+        UserError: an instruction is not in the data, a task not in the simulator, or one of them is there twice.
+    """
+    found: dict[str, int] = {}
+    for text, task in given.items():
+        if task not in available_tasks(env_type):
+            raise UserError(f"{key}: {env_type} has no task '{task}'.{nearest(task, available_tasks(env_type))}")
+        indices = [i for i, t in texts.items() if plain(t) == plain(text)]
+        if len(indices) != 1:
+            what = "has no" if not indices else f"has {len(indices)} times the"
+            raise UserError(f"{key}: the data {what} instruction '{text}'.{nearest(text, texts.values())}")
+        if task in found or indices[0] in found.values():
+            raise UserError(f"{key} must give each instruction one task and each task one instruction: '{text}' and "
+                            f"{task} are not alone.")  # fmt: skip
+        found[task] = indices[0]
+    return found
+
+
 def match_tasks(
-    env_type: str, tasks: Sequence[str], texts: Mapping[int, str], counts: Mapping[int, int]
+    env_type: str,
+    tasks: Sequence[str],
+    texts: Mapping[int, str],
+    counts: Mapping[int, int],
+    named: Mapping[str, int] | None = None,
+    key: str = "dataset.instructions",
 ) -> dict[str, int]:
     """Return the task index of the data for each of `tasks`.
 
@@ -38,14 +69,18 @@ def match_tasks(
         tasks: the simulator's tasks that are looked for, distinct.
         texts: task index → instruction, all that the data set has.
         counts: task index → its number of episodes.
+        named: task → task index, those that need no matching (see `named_tasks`).
+        key: where a configuration can name them, for messages.
 
     Raises:
         Unmatched: an instruction is not in the data, or twice, or has no episodes, or belongs to several of the
             simulator's tasks that the data may hold; all that is wrong in one message.
     """
+    named = named or {}
     there: dict[str, list[int]] = defaultdict(list)
     for index, text in texts.items():
-        there[plain(text)].append(index)
+        if index not in named.values():
+            there[plain(text)].append(index)
     sharing: dict[str, list[str]] = defaultdict(list)
     for name in available_tasks(env_type):
         sharing[plain(instruction({"type": env_type, "task": name}))].append(name)
@@ -59,7 +94,12 @@ def match_tasks(
         own = suite_of(env_type, name)
         rivals = [n for n in sharing[text] if n != name and suite_of(env_type, n) in held | {own}]
         indices = there.get(text, [])
-        if not indices:
+        if name in named:
+            if counts.get(named[name]):
+                found[name] = named[name]
+            else:
+                problems.append(f'{name}: "{texts[named[name]]}" has no episodes')
+        elif not indices:
             close = difflib.get_close_matches(text, there, n=3, cutoff=0.5)
             near = " or ".join(f'"{texts[there[c][0]]}"' for c in close)
             problems.append(f'{name}: "{said}" is not there' + (f" (nearest: {near})" if near else ""))
@@ -81,7 +121,8 @@ def match_tasks(
         raise Unmatched(
             f"the data's tasks and the stream's cannot be matched one to one by their instructions. {len(found)} "
             f"of {len(tasks)} match; not: {'; '.join(problems[:SHOWN])}{more}. The data has {len(texts)} tasks: {has}. "
-            "Take a data set of this suite, or leave those tasks out.",
+            f"Say which instruction is of which task ('{key}={{TEXT: TASK}}'), take a data set of this suite, or leave "
+            "those tasks out.",
             [name for name in tasks if name not in found],
         )
     return found

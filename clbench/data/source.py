@@ -7,7 +7,7 @@ Nothing is fetched unless a configuration names a `repo_id`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -25,7 +25,7 @@ from clbench.data.lerobot_set import (
     missing_files,
     read_set,
 )
-from clbench.data.matching import match_tasks
+from clbench.data.matching import match_tasks, named_tasks
 from clbench.envs.base import (
     STATE_KEY,
     action_size,
@@ -52,6 +52,8 @@ class DataSettings(Protocol):
     repo_id: str | None
     revision: str | None
     rename: dict[str, str]
+    instructions: dict[str, str]
+    exclude_episodes: list[int]
 
 
 class NoData(UserError):
@@ -117,7 +119,7 @@ def open_data(
 
     Args:
         names: the tasks.
-        stream: the stream's name, for messages: `clbench data make STREAM` makes its data.
+        stream: the stream's name, quoted for a shell, for messages: `clbench data make STREAM` makes its data.
         key: where `settings` stand in the configuration, for messages.
         depth: how far to go. all: fetch what is missing of a hub's set. size: only say, on stderr, how much that would
             be, and return without a fingerprint. meta: read, and fetch, nothing but what the set says of itself.
@@ -131,16 +133,18 @@ def open_data(
         return _from_hub(settings, env_type, names, key, depth)
     root = data_folder(settings.data)
     if (root / INFO_FILE).exists():
-        if settings.rename:
-            raise UserError(f"{key}.rename is for data sets that clbench did not make; {root} is one that it made.")
-        return _made(root, names)
+        for name in ("rename", "instructions"):
+            if getattr(settings, name):
+                raise UserError(f"{key}.{name} is for data sets that clbench did not make; {root} is one that it made.")
+        return _made(root, names, settings, key)
     if not has_set(root):
         if (root / "meta").is_dir():
             raise UserError(f"{root} is no whole data set: it has no {INFO}. {_remedy(root)}")
         raise NoData(f"there is no data set in {root}. {_two_ways(env_type, stream, key)}")
     found = read_set(root, _remedy(root))
     features = _features(found, settings.rename, env_type, key)
-    return _foreign(found, features, env_type, names, {"kind": "lerobot"}, lambda _: depth != "meta", _remedy(root))
+    origin = {"kind": "lerobot"}
+    return _foreign(found, features, settings, env_type, names, key, origin, lambda _: depth != "meta", _remedy(root))
 
 
 def _two_ways(env_type: str, stream: str, key: str) -> str:
@@ -155,19 +159,43 @@ def _remedy(root: Path) -> str:
     return f"Copy the whole set into {root} again, or take another one."
 
 
-def _made(root: Path, names: Sequence[str]) -> DataSource:
+def _made(root: Path, names: Sequence[str], settings: DataSettings, key: str) -> DataSource:
     info = load_info(root)
+    left_out: dict[int, int] = {}  # episode → frames
+    if settings.exclude_episodes:
+        found = read_set(root, _remedy(root))
+        left_out = {e.index: e.frames for e in found.episodes if e.index in _excluded(found, settings, key)}
     tasks = {}
     for name in names:
         t = info.task(name)
+        episodes = tuple(e for e in t.episodes if e not in left_out)
+        frames = t.frames - sum(left_out.get(e, 0) for e in t.episodes)
         tasks[name] = TaskData(
-            name, t.instruction, t.task_index, t.instruction, tuple(t.episodes), t.frames, t.expert_success_rate
+            name, t.instruction, t.task_index, t.instruction, episodes, frames, t.expert_success_rate
         )
+        if not episodes:
+            raise UserError(f"{key}.exclude_episodes leaves out all episodes of {name}.")
     described = {
         "kind": "made", "root": str(root), "fingerprint": info.fingerprint,
         "tasks_unused": len(info.tasks) - len(tasks), "episodes_unused": info.episodes - _episodes(tasks),
+        **_left_out(left_out),
     }  # fmt: skip
     return DataSource(root, tasks, info.fingerprint, None, described, info.render)
+
+
+def _excluded(found: LeRobotSet, settings: DataSettings, key: str) -> frozenset[int]:
+    """The episodes that are left out; UserError for one that the set has not."""
+    known = len(found.episodes)
+    for e in settings.exclude_episodes:
+        if not 0 <= e < known:
+            raise UserError(f"{key}.exclude_episodes has {e}, but the data set in {found.root} has episodes 0 to "
+                            f"{known - 1}.")  # fmt: skip
+    return frozenset(settings.exclude_episodes)
+
+
+def _left_out(episodes: Collection[int]) -> dict[str, list[int]]:
+    """For the manifest."""
+    return {"episodes_excluded": sorted(episodes)} if episodes else {}
 
 
 def _episodes(tasks: dict[str, TaskData]) -> int:
@@ -199,25 +227,29 @@ def _from_hub(settings: DataSettings, env_type: str, names: Sequence[str], key: 
         return False
 
     features = _features(found, settings.rename, env_type, key)
-    return _foreign(found, features, env_type, names, origin, get, remedy)
+    return _foreign(found, features, settings, env_type, names, key, origin, get, remedy)
 
 
 def _foreign(
     found: LeRobotSet,
     features: dict[str, str],
+    settings: DataSettings,
     env_type: str,
     names: Sequence[str],
+    key: str,
     origin: dict[str, Any],
     get: Callable[[list[str]], bool],
     remedy: str,
 ) -> DataSource:
     """A set that clbench did not make. `get` fetches the files that are missing; False: frames are not to be read."""
+    left_out = _excluded(found, settings, key)
     of_task: dict[str, list[Any]] = {}
-    for e in found.episodes:
+    for e in (e for e in found.episodes if e.index not in left_out):
         for text in e.texts:
             of_task.setdefault(text, []).append(e)
     counts = {i: len(of_task.get(text, [])) for i, text in found.texts.items()}
-    matched = match_tasks(env_type, names, found.texts, counts)
+    named = named_tasks(env_type, settings.instructions, found.texts, f"{key}.instructions")
+    matched = match_tasks(env_type, names, found.texts, counts, named, f"{key}.instructions")
     tasks: dict[str, TaskData] = {}
     for name, index in matched.items():
         text = found.texts[index]
@@ -225,7 +257,8 @@ def _foreign(
         if mixed:
             raise UserError(
                 f"episode {mixed[0].index} of the data set in {found.root} has several instructions "
-                f"({', '.join(mixed[0].texts)}): clbench's tasks are whole episodes. Take another data set."
+                f"({', '.join(mixed[0].texts)}): clbench's tasks are whole episodes. Leave out all such episodes "
+                f"({key}.exclude_episodes), or take another data set."
             )
         said = instruction({"type": env_type, "task": name})
         episodes = of_task[text]
@@ -243,13 +276,15 @@ def _foreign(
         "features_unused": sorted(set(found.features) - set(features)),
         "tasks_unused": len(found.texts) - len(tasks),
         "episodes_unused": len(found.episodes) - len(task_of),
+        **({"instructions": dict(settings.instructions)} if settings.instructions else {}),
+        **_left_out(left_out),
     }
     drawn = _drawn(found, features, env_type)
     if not fetched:
         return DataSource(found.root, tasks, "", features, described, drawn)
     low = {there: here for there, here in features.items() if here in (STATE_KEY, ACTION_KEY)}
     fingerprint, ranges = check_frames(found, task_of, low, remedy)
-    _check_actions(found.root, env_type, *ranges[ACTION_KEY])
+    _check_actions(found.root, env_type, names, *ranges[ACTION_KEY])
     return DataSource(found.root, tasks, fingerprint, features, described | {"fingerprint": fingerprint}, drawn)
 
 
@@ -259,7 +294,16 @@ def _drawn(found: LeRobotSet, features: dict[str, str], env_type: str) -> dict[s
     return {"fidelity": "full", "size": int(image_shape(found.features[seen[0]])[0])} if seen else None
 
 
-def _check_actions(root: Path, env_type: str, low: np.ndarray, high: np.ndarray) -> None:
+def fps_note(data: dict[str, Any]) -> str | None:
+    """What to know of a data set, by its description, whose frames are not as far apart as the simulator's steps."""
+    fps, steps = data.get("fps"), data.get("simulator_steps_per_second")
+    if fps is None or fps == steps:
+        return None
+    return (f"note: the data set in {data['root']} says {fps:g} frames a second, and the simulator makes {steps:g} "
+            "steps: each frame is taken for one step.")  # fmt: skip
+
+
+def _check_actions(root: Path, env_type: str, names: Sequence[str], low: np.ndarray, high: np.ndarray) -> None:
     """Raise UserError where the simulator could not execute the actions (A,), from `low` to `high`, as they are."""
     if low.min() < -1 - ROUNDING or high.max() > 1 + ROUNDING:
         raise UserError(
@@ -267,7 +311,7 @@ def _check_actions(root: Path, env_type: str, low: np.ndarray, high: np.ndarray)
             f"'{env_type}' takes [-1, 1]: they are of another kind (poses, say, instead of displacements). Take "
             "another data set."
         )
-    opens = gripper_opens(env_type)
+    opens = gripper_opens(env_type, names)
     if opens is not None and (opens < 0 <= low[-1] or high[-1] <= 0 < opens):
         raise UserError(
             f"the gripper of the data set in {root}, the last number of an action, goes from {low[-1]:.3g} to "
@@ -300,7 +344,7 @@ def _features(found: LeRobotSet, rename: dict[str, str], env_type: str, key: str
         feature = found.features[named[name]]
         if name in numbers:
             shape: tuple[int, ...] = tuple(feature["shape"])
-            right = feature["dtype"] == "float32" and shape == (numbers[name],)
+            right = feature["dtype"] in ("float32", "float64") and shape == (numbers[name],)  # read as float32
             should = f"float32 ({numbers[name]},)"
         else:
             shape = image_shape(feature)

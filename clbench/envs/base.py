@@ -15,6 +15,7 @@ A backend is a module of this package, named in `BACKENDS`, that offers
     PYTHON_VARIABLE: str                  optional: the environment variable that may name another interpreter, one that
                                           has the simulator (see remote.py); only make, expert_for and versions need it
     GRIPPER_OPENS: float                  optional: the value of an action's last number that opens the gripper
+    GRIPPER_IDLE: frozenset[str]          optional: tasks that can be done without commanding it to open
     suite_of(task: str) -> str            optional: the suite a task belongs to, where its tasks come in several
     published_order(number: int, tasks: list[str]) -> list[str]
                                           optional: the tasks of a suite in the order that its authors published under
@@ -267,9 +268,13 @@ def action_size(env_type: str) -> int:
     return int(backend(env_type).ACTION_DIM)
 
 
-def gripper_opens(env_type: str) -> float | None:
-    """Return the value of an action's last number that opens the gripper; None where a type does not say it."""
-    return getattr(backend(env_type), "GRIPPER_OPENS", None)
+def gripper_opens(env_type: str, tasks: Sequence[str]) -> float | None:
+    """Return the value of an action's last number that opens the gripper; None where the type does not say it, or all
+    of the tasks can be done without."""
+    module = backend(env_type)
+    if set(tasks) <= getattr(module, "GRIPPER_IDLE", frozenset()):
+        return None
+    return getattr(module, "GRIPPER_OPENS", None)
 
 
 def steps_per_second(env_type: str) -> float:

@@ -4,7 +4,7 @@ hf-libero ships task definitions and initial states, but not the assets, which i
 first use; and its first import asks for folders on the terminal where its config.yaml is missing. Here both are done by
 one command beforehand, from an archive, a folder or the hub:
 
-    clbench data assets libero --from FILE|FOLDER|hub
+    clbench data assets libero --from FILE    # an archive, a folder, or hub
 
 They go to `root()`: assets/, the record assets.json, and a config.yaml of clbench's own. Nothing is written into the
 installed package, and ~/.libero is neither read nor changed. Every import of LIBERO goes through `import_libero`.
@@ -39,7 +39,7 @@ from clbench.errors import UserError
 from clbench.io import read_json, write_json, write_text
 from clbench.paths import cache_root
 
-COMMAND = "clbench data assets libero --from FILE|FOLDER|hub"
+COMMAND = "clbench data assets libero --from FILE (an archive, a folder, or hub)"
 INSTALL = "Install it with scripts/bootstrap.sh, or set LIBERO_PYTHON to an interpreter that has hf-libero."
 HUB_REPOSITORY = "lerobot/libero-assets"  # hf-libero's own source
 EXPECTED_FILE = Path(__file__).with_name("libero_assets.json")

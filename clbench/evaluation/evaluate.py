@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -270,7 +271,7 @@ class _Run:
             if reason is not None:
                 raise UserError(
                     f"{here} is damaged ({reason}). Put the file back from a copy, or remove the checkpoints from "
-                    f"{here.name} on and make them again: clbench train --resume {self.folder.name}"
+                    f"{here.name} on and make them again: clbench train --resume {shlex.quote(self.folder.name)}"
                 )
         workers = e.workers or max(1, min(2, os.cpu_count() or 1))
         jobs = _jobs(missing, self.folder, self.manifest, workers)

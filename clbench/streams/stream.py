@@ -7,6 +7,7 @@ with the data of all tasks) and `independent` (every visit starts from the base 
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -243,7 +244,8 @@ def _drawn(render: Mapping[str, Any]) -> str:
 
 def _base_of(config: DatasetConfig) -> str:
     """What `clbench data make` has to be told for it to make the base's data alone, where the stream's are a hub's."""
-    return f"{config.name} --" + (f" dataset.repo_id={config.repo_id}" if config.repo_id else "")
+    repo = f" {shlex.quote(f'dataset.repo_id={config.repo_id}')}" if config.repo_id else ""
+    return f"{shlex.quote(config.name)} --{repo}"
 
 
 def without(stream: DatasetConfig, part: DatasetConfig | PretrainDataConfig, tasks: Collection[str]) -> str:
@@ -263,13 +265,13 @@ def _open(
     except Unmatched as e:
         if set(names) <= e.tasks:
             raise
-        raise UserError(f"{e} To go without them: -- '{without(stream, part, e.tasks)}'") from e
+        raise UserError(f"{e} To go without them: -- {shlex.quote(without(stream, part, e.tasks))}") from e
 
 
 def stream_data(config: DatasetConfig, render: RenderConfig | None = None, depth: Depth = "all") -> DataSource:
     """The stream's data set, with the tasks that it visits. `depth`: see `open_data`."""
     names = list(dict.fromkeys(checked_order(config)))
-    data = _open(config, config, names, config.name, "dataset", depth)
+    data = _open(config, config, names, shlex.quote(config.name), "dataset", depth)
     _check_drawing(config.env.type, data, render)
     return data
 
@@ -281,7 +283,7 @@ def pretraining_data(config: DatasetConfig, render: RenderConfig | None = None, 
             f"stream '{config.name}' names no pretraining tasks (dataset.pretrain): give a base with policy.path=DIR."
         )
     names = list(config.pretrain.tasks)
-    make = config.name
+    make = shlex.quote(config.name)
     if config.repo_id:  # makes this set alone, and draws its images as those of the hub are
         make = _base_of(config) + (" render.fidelity=full" if cameras(config.env.type) else "")
     for name in names:

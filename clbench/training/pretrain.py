@@ -34,7 +34,7 @@ from clbench.checkpoints.training_state import StateKeeper
 from clbench.checkpoints.whole import DESCRIPTION, damage, write_whole
 from clbench.config.schema import Config, TrainConfig
 from clbench.data.frames import StreamFrames, all_names
-from clbench.data.source import DataSource
+from clbench.data.source import DataSource, fps_note
 from clbench.envs.base import cameras
 from clbench.errors import Interrupted, UserError
 from clbench.io import read_json, write_json
@@ -73,6 +73,7 @@ def base_key(config: Config, data: DataSource) -> dict[str, Any]:
         "tasks": list(config.dataset.pretrain.tasks),
         "data_fingerprint": data.fingerprint,
         "mixed_precision": autocast_precision(config.train),
+        **{k: v for k in ("instructions", "exclude_episodes") if (v := getattr(config.dataset.pretrain, k))},
         **({} if data.features is None else {"data": {k: data.description[k] for k in (*origin, "features")}}),
     }
 
@@ -127,6 +128,8 @@ def ensure_base(config: Config, backend: Backend, stop: Stop, progress: str = "a
                 time.sleep(1)
             waiting.close()
             if not backend.agree(_is_whole(folder)):
+                if note := fps_note(data.description):
+                    say(backend, note)
                 _pretrain(config, tasks, data, folder, backend, stop, progress)
             elif backend.is_main:
                 shutil.rmtree(_unfinished(folder), ignore_errors=True)

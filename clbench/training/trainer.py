@@ -36,6 +36,7 @@ from clbench.checkpoints.whole import DESCRIPTION
 from clbench.config.compose import to_yaml
 from clbench.config.schema import Config, LogConfig
 from clbench.data.frames import StreamFrames
+from clbench.data.source import fps_note
 from clbench.envs.base import check_other_python
 from clbench.errors import Interrupted, UserError, nearest
 from clbench.io import read_json, write_text
@@ -97,6 +98,8 @@ def train(
         position = Position(told[0], Path(told[1]) if told[1] else None, told[2], told[3])
         changed = {} if position == Position() else _changes(folder, config, stream, allow_change)
         backend.barrier()  # every rank has read what rank 0 now writes anew
+        if note := fps_note(stream.data):
+            say(backend, note)
         if resume:
             say(backend, f"resuming run '{run_id}' {_where(position, len(stream.visits))}")
         if position.k == len(stream.visits):
@@ -357,7 +360,7 @@ class Trainer:
         if sure or self.backend.any(bool(self.stop.reason))[0]:
             why = self.stop.reason or "a signal to another rank"
             here = self.folder.parent.resolve() == results_root().resolve()
-            run = self.run_id if here else shlex.quote(str(self.folder))
+            run = shlex.quote(self.run_id if here else str(self.folder))
             cpu = self.backend.device.type == "cpu"
             ranks = f" --{'nproc' if cpu else 'gpus'} {self.backend.world_size}" if self.backend.world_size > 1 else ""
             raise Interrupted(f"stopped by {why} {where}; saved. Go on with: clbench train --resume {run}{ranks}")
