@@ -14,8 +14,8 @@ from pathlib import Path
 from reprlib import repr as shown
 from typing import TYPE_CHECKING, Any
 
-from clbench.checkpoints.run_folder import FREE_ON_RESUME, flatten
-from clbench.config.compose import load_yaml
+from clbench.checkpoints.run_folder import FREE_ON_RESUME
+from clbench.config.compose import flatten, load_yaml
 from clbench.config.schema import Config, LoraConfig
 from clbench.errors import UserError
 from clbench.evaluation.records import EPISODE_SEEDS
@@ -36,6 +36,7 @@ ELSEWHERE = (
 )  # fmt: skip
 # What a run that others are measured against (joint or single-task training) has to share with them.
 OF_REFERENCES = ("policy.", "base.", "pretrain.", "data", "render.", "dataset.env.", "eval.steps_after_success")
+BASE = ("tasks", "data_fingerprint", "mixed_precision", "instructions", "exclude_episodes")  # of a base made here
 DEFAULT = "(default)"  # of a policy's key that a configuration does not name
 MAX_SHOWN = 6
 
@@ -46,14 +47,11 @@ def deciding(run: Run) -> dict[str, Any]:
     found = _base(manifest)
     path = run.path / "config.yaml"
     if path.is_file():
-        from omegaconf import OmegaConf
-
         try:
-            given = OmegaConf.to_container(load_yaml(path))
+            given = load_yaml(path)
         except UserError as error:  # results are still worth reporting
             run.notes.append(f"the configuration is left out: {error}")
             given = {}
-        assert isinstance(given, dict)
         if given:
             flat = flatten(asdict(Config(model=""))) | flatten(given)
             found |= {k: v for k, v in flat.items() if not k.startswith(ELSEWHERE)}
@@ -127,7 +125,7 @@ def _base(manifest: dict[str, Any]) -> dict[str, Any]:
         return {"base.name": Path(str(base.get("path"))).name}
     found = {f"policy.{k}": v for k, v in flatten(_dict(base, "policy")).items()}
     found |= {f"pretrain.{k}": v for k, v in flatten(_dict(base, "pretrain")).items()}
-    return found | {f"base.{k}": base[k] for k in ("tasks", "data_fingerprint", "mixed_precision") if k in base}
+    return found | {f"base.{k}": base[k] for k in BASE if k in base}
 
 
 def _changed(manifest: dict[str, Any]) -> list[Any]:
