@@ -291,6 +291,7 @@ BAD = {
     "empty_row.json": ("[[]]", "empty"),
     "empty.csv": ("\n\n", "empty"),
     "header.csv": ("a,b\n", "no row of numbers"),
+    "nothing.csv": ("k,a\n,\n", "no rates"),
     "flat.json": ("[0.1, 0.2]", "not a matrix"),
     "scalar.json": ("3", "not a matrix"),
     "object.json": ('{"rates": [[1]]}', "not a matrix"),

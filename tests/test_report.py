@@ -19,7 +19,7 @@ from clbench.report import build, build_report
 from clbench.report.build import file_names, folder_name
 from clbench.report.cli import add_arguments, run
 from clbench.report.runs import group_runs, load_runs
-from clbench.report.tables import bytes_text, count_text, escape_latex
+from clbench.report.tables import bytes_text, count_text, escape_latex, to_latex
 
 TASKS = ["reach-v3", "push-v3", "handle-press-side-v3", "window-close-v3"]
 
@@ -355,6 +355,9 @@ def test_runs_of_other_bases_and_evaluations_are_not_averaged(tmp_path: Path) ->
         change(runs[0], base=BASE if base["kind"] == "pretrained" else {"kind": "given", "path": "/models/one"})
         change(runs[1], base=base)
         assert key in why_not_averaged(runs)
+    for path, name in zip(runs, ("one", "moved"), strict=True):
+        change(path, base={"kind": "given", "path": f"/models/{name}", "sha256": "0" * 64})
+    assert why_not_averaged(runs) == ""
     for path in runs:
         change(path, base=BASE)
     played = json.loads((runs[0] / "eval/settings.json").read_text())
@@ -578,3 +581,6 @@ def test_texts() -> None:
     assert [count_text(x) for x in (None, 0, 999, 1234, 1_234_567)] == ["–", "0", "999", "1.23 k", "1.23 M"]
     assert [bytes_text(x) for x in (None, 0, 12, 12_345_678)] == ["–", "0", "12 B", "12.3 MB"]
     assert escape_latex("a_b ± 5%") == r"a\_b $\pm$ 5\%"
+    head = ["algorithm", "seeds", *["m"] * 11]
+    assert "xelatex" in to_latex(head, [["клэр", *["1"] * 12]])
+    assert "xelatex" not in to_latex(head, [["é", *["±"] * 12]])

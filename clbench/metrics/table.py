@@ -272,6 +272,8 @@ def _turn(table: _Table, where: str) -> None:
 
 def _leave_out(table: _Table, where: str) -> None:
     """Drop what is no task and no checkpoint: averages, losses, the nothing behind the last separator."""
+    if not any(table.cells):
+        raise UserError(f"{where} is not a matrix: it has no rates of tasks.")
     width = max(map(len, table.cells))
     keys = {_key(n) for n in table.labels or ()}
     drop: list[int] = []

@@ -80,7 +80,8 @@ def differing(runs: Sequence[Run], keys: tuple[str, ...] = ("",)) -> dict[str, l
     """
     known = [run.deciding for run in runs]
     found = {}
-    for key in sorted({k for d in known for k in d if k.startswith(keys)}):
+    whole = all("base.sha256" in d for d in known)  # then a base's name does not matter
+    for key in sorted({k for d in known for k in d if k.startswith(keys)} - ({"base.name"} if whole else set())):
         absent = [key not in d for d in known]
         default: list[Any] = []
         if any(absent) and key.startswith("policy."):
@@ -122,7 +123,8 @@ def _base(manifest: dict[str, Any]) -> dict[str, Any]:
     """The recipe of a base that was made here, or the name of one that was given."""
     base = _dict(manifest, "base")
     if base.get("kind") == "given":
-        return {"base.name": Path(str(base.get("path"))).name}
+        found = {"base.name": base.get("name") or Path(str(base.get("path"))).name}
+        return found | ({"base.sha256": base["sha256"]} if "sha256" in base else {})
     found = {f"policy.{k}": v for k, v in flatten(_dict(base, "policy")).items()}
     found |= {f"pretrain.{k}": v for k, v in flatten(_dict(base, "pretrain")).items()}
     return found | {f"base.{k}": base[k] for k in BASE if k in base}
