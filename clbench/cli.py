@@ -481,16 +481,19 @@ def _check_data(args: argparse.Namespace, overrides: list[str]) -> int:
             base, not_yet = False, str(e)
     check_images(d, render, base)
     depth: Depth = "size" if args.no_fetch else "all"
-    _print_data(f"stream {d.name}", stream_data(d, render, depth))
+    _print_data(f"stream {d.name}", stream_data(d, render, depth), args.name)
     if base:
-        _print_data("base's tasks", pretraining_data(d, render, depth))
+        _print_data("base's tasks", pretraining_data(d, render, depth), args.name)
     elif not_yet:
         show(f"base's tasks, without which no training starts: {not_yet}")
     return 0
 
 
-def _print_data(title: str, data: DataSource) -> None:
+def _print_data(title: str, data: DataSource, stream: str) -> None:
+    from clbench.data.source import check_every_byte
+
     d = data.description
+    check_every_byte(data.root, d, stream)
     origin = {"made": "made by clbench", "lerobot": "not made by clbench", "hub": "from the hub"}[d["kind"]]
     show(f"{title}: {data.root}, {origin}")
     if d["kind"] == "hub":

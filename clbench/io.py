@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
@@ -144,6 +145,17 @@ def read_jsonl(path: Path | str) -> list[Any]:
                 break
             raise UserError(f"{path}, line {i + 1}, is not valid JSON: {e}.") from e
     return rows
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file's bytes, as hex."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def seal(description: dict[str, Any]) -> str:
+    """The sha256 of a JSON object, whatever the order of its keys and the white space in its file, as hex."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
 def refuse_links(folder: Path) -> None:

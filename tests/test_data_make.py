@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -21,12 +22,14 @@ from clbench.cli import main
 from clbench.config.compose import compose
 from clbench.config.schema import DatasetConfig
 from clbench.data import make as data_make
+from clbench.data import verify
 from clbench.data.info import INFO_FILE, fingerprint, load_info
 from clbench.data.make import ROLES, episode_seed, make_dataset, run_episode
+from clbench.data.source import DataSource, Depth, check_every_byte, open_data
 from clbench.envs import metaworld
 from clbench.envs.base import EVAL_SEED_BASE, STATE_KEY, Observation, Step
 from clbench.errors import UserError
-from clbench.io import read_json, write_json
+from clbench.io import read_json, seal, write_json
 from clbench.stopping import clearing_away
 from clbench.streams.stream import build_stream, pretraining_tasks
 
@@ -67,6 +70,7 @@ def test_what_the_expert_cannot_do_is_left_out_and_trained_without(
     others = ["window-close-v3", "faucet-close-v3"]
     for task, name in zip(record["tasks"], others, strict=True):
         task["name"] = name
+    del record["seal"]  # it is of the description as it was
     write_json(tmp_path / "base" / INFO_FILE, record)
     cannot = {"push-v3": "its arm is too short", "door-open-v3": "it has no key"}
     monkeypatch.setattr(metaworld, "NO_DEMONSTRATIONS", cannot, raising=False)
@@ -255,6 +259,117 @@ def test_two_makes_of_one_set_do_not_mix(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"another process is making .*: kill 1$"):
             make(tmp_path / "tiny")
     assert other.exists()
+
+
+# What was made and is damaged
+
+
+def opened(root: Path, depth: Depth = "all") -> DataSource:
+    settings = DatasetConfig(data=str(root))
+    return open_data(settings, "metaworld", TASKS, stream="mine", depth=depth)
+
+
+def flip(path: Path, at: int) -> bytes:
+    """Change one bit; returns what was there."""
+    good = path.read_bytes()
+    path.write_bytes(good[:at] + bytes([good[at] ^ 4]) + good[at + 1 :])
+    return good
+
+
+def without_sums(root: Path) -> None:
+    """As an earlier version made it."""
+    record = read_json(root / INFO_FILE)
+    write_json(root / INFO_FILE, {k: v for k, v in record.items() if k not in ("files", "seal")})
+
+
+def test_every_changed_bit_of_a_set_is_noticed_at_the_start(copied: Path) -> None:
+    rng = np.random.default_rng(0)
+    opened(copied)
+    for path in sorted(p for p in copied.rglob("*") if p.is_file()):
+        for at in rng.integers(0, path.stat().st_size, 10):
+            good = flip(path, int(at))
+            if path.name != "clbench.json" or good[at : at + 1].strip():  # white space says nothing
+                with pytest.raises(UserError) as e:
+                    opened(copied)
+                assert str(path.relative_to(copied)) in str(e.value)
+            path.write_bytes(good)
+    opened(copied)
+
+
+def test_a_large_sets_bytes_are_compared_when_asked_for(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a start there is time for the small files and all sizes; `data check` and --resume read everything."""
+    table = next(copied.glob("data/*/*.parquet"))
+    monkeypatch.setattr(verify, "START_BYTES", table.stat().st_size - 1)
+    good = flip(table, 1000)
+    source = opened(copied)
+    with pytest.raises(UserError, match=r"file-000\.parquet was changed.*clbench data make --force mine"):
+        check_every_byte(copied, source.description, "mine")
+    for changed, message in ((good[:-1], "bytes instead of"), (None, "is missing")):
+        table.unlink()
+        if changed is not None:
+            table.write_bytes(changed)
+        with pytest.raises(UserError, match=message):
+            opened(copied)
+    table.write_bytes(good)
+    shutil.copy(table, table.with_name("file-001.parquet"))
+    with pytest.raises(UserError, match=r"file-001\.parquet does not belong there"):
+        opened(copied)
+    (table.with_name("file-001.parquet")).rename(copied / "notes.txt")  # a file that nothing reads
+    check_every_byte(copied, opened(copied).description, "mine")
+
+
+def test_a_set_without_sums_is_compared_with_its_fingerprint(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = opened(copied)
+    without_sums(copied)
+    assert opened(copied) == made  # and so its base and its runs stay what they were
+    table = next(copied.glob("data/*/*.parquet"))
+    values = pq.read_table(table)
+    actions = values["action"].to_pylist()
+    actions[7][2] += 1e-3
+    column = pa.array(actions, values["action"].type)
+    pq.write_table(values.set_column(values.column_names.index("action"), "action", [column]), table)
+    with pytest.raises(UserError, match=r"its frames are not those that were made.*--force mine"):
+        opened(copied)
+    monkeypatch.setattr(verify, "START_BYTES", 1000)
+    with pytest.raises(UserError, match="not those that were made"):
+        check_every_byte(copied, opened(copied).description, "mine")
+    table.write_bytes(table.read_bytes()[:500])
+    with pytest.raises(UserError, match="frames cannot be read"):
+        check_every_byte(copied, opened(copied).description, "mine")
+
+
+def test_a_damaged_set_is_made_again_when_forced(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flip(next(copied.glob("data/*/*.parquet")), 1000)
+    for check in (True, False):
+        with pytest.raises(UserError, match=r"was changed\. --force makes it again"):
+            make(copied, only_check=check)
+
+    def begin(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data_make, "_collecting", begin)
+    with pytest.raises(KeyboardInterrupt):
+        make(copied, force=True)
+    assert copied.exists() and partials(copied) == []
+
+
+def test_check_compares_every_byte(copied: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(json.dumps({"dataset": {"name": "mine", "data": str(copied), "tasks": TASKS,
+                                            "env": {"type": "metaworld", "max_steps": 200}}}))  # fmt: skip
+    monkeypatch.setattr(verify, "START_BYTES", 0)
+    assert main(["data", "check", str(file)]) == 0
+    flip(next(copied.glob("data/*/*.parquet")), 1000)
+    assert main(["data", "check", str(file)]) == 2
+
+
+def test_a_description_names_files_of_its_set_only(copied: Path) -> None:
+    record = read_json(copied / INFO_FILE)
+    for files in ({"../other": [1, "a"]}, {"/etc/passwd": [1, "a"]}, {"a": [-1, "a"]}, {"a": 3}, []):
+        body = {k: v for k, v in record.items() if k != "seal"} | {"files": files}
+        write_json(copied / INFO_FILE, body | {"seal": seal(body)})
+        with pytest.raises(UserError, match=r"clbench\.json is damaged"):
+            load_info(copied)
 
 
 # What goes wrong

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,6 +17,7 @@ from clbench.checkpoints.policy_io import load_policy
 from clbench.checkpoints.run_folder import checkpoint_folder, finished_visits
 from clbench.checkpoints.state import load_state, save_state
 from clbench.config.schema import OptimizerConfig
+from clbench.data import verify
 from clbench.data.frames import SampleOrder, StreamFrames
 from clbench.errors import UserError
 from clbench.io import read_json, read_jsonl, write_json
@@ -301,10 +303,22 @@ def test_what_a_policy_froze_stays_frozen(toy_data: Path, tmp_path: Path, monkey
         assert torch.equal(value, base[name]) == ("obs_encoder" in name), name
 
 
-def test_resuming_on_other_data_is_refused(toy_data: Path, tmp_path: Path) -> None:
-    config = toy_config(toy_data, {"name": "er"}, f"output_dir={tmp_path}")
+def test_resuming_on_other_data_is_refused(
+    toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Path(shutil.copytree(toy_data, tmp_path / "data"))
+    config = toy_config(data, {"name": "er"}, f"output_dir={tmp_path}")
     folder = train(config, "r")
     shutil.rmtree(checkpoint_folder(folder, 2))
+    table = next((data / "stream").glob("data/*/*.parquet"))
+    good = table.read_bytes()
+    other = pq.read_table(table)
+    at = other.column_names.index("action")
+    pq.write_table(other.set_column(at, "action", other["action"].take([*range(1, len(other)), 0])), table)
+    monkeypatch.setattr(verify, "START_BYTES", 0)  # as for a set that is too large for all starts
+    with pytest.raises(ValueError, match="its frames are not those that were made"):
+        train(config, "r", resume=True)
+    table.write_bytes(good)
     manifest = read_json(folder / "manifest.json")
     manifest["data_fingerprint"] = "0" * 64
     write_json(folder / "manifest.json", manifest)

@@ -7,7 +7,6 @@ file's size and sha256; `seal`, the sha256 of the description itself), and renam
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from clbench.errors import UserError
-from clbench.io import read_json, sync_folder, write_json
+from clbench.io import read_json, seal, sha256, sync_folder, write_json
 
 DESCRIPTION = "checkpoint.json"
 
@@ -40,7 +39,7 @@ def write_whole(final: Path, fill: Callable[[Path], dict[str, Any]], size: Calla
         for name in files:
             _flush(temporary / name)
         described = {**description, "digest": _digest(files), "files": files}
-        write_json(temporary / DESCRIPTION, {**described, "seal": _seal(described)})
+        write_json(temporary / DESCRIPTION, {**described, "seal": seal(described)})
         for folder in {temporary, *(p.parent for p in map(temporary.joinpath, files))}:
             sync_folder(folder)
         _replace(temporary, final)
@@ -93,7 +92,7 @@ def damage(folder: Path) -> str | None:
     try:
         if "seal" not in described:  # of an earlier version: it has the digest of all files
             return None if described.get("digest") == _digest(_files(folder)) else "its files are not those saved"
-        if described.pop("seal") != _seal(described):
+        if described.pop("seal") != seal(described):
             return f"{DESCRIPTION} was changed"
         return _difference(folder, described.get("files", {}))
     except OSError as e:
@@ -111,7 +110,7 @@ def _difference(folder: Path, want: dict[str, list[Any]]) -> str | None:
         if have[name] != want[name][0]:
             return f"{name} has {have[name]} bytes instead of {want[name][0]}"
     for name, (_, digest) in want.items():
-        if _sha256(folder / name) != digest:
+        if sha256(folder / name) != digest:
             return f"{name} was changed"
     return None
 
@@ -130,12 +129,7 @@ def _names(folder: Path) -> list[str]:
 
 def _files(folder: Path) -> dict[str, list[Any]]:
     """name → [bytes, sha256]."""
-    return {name: [(folder / name).stat().st_size, _sha256(folder / name)] for name in _names(folder)}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    return {name: [(folder / name).stat().st_size, sha256(folder / name)] for name in _names(folder)}
 
 
 def _digest(files: dict[str, list[Any]]) -> str:
@@ -144,10 +138,6 @@ def _digest(files: dict[str, list[Any]]) -> str:
     for name in sorted(files, key=Path):
         digest.update(name.encode() + b"\0" + bytes.fromhex(files[name][1]))
     return digest.hexdigest()
-
-
-def _seal(description: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
 def _flush(path: Path) -> None:

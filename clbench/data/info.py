@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from clbench.errors import UserError, nearest
-from clbench.io import read_json
+from clbench.io import read_json, seal
 
 FORMAT = 1
 INFO_FILE = "meta/clbench.json"
@@ -47,6 +47,7 @@ class TaskInfo:
 class DataInfo:
     """A whole data set: how it was made, its tasks in order, and a fingerprint of its contents.
 
+    `files`: path → bytes and sha256 of every other file of the set (verify.py); None in a set of an earlier version.
     `render`: how its camera images were drawn, {"fidelity", "size"}; None without images, or where that is not known.
     """
 
@@ -64,6 +65,7 @@ class DataInfo:
     fingerprint: str
     versions: dict[str, str]
     render: dict[str, Any] | None = None
+    files: dict[str, tuple[int, str]] | None = None
 
     @property
     def episodes(self) -> int:
@@ -102,10 +104,13 @@ def load_info(root: Path | str) -> DataInfo:
     if found > FORMAT:
         raise UserError(f"{path} has format {found}, this clbench reads up to {FORMAT}. Use a newer clbench.")
     try:
-        return _parse(root, raw)
+        info = _parse(root, raw)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
         what = f"'{e.args[0]}' is missing" if isinstance(e, KeyError) else str(e)
         raise UserError(f"{path} is damaged: {what}. Make the set again with --force.") from e
+    if "seal" in raw and raw.pop("seal") != seal(raw):
+        raise UserError(f"{path} is damaged: it was changed since the set was made. Make the set again with --force.")
+    return info
 
 
 def fingerprint(state: np.ndarray, action: np.ndarray, episode_index: np.ndarray, task_index: np.ndarray) -> str:
@@ -160,6 +165,7 @@ def _parse(root: Path, raw: dict[str, Any]) -> DataInfo:
         fingerprint=_text(raw["fingerprint"]),
         versions={str(k): str(v) for k, v in raw["versions"].items()},
         render=_render(raw.get("render")),
+        files=_files(raw.get("files")),
     )
 
 
@@ -169,6 +175,16 @@ def _render(value: Any) -> dict[str, Any] | None:
     if not isinstance(value, dict) or set(value) != {"fidelity", "size"}:
         raise ValueError(f"{shown(value)} does not say how images were drawn")
     return {"fidelity": _text(value["fidelity"]), "size": _whole(value["size"])}
+
+
+def _files(value: Any) -> dict[str, tuple[int, str]] | None:
+    if value is None:
+        return None
+    files = {_text(name): (_whole(size), _text(digest)) for name, (size, digest) in value.items()}
+    for name in files:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{shown(name)} is no file of the set")
+    return files
 
 
 def _whole(value: Any) -> int:

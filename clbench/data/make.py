@@ -41,8 +41,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from clbench.data.episode_images import EpisodeImages, decoded, read_images
+from clbench.data.episode_images import EpisodeImages, read_images
 from clbench.data.info import FORMAT, INFO_FILE, DataInfo, fingerprint, fingerprint_with_images, load_info
+from clbench.data.verify import contents, damage, file_sums
 from clbench.envs.base import (
     EVAL_SEED_BASE,
     STATE_KEY,
@@ -63,7 +64,7 @@ from clbench.envs.base import (
 )
 from clbench.envs.rendering import check_render
 from clbench.errors import UserError, shortage
-from clbench.io import write_json
+from clbench.io import seal, write_json
 from clbench.patience import patience
 from clbench.stopping import SIGNALS, belong_to, how_ended
 from clbench.terminal import tell
@@ -381,7 +382,12 @@ def _is_made(root: Path, wanted: dict[str, Any], force: bool) -> bool:
             f"{root} already holds a data set with other parameters: {'; '.join(differing)}. "
             "Use another name, or --force to replace it."
         )
-    return not differing
+    if differing:
+        return False
+    problem = damage(info, full=True)
+    if problem is not None and not force:
+        raise UserError(f"the data set in {root} is damaged: {problem}. --force makes it again.")
+    return problem is None
 
 
 @contextlib.contextmanager
@@ -665,7 +671,8 @@ def _write(
         "fingerprint": marks.value(),
         "versions": simulator_versions(jobs[0].env_type) | {"numpy": version("numpy"), "lerobot": version("lerobot")},
     }
-    write_json(folder / INFO_FILE, info)
+    info["files"] = file_sums(folder)
+    write_json(folder / INFO_FILE, info | {"seal": seal(info)})
 
 
 class _Fingerprint:
@@ -696,43 +703,24 @@ class _Fingerprint:
 
 def _verify(folder: Path) -> DataInfo:
     """Read a written set back and compare it with its description; RuntimeError when they disagree."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
     from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
 
     info = load_info(folder)
-    files = sorted((folder / "data").glob("*/*.parquet"))
-    keys = (STATE_KEY, ACTION_KEY, "episode_index", "task_index")
-    table = pa.concat_tables([pq.read_table(path, columns=list(keys)) for path in files])
     meta = LeRobotDatasetMetadata(info.name, root=folder)
-    if (meta.total_episodes, meta.total_frames, table.num_rows) != (info.episodes, info.frames, info.frames):
+    if (meta.total_episodes, meta.total_frames) != (info.episodes, info.frames):
         raise RuntimeError(
             f"{folder}: wrote {info.episodes} episodes and {info.frames} frames, "
-            f"read back {meta.total_episodes} and {meta.total_frames} ({table.num_rows} rows)."
+            f"read back {meta.total_episodes} and {meta.total_frames}."
         )
     written = {str(sentence): int(row["task_index"]) for sentence, row in meta.tasks.iterrows()}
     if written != {t.instruction: t.task_index for t in info.tasks}:
         raise RuntimeError(f"{folder}: LeRobot numbered the tasks differently: {written}.")
-    digests = _image_digests(files, cameras(info.env_type), info.episodes)
-    columns = [np.asarray(table[key].to_pylist()) for key in keys]
-    if fingerprint_with_images(fingerprint(*columns), digests) != info.fingerprint:
+    if contents(folder, info.env_type, info.episodes) != info.fingerprint:
         raise RuntimeError(f"{folder}: the frames read back are not those written.")
+    problem = damage(info, full=True)
+    if problem is not None:
+        raise RuntimeError(f"{folder}: {problem}.")
     return info
-
-
-def _image_digests(files: list[Path], seen: list[str], episodes: int) -> list[str]:
-    """The sha256 of every episode's pixels, a camera after the other, read from a set's parquet files."""
-    import pyarrow.parquet as pq
-
-    if not seen:
-        return []
-    hashes = [[hashlib.sha256() for _ in seen] for _ in range(episodes)]
-    for path in files:
-        for rows in pq.ParquetFile(path).iter_batches(batch_size=32, columns=["episode_index", *seen]):
-            for row in rows.to_pylist():
-                for camera, digest in zip(seen, hashes[row["episode_index"]], strict=True):
-                    digest.update(decoded(row[camera]["bytes"]).tobytes())
-    return [digest.hexdigest() for of_episode in hashes for digest in of_episode]
 
 
 def _say(progress: bool, line: str) -> None:

@@ -6,8 +6,9 @@ Nothing is fetched unless a configuration names a `repo_id`.
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -26,6 +27,7 @@ from clbench.data.lerobot_set import (
     read_set,
 )
 from clbench.data.matching import match_tasks, named_tasks
+from clbench.data.verify import check_made
 from clbench.envs.base import (
     STATE_KEY,
     action_size,
@@ -122,7 +124,8 @@ def open_data(
         stream: the stream's name, quoted for a shell, for messages: `clbench data make STREAM` makes its data.
         key: where `settings` stand in the configuration, for messages.
         depth: how far to go. all: fetch what is missing of a hub's set. size: only say, on stderr, how much that would
-            be, and return without a fingerprint. meta: read, and fetch, nothing but what the set says of itself.
+            be, and return without a fingerprint. meta: read, and fetch, nothing but what the set says of itself. A set
+            that clbench made is compared with its sums as far as that is cheap, but for meta.
 
     Raises:
         NoData: there is no data set.
@@ -136,7 +139,7 @@ def open_data(
         for name in ("rename", "instructions"):
             if getattr(settings, name):
                 raise UserError(f"{key}.{name} is for data sets that clbench did not make; {root} is one that it made.")
-        return _made(root, names, settings, key)
+        return _made(root, names, settings, key, stream, depth)
     if not has_set(root):
         if (root / "meta").is_dir():
             raise UserError(f"{root} is no whole data set: it has no {INFO}. {_remedy(root)}")
@@ -159,8 +162,12 @@ def _remedy(root: Path) -> str:
     return f"Copy the whole set into {root} again, or take another one."
 
 
-def _made(root: Path, names: Sequence[str], settings: DataSettings, key: str) -> DataSource:
+def _made(
+    root: Path, names: Sequence[str], settings: DataSettings, key: str, stream: str, depth: Depth
+) -> DataSource:
     info = load_info(root)
+    if depth != "meta":
+        check_made(info, stream)
     left_out: dict[int, int] = {}  # episode → frames
     if settings.exclude_episodes:
         found = read_set(root, _remedy(root))
@@ -196,6 +203,15 @@ def _excluded(found: LeRobotSet, settings: DataSettings, key: str) -> frozenset[
 def _left_out(episodes: Collection[int]) -> dict[str, list[int]]:
     """For the manifest."""
     return {"episodes_excluded": sorted(episodes)} if episodes else {}
+
+
+def check_every_byte(root: Path, description: Mapping[str, Any], stream: str) -> None:
+    """Compare all of a set that clbench made with its sums, which of a large one takes a while; UserError for damage.
+
+    `description`: as in a `DataSource`. A set that clbench did not make has no sums.
+    """
+    if description["kind"] == "made":
+        check_made(load_info(root), shlex.quote(stream), full=True)
 
 
 def _episodes(tasks: dict[str, TaskData]) -> int:

@@ -34,7 +34,7 @@ from clbench.checkpoints.training_state import StateKeeper
 from clbench.checkpoints.whole import DESCRIPTION, damage, write_whole
 from clbench.config.schema import Config, TrainConfig
 from clbench.data.frames import StreamFrames, all_names
-from clbench.data.source import DataSource, fps_note
+from clbench.data.source import DataSource, check_every_byte, fps_note
 from clbench.envs.base import cameras
 from clbench.errors import Interrupted, UserError
 from clbench.io import read_json, write_json
@@ -273,6 +273,8 @@ def _pretrain(
     progress: str,
 ) -> None:
     start = time.monotonic()
+    if backend.is_main:
+        check_every_byte(data.root, data.description, config.dataset.name)
     temporary = _unfinished(folder)
     p = config.pretrain
     train = TrainConfig(

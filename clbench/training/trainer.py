@@ -36,7 +36,7 @@ from clbench.checkpoints.whole import DESCRIPTION
 from clbench.config.compose import to_yaml
 from clbench.config.schema import Config, LogConfig
 from clbench.data.frames import StreamFrames
-from clbench.data.source import fps_note
+from clbench.data.source import check_every_byte, fps_note
 from clbench.envs.base import check_other_python
 from clbench.errors import Interrupted, UserError, nearest
 from clbench.io import read_json, write_text
@@ -96,6 +96,8 @@ def train(
             found = _position(folder, keeper) if backend.is_main else Position()
         told = backend.tell([found.k, str(found.source or ""), found.phase, found.step])
         position = Position(told[0], Path(told[1]) if told[1] else None, told[2], told[3])
+        if backend.is_main and position != Position():
+            check_every_byte(stream.columns[0].root, stream.data, config.dataset.name)
         changed = {} if position == Position() else _changes(folder, config, stream, allow_change)
         backend.barrier()  # every rank has read what rank 0 now writes anew
         if note := fps_note(stream.data):

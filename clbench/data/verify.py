@@ -1,0 +1,111 @@
+"""Whether a data set that clbench made still holds what was made.
+
+Its description (meta/clbench.json) has size and sha256 of every file. At each start all sizes are compared, and the
+sums of as many files as START_BYTES hold, the smallest first: of sets on states those are all. `full` compares every
+byte, whatever it costs. A set of an earlier version has no sums but its fingerprint: it is computed anew, at each start
+where that takes no images and no more than START_BYTES.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from clbench.data.info import INFO_FILE, DataInfo, fingerprint, fingerprint_with_images
+from clbench.data.lerobot_set import read_columns
+from clbench.envs.base import STATE_KEY, action_size, cameras, state_size
+from clbench.errors import UserError
+from clbench.io import sha256
+
+ACTION_KEY = "action"
+START_BYTES = 32 * 2**20  # a tenth of a second or two
+_compared: dict[Path, tuple[int, int, str]] = {}  # in this process: file → size, time of change, sum
+
+
+def check_made(info: DataInfo, stream: str, full: bool = False) -> None:
+    """Raise UserError where a set is not what was made. `stream`: what `clbench data make` makes it for."""
+    problem = damage(info, full)
+    if problem is not None:
+        raise UserError(
+            f"the data set in {info.root} is damaged: {problem}. Make it again, with the overrides that it was made "
+            f"with: clbench data make --force {stream}"
+        )
+
+
+def damage(info: DataInfo, full: bool = False) -> str | None:
+    """What is not as it was made, or None."""
+    try:
+        return _other_contents(info, full) if info.files is None else _other_files(info, info.files, full)
+    except OSError as e:
+        return f"{e.filename or 'a file'} cannot be read: {e.strerror or e}"
+
+
+def file_sums(root: Path) -> dict[str, tuple[int, str]]:
+    """Path below `root` → bytes, sha256, of all files but the description."""
+    paths = sorted(p for p in root.rglob("*") if p.is_file() and p != root / INFO_FILE)
+    return {str(p.relative_to(root)): (p.stat().st_size, sha256(p)) for p in paths}
+
+
+def _other_files(info: DataInfo, files: dict[str, tuple[int, str]], full: bool) -> str | None:
+    for name, (size, _) in files.items():
+        path = info.root / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    for path in _tables(info.root):
+        if str(path.relative_to(info.root)) not in files:
+            return f"{path.relative_to(info.root)} does not belong there"
+    left = START_BYTES
+    for name, (size, digest) in sorted(files.items(), key=lambda item: item[1][0]):
+        if size > left and not full:
+            break
+        left -= size
+        path = info.root / name
+        mark = size, path.stat().st_mtime_ns, digest
+        if _compared.get(path) != mark and sha256(path) != digest:
+            return f"{name} was changed"
+        _compared[path] = mark
+    return None
+
+
+def _other_contents(info: DataInfo, full: bool) -> str | None:
+    tables = _tables(info.root)
+    seen = cameras(info.env_type)
+    if not tables or (not full and (seen or sum(p.stat().st_size for p in tables) > START_BYTES)):
+        return None
+    try:
+        same = contents(info.root, info.env_type, info.episodes) == info.fingerprint
+    except (ValueError, KeyError, IndexError, OSError) as e:  # pyarrow's errors
+        return f"its frames cannot be read ({' '.join(str(e).split())[:300]})"
+    return None if same else "its frames are not those that were made"
+
+
+def _tables(root: Path) -> list[Path]:
+    return sorted((root / "data").glob("*/*.parquet"))
+
+
+def contents(root: Path, env_type: str, episodes: int) -> str:
+    """The fingerprint of what a set's files hold."""
+    tables = _tables(root)
+    shapes = {STATE_KEY: (state_size(env_type),), ACTION_KEY: (action_size(env_type),)}
+    columns = read_columns(tables, {**shapes, "episode_index": (), "task_index": ()})
+    return fingerprint_with_images(fingerprint(*columns.values()), _image_digests(tables, cameras(env_type), episodes))
+
+
+def _image_digests(tables: Sequence[Path], seen: Sequence[str], episodes: int) -> list[str]:
+    """The sha256 of every episode's pixels, a camera after the other."""
+    if not seen:
+        return []
+    import pyarrow.parquet as pq
+
+    from clbench.data.episode_images import decoded
+
+    hashes = [[hashlib.sha256() for _ in seen] for _ in range(episodes)]
+    for path in tables:
+        for rows in pq.ParquetFile(path).iter_batches(batch_size=32, columns=["episode_index", *seen]):
+            for row in rows.to_pylist():
+                for camera, digest in zip(seen, hashes[row["episode_index"]], strict=True):
+                    digest.update(decoded(row[camera]["bytes"]).tobytes())
+    return [digest.hexdigest() for of_episode in hashes for digest in of_episode]
