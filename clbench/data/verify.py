@@ -73,8 +73,10 @@ def _other_files(info: DataInfo, files: dict[str, tuple[int, str]], full: bool) 
 def _other_contents(info: DataInfo, full: bool) -> str | None:
     tables = _tables(info.root)
     seen = cameras(info.env_type)
-    if not tables or (not full and (seen or sum(p.stat().st_size for p in tables) > START_BYTES)):
+    if not full and (seen or not tables or sum(p.stat().st_size for p in tables) > START_BYTES):
         return None
+    if not tables:
+        return "there are no frames in it"
     try:
         same = contents(info.root, info.env_type, info.episodes) == info.fingerprint
     except (ValueError, KeyError, IndexError, OSError) as e:  # pyarrow's errors
