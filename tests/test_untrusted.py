@@ -244,6 +244,30 @@ def test_an_experiment_cannot_write_elsewhere(tmp_path: Path) -> None:
             load_experiment(str(path))
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        """overrides: ['log.project="x-\\x24{oc.env:SECRET_OF_MINE}"']""",
+        """algorithms: [{algo: er, overrides: ['log.project="x-\\x24{oc.env:SECRET_OF_MINE}"']}]""",
+        """overrides: ['policy={note: ["\\u0024{oc.env:SECRET_OF_MINE}"]}']""",
+        "overrides:\n- |-\n  log.project=\"x$\\\n  {oc.env:SECRET_OF_MINE}\"",
+        """overrides: ['algorithm.name="\\x24{model}"']""",
+    ],
+)
+def test_an_experiment_cannot_read_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: str
+) -> None:
+    """An override is YAML inside of YAML: what is no reference in the file may be one when it is read again."""
+    from clbench.sweep import load_experiment
+
+    monkeypatch.setenv("SECRET_OF_MINE", "do-not-tell")
+    path = tmp_path / "e.yaml"
+    path.write_text("name: e\n" + ("" if "algorithms" in overrides else "algorithms: [er]\n") + overrides + "\n")
+    with pytest.raises(UserError, match="refers to another value") as e:
+        load_experiment(str(path))
+    assert "do-not-tell" not in str(e.value)
+
+
 # ------------------------------------------------------------------------------------------------ run folders
 
 
