@@ -32,6 +32,7 @@ from clbench.envs.base import (
     make_simulator,
 )
 from clbench.errors import UserError
+from clbench.lock import held
 from clbench.streams.stream import visit_order
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -248,6 +249,14 @@ def test_other_physics_files_only_on_demand(small: Path, tmp_path: Path, capsys:
     (small / "assets/objects/milk.xml").unlink()
     with pytest.raises(UserError, match=r"lacks 1 of the 5 files .*milk.xml.*clbench data assets"):
         libero_assets.installed()
+
+
+def test_what_a_killed_installation_left_is_cleared_away(small: Path, tmp_path: Path) -> None:
+    (small / ".partial-killed" / "source").mkdir(parents=True)
+    libero_assets.install(str(folder(tmp_path / "a", FILES)))
+    assert {p.name for p in small.iterdir()} == {"assets", "assets.json"}
+    with held(small, "installation"), pytest.raises(UserError, match="in use by another installation: process "):
+        libero_assets.install(str(tmp_path / "a"))
 
 
 def test_other_textures_are_told_apart(small: Path, tmp_path: Path) -> None:

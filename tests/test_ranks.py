@@ -284,3 +284,14 @@ def test_a_world_size_that_is_no_number(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setenv("WORLD_SIZE", "two")
     assert main(["train"]) == 2
     assert "WORLD_SIZE=two in the environment is no number of ranks" in capsys.readouterr().err
+
+
+def test_a_lock_that_a_killed_compiler_left_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's compiler waits for such a file for ever: a kill while DeepSpeed compiles would stop every later start."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert backend._left_by_a_compiler() == ""
+    lock = tmp_path / "py312_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    with lock.open("w"):
+        assert backend._left_by_a_compiler() == "", "one compiles"
+    assert backend._left_by_a_compiler().endswith(f"remove it: rm {lock}")

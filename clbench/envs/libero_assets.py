@@ -148,6 +148,8 @@ def install(source: str, accept_differences: bool = False) -> tuple[Path, list[s
     links, devices, too many or too large files), lacks files, or has other physics files and `accept_differences` is
     not set. What was installed before is then as it was.
     """
+    from clbench.lock import held  # here, for other interpreters import this module, but never install
+
     place = root()
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -155,35 +157,46 @@ def install(source: str, accept_differences: bool = False) -> tuple[Path, list[s
     except OSError as e:
         raise UserError(f"cannot write in {place}: {e.strerror}. Set CLBENCH_LIBERO_ROOT to a writable folder.") from e
     try:
-        if source == "hub":
-            found = _download(working / "source")
-        elif Path(source).expanduser().is_dir():
-            found = Path(source).expanduser()
-        else:
-            found = working / "source"
-            _extract(Path(source).expanduser(), found)
-        assets = _find(found, source)
-        changed = differing(assets)
-        if changed and not accept_differences:
-            raise UserError(
-                f"{source}: {len(changed)} files that decide the physics differ from LIBERO's, first {changed[0]}: "
-                "results would not be comparable. Use another source, or --accept-differences."
-            )
-        new = working / "assets"
-        if assets.is_relative_to(working):
-            os.replace(assets, new)
-        else:
-            shutil.copytree(assets, new)
-        digests = physics_digests(new)
-        if (place / "assets").exists():
-            os.replace(place / "assets", working / "replaced")
-        os.replace(new, place / "assets")
-        write_json(place / RECORD, {"source": source, "accepted": {name: digests[name] for name in changed}})
+        with held(place, "installation"):
+            for left in place.glob(".partial-*"):  # of one that was killed
+                if left != working:
+                    shutil.rmtree(left)
+            working.mkdir(exist_ok=True)  # another one may have taken it for left behind
+            changed = _install(source, place, working, accept_differences)
     except OSError as e:
         raise UserError(f"cannot install LIBERO's assets in {place}: {e.strerror or e}.") from e
     finally:
         shutil.rmtree(working, ignore_errors=True)
     return place / "assets", changed
+
+
+def _install(source: str, place: Path, working: Path, accept_differences: bool) -> list[str]:
+    """Install in `place` what `install` says, by way of the folder `working`; returns what differs."""
+    if source == "hub":
+        found = _download(working / "source")
+    elif Path(source).expanduser().is_dir():
+        found = Path(source).expanduser()
+    else:
+        found = working / "source"
+        _extract(Path(source).expanduser(), found)
+    assets = _find(found, source)
+    changed = differing(assets)
+    if changed and not accept_differences:
+        raise UserError(
+            f"{source}: {len(changed)} files that decide the physics differ from LIBERO's, first {changed[0]}: "
+            "results would not be comparable. Use another source, or --accept-differences."
+        )
+    new = working / "assets"
+    if assets.is_relative_to(working):
+        os.replace(assets, new)
+    else:
+        shutil.copytree(assets, new)
+    digests = physics_digests(new)
+    if (place / "assets").exists():
+        os.replace(place / "assets", working / "replaced")
+    os.replace(new, place / "assets")
+    write_json(place / RECORD, {"source": source, "accepted": {name: digests[name] for name in changed}})
+    return changed
 
 
 def _find(folder: Path, source: str) -> Path:

@@ -149,7 +149,7 @@ class Crew:
         else:
             if os.environ.get("CLBENCH_DEBUG"):
                 tell(*message[2].splitlines())
-            raise UserError(f"an evaluation process failed: {message[1]}. Finished episodes are kept.")
+            raise UserError(f"an evaluation process failed: {message[1].rstrip('.')}. Finished episodes are kept.")
 
     def _done(self, w: _Worker) -> None:
         """A job has ended, or its process has: what is left of it becomes a job again."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from clbench.checkpoints.trusted import NOTHING, Trust, trust
 from clbench.envs.remote import SimulatorDied
+from clbench.errors import shortage
 from clbench.stopping import belong_to
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def work(pipe: Any, beat: Beat, settings: Settings) -> None:
             pipe.send(("ready",))
         pool.close()
     except Exception as e:  # noqa: BLE001 (the parent raises it)
-        pipe.send(("error", str(e) or type(e).__name__, traceback.format_exc()))
+        pipe.send(("error", shortage(e) or str(e) or type(e).__name__, traceback.format_exc()))
 
 
 def play(job: Job, settings: Settings, pool: Any, watch: Any = None) -> Any:

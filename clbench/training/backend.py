@@ -17,9 +17,11 @@ import json
 import os
 import re
 import resource
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -410,13 +412,31 @@ def _join(cpu: bool, config: TrainConfig) -> None:
     if not dist.is_initialized():
         _meet(cpu, timeout)
     if config.strategy == "zero2":
-        try:
-            import deepspeed
-        except ImportError as e:
-            raise UserError(
-                f"train.strategy zero2 needs DeepSpeed, which cannot be imported ({e}): install the extra 'deepspeed'."
-            ) from e
-        deepspeed.init_distributed("gloo" if cpu else "nccl", auto_mpi_discovery=False, timeout=timeout)
+        with patience("loading DeepSpeed, which compiles a part of itself the first time", _left_by_a_compiler):
+            try:
+                import deepspeed
+            except ImportError as e:
+                raise UserError(
+                    f"train.strategy zero2 needs DeepSpeed, which cannot be imported ({e}): install the extra "
+                    "'deepspeed'."
+                ) from e
+            backend = "gloo" if cpu else "nccl"
+            deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout)
+
+
+def _left_by_a_compiler() -> str:
+    """What to do when compiling waits for one that was killed: its lock is a file, which nobody removes."""
+    from torch.utils.cpp_extension import get_default_build_root  # it looks for CUDA, and says so
+
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    locks = {str(path.resolve()): path for path in folder.glob("**/lock")}
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*") if locks else ():
+        with suppress(OSError):  # gone by now, or another user's
+            locks.pop(os.readlink(descriptor), None)
+    if not locks:
+        return ""
+    path = next(iter(locks.values()))
+    return f"no process here holds its lock {path}; if none elsewhere compiles, remove it: rm {shlex.quote(str(path))}"
 
 
 def _meet(cpu: bool, timeout: timedelta) -> None:
