@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -25,6 +26,13 @@ LOADING = "loading LeRobot and PyTorch"
 OVERRIDES = "after --: overrides as key=value, e.g. -- train.steps=500 algorithm.expand_threshold=4"
 
 
+def whole(text: str) -> int:
+    """A whole number in decimal digits, for a flag."""
+    if re.fullmatch("[+-]?[0-9]{1,1000}", text) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """Build the argument parser of all commands."""
     p = argparse.ArgumentParser(
@@ -36,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
 
     train = _command(sub, "train", "train a run: one checkpoint per task")
     _axes(train)
-    train.add_argument("--seed", type=int, help="the run's seed (default 0)")
+    train.add_argument("--seed", type=whole, help="the run's seed (default 0)")
     train.add_argument("--run-id", help="name of the run's folder (default MODEL_ALGO_DATASET_sSEED)")
     train.add_argument("--resume", nargs="?", const=True, default=False, metavar="RUN",
                        help="continue a run from its newest whole state; starts it when there is none")  # fmt: skip
@@ -44,10 +52,10 @@ def parser() -> argparse.ArgumentParser:
                        help="with --resume: let this key differ from what the run was started with")  # fmt: skip
     train.add_argument("--init-from", metavar="RUN[:K]", help="start from another run's checkpoint K (default: last)")
     train.add_argument("--gpus", help="a count (0 = CPU), or ids as in 0,1: one process for each")
-    train.add_argument("--nproc", type=int, help="processes on the CPU (default 1)")
+    train.add_argument("--nproc", type=whole, help="processes on the CPU (default 1)")
     train.add_argument("--strategy", choices=("ddp", "zero2"),
                        help="how several processes share the work (default: train.strategy, which is ddp)")  # fmt: skip
-    train.add_argument("--port", type=int, help="port on which the processes meet (default: a free one)")
+    train.add_argument("--port", type=whole, help="port on which the processes meet (default: a free one)")
     _trust(train)
 
     pre = _command(sub, "pretrain", "train and cache the base of a stream, unless it is there")
@@ -56,12 +64,12 @@ def parser() -> argparse.ArgumentParser:
 
     ev = _command(sub, "eval", "evaluate a run: the T×T success matrix, in simulators")
     ev.add_argument("--run-id", required=True, help="the run, by id or folder")
-    ev.add_argument("--trials", type=int, help="episodes per cell (default: the run's eval.episodes)")
+    ev.add_argument("--trials", type=whole, help="episodes per cell (default: the run's eval.episodes)")
     ev.add_argument("--cells", choices=("full", "lower", "last", "diagonal"), help="which cells (default: full)")
     ev.add_argument("--last-only", action="store_true", help="the last checkpoint only, as --cells last")
     ev.add_argument("--base", action="store_true", help="also evaluate the base before the stream")
     ev.add_argument("--random", action="store_true", help="also evaluate uniformly random actions")
-    ev.add_argument("--workers", type=int, help="processes (default: one a core, at most 2)")
+    ev.add_argument("--workers", type=whole, help="processes (default: one a core, at most 2)")
     ev.add_argument("--gpus", help="1 = the policy runs on a GPU, 0 = on the CPU")
     ev.add_argument("--output-base", metavar="DIR", help="write DIR/RUN/eval instead of into the run's folder")
     _trust(ev)
@@ -77,10 +85,10 @@ def parser() -> argparse.ArgumentParser:
     make = _command(kinds, "make", "make the demonstrations of a stream and of its pretraining tasks")
     make.add_argument("name", help="a stream (see: clbench list)")
     make.add_argument("--force", action="store_true", help="replace data made with other settings")
-    make.add_argument("--demos", type=int, help="demonstrations per task (default: the stream's make.demos_per_task)")
+    make.add_argument("--demos", type=whole, help="demonstrations per task (default: the stream's make.demos_per_task)")
     make.add_argument("--state-only", action="store_true",
                       help="states instead of camera images: libero_object means libero_object_state")  # fmt: skip
-    make.add_argument("--workers", type=int, default=2, help="simulator processes (default 2)")
+    make.add_argument("--workers", type=whole, default=2, help="simulator processes (default 2)")
     assets = _command(kinds, "assets", "install the assets that a simulator does not bring along")
     assets.add_argument("name", choices=("libero",), help="the simulator")
     assets.add_argument("--from", dest="source", required=True, metavar="FILE|FOLDER|hub",
@@ -335,7 +343,7 @@ def _gpu_count(gpus: str | None) -> int:
     if gpus is None:
         return 0
     ids = [g for g in gpus.split(",") if g]
-    if not ids or not all(g.isdigit() for g in ids) or len(set(ids)) != len(ids):
+    if not ids or not all(g.isascii() and g.isdigit() for g in ids) or len(set(ids)) != len(ids):
         raise UserError(f"--gpus {gpus} is neither a count nor a list of ids like 0,1.")
     return len(ids) if "," in gpus else int(gpus)
 
@@ -370,10 +378,11 @@ def _init_from(text: str) -> str:
     run, _, k = text.partition(":")
     folder = run_folder(run)
     done = finished_visits(folder)
-    number = int(k) if k.isdigit() else done - 1
+    counted = k.isascii() and k.isdigit()
+    number = int(k) if counted else done - 1
     if not done:
         raise UserError(f"--init-from {text}: run {run} has no checkpoint yet.")
-    if (k and not k.isdigit()) or not 0 <= number < done:
+    if (k and not counted) or not 0 <= number < done:
         raise UserError(f"--init-from {text}: run {run} has checkpoints 0 to {done - 1}.")
     reason = checkpoint_damage(folder, number)
     if reason is not None:
@@ -505,7 +514,9 @@ def _print_data(title: str, data: DataSource, stream: str) -> None:
         show(f"  it says {d['fps']:g} frames a second; the simulator makes {d['simulator_steps_per_second']:g} steps")
     for t in data.tasks.values():
         show(f"  task {t.task_index:3} {len(t.episodes):5} episodes {t.frames:7} frames  {t.name}: {t.text}")
-    show(f"  not used: {d['tasks_unused']} tasks, {d['episodes_unused']} episodes")
+    left_out = d.get("episodes_excluded", [])
+    show(f"  not used: {d['tasks_unused']} tasks, {d['episodes_unused']} episodes"
+         + (f" (with exclude_episodes: {len(left_out)})" if left_out else ""))  # fmt: skip
 
 
 def _assets(args: argparse.Namespace, overrides: list[str]) -> int:

@@ -463,7 +463,7 @@ def test_eval_of_a_damaged_run(refused: Refused, make_run: Callable[..., Path], 
     assert file in refused("eval", "--run-id", "mine")
 
 
-@pytest.mark.parametrize("which", ["9", "-1", "x"])
+@pytest.mark.parametrize("which", ["9", "-1", "x", "²"])
 def test_init_from_a_checkpoint_that_is_not_there(refused: Refused, make_run: Callable[..., Path], which: str) -> None:
     make_run("mine", done=2)
     assert "0 to 1" in refused("train", "--init-from", f"mine:{which}")
@@ -523,6 +523,14 @@ def test_commands_without_overrides(refused: Refused, command: list[str]) -> Non
     assert "overrides" in refused(*command, "--", "a=b")
 
 
+@pytest.mark.parametrize("arguments", [["train", "--seed", "1_0"], ["data", "make", "x", "--demos", "٣"],
+                                       ["metrics", "x", "--bootstrap", "1_000"]], ids=" ".join)  # fmt: skip
+def test_numbers_of_flags_are_decimal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert f"{arguments[-1]!r} is no whole number" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------- processes, sweeps
 
 
@@ -532,6 +540,7 @@ def test_commands_without_overrides(refused: Refused, command: list[str]) -> Non
         (["--nproc", "0"], "at least 1"),
         (["--gpus", "one"], "neither a count nor a list"),
         (["--gpus", "1,1"], "neither a count nor a list"),
+        (["--gpus", "²"], "neither a count nor a list"),
         (["--gpus", "2", "--nproc", "2"], "--gpus alone says"),
         (["--strategy", "zero2"], "zero2 needs several processes"),
         (["--nproc", "3"], "cannot be shared equally by 3 processes"),

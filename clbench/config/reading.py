@@ -123,13 +123,6 @@ def plain(text: str) -> Any:
     return text
 
 
-def whole_number(text: str) -> int:
-    """A decimal whole number, for a flag of the command line; ValueError for anything else."""
-    if WHOLE.fullmatch(text) is None or len(text) > 1000:
-        raise ValueError(f"{clip(text, 100)!r} is no whole number")
-    return int(text)
-
-
 def fit(value: Any, hint: Any, key: str) -> Any:
     """What `plain` read, for a key whose type is known now; raises UserError where it cannot be of that type.
 

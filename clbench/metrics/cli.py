@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from clbench.cli import whole
 from clbench.errors import UserError
 from clbench.evaluation.records import TEST
 from clbench.metrics.compute import compute_metrics, wilson
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--assume-zero-base", action="store_true", help="fwt_gem: success before any learning is 0 if unknown"
     )
-    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamplings (0: none)")
+    parser.add_argument("--bootstrap", type=whole, default=1000, metavar="N", help="resamplings (0: none)")
     parser.add_argument(
         "--at-end", action="store_true", help="count success in the last state, not success at any time"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from clbench.cli import whole
 from clbench.evaluation.records import TEST, VALIDATION
 from clbench.metrics.cli import default_run
 from clbench.report.build import build_report
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split", choices=(TEST, VALIDATION), default=TEST, help="which episodes (default: those of the test)"
     )
-    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamplings (0: none)")
+    parser.add_argument("--bootstrap", type=whole, default=1000, metavar="N", help="resamplings (0: none)")
 
 
 def run(args: argparse.Namespace) -> int:
