@@ -584,8 +584,8 @@ STEPS: list[tuple[str, dict[str, Any], str]] = [
      "has no step"),
     ("tokenizer_processor", {"tokenizer_name": "someone/tokenizer"}, "has no step"),
     ("reward_classifier_processor", {"pretrained_path": "HERE"}, "has no step"),
-    ("clbench_hashed_words", {"max_words": 10**9}, "not made with 'max_words'"),
-    ("device_processor", {"device": "cpu", "tokenizer_name": "HERE"}, "not made with 'tokenizer_name'"),
+    ("clbench_hashed_words", {"max_words": 10**9}, "with 'max_words' = 1000000000"),
+    ("device_processor", {"device": "cpu", "tokenizer_name": "HERE"}, "with 'tokenizer_name' = "),
 ]  # fmt: skip
 
 

@@ -233,13 +233,13 @@ def check_steps(config: Any, folder: Path, pipelines: dict[Path, list[dict[str, 
         for step in steps:
             name, settings = step["registry_name"], step.get("config", {})
             if name not in own:
-                what = f"{file}: a {config.type!r} policy has no step {name!r}, and only its own are built from a file."
+                what = f"{file}: policy type {config.type!r} has no step {name!r}; only its own are built from a file."
                 _unless_trusted(folder, what)
             if not isinstance(settings, dict):
                 raise UserError(f"{file}: the settings of step {name!r} are no object.")
             for key, value in settings.items():
                 if key not in FREE_SETTINGS.get(name, ()) and all(value != s.get(key, ...) for s in own[name]):
-                    what = f"{file}: a {config.type!r} policy's step {name!r} is not made with {key!r} = {value!r:.80}."
+                    what = f"{file}: policy type {config.type!r} has no step {name!r} with {key!r} = {value!r:.80}."
                     _unless_trusted(folder, what)
 
 
