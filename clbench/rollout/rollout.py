@@ -6,6 +6,7 @@ whose episode ended a new one. Simulators are kept from episode to episode (`Sim
 
 from __future__ import annotations
 
+import ctypes
 import math
 import time
 from collections import Counter, deque
@@ -71,11 +72,19 @@ class SimulatorPool:
         self._idle.append((repr(sorted(spec.items())), simulator))
         while self._max_idle is not None and len(self._idle) > self._max_idle:
             self._idle.pop(0)[1].close()
+            _return_memory()
 
     def close(self) -> None:
         for _, simulator in self._idle:
             simulator.close()
         self._idle.clear()
+
+
+def _return_memory() -> None:
+    """Have the C library give freed memory back: between what simulators leave in it, the next ones do not fit."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others do so themselves
+    if trim is not None:
+        trim(0)
 
 
 class Watch:
