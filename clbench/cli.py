@@ -622,5 +622,7 @@ def _sweep(args: argparse.Namespace, overrides: list[str]) -> int:
     return run_sweep(args.experiment, dry_run=args.dry_run, trust=args.trust)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # as launchers of ranks start it: first on the path is where that was
+    if not sys.flags.safe_path and sys.path[0] == os.getcwd() and not Path(sys.path[0], "clbench").is_dir():
+        del sys.path[0]  # a user's datasets.py there must not hide the package of that name
     sys.exit(main())

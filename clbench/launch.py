@@ -10,17 +10,16 @@ import errno
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from types import FrameType
 
 from clbench.errors import LOST_EXIT, RESUME_EXIT, UserError
+from clbench.processes import Child, start_command
+from clbench.stopping import how_ended
 from clbench.terminal import tell
 
 EXPECTED_RANKS = "CLBENCH_RANKS"  # how many processes there must be; read by training/backend.py
-LAUNCHER = "CLBENCH_LAUNCHER"  # the process that started the ranks: without it they stop
 GRACE_S = 10.0  # between asking the other ranks to end and ending them
 SETTLE_S = 3.0  # from when ranks say that another one is gone, for that one to have ended
 
@@ -67,10 +66,9 @@ def launch(arguments: Sequence[str], ranks: int, port: int | None = None) -> int
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port or free_port()),
         EXPECTED_RANKS: str(ranks),
-        LAUNCHER: str(os.getpid()),
     }
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
-    processes: list[subprocess.Popen[bytes]] = []
+    processes: list[Child] = []
     signals: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -85,17 +83,16 @@ def launch(arguments: Sequence[str], ranks: int, port: int | None = None) -> int
             if signals:
                 break
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            environment = {"OMP_NUM_THREADS": threads, **os.environ, **shared, **own}
-            command = [sys.executable, "-m", "clbench.cli", *arguments]
+            environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads), **shared, **own}
             # A session of their own: a signal reaches them once, through `forward`, and not from the terminal as well.
-            processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
+            processes.append(start_command(arguments, env=environment, session=True))
         return _wait(processes, signals) if len(processes) == ranks else _end(processes)
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]], signals: Sequence[int]) -> int:
+def _wait(processes: Sequence[Child], signals: Sequence[int]) -> int:
     """Wait for all; when one fails, end the others, which would wait for it in vain.
 
     A rank that a passed-on signal ended before it could listen has lost nothing: that counts as stopped.
@@ -120,24 +117,20 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], signals: Sequence[int]) 
 
 def _blame(rank: int, code: int, codes: Sequence[int | None]) -> str:
     """Say which rank ended the run, and how: `rank` with status `code`, or one that still runs and does not answer."""
-    from clbench.stopping import how_ended  # which imports this module
-
     if code == LOST_EXIT:
         hung = [str(r) for r, c in enumerate(codes) if c is None]
         return f"rank {', '.join(hung)} did not answer" if hung else "the ranks lost each other"
     return f"rank {rank} {how_ended(code) if code < 0 else f'failed (exit status {code})'}"
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+def _end(processes: Sequence[Child]) -> int:
     """End all that still run, and wait for them."""
     for p in processes:
         if p.poll() is None:
             p.terminate()
     deadline = time.monotonic() + GRACE_S
     for p in processes:
-        try:
-            p.wait(timeout=max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
+        if p.wait(max(0.1, deadline - time.monotonic())) is None:
             p.kill()
             p.wait()
     return RESUME_EXIT

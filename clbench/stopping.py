@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from types import FrameType
 
 from clbench.errors import Interrupted
-from clbench.launch import LAUNCHER
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
@@ -20,19 +19,16 @@ SAME_S = 0.5  # signals so close together are one request: terminals and launche
 
 
 class Stop:
-    """Whether a signal asked to stop, or what started this process as a rank has ended."""
+    """Whether a signal asked to stop. The kernel sends one, too, when what started it has ended (processes.py)."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self._since = 0.0
-        self._launcher = int(os.environ.get(LAUNCHER, "0"))
 
     @property
     def reason(self) -> str:
         """Why to stop, or ""."""
-        if self.signal is not None:
-            return self.signal.name
-        return "the end of what started the ranks" if self._launcher and os.getppid() != self._launcher else ""
+        return "" if self.signal is None else self.signal.name
 
     def note(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal: note the first, let a later one end the process at once."""

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
+import tempfile
 import time
 import unicodedata
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from clbench.config.compose import compose, load_yaml
 from clbench.config.schema import Config
@@ -30,7 +30,9 @@ from clbench.evaluation.records import eval_folder
 from clbench.io import read_json
 from clbench.lock import held
 from clbench.paths import CONFIG_ROOT, results_root
+from clbench.processes import Child, server, start_command
 from clbench.registry import algorithm_names
+from clbench.slots import VARIABLE, Slots
 from clbench.stopping import Stop, stoppable
 from clbench.terminal import printable
 
@@ -167,18 +169,19 @@ def _run_sweep(name: str, dry_run: bool, trust: Sequence[str], stop: Stop, stack
         return 0
     logs = results_root() / "sweeps" / experiment.name
     stack.enter_context(held(logs, "sweep"))  # two of one experiment would train the same runs
+    failed: list[str] = []
     if left:
         print(f"runs → {results_root()}, their output → {logs}", flush=True)
-    # The base is shared: it is made before runs race for it.
-    base = ("pretrain", *_axes(experiment), *_trusting(trust), "--", *experiment.overrides)
-    if left and not _call(base, logs / "pretrain.log", stop):
-        stop.check(KEPT)
-        print(f"failed: the base; see {logs / 'pretrain.log'}", file=sys.stderr)
-        return 1
-    with ThreadPoolExecutor(max_workers=max(1, experiment.parallel)) as pool:
-        results = list(pool.map(lambda r: _one(r, logs, experiment.parallel, trust, stop), left))
-    stop.check(KEPT)
-    failed = [r.run_id for r, ok in zip(left, results, strict=True) if not ok]
+        # The base is shared: it is made before runs race for it, with all cores.
+        base = _Job("pretrain", ("pretrain", *_axes(experiment), *_trusting(trust), "--", *experiment.overrides),
+                    logs / "pretrain.log")  # fmt: skip
+        _play([base], 1, logs, stop)
+        if base.status:
+            print(f"failed: the base; see {base.log}", file=sys.stderr)
+            return 1
+        jobs = _jobs(left, logs, experiment.parallel, trust)
+        _play(jobs, max(1, experiment.parallel), logs, stop)
+        failed = list(dict.fromkeys(job.name for job in jobs if job.status))
     for run_id in failed:
         print(f"failed: {run_id}; see {logs / run_id}.log", file=sys.stderr)
     done = [r.run_id for r in runs if finished(r)]
@@ -195,48 +198,115 @@ def _run_sweep(name: str, dry_run: bool, trust: Sequence[str], stop: Stop, stack
     return 1 if failed else 0
 
 
-def _trusting(names: Sequence[str], run_id: str | None = None) -> tuple[str, ...]:
-    own = [run_id] if names and run_id is not None and (results_root() / run_id).is_dir() else []
-    return tuple(f"--trust={name}" for name in [*names, *own])
+def _trusting(names: Sequence[str], *more: str) -> tuple[str, ...]:
+    return tuple(f"--trust={name}" for name in [*names, *more]) if names else ()
 
 
-def _one(run: Run, logs: Path, parallel: int, trust: Sequence[str], stop: Stop) -> bool:
-    began = time.monotonic()
-    log = logs / f"{run.run_id}.log"
-    ok = _call(("train", *_trusting(trust, run.run_id), *run.train), log, stop)
-    workers = ("--workers", "1") if parallel > 1 else ()
-    ok = ok and _call(("eval", *_trusting(trust, run.run_id), "--run-id", run.run_id, *workers), log, stop)
-    if stop.signal is not None:
-        return False
-    print(f"{'done' if ok else 'FAILED'}: {run.run_id} in {(time.monotonic() - began) / 60:.1f} min", flush=True)
-    return ok
+@dataclass
+class _Job:
+    """One command of a sweep. It waits for `after`; `status` is its exit status once it has ended.
 
-
-def _call(arguments: Sequence[str], log: Path, stop: Stop) -> bool:
-    """Run one clbench command with its output in `log`; says now and then how far it is.
-
-    Asked to stop, it asks the command to, waits for it, and returns False.
+    `order`: jobs with smaller ones are started first.
     """
-    if stop.signal is not None:
-        return False
-    with log.open("a", encoding="utf-8") as f:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "clbench.cli", *arguments], stdout=f, stderr=subprocess.STDOUT
-        )
-    said, asked, told = "", time.monotonic(), False
-    while process.poll() is None:
-        time.sleep(0.2)
-        if stop.signal is not None and not told:
-            process.terminate()
-            told = True
-        if time.monotonic() - asked >= PROGRESS_SECONDS:
-            asked, line = time.monotonic(), _last_line(log)
-            if line and line != said:
-                print(f"  {log.stem}: {line}", flush=True)
-                said = line
-    if process.returncode in (130, RESUME_EXIT):  # it was asked by someone else, or by the terminal
-        stop.signal = stop.signal or signal.SIGTERM
-    return process.returncode == 0
+
+    name: str
+    arguments: tuple[str, ...]
+    log: Path
+    after: _Job | None = None
+    order: tuple[float, ...] = ()
+    process: Child | None = None
+    status: int | None = None
+    began: float = 0.0
+    said: str = ""
+
+
+def _jobs(runs: Sequence[Run], logs: Path, parallel: int, trust: Sequence[str] = ()) -> list[_Job]:
+    """Each run's training and, after it, its evaluation.
+
+    One seed of everything comes before the next. Of a seed, trainings come first, the longest of them first; for the
+    evaluations, which can be shared among slots, fill what is left (slots.py).
+    """
+    found = []
+    seeds = list(dict.fromkeys(r.config.seed for r in runs))
+    workers = ("--workers", "1") if parallel > 1 else ()
+    for r in runs:
+        log, seed = logs / f"{r.run_id}.log", seeds.index(r.config.seed)
+        own = [r.run_id] if (results_root() / r.run_id).is_dir() else []
+        train = _Job(r.run_id, ("train", *_trusting(trust, *own), *r.train), log, order=(seed, 0, -_steps(r.config)))
+        arguments = ("eval", *_trusting(trust, r.run_id), "--run-id", r.run_id, *workers)
+        found += [train, _Job(r.run_id, arguments, log, train, (seed, 1))]
+    return found
+
+
+def _steps(config: Config) -> float:
+    """How long a training takes compared with others: its steps per task, those of an algorithm's own phases too."""
+    own = [v for k, v in config.algorithm.items() if k.endswith("steps") and isinstance(v, int)]
+    return config.train.steps + sum(own)
+
+
+def _play(jobs: Sequence[_Job], parallel: int, logs: Path, stop: Stop) -> None:
+    """Run all jobs, `parallel` of them at once; what comes after a failed one is left out.
+
+    Asked to stop, it asks the commands to, waits for them, and raises Interrupted.
+    """
+    server()
+    with tempfile.TemporaryDirectory(prefix=".slots-", dir=logs) as folder:
+        slots = Slots(Path(folder), parallel)
+        held = {id(slot): slot for slot in iter(slots.take, None)}
+        using: dict[int, tuple[_Job, IO[bytes] | None]] = {}
+        todo, asked, told = sorted(jobs, key=lambda j: j.order), time.monotonic(), False
+        while todo or using:
+            for n, (job, slot) in list(using.items()):
+                assert job.process is not None
+                job.status = job.process.poll()
+                if job.status is None:
+                    continue
+                del using[n]
+                if slot is not None:
+                    held[id(slot)] = slot
+                if job.status in (130, RESUME_EXIT):  # asked by someone else, or by the terminal
+                    stop.signal = stop.signal or signal.SIGTERM
+                _tell_end(job, jobs, stop)
+            if stop.signal is not None and not told:
+                for job, _ in using.values():
+                    assert job.process is not None
+                    job.process.terminate()
+                told, todo = True, []
+            todo = [j for j in todo if j.after is None or not j.after.status]  # 0 or None
+            ready = [j for j in todo if j.after is None or j.after.status == 0]
+            for job in ready[: parallel - len(using)]:
+                todo.remove(job)
+                slot = held.pop(next(iter(held))) if held else slots.take()
+                with job.log.open("a", encoding="utf-8") as log:
+                    job.process = start_command(job.arguments, log=log, env={VARIABLE: folder})
+                job.began = job.began or time.monotonic()
+                using[id(job)] = job, slot
+            if not any(j.after is None or j.after.status == 0 for j in todo):
+                for free in held.values():  # for the evaluations that are under way
+                    free.close()
+                held.clear()
+            if time.monotonic() - asked >= PROGRESS_SECONDS:
+                asked = time.monotonic()
+                _tell_progress([job for job, _ in using.values()])
+            time.sleep(0.1)
+        stop.check(KEPT)
+
+
+def _tell_end(job: _Job, jobs: Sequence[_Job], stop: Stop) -> None:
+    """Say that a run has ended: after its last command, or one that failed."""
+    last = not any(j.after is job for j in jobs)
+    if len(jobs) > 1 and stop.signal is None and (last or job.status):
+        first = job if job.after is None else job.after
+        minutes = (time.monotonic() - first.began) / 60
+        print(f"{'FAILED' if job.status else 'done'}: {job.name} in {minutes:.1f} min", flush=True)
+
+
+def _tell_progress(jobs: Sequence[_Job]) -> None:
+    for job in jobs:
+        line = _last_line(job.log)
+        if line and line != job.said:
+            print(f"  {job.name}: {line}", flush=True)
+            job.said = line
 
 
 def _last_line(log: Path) -> str:

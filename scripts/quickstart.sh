@@ -28,6 +28,6 @@ clbench_bootstrap
 cd "$CLBENCH_ROOT"
 
 echo "== 1/2 demonstrations (Meta-World's scripted experts in MuJoCo) =="
-"$CLBENCH_PYTHON" -m clbench.cli data make metaworld_quick
+"$CLBENCH_PYTHON" -P -m clbench.cli data make metaworld_quick
 echo "== 2/2 base, training, evaluation, report =="
-"$CLBENCH_PYTHON" -m clbench.cli sweep "$experiment"
+"$CLBENCH_PYTHON" -P -m clbench.cli sweep "$experiment"

@@ -37,4 +37,4 @@ done
 # shellcheck source=scripts/bootstrap.sh
 source "$(dirname "${BASH_SOURCE[0]}")/bootstrap.sh"
 clbench_bootstrap
-exec "$CLBENCH_PYTHON" -m clbench.cli eval "$@"
+exec "$CLBENCH_PYTHON" -P -m clbench.cli eval "$@"

@@ -39,4 +39,4 @@ done
 # shellcheck source=scripts/bootstrap.sh
 source "$(dirname "${BASH_SOURCE[0]}")/bootstrap.sh"
 clbench_bootstrap
-exec "$CLBENCH_PYTHON" -m clbench.cli train "$@"
+exec "$CLBENCH_PYTHON" -P -m clbench.cli train "$@"

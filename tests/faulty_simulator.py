@@ -2,8 +2,8 @@
 
 $FAULTS names a folder. A file TASK-EPISODE in it makes that episode (counted from the evaluation range's start) fail in
 a step, TASK-make the task's building: it holds what happens (raise, die, exit, hang; reset-raise, … for its reset) and
-how often: "raise 2". Evaluation processes import the main module, this one, and so have both as well; that policy
-spares them the seconds that importing LeRobot takes.
+how often: "raise 2". Evaluation processes are forked from this one, and so have both as well; that policy spares them
+the seconds that importing LeRobot takes.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from clbench import processes
 from clbench.envs import base, metaworld
 from clbench.envs.base import EVAL_SEED_BASE, STATE_KEY, Observation, Step
 from clbench.errors import UserError
@@ -112,6 +113,7 @@ def actors(job: worker.Job, settings: worker.Settings) -> Iterator[Any]:
 if __name__ in ("__main__", "__mp_main__"):  # the evaluation and its processes
     base.BACKENDS["metaworld"] = "tests.faulty_simulator"
     worker._actors = actors
+    processes.HEAVY = ()  # they would not be used
 
 if __name__ == "__main__":
     from clbench.cli import main

@@ -126,21 +126,19 @@ def wait_for(condition: Any, what: str, seconds: float = 40.0) -> None:
 
 
 def children(process: subprocess.Popen[str]) -> list[int]:
-    """Its evaluation processes (multiprocessing's resource tracker is another child)."""
-    found = []
-    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
-            found.append(int(pid))
-    return found
+    """Its evaluation processes: the children of its only child, which forks them."""
+    return [worker for server in _children(process.pid) for worker in _children(server)]
+
+
+def _children(pid: int) -> list[int]:
+    with contextlib.suppress(OSError):  # it has just ended, and they with it
+        return [int(p) for t in Path(f"/proc/{pid}/task").iterdir() for p in (t / "children").read_text().split()]
+    return []
 
 
 def simulators_of(workers: Sequence[int]) -> list[int]:
     """The processes that have the simulators of evaluation processes."""
-    found = []
-    for pid in workers:
-        with contextlib.suppress(OSError):  # it has just ended, and they with it
-            found += [p for t in Path(f"/proc/{pid}/task").iterdir() for p in (t / "children").read_text().split()]
-    return [int(p) for p in found]
+    return [simulators for worker in workers for simulators in _children(worker)]
 
 
 def ended(pids: Sequence[int]) -> bool:

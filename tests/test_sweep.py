@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import signal
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +14,12 @@ import yaml
 from clbench import cli, sweep
 from clbench.config.compose import to_dict, to_yaml
 from clbench.config.schema import Config
-from clbench.errors import UserError
+from clbench.errors import Interrupted, UserError
 from clbench.io import write_json, write_text
 from clbench.lock import held
 from clbench.paths import results_root
+from clbench.slots import Slots
+from clbench.stopping import Stop
 
 
 def experiment(path: Path, text: str = "") -> str:
@@ -135,17 +138,116 @@ def test_its_commands_trust_what_the_sweep_does_and_its_own_runs(
     _, (run,) = sweep.load_experiment(str(file))
     commands: list[tuple[str, list[str]]] = []
 
-    def call(arguments: Sequence[str], log: Path, stop: object) -> bool:
+    def start(arguments: Sequence[str], log: object, env: object) -> Command:
         before_overrides = [*arguments, "--"].index("--")
         commands.append((arguments[0], cli.parser().parse_args(arguments[:before_overrides]).trust))
         if arguments[0] == "train":
             (tmp_path / "results" / run.run_id).mkdir(exist_ok=True)
-        return True
+        command = Command(tuple(arguments))
+        command.status = 0
+        return command
 
-    monkeypatch.setattr(sweep, "_call", call)
+    monkeypatch.setattr(sweep, "start_command", start)
+    monkeypatch.setattr(sweep, "server", lambda: None)
     assert sweep.run_sweep(str(file), trust=["smolvla"]) == 0
     own = ["smolvla", run.run_id]
     assert commands == [("pretrain", ["smolvla"]), ("train", ["smolvla"]), ("eval", own)]
     commands.clear()
     assert sweep.run_sweep(str(file), trust=["smolvla"]) == 0
     assert commands[1:] == [("train", own), ("eval", own)]
+
+
+class Command:
+    """What stands for a process: it ends when it is told to."""
+
+    def __init__(self, arguments: tuple[str, ...]) -> None:
+        self.arguments, self.status, self.asked = arguments, None, False
+
+    def poll(self) -> int | None:
+        return self.status
+
+    def terminate(self) -> None:
+        self.asked, self.status = True, 75
+
+
+def play(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[[Command, list[Command]], int | None], **keys: object
+) -> tuple[list[str], list[sweep._Job]]:
+    """Play a sweep of commands that end as `run` says; returns them in the order of their start, and the jobs."""
+    _, runs = sweep.load_experiment(experiment(tmp_path, "parallel: 2"))
+    started: list[Command] = []
+
+    def start(arguments: tuple[str, ...], log: object, env: object) -> Command:
+        started.append(Command(arguments))
+        return started[-1]
+
+    def pause(seconds: float) -> None:
+        for command in started:
+            if command.status is None:
+                command.status = run(command, started)
+
+    monkeypatch.setattr(sweep, "start_command", start)
+    monkeypatch.setattr(sweep, "server", lambda: None)
+    monkeypatch.setattr(sweep.time, "sleep", pause)
+    jobs = sweep._jobs(runs, tmp_path, 2)
+    sweep._play(jobs, 2, tmp_path, keys.get("stop") or Stop())  # type: ignore[arg-type]
+    return [named(c) for c in started], jobs
+
+
+def named(command: Command) -> str:
+    return command.arguments[0] + " " + command.arguments[command.arguments.index("--run-id") + 1]
+
+
+def test_trainings_of_a_seed_come_before_its_evaluations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation after its training, both of a seed before those of the next; never more than two at once."""
+
+    def run(command: Command, started: list[Command]) -> int | None:
+        assert sum(c.status is None for c in started) <= 2
+        return 0
+
+    order, jobs = play(tmp_path, monkeypatch, run)
+    assert len(order) == 8 and all(j.status == 0 for j in jobs)
+    assert [o[-2:] for o in order] == ["s0"] * 4 + ["s1"] * 4
+    assert [o.split()[0] for o in order[:4]] == ["train", "train", "eval", "eval"]
+
+
+def test_the_longest_training_is_started_first() -> None:
+    short, long = Config(algorithm={"name": "a"}), Config(algorithm={"name": "b", "discriminator_steps": 400})
+    jobs = sweep._jobs([sweep.Run("short", (), short), sweep.Run("long", (), long)], Path(), 2)
+    assert [j.name for j in sorted(jobs, key=lambda j: j.order)][:2] == ["long", "short"]
+
+
+def test_what_comes_after_a_failed_training_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order, jobs = play(tmp_path, monkeypatch, lambda c, _: 2 if named(c) == "train mine_seqfft_s0" else 0)
+    assert "eval mine_seqfft_s0" not in order and len(order) == 7
+    assert {j.name for j in jobs if j.status} == {"mine_seqfft_s0"}
+
+
+def test_asked_to_stop_it_asks_its_commands_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop, seen = Stop(), []
+
+    def run(command: Command, started: list[Command]) -> int | None:
+        stop.signal = signal.SIGTERM
+        seen[:] = started
+        return None
+
+    with pytest.raises(Interrupted, match="What is done is kept"):
+        play(tmp_path, monkeypatch, run, stop=stop)
+    assert len(seen) == 2 and all(c.asked for c in seen)
+
+
+def test_slots_that_nothing_is_left_for_are_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the last command runs, another process can take the slot beside it."""
+    free: list[bool] = []
+
+    def run(command: Command, started: list[Command]) -> int | None:
+        if len(started) < 8 or sum(c.status is None for c in started) > 1:
+            return 0
+        (folder,) = tmp_path.glob(".slots-*")
+        slot = Slots(folder, 2).take()
+        free.append(slot is not None)
+        return None if len(free) < 2 else 0
+
+    play(tmp_path, monkeypatch, run)
+    assert free[-1]
+    assert not list(tmp_path.glob(".slots-*"))

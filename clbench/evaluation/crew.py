@@ -6,25 +6,24 @@ process has a pipe of its own: one that is killed while it sends or receives sto
 
 from __future__ import annotations
 
+import mmap
 import multiprocessing as mp
 import os
-import signal
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
-from multiprocessing.sharedctypes import RawArray
-from typing import Any
+from typing import IO, Any
 
 from tqdm import tqdm
 
 from clbench.errors import Interrupted, UserError
-from clbench.evaluation.worker import CALL, CALLS, COUNT, EPISODE, Beat, Job, Settings, work
-from clbench.stopping import SIGNALS, Stop, how_ended
+from clbench.evaluation.worker import BEAT_BYTES, CALL, CALLS, COUNT, EPISODE, Beat, Job, Settings, work
+from clbench.processes import Child, server, start
+from clbench.slots import Slots
+from clbench.stopping import Stop, how_ended
 from clbench.terminal import printable, tell
 
 POLL_S = 0.5
@@ -38,7 +37,7 @@ Cell = tuple[int, int]  # k, j
 class _Worker:
     """A process, its job, and how long it has been seen in one call of a simulator."""
 
-    process: SpawnProcess
+    process: Child
     pipe: Connection
     beat: Beat
     ready: bool = False
@@ -46,6 +45,7 @@ class _Worker:
     left: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)  # (j, episode): not recorded yet
     count: int = 0
     stuck_s: float = 0.0
+    slot: IO[bytes] | None = None  # what it runs in, when it is one more than `workers`
 
     def call(self) -> tuple[dict[str, Any], str] | None:
         """The episode whose simulator is being called, or was when the process ended, and which call it is."""
@@ -59,7 +59,7 @@ class Crew:
     """Plays jobs. `record` gets every finished episode's row; `failed` has the cells that were given up, and why.
 
     Args:
-        workers: processes at most.
+        workers: processes at most, and one more for each slot that a sweep has free (slots.py).
         stop: asked between messages.
     """
 
@@ -78,6 +78,7 @@ class Crew:
         self.crew: list[_Worker] = []
         self.tries: Counter[Cell] = Counter()
         self.failed: dict[Cell, dict[str, Any]] = {}
+        self.slots = Slots.shared()
         self.lost = 0  # processes that ended outside simulators since the last finished episode
 
     def play(self) -> None:
@@ -89,15 +90,14 @@ class Crew:
         """
         before = time.monotonic()
         try:
-            with _threads(self.settings.threads):
-                while self.todo or any(w.job for w in self.crew):
-                    self.stop.check("Finished episodes are kept: run the same command again to continue.")
-                    self._share_out()
-                    for pipe in wait([w.pipe for w in self.crew], timeout=POLL_S):
-                        self._read(next(w for w in self.crew if w.pipe is pipe))
-                    now = time.monotonic()
-                    self._look_after(min(now - before, 2 * POLL_S))  # more: this process was suspended, as were they
-                    before = now
+            while self.todo or any(w.job for w in self.crew):
+                self.stop.check("Finished episodes are kept: run the same command again to continue.")
+                self._share_out()
+                for pipe in wait([w.pipe for w in self.crew], timeout=POLL_S):
+                    self._read(next(w for w in self.crew if w.pipe is pipe))
+                now = time.monotonic()
+                self._look_after(min(now - before, 2 * POLL_S))  # more: this process was suspended, as were they
+                before = now
         except Interrupted:
             for w in self.crew:
                 self._read(w)  # what they have finished meanwhile
@@ -114,9 +114,18 @@ class Crew:
                     w.ready, w.job = False, replace(job, episodes=episodes)
                     w.left = {(e["j"], e["episode"]): e for e in episodes}
                     self._send(w, w.job)
-        wanted = min(self.workers, len(self.todo) + sum(w.job is not None for w in self.crew))
-        while len(self.crew) < wanted:
-            self.crew.append(_start(self.settings))
+        for w in list(self.crew):
+            if w.ready and w.slot is not None:  # nothing is left for it
+                self.crew.remove(w)
+                self._send(w, None)
+                self._close(w)
+        busy = sum(w.job is not None for w in self.crew)
+        for _ in range(len(self.todo) + busy - len(self.crew)):
+            own = sum(w.slot is None for w in self.crew) < self.workers
+            slot = self.slots.take() if self.slots is not None and not own else None
+            if not own and slot is None:
+                break
+            self.crew.append(_start(self.settings, slot))
 
     def _send(self, w: _Worker, job: Job | None) -> None:
         try:
@@ -130,7 +139,7 @@ class Crew:
             while w.pipe.poll():
                 self._take(w, w.pipe.recv())
         except (EOFError, OSError):  # it has ended: nothing more will come
-            w.process.join(END_S)
+            w.process.wait(END_S)
 
     def _take(self, w: _Worker, message: tuple[Any, ...]) -> None:
         kind = message[0]
@@ -182,9 +191,9 @@ class Crew:
     def _look_after(self, passed_s: float) -> None:
         """Replace processes that have ended, or have been in one call of a simulator for too long."""
         for w in list(self.crew):
-            if not w.process.is_alive():
+            if w.process.poll() is not None:
                 self._read(w)
-                self._lose(w, how_ended(w.process.exitcode))
+                self._lose(w, how_ended(w.process.returncode))
                 continue
             call = w.call()
             if call is None or w.beat[COUNT] != w.count:
@@ -194,7 +203,7 @@ class Crew:
             limit_s = self.timeout_s * (MAKE_FACTOR if call[1] == "make" else 1)
             if w.stuck_s > limit_s:
                 w.process.kill()
-                w.process.join(END_S)
+                w.process.wait(END_S)
                 self._read(w)
                 self._lose(w, f"did not return within {limit_s:g} s")
 
@@ -213,7 +222,13 @@ class Crew:
                 )
             _say(f"an evaluation process {how}; starting another one")
         self._done(w)
+        self._close(w)
+
+    def _close(self, w: _Worker) -> None:
         w.pipe.close()
+        if w.slot is not None:
+            w.process.wait(END_S)
+            w.slot.close()
 
     def _end(self) -> None:
         """End all processes; those that do not do so by themselves are killed."""
@@ -223,41 +238,25 @@ class Crew:
         deadline = time.monotonic() + END_S
         for w in self.crew:
             if w.ready:
-                w.process.join(max(0.0, deadline - time.monotonic()))
+                w.process.wait(deadline - time.monotonic())
             w.process.kill()
         for w in self.crew:
-            w.process.join(END_S)
-            w.pipe.close()
+            w.process.wait(END_S)
+            self._close(w)
 
 
-def _start(settings: Settings) -> _Worker:
-    context = mp.get_context("spawn")
-    here, there = context.Pipe()
-    beat: Any = RawArray("q", 3)
-    process = context.Process(target=work, args=(there, beat, settings), daemon=True)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited, until the process can ignore them
+def _start(settings: Settings, slot: IO[bytes] | None = None) -> _Worker:
+    server()
+    here, there = mp.Pipe()
+    memory = os.memfd_create("clbench-beat")
     try:
-        process.start()
+        os.ftruncate(memory, BEAT_BYTES)
+        beat: Any = memoryview(mmap.mmap(memory, BEAT_BYTES)).cast("q")
+        process = start(work, settings, fds=[there.fileno(), memory], threads=settings.threads)
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    there.close()  # else the pipe would not end with the process
-    return _Worker(process, here, beat)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Processes started in the block find these limits in their environment when they import numpy and torch."""
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-    previous = {n: os.environ.get(n) for n in names}
-    os.environ.update(dict.fromkeys(names, str(count)))
-    try:
-        yield
-    finally:
-        for name, value in previous.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        os.close(memory)
+        there.close()  # else the pipe would not end with the process
+    return _Worker(process, here, beat, slot=slot)
 
 
 def _say(text: str) -> None:

@@ -48,6 +48,8 @@ from clbench.evaluation.worker import Job, Settings
 from clbench.io import read_json, write_json
 from clbench.lock import held
 from clbench.patience import EVERY_S, patience
+from clbench.processes import server
+from clbench.slots import Slots
 from clbench.stopping import Stop, stoppable
 from clbench.streams.stream import pretraining_tasks
 from clbench.terminal import tell
@@ -274,7 +276,9 @@ class _Run:
                     f"{here.name} on and make them again: clbench train --resume {shlex.quote(self.folder.name)}"
                 )
         workers = e.workers or max(1, min(2, os.cpu_count() or 1))
-        jobs = _jobs(missing, self.folder, self.manifest, workers)
+        slots = Slots.shared()
+        at_most = max(workers, 0 if slots is None else slots.count)
+        jobs = _jobs(missing, self.folder, self.manifest, at_most)
         total = sum(len(job.episodes) for job in jobs)
         failed: dict[Cell, dict[str, Any]] = {}
         if total:
@@ -286,6 +290,7 @@ class _Run:
                 _check_simulators(out, self.simulators(env_types))
             self.warn_of_repeats(env_types, count)
             tell(f"evaluating {total} episodes in {workers} processes → {out}")
+            server()  # before the progress bar, which has a thread
             device = self.config.train.device
             settings = Settings(self.config, e.slots, e.steps_after_success, device, threads=1, trust=given())
             before, started = _episodes(files), time.monotonic()

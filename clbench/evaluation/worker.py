@@ -7,13 +7,14 @@ shared memory, where the parent (crew.py) finds it.
 from __future__ import annotations
 
 import functools
-import multiprocessing
+import mmap
 import os
 import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -56,6 +57,7 @@ class Beat(Protocol):
     def __setitem__(self, i: int, value: int) -> None: ...
 
 
+BEAT_BYTES = 3 * 8
 COUNT, EPISODE, CALL = range(3)  # calls of simulators so far; 1 + the episode of the one going on, 0 = none; which
 CALLS = ("make", "reset", "step")
 
@@ -91,17 +93,15 @@ class Reporter:
         self.after()
 
 
-def work(pipe: Any, beat: Beat, settings: Settings) -> None:
-    """Play jobs that come through `pipe` until None does.
+def work(descriptors: list[int], settings: Settings) -> None:
+    """Play jobs that come through a pipe until None does. `descriptors`: of the pipe, and of the memory for `Beat`.
 
     Sends ("ready",) before each job, ("episode", record), ("failed", j, episode, reason) when a simulator raised, and
     ("error", message, traceback) before it ends for any other exception.
     """
-    parent = multiprocessing.parent_process()
-    assert parent is not None and parent.pid is not None
-    belong_to(parent.pid)
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[name] = str(settings.threads)
+    belong_to(os.getppid())
+    pipe = Connection(descriptors[0])
+    beat: Any = memoryview(mmap.mmap(descriptors[1], BEAT_BYTES)).cast("q")
     try:
         from clbench.rollout.rollout import SimulatorPool
 
