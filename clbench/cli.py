@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from clbench.data.source import DataSource, Depth
     from clbench.stopping import Stop
 
-LOADING = "loading LeRobot and PyTorch"
 OVERRIDES = "after --: overrides as key=value, e.g. -- train.steps=500 algorithm.expand_threshold=4"
 
 
@@ -139,10 +138,12 @@ def _trust(p: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. 0: done; 2: the user can mend it (one message); 75: stopped in good order; 130: interrupted."""
     from clbench.env_file import load_env_file
+    from clbench.processes import no_threads
 
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         load_env_file()  # before the imports that read variables
+        no_threads()
     except UserError as e:
         tell(f"clbench: {e}")
         return 2
@@ -284,14 +285,18 @@ def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str], 
         for _, opened in sorted(sets, key=lambda s: s[0]):  # those of the hub last
             opened()
     if ranks > 1 and not launched():
-        with patience.patience(LOADING, at_once=True):
-            from clbench.algorithms.build import build_algorithm
+        from clbench.processes import load
 
-            build_algorithm(config)  # what would fail in every rank is said once
+        load()
+        from clbench.algorithms.build import build_algorithm
+
+        build_algorithm(config)  # what would fail in every rank is said once
         stop.check("Nothing was started.")
         return launch(argv, ranks, args.port)
-    with patience.patience(LOADING, at_once=True):
-        from clbench.training.trainer import train
+    from clbench.processes import load
+
+    load()
+    from clbench.training.trainer import train
 
     command = ["clbench", *sys.argv[1:]]
     allowed = [key for keys in args.allow_change for key in keys.split(",")]
@@ -400,11 +405,12 @@ def _pretrain(args: argparse.Namespace, overrides: list[str]) -> int:
     from clbench.checkpoints.trusted import check_start
 
     check_start(config.policy)
+    from clbench.processes import load
     from clbench.stopping import stoppable
 
-    with patience.patience(LOADING, at_once=True):
-        from clbench.training.backend import Backend
-        from clbench.training.pretrain import ensure_base
+    load()
+    from clbench.training.backend import Backend
+    from clbench.training.pretrain import ensure_base
 
     with stoppable() as stop:
         folder, _ = ensure_base(config, Backend(config.train), stop, config.log.progress)
