@@ -131,6 +131,7 @@ def server() -> _Server:
     with _lock:
         if _server is None or _server.owner != os.getpid() or not _server.alive:
             _server = _forked() if _may_fork(HEAVY) else _spawned(HEAVY)
+            atexit.register(_server.close)
         return _server
 
 
@@ -184,9 +185,9 @@ def load(modules: Sequence[str] | None = None) -> None:
 class _Server:
     """This process's end of the connection to a server."""
 
-    def __init__(self, connection: socket.socket, pid: int, process: subprocess.Popen[bytes] | None) -> None:
+    def __init__(self, connection: socket.socket, pid: int) -> None:
         self.owner, self.alive, self.pid = os.getpid(), True, pid
-        self._connection, self._process = connection, process
+        self._connection = connection
         self._lock = threading.RLock()
         self._ended: dict[int, int] = {}
         self._answers: list[tuple[Any, ...]] = []
@@ -208,6 +209,12 @@ class _Server:
             raise UserError(f"a process could not be started: {value}")
         return Child(self, value)
 
+    def close(self) -> None:
+        """Let the server end and wait for it, so that its time counts as this process's children's."""
+        if self.alive and self.owner == os.getpid():
+            self._connection.close()
+            self._lost()
+
     def tell(self, message: tuple[Any, ...], fds: Sequence[int] = ()) -> bool:
         """Send a message; returns whether the server was there to take it."""
         data = pickle.dumps(message)
@@ -219,8 +226,13 @@ class _Server:
         except OSError as e:
             if e.errno not in (errno.EPIPE, errno.ECONNRESET):
                 raise
-            self.alive = False
+            self._lost()
         return self.alive
+
+    def _lost(self) -> None:
+        self.alive = False
+        with contextlib.suppress(ChildProcessError):  # waited for already
+            os.waitpid(self.pid, 0)
 
     def status(self, pid: int) -> int | None:
         """The exit status of a process, None while it runs. Without its server it has been killed."""
@@ -239,9 +251,7 @@ class _Server:
         except (TimeoutError, BlockingIOError):
             return False
         except (EOFError, ConnectionError):
-            self.alive = False
-            if self._process is not None:
-                self._process.wait()
+            self._lost()
             return False
         finally:
             self._connection.settimeout(None)
@@ -282,7 +292,7 @@ def _forked() -> _Server:
         here.close()
         _end(_serve(there))
     there.close()
-    return _Server(here, pid, None)
+    return _Server(here, pid)
 
 
 def _spawned(modules: Sequence[str]) -> _Server:
@@ -293,7 +303,8 @@ def _spawned(modules: Sequence[str]) -> _Server:
         process = subprocess.Popen(
             command, pass_fds=[there.fileno()], env={**os.environ, **NO_THREADS}, stdin=subprocess.DEVNULL
         )
-    made = _Server(here, process.pid, process)
+        process.returncode = 0  # it is waited for by its number
+    made = _Server(here, process.pid)
     made.tell(("prepare", _preparation()))
     return made
 
