@@ -268,10 +268,12 @@ def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str], 
         tell(f"configuration: {' ← '.join(files)}{' ← overrides' if overrides else ''}")
     from clbench.checkpoints.trusted import check_start
     from clbench.streams.stream import build_stream, check_images, checked_order, pretraining_data
+    from clbench.training.log import wanted_loggers
 
     if not launched():
         _check_ranks(config, ranks, args.port)
     # Mistakes show before anything heavy is imported or fetched.
+    wanted_loggers(config.log)
     d = config.dataset
     checked_order(d)
     check_start(config.policy)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -23,6 +24,9 @@ from clbench.errors import UserError
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
 MAX_DEPTH = 64  # of nested lists and objects
+# What clbench reads and writes in a run's folder, beside names that begin with a point (locks, temporary files).
+OF_A_RUN = ("config.yaml", "manifest.json", "log.jsonl", "loggers.json", "tensorboard", "checkpoints", "training_state",
+            "eval", "report")  # fmt: skip
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -161,16 +165,28 @@ def seal(description: dict[str, Any]) -> str:
 def refuse_links(folder: Path) -> None:
     """Raise UserError for a symbolic link in a run's folder that leaves it: what is written there would go elsewhere.
 
-    The folder itself, and those above it, may be links.
+    The folder itself, and those above it, may be links. What clbench has no part in (`is_foreign`) is not looked at.
     """
     root = folder.resolve()
-    for parent, folders, files in os.walk(root):
-        for path in (Path(parent, name) for name in (*folders, *files)):
+    for own in (p for p in root.iterdir() if not is_foreign(p.name)):
+        inside = (Path(parent, name) for parent, folders, files in os.walk(own) for name in (*folders, *files))
+        for path in itertools.chain([own], inside):
             if path.is_symlink() and not path.resolve().is_relative_to(root):
                 raise UserError(
                     f"{folder / path.relative_to(root)} is a link to {os.readlink(path)}, outside of the run's "
                     "folder. Replace it by what it stands for; to keep runs elsewhere, set CLBENCH_RESULTS_ROOT."
                 )
+
+
+def is_foreign(name: str) -> bool:
+    """Whether a file or folder of that name in a run's folder is none that clbench reads or writes."""
+    return name not in OF_A_RUN and not name.startswith(".")
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove a folder in which nothing was left."""
+    with contextlib.suppress(OSError):  # it holds something, or is gone
+        folder.rmdir()
 
 
 def parse_json(text: str) -> Any:

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from clbench.errors import UserError
-from clbench.io import parse_json
+from clbench.io import parse_json, remove_if_empty
 from clbench.redaction import redact_command, secrets_of
 from clbench.terminal import printable, tell
 
@@ -49,7 +49,8 @@ _held: dict[int, int] = {}  # descriptors of the lock files that this process ho
 def held(folder: Path | str, what: str) -> Iterator[None]:
     """Be the only `what` ("training", "evaluation") in `folder`, which is made if need be, while the block runs.
 
-    A process started inside the block does not hold the lock, so nothing that outlives this process keeps it.
+    A process started inside the block does not hold the lock, so nothing that outlives this process keeps it. A folder
+    that was made for the lock alone goes with it.
 
     Raises:
         UserError: another process holds it (the message says who, since when, what to do), or the folder is not
@@ -57,10 +58,12 @@ def held(folder: Path | str, what: str) -> Iterator[None]:
     """
     path = Path(folder) / f".{what}.lock"
     _hook_forks()
+    new = not path.parent.exists()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _take(path, what)
     except OSError as e:
+        if new:
+            remove_if_empty(path.parent)
         if e.errno == errno.ELOOP or path.is_symlink():
             raise UserError(f"{path} is a link, and no lock. Remove it: rm {shlex.quote(str(path))}") from e
         raise UserError(f"cannot write {path}: {e.strerror}. Choose a writable folder with free space.") from e
@@ -72,6 +75,8 @@ def held(folder: Path | str, what: str) -> Iterator[None]:
             if _same_file(descriptor, path):
                 path.unlink(missing_ok=True)
             os.close(descriptor)
+            if new:
+                remove_if_empty(path.parent)
 
 
 @functools.cache
@@ -115,10 +120,13 @@ def _lock_owner(descriptor: int) -> int | None:
 
 
 def _take(path: Path, what: str) -> int:
-    """Return the descriptor of the lock file, locked and with this process named in it."""
+    """Return the descriptor of the lock file, locked and with this process named in it. Makes its folder."""
     for _ in range(TRIES):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             descriptor, new = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), True
+        except FileNotFoundError:
+            continue  # its folder was made for another lock, which is given back just now
         except FileExistsError:
             try:
                 descriptor, new = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK), False

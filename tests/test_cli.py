@@ -387,6 +387,12 @@ def test_resume_by_name_does_not_swallow_overrides(refused: Refused, make_run: C
     assert "train.steps" in refused("train", "--resume", "mine", "--", "train.steps=9")
 
 
+def test_a_refused_start_leaves_no_run(refused: Refused, run_yaml: Path, tmp_path: Path) -> None:
+    for override in ("log.trackio=true", "policy.d_model=wide", "policy.d_modle=3", "lora.rank=0"):
+        refused("train", "--yaml", run_yaml, "--run-id", "mine", "--", override)
+        assert not (tmp_path / "results" / "mine").exists(), override
+
+
 @pytest.mark.parametrize("run_id", ["../mine", "a/b", ".", ".."])
 def test_run_id_that_is_no_folder_name(refused: Refused, run_yaml: Path, run_id: str) -> None:
     assert "plain folder name" in refused("train", "--yaml", run_yaml, "--run-id", run_id)

@@ -12,7 +12,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -549,6 +551,49 @@ def test_a_logger_that_is_down_is_left_out(
     monkeypatch.setattr(module, "_Wandb", Closing)
     RunLog(tmp_path, LogConfig(wandb=WandbConfig(enabled=True)), "r").close()
     assert "wandb could not be closed (no route to host)" in capsys.readouterr().err
+
+
+class FakeWandb(ModuleType):
+    """What was asked of W&B."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.__spec__ = ModuleSpec("wandb", None)
+        self.runs: list[dict[str, Any]] = []
+        self.kept: list[tuple[str, str]] = []
+
+    def init(self, **settings: Any) -> FakeWandb:
+        self.runs.append(settings)
+        return self
+
+    def Artifact(self, name: str, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(add_dir=lambda folder: self.kept.append((name, folder)))
+
+    def log_artifact(self, artifact: Any) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+def test_wandb_runs_have_ids_of_their_own_and_files_beside_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    settings = WandbConfig(enabled=True, entity="team", group="sweep", tags=["quick"], artifacts=True)
+    (tmp_path / "old" / "wandb").mkdir(parents=True)  # of a version that logged under the run's name
+    for place in ("a", "a", "b", "old"):  # the second time it goes on
+        log = RunLog(tmp_path / place, LogConfig(wandb=settings), "r", about={"seed": 3})
+        log.checkpoint(1, tmp_path / place / "checkpoints" / "task_01")
+        log.close()
+    first, again, other, old = wandb.runs
+    assert first == again and len({first["id"], other["id"], old["id"], "r"}) == 3 and old["id"] == "r"
+    asked = {"project": "clbench", "entity": "team", "group": "sweep", "tags": ["quick"], "name": "r"}
+    assert first.items() >= {**asked, "config": {"seed": 3}, "dir": str(tmp_path / ".loggers")}.items()
+    assert wandb.kept[0] == ("r-task_01", str(tmp_path / "a/checkpoints/task_01"))
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["log.jsonl", "loggers.json"]
 
 
 def test_pretraining_goes_on_where_it_was_stopped(

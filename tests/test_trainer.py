@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from clbench.algorithms.hooks import CLAlgorithm
 from clbench.checkpoints.policy_io import load_policy
 from clbench.checkpoints.run_folder import checkpoint_folder, finished_visits
 from clbench.checkpoints.state import load_state, save_state
-from clbench.config.schema import OptimizerConfig
+from clbench.config.schema import LoraConfig, OptimizerConfig
 from clbench.data import verify
 from clbench.data.frames import SampleOrder, StreamFrames
 from clbench.errors import UserError
@@ -123,6 +125,51 @@ def test_compiling_without_a_compiler_is_said_at_once(
     with pytest.raises(UserError, match=r"torch\.compile does not work here \(no working C\+\+ compiler\)"):
         train(toy_config(toy_data, {"name": "seqfft"}, "train.compile=true", f"output_dir={tmp_path}"), "r")
     assert not (tmp_path / "r" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "overrides", "says"),
+    [
+        ({"name": "seqfft"}, {"policy": {"type": "act"}}, "policy.type=act cannot be made for this stream's data"),
+        ({"name": "seqfft"}, {"policy": {"type": ["act"]}}, "unknown policy type"),
+        ({"name": "seqlora"}, {"lora": LoraConfig(target_modules="nope.*")}, "lora.target_modules 'nope.*' matches no"),
+        ({"name": "clare", "target_modules": "ffn"}, {}, "algorithm.target_modules 'ffn' matches no module"),
+    ],
+    ids=lambda a: str(a)[:30],
+)
+def test_a_start_that_fails_makes_neither_a_base_nor_a_run(
+    toy_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    section: dict[str, Any],
+    overrides: dict[str, Any],
+    says: str,
+) -> None:
+    monkeypatch.setenv("CLBENCH_CACHE_ROOT", str(tmp_path / "cache"))
+    config = replace(toy_config(toy_data, section, f"output_dir={tmp_path}/runs"), **overrides)
+    with pytest.raises(UserError, match=re.escape(says)):
+        train(config, "r")
+    assert not (tmp_path / "runs" / "r").exists() and not list(tmp_path.glob("cache/bases/dit*"))
+    assert "pretraining" not in capsys.readouterr().err
+
+
+def test_a_run_that_never_made_a_step_can_be_started_again(
+    toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unfit(*_: Any) -> None:
+        raise UserError("it does not fit")
+
+    config = toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}", "dataset.task_order=[0,1]")
+    with monkeypatch.context() as patch:
+        patch.setattr(CLAlgorithm, "on_task_start", unfit)
+        with pytest.raises(UserError, match="does not fit"):
+            train(config, "r")
+    assert not (tmp_path / "r").exists()
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "notes.txt").write_text("mine")  # others' files are no run
+    assert finished_visits(train(config, "r")) == 2
+    assert (tmp_path / "r" / "notes.txt").read_text() == "mine"
 
 
 def test_schedule() -> None:

@@ -292,7 +292,14 @@ def test_links_that_leave_a_run_are_refused(tmp_path: Path) -> None:
     assert run_folder(run) == run
     victim = tmp_path / "victim"
     victim.write_text("mine")
-    for place, target in (("eval/cells/k09_j09.jsonl", victim), ("report", tmp_path), ("up", Path("../.."))):
+    (run / "wandb").mkdir()
+    (run / "wandb" / "debug-core.log").symlink_to(victim)  # others' files are not looked at
+    (run / "up").symlink_to(Path("../.."))
+    assert run_folder(run) == run
+    for place, target in (
+        ("eval/cells/k09_j09.jsonl", victim), ("report", tmp_path), ("checkpoints", Path("../..")),
+        (".training.lock", victim),
+    ):  # fmt: skip
         link = run / place
         link.symlink_to(target)
         for use in (

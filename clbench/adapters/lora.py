@@ -64,7 +64,8 @@ def inject(policy: nn.Module, config: LoraConfig) -> None:
     try:
         inject_adapter_in_model(settings, policy, ADAPTER)
     except ValueError as e:
-        raise UserError(f"LoRA cannot be put into this policy: {e}") from e
+        text = " ".join(str(e).split())
+        raise UserError(f"LoRA cannot be put into what lora.target_modules '{pattern}' matches: {text[:300]}") from e
     train_only(policy)
 
 

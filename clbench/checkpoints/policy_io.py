@@ -42,7 +42,7 @@ def policy_config(section: dict[str, Any], device: str) -> PreTrainedConfig:
     values = dict(section)
     kind = values.pop("type", None)
     known = PreTrainedConfig.get_known_choices()
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         raise UserError(f"unknown policy type '{kind}'.{nearest(str(kind), known)}")
     cls = PreTrainedConfig.get_choice_class(kind)
     names = {f.name for f in fields(cls)}
@@ -53,9 +53,12 @@ def policy_config(section: dict[str, Any], device: str) -> PreTrainedConfig:
     values = {k: fit(v, hints[k], f"policy.{k}") for k, v in values.items()}
     values.update(device=device, push_to_hub=False)
     try:
-        return cls(**values)
-    except (TypeError, ValueError) as e:
-        raise UserError(f"the policy section is not valid: {e}") from e
+        config = cls(**values)
+        draccus.decode(cls, values)  # a value of the wrong type was taken as it is
+        return config
+    except Exception as e:  # LeRobot's policies raise anything for values that do not fit
+        text = " ".join(str(e).split()) or type(e).__name__
+        raise UserError(f"the policy section is not valid: {text}") from e
 
 
 def save_policy(loaded: LoadedPolicy, folder: Path, *, adapter_only: bool = False) -> None:
@@ -136,7 +139,7 @@ def read_policy_config(folder: Path, device: str) -> PreTrainedConfig:
         raise UserError(f"{path} is no policy's configuration: it holds no object.")
     kind = values.pop("type", None)
     known = PreTrainedConfig.get_known_choices()
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         raise UserError(f"{path} is of an unknown policy type {kind!r}.{nearest(str(kind), known)}")
     return draccus.decode(PreTrainedConfig.get_choice_class(kind), {**values, "device": device})
 

@@ -19,7 +19,7 @@ from clbench.config.compose import flatten, load_yaml, to_dict, to_yaml
 from clbench.config.schema import Config, PretrainDataConfig
 from clbench.envs.base import other_python, privileged, simulator_versions
 from clbench.errors import UserError, nearest
-from clbench.io import read_json, refuse_links, write_json, write_text
+from clbench.io import OF_A_RUN, read_json, refuse_links, write_json, write_text
 from clbench.paths import PROJECT_ROOT, results_root
 from clbench.redaction import redact, redact_command, secrets_of
 from clbench.streams.stream import Task, TaskStream, pretraining_tasks
@@ -82,11 +82,11 @@ def results_folder(run_id: str, output_dir: str | None) -> Path:
 
 
 def new_run_folder(run_id: str, output_dir: str | None, resume: bool) -> tuple[Path, bool]:
-    """Return the folder of a run to be trained and whether there is something to resume in it."""
+    """Make the folder of a run to be trained, unless it is there; returns it and whether it holds a run already."""
     folder = results_folder(run_id, output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, not a run's folder. Choose another --run-id.")
-    exists = folder.exists() and any(folder.iterdir())
+    exists = folder.exists() and any(p.name in OF_A_RUN for p in folder.iterdir())
     if exists:
         refuse_links(folder)
     if exists and not resume:
@@ -238,7 +238,7 @@ def clear_leftovers(folder: Path) -> None:
     """Remove what a killed training left half written. Only for the holder of the run's lock."""
     for pattern in (".*.tmp", ".probe-*", "checkpoints/.*.partial", "checkpoints/.*.old"):
         for path in folder.glob(pattern):
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()

@@ -106,6 +106,8 @@ def _difference(folder: Path, want: dict[str, list[Any]]) -> str | None:
         if name not in have:
             return f"{name} is missing"
         if name not in want:
+            if _of_a_file_manager(Path(name).name):
+                continue
             return f"{name} does not belong there"
         if have[name] != want[name][0]:
             return f"{name} has {have[name]} bytes instead of {want[name][0]}"
@@ -113,6 +115,11 @@ def _difference(folder: Path, want: dict[str, list[Any]]) -> str | None:
         if sha256(folder / name) != digest:
             return f"{name} was changed"
     return None
+
+
+def _of_a_file_manager(name: str) -> bool:
+    """Whether it is a file that looking into a folder, or copying it, may leave there, and that nothing reads."""
+    return name in (".DS_Store", "Thumbs.db", "desktop.ini", ".directory") or name.startswith(("._", ".nfs"))
 
 
 def _is_list_of_files(files: Any) -> bool:

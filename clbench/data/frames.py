@@ -121,7 +121,7 @@ class TaskFrames:
                 )
         self.meta = LeRobotDatasetMetadata(repo_id=task.root.name, root=task.root)
         self._names = all_names(task.features, self.meta.features)
-        self.features = {here: _described(self.meta.features[there]) for there, here in self._names.items()}
+        self.features = {here: described_feature(self.meta.features[there]) for there, here in self._names.items()}
         self.decoded = any(f["dtype"] in ("image", "video") for f in self.features.values())
         self.deltas = frame_deltas(policy, self.features)
 
@@ -203,7 +203,7 @@ class TaskFrames:
         return named
 
 
-def _described(feature: dict[str, Any]) -> dict[str, Any]:
+def described_feature(feature: dict[str, Any]) -> dict[str, Any]:
     """A feature as LeRobot describes it; an image's shape is height, width, channels, and named so."""
     if feature["dtype"] not in ("image", "video"):
         return feature

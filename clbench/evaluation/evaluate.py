@@ -59,6 +59,9 @@ ABOUT = ("run_id", "algorithm", "algorithm_config", "lora", "policy", "dataset",
          "data_fingerprint", "versions", "git_revision")  # fmt: skip
 
 
+SETTINGS = "settings.json"  # one per matrix: views and held-out tasks have their own
+
+
 class CellsFailed(UserError):
     """Cells were given up, for their simulators failed again and again; everything else is done.
 
@@ -242,7 +245,8 @@ class _Run:
         max_steps = [c["env"]["max_steps"] for c in columns]
         limits = {"steps_after_success": e.steps_after_success, "max_steps": max_steps}
         seeds = EpisodeSeeds(RULE, e.split, e.seed)
-        _check_settings(out, self.folder, self.rows, {**limits, "seed": e.seed, "split": e.split, EPISODE_SEEDS: RULE})
+        asked = {**limits, "seed": e.seed, "split": e.split, EPISODE_SEEDS: RULE}
+        settings = _check_settings(out, self.folder, self.rows, asked)
         names = [c["task"] for c in columns]
         given_up_before = read_failures(out, names)
         files = {(k, j): CellFile(out, k, j, seeds) for k, j in cells}
@@ -281,21 +285,23 @@ class _Run:
         jobs = _jobs(missing, self.folder, self.manifest, at_most)
         total = sum(len(job.episodes) for job in jobs)
         failed: dict[Cell, dict[str, Any]] = {}
+        for policy in {job.policy for job in jobs if job.policy is not None}:  # said before processes are started
+            if (Path(policy) / "config.json").is_file():
+                check_checkpoint(Path(policy))
+        env_types = {e["env"]["type"] for job in jobs for e in job.episodes}
+        with patience("loading simulators"):
+            versions = self.simulators(env_types)
+        write_json(out / SETTINGS, settings)  # nothing is written before all is known to be in order
         if total:
-            for policy in {job.policy for job in jobs if job.policy is not None}:  # said before processes are started
-                if (Path(policy) / "config.json").is_file():
-                    check_checkpoint(Path(policy))
-            env_types = {e["env"]["type"] for job in jobs for e in job.episodes}
-            with patience("loading simulators"):
-                _check_simulators(out, self.simulators(env_types))
+            _check_simulators(out, versions)
             self.warn_of_repeats(env_types, count)
             tell(f"evaluating {total} episodes in {workers} processes → {out}")
             server()  # before the progress bar, which has a thread
             device = self.config.train.device
-            settings = Settings(self.config, e.slots, e.steps_after_success, device, threads=1, trust=given())
+            how = Settings(self.config, e.slots, e.steps_after_success, device, threads=1, trust=given())
             before, started = _episodes(files), time.monotonic()
             try:
-                _play(jobs, settings, workers, files, failed, total, self.progress, self.stop)
+                _play(jobs, how, workers, files, failed, total, self.progress, self.stop)
             except Interrupted:
                 _add_summary(out, time.monotonic() - started, _episodes(files) - before, workers)
                 raise
@@ -321,9 +327,9 @@ def _episodes(files: dict[Cell, CellFile]) -> int:
     return sum(len(f.rows) for f in files.values())
 
 
-def _check_settings(out: Path, folder: Path, rows: int, settings: dict[str, Any]) -> None:
-    """Records of other settings or other checkpoints must not mix with new ones."""
-    path = out / "settings.json"  # one per matrix: views and held-out tasks have their own
+def _check_settings(out: Path, folder: Path, rows: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """What settings.json is to hold. Records of other settings or other checkpoints must not mix with new ones."""
+    path = out / SETTINGS
     digests = [read_checkpoint(checkpoint_folder(folder, k)).get("digest") for k in range(rows)]
     now = {**settings, "checkpoints": digests}
     kept: dict[str, Any] = {}
@@ -341,7 +347,7 @@ def _check_settings(out: Path, folder: Path, rows: int, settings: dict[str, Any]
                 "write elsewhere with --output-base, or move that folder away."
             )
         kept = {k: before[k] for k in (EARLIER, SIMULATORS) if k in before}
-    write_json(path, now | {"run": str(folder.resolve())} | kept)
+    return now | {"run": str(folder.resolve())} | kept
 
 
 def _check_simulators(out: Path, now: dict[str, dict[str, str]]) -> None:
@@ -349,7 +355,7 @@ def _check_simulators(out: Path, now: dict[str, dict[str, str]]) -> None:
 
     Where episodes were recorded before versions were, theirs stay unknown: this is said, and kept in settings.json.
     """
-    path = out / "settings.json"
+    path = out / SETTINGS
     settings = read_json(path)
     before = read_simulators(out)
     if any(cell.stat().st_size for cell in (out / "cells").glob("*.jsonl")):

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from lerobot.configs import FeatureType
+from lerobot.configs import FeatureType, PreTrainedConfig
 from lerobot.policies import make_pre_post_processors
 from lerobot.policies.factory import get_policy_class
 from lerobot.utils.feature_utils import dataset_to_policy_features
@@ -33,7 +34,8 @@ from clbench.checkpoints.state import load_state, save_state, tensor_bytes
 from clbench.checkpoints.training_state import StateKeeper
 from clbench.checkpoints.whole import DESCRIPTION, damage, write_whole
 from clbench.config.schema import Config, TrainConfig
-from clbench.data.frames import StreamFrames, all_names
+from clbench.data.frames import StreamFrames, all_names, described_feature
+from clbench.data.lerobot_set import BOOKKEEPING
 from clbench.data.source import DataSource, check_every_byte, fps_note
 from clbench.envs.base import cameras
 from clbench.errors import Interrupted, UserError
@@ -46,6 +48,7 @@ from clbench.redaction import redact, secrets_of
 from clbench.seeding import seeded
 from clbench.stopping import Stop
 from clbench.streams.stream import Task, TaskStream, Visit, pretraining_tasks
+from clbench.tensor_files import tensor_shapes
 from clbench.terminal import tell
 from clbench.training.backend import Backend, autocast_precision, say
 from clbench.training.log import FILE as LOG_FILE
@@ -103,8 +106,11 @@ def ensure_base(config: Config, backend: Backend, stop: Stop, progress: str = "a
         if (path / "adapter_config.json").is_file():
             raise UserError(f"policy.path={path} is an adapter over another base; only a whole policy can be a base.")
         _check_given(path, config)
+        _check_targets(config, _modules_of(path))
         return path.resolve(), {"path": str(path.resolve()), "kind": "given"}
     tasks, data = pretraining_tasks(config.dataset, config.render)
+    policy_config(dict(config.policy), "cpu")  # what is wrong is said before anything is made
+    _fitted_config(dict(config.policy), _described_features(tasks[0]), "cpu")
     said = False
     folder = base_folder(config, data)
     if config.policy.get("type") in trusted.given().types:  # made by this very configuration
@@ -133,6 +139,7 @@ def ensure_base(config: Config, backend: Backend, stop: Stop, progress: str = "a
                 _pretrain(config, tasks, data, folder, backend, stop, progress)
             elif backend.is_main:
                 shutil.rmtree(_unfinished(folder), ignore_errors=True)
+    _check_targets(config, _modules_of(folder))
     return folder, {"path": str(folder), "kind": "pretrained", **base_key(config, data)}
 
 
@@ -201,7 +208,10 @@ def _check_given(path: Path, config: Config) -> None:
 
 def _drawn(path: Path) -> dict[str, Any] | None:
     """How the images that a checkpoint learned from were drawn; None where it had none, or clbench did not make it."""
-    for record in (path / BASE_RECORD, path.resolve().parents[2] / "manifest.json"):  # a base; RUN/checkpoints/K/policy
+    records = [path / BASE_RECORD]
+    if path.resolve().parent.parent.name == "checkpoints":  # RUN/checkpoints/K/policy
+        records.append(path.resolve().parents[2] / "manifest.json")
+    for record in records:
         if record.is_file():
             described = read_json(record)
             return described.get("render") if isinstance(described, dict) else None
@@ -232,17 +242,71 @@ def check_inputs(base: Path, task: Task) -> None:
         )
 
 
+def _fitted_config(section: dict[str, Any], features: dict[str, Any], device: str) -> PreTrainedConfig:
+    """The policy's configuration with the data's features; UserError where it is not valid, or cannot take those."""
+    config = policy_config(section, device)
+    found = dataset_to_policy_features(features)
+    config.output_features = {k: f for k, f in found.items() if f.type is FeatureType.ACTION}
+    config.input_features = {k: f for k, f in found.items() if k not in config.output_features}
+    try:
+        config.validate_features()
+    except ValueError as e:
+        raise _unfit(config.type, features, e) from e
+    return config
+
+
+def _unfit(kind: str, features: dict[str, Any], e: Exception) -> UserError:
+    given = ", ".join(f"{k} {tuple(f['shape'])}" for k, f in features.items() if k not in BOOKKEEPING)
+    text = " ".join(str(e).split()) or type(e).__name__
+    return UserError(f"policy.type={kind} cannot be made for this stream's data ({given}): {text}")
+
+
+def _described_features(task: Task) -> dict[str, Any]:
+    """LeRobot's description of the features that are used of a task's data, by the names they have here."""
+    described = read_json(task.root / "meta" / "info.json")["features"]
+    return {here: described_feature(described[there]) for there, here in all_names(task.features, described).items()}
+
+
+def _check_targets(config: Config, modules: Iterable[str]) -> None:
+    """Raise UserError when a given regular expression of layers names none of the policy's modules."""
+    names = set(modules)
+    patterns = {"algorithm.target_modules": config.algorithm.get("target_modules")}
+    if config.lora.enabled or "seqlora" in _names(config):
+        patterns["lora.target_modules"] = config.lora.target_modules
+    for key, pattern in patterns.items():
+        try:
+            if not isinstance(pattern, str) or any(re.fullmatch(pattern, n) for n in names):
+                continue
+        except re.error as e:
+            raise UserError(f"{key} '{pattern}' is not a regular expression: {e}.") from e
+        raise UserError(
+            f"{key} '{pattern}' matches no module of the policy. It is compared with whole names, such as "
+            f"{', '.join(sorted(names, key=lambda n: (-n.count('.'), n))[:3])}."
+        )
+
+
+def _names(config: Config) -> list[str]:
+    name = config.algorithm.get("name")
+    return [name] if isinstance(name, str) else list(name or [])
+
+
+def _modules_of(base: Path) -> set[str]:
+    """Names of the modules that have weights in a policy's folder, and of those that hold them."""
+    names = tensor_shapes(base / "model.safetensors")
+    return {".".join(parts[:n]) for parts in (name.split(".") for name in names) for n in range(1, len(parts))}
+
+
 def new_policy(section: dict[str, Any], frames: StreamFrames, device: str, seed: int) -> LoadedPolicy:
     """A fresh policy for the data's features; normalisation statistics come from exactly these frames."""
-    config = policy_config(section, device)
-    parts = frames.parts(0)
-    features = dataset_to_policy_features(parts[0].features)
-    config.output_features = {k: f for k, f in features.items() if f.type is FeatureType.ACTION}
-    config.input_features = {k: f for k, f in features.items() if k not in config.output_features}
-    with seeded("policy-init", seed):
-        policy = get_policy_class(config.type)(config)  # type: ignore[call-arg]
-    policy.to(device)
-    pre, post = make_pre_post_processors(config, dataset_stats=frame_statistics(frames))
+    features = frames.parts(0)[0].features
+    config = _fitted_config(section, features, device)
+    try:
+        with seeded("policy-init", seed):
+            policy = get_policy_class(config.type)(config)  # type: ignore[call-arg]
+        policy.to(device)
+        pre, post = make_pre_post_processors(config, dataset_stats=frame_statistics(frames))
+    except Exception as e:  # LeRobot's policies raise anything for what they cannot take
+        raise _unfit(config.type, features, e) from e
     return LoadedPolicy(policy, pre, post, "")
 
 
@@ -301,7 +365,6 @@ def _pretrain(
     with patience("reading the base's data"):
         frames = StreamFrames([tuple(tasks)], policy_config(section, device))
     on = f", from step {done} on" if done else ""
-    say(backend, f"pretraining a base on {len(tasks)} tasks{on} → {folder}")
     if source is None:
         with patience("making the base's policy"):
             loaded = new_policy(section, frames, device, p.seed)
@@ -309,6 +372,8 @@ def _pretrain(
     else:
         loaded = load_policy(source / "policy", device)
         counters = {**read_json(source / DESCRIPTION), **load_state(source, "training")}
+    _check_targets(config, (name for name, _ in loaded.policy.named_modules()))
+    say(backend, f"pretraining a base on {len(tasks)} tasks{on} → {folder}")
     visit = Visit(0, "pretraining", tuple(tasks))
     stream = TaskStream(f"pretraining of {config.dataset.name}", (visit,), tuple(tasks), "multitask")
     log = RunLog(temporary, config.log.__class__(), folder.name, backend.is_main)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -33,13 +34,13 @@ from clbench.checkpoints.run_folder import (
 from clbench.checkpoints.state import load_state, save_state, tensor_bytes
 from clbench.checkpoints.training_state import Position, StateKeeper
 from clbench.checkpoints.whole import DESCRIPTION
-from clbench.config.compose import to_yaml
+from clbench.config.compose import to_dict, to_yaml
 from clbench.config.schema import Config, LogConfig
 from clbench.data.frames import StreamFrames
 from clbench.data.source import check_every_byte, fps_note
 from clbench.envs.base import check_other_python
 from clbench.errors import Interrupted, UserError, nearest
-from clbench.io import read_json, write_text
+from clbench.io import read_json, read_jsonl, remove_if_empty, write_text
 from clbench.lock import held
 from clbench.paths import results_root
 from clbench.patience import patience
@@ -82,11 +83,13 @@ def train(
     if drawn is not None:  # the base's images, too, are to be like that
         config = replace(config, render=replace(config.render, **drawn))
     backend = Backend(config.train)
-    folder = results_folder(run_id, config.output_dir)
+    folder, new = results_folder(run_id, config.output_dir), False
     with ExitStack() as stack:
         if backend.is_main:
             check_other_python(config.dataset.env.type)
-            new_run_folder(run_id, config.output_dir, resume)
+            new = not new_run_folder(run_id, config.output_dir, resume)[1]
+            if new:
+                stack.callback(remove_if_empty, folder)
             stack.enter_context(held(folder, "training"))
             clear_leftovers(folder)
         backend.barrier()
@@ -122,13 +125,27 @@ def train(
                        "ranks": backend.world_size, "changed": changed}  # fmt: skip
             write_description(folder, run_id, config, stream, base=base, session=session, files=files or [])
         trainer = Trainer(config, algorithm, stream, folder, run_id, backend, base_path, keeper, stop)
-        return trainer.run(position)
+        try:
+            return trainer.run(position)
+        except Exception:
+            if new:
+                _forget_unless_begun(folder)
+            raise
 
 
 def _position(folder: Path, keeper: StateKeeper) -> Position:
     """Where the run in `folder` stands: after its newest whole state or checkpoint."""
     done = whole_checkpoints(folder)
     return keeper.newest(done) or Position(done, checkpoint_folder(folder, done - 1) if done else None)
+
+
+def _forget_unless_begun(folder: Path) -> None:
+    """Remove what a start wrote that failed before its first step, so that the same command can be given again."""
+    rows = read_jsonl(folder / run_log.FILE) if (folder / run_log.FILE).is_file() else []
+    if all(row.get("event") == "task_start" for row in rows):
+        for name in ("config.yaml", "manifest.json", run_log.FILE, run_log.IDS):
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
 
 
 def _end_log(folder: Path, run_id: str, position: Position) -> None:
@@ -195,7 +212,7 @@ class Trainer:
     def run(self, start: Position) -> Path:
         """Train from `start` to the end; returns the run folder."""
         self.began = time.monotonic()
-        self.log = run_log.RunLog(self.folder, self.config.log, self.run_id, self.backend.is_main)
+        self.log = run_log.RunLog(self.folder, self.config.log, self.run_id, self.backend.is_main, to_dict(self.config))
         try:
             with patience("reading policy and data"):
                 training = self._load(start.source, within=bool(start.phase))
@@ -337,6 +354,7 @@ class Trainer:
             with patience(f"{self._task(k)}: saving its checkpoint"):
                 save_checkpoint(self.folder, k, fill, lambda: self._bytes(carried))
             self.keeper.saved(began)
+            self.log.checkpoint(k, checkpoint_folder(self.folder, k))
         self.backend.barrier()
 
     # ---- saving ---------------------------------------------------------------------------------
