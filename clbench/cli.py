@@ -244,13 +244,13 @@ def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str], 
     if isinstance(args.resume, str):  # where it runs may change, what it computes may not
         if args.run_id or args.yaml or args.init_from or args.smoke:
             raise UserError(f"--resume {args.resume} continues that run with its own settings; leave other flags away.")
-        from clbench.checkpoints.run_folder import run_folder
+        from clbench.checkpoints.run_folder import moved, run_folder
         from clbench.evaluation.evaluate import run_config
 
         folder = run_folder(args.resume)
         from clbench.config.compose import override
 
-        config = override(run_config(folder), [*where, *overrides])
+        config = override(moved(run_config(folder), folder), [*where, *overrides])
         files, run_id = [str(folder / "config.yaml")], folder.name
         if folder.parent.resolve() != _results(config):
             config.output_dir = str(folder.parent)
@@ -280,9 +280,10 @@ def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str], 
     sets: list[tuple[bool, Callable[[], object]]] = [
         (d.repo_id is not None, lambda: build_stream(d, sequential=False, render=config.render))
     ]
-    if d.pretrain is not None and not config.policy.get("path"):
+    own_base = not config.policy.get("path") and not isinstance(args.resume, str)  # a run that goes on has its base
+    if d.pretrain is not None and own_base:
         sets.append((d.pretrain.repo_id is not None, lambda: pretraining_data(d, config.render)))
-    check_images(d, config.render, base=not config.policy.get("path"))
+    check_images(d, config.render, base=own_base)
     with patience.patience("looking at the data"):
         for _, opened in sorted(sets, key=lambda s: s[0]):  # those of the hub last
             opened()

@@ -18,7 +18,7 @@ from clbench.envs import libero_assets
 from clbench.envs.base import other_python, simulator_versions
 from clbench.envs.rendering import LIBRARIES, backend_name, libraries
 from clbench.errors import UserError
-from clbench.paths import cache_root, data_root, results_root
+from clbench.paths import bases_root, cache_root, data_root, results_root
 from clbench.terminal import show
 
 REQUIRED = ("torch", "lerobot", "accelerate", "peft", "transformers", "omegaconf")
@@ -146,7 +146,7 @@ def folders() -> Iterator[Finding]:
             yield Finding("missing", f"{label}: {root} is not writable", f"set {variable}, in .env or outside")
     for name in available("datasets"):
         yield _stream(name)
-    bases = list((cache_root() / "bases").glob("*/base.json"))
+    bases = list(bases_root().glob("*/base.json"))
     yield (
         Finding("ok", f"{len(bases)} pretrained bases")
         if bases

@@ -35,5 +35,10 @@ def results_root() -> Path:
 
 
 def cache_root() -> Path:
-    """Pretrained bases: $CLBENCH_CACHE_ROOT, else .cache/ in the project."""
+    """What can be made again: $CLBENCH_CACHE_ROOT, else .cache/ in the project."""
     return _root("CLBENCH_CACHE_ROOT", ".cache")
+
+
+def bases_root() -> Path:
+    """Pretrained bases, each in a folder named by what it depends on."""
+    return cache_root() / "bases"

@@ -20,6 +20,7 @@ from lerobot.utils.constants import POLICY_POSTPROCESSOR_DEFAULT_NAME, POLICY_PR
 import clbench.policies  # noqa: F401 (registers our policies)
 from clbench.adapters import clare, lora
 from clbench.checkpoints import trusted
+from clbench.checkpoints.base import adapter_base
 from clbench.config.reading import fit
 from clbench.errors import UserError, nearest
 from clbench.io import read_json
@@ -191,15 +192,9 @@ def _check_sizes(config: DitConfig, shapes: dict[str, tuple[int, ...]], folder: 
 
 
 def _load_adapter(config: PreTrainedConfig, folder: Path) -> PreTrainedPolicy:
-    described = read_json(folder / "adapter_config.json")
-    base = described.get("base_model_name_or_path") if isinstance(described, dict) else None
     tensor_shapes(folder / lora.WEIGHTS_FILE)  # PEFT would fall back to a pickle
-    if not isinstance(base, str) or not base or not (Path(base) / "config.json").is_file():
-        raise UserError(
-            f"{folder} is an adapter over the base '{base}', which is not there. Make it again with "
-            "`clbench pretrain`, or put the base's folder back."
-        )
-    policy = _load_weights(config, Path(base))
+    policy = _load_weights(config, adapter_base(folder))
+    described = read_json(folder / "adapter_config.json")
     if described.get("peft_type") == "CLARE":
         clare.load_adapter(policy, folder)
         return policy

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
 
 import clbench
+from clbench.checkpoints.base import find_base
 from clbench.checkpoints.whole import DESCRIPTION, damage, write_whole
 from clbench.config.compose import flatten, load_yaml, to_dict, to_yaml
 from clbench.config.schema import Config, PretrainDataConfig
 from clbench.envs.base import other_python, privileged, simulator_versions
 from clbench.errors import UserError, nearest
 from clbench.io import OF_A_RUN, read_json, refuse_links, write_json, write_text
-from clbench.paths import PROJECT_ROOT, results_root
+from clbench.paths import PROJECT_ROOT, data_root, model_root, named_folder, results_root
 from clbench.redaction import redact, redact_command, secrets_of
 from clbench.streams.stream import Task, TaskStream, pretraining_tasks
 from clbench.terminal import tell
@@ -32,6 +34,7 @@ PACKAGES = ("torch", "lerobot", "accelerate", "peft", "transformers", "numpy", "
 MAX_RUN_ID_BYTES = 200
 OTHER_FOLDERS = {"reports": "reports of several runs", "sweeps": "the logs of sweeps"}  # beside the runs
 MAX_VISITS = 1000
+PEFT_COPY = "peft_config.json"  # of algorithm.peft_cfg_path
 MAX_EPISODE_STEPS = 1_000_000
 
 
@@ -103,6 +106,50 @@ def new_run_folder(run_id: str, output_dir: str | None, resume: bool) -> tuple[P
     return folder, exists
 
 
+def absolute_paths(config: Config) -> Config:
+    """The same with absolute paths, so that a run goes on wherever it is resumed. Bare names are found by root."""
+
+    def absolute(value: Any, name: bool = True) -> Any:
+        if not isinstance(value, str) or not value or (name and "/" not in value):
+            return value
+        return str(Path(value).expanduser().absolute())
+
+    d, policy, algorithm = config.dataset, dict(config.policy), dict(config.algorithm)
+    pretrain = None if d.pretrain is None else replace(d.pretrain, data=absolute(d.pretrain.data))
+    if "path" in policy:
+        policy["path"] = absolute(policy["path"])
+    if "peft_cfg_path" in algorithm:
+        algorithm["peft_cfg_path"] = absolute(algorithm["peft_cfg_path"], name=False)
+    return replace(
+        config, output_dir=absolute(config.output_dir, name=False), policy=policy, algorithm=algorithm,
+        dataset=replace(d, data=absolute(d.data), pretrain=pretrain),
+    )  # fmt: skip
+
+
+def moved(config: Config, folder: Path) -> Config:
+    """The configuration of the run in `folder`, with what is not where it was looked for in the present roots."""
+    d, policy, algorithm = config.dataset, dict(config.policy), dict(config.algorithm)
+    pretrain = None if d.pretrain is None else replace(d.pretrain, data=_moved_data(d.pretrain.data))
+    if policy.get("path") and not (named_folder(str(policy["path"]), model_root()) / "config.json").is_file():
+        base = {**read_manifest(folder)["base"], "path": str(policy["path"])}
+        with contextlib.suppress(UserError):  # said where it is needed
+            policy["path"] = str(find_base(base, folder, f"run {folder.name} is"))
+    peft = algorithm.get("peft_cfg_path")
+    if peft and not Path(str(peft)).is_file() and (folder / PEFT_COPY).is_file():
+        algorithm["peft_cfg_path"] = str(folder / PEFT_COPY)
+    return replace(
+        config, policy=policy, algorithm=algorithm, dataset=replace(d, data=_moved_data(d.data), pretrain=pretrain)
+    )
+
+
+def _moved_data(data: str) -> str:
+    here = data_root() / Path(data).name
+    if "/" not in data or (Path(data).expanduser() / "meta").is_dir() or not (here / "meta").is_dir():
+        return data
+    tell(f"note: {data} is not there; the set of that name in {data_root()} is taken, if it is the same.")
+    return str(here.absolute())
+
+
 def write_description(
     folder: Path,
     run_id: str,
@@ -117,11 +164,21 @@ def write_description(
     from clbench.algorithms.build import algorithm_classes
 
     own_base = config.dataset.pretrain is not None and not config.policy.get("path")
-    heldout, heldout_data = pretraining_tasks(config.dataset, config.render) if own_base else ([], None)
+    before = read_json(folder / "manifest.json") if (folder / "manifest.json").is_file() else {}
+    goes_on = bool(session["k"] or session["phase"]) and isinstance(before, dict) and "heldout" in before
+    if goes_on:  # the base's data may be on another machine by now
+        outside = {key: before[key] for key in ("heldout", "heldout_data") if key in before}
+    else:
+        heldout, heldout_data = pretraining_tasks(config.dataset, config.render) if own_base else ([], None)
+        outside = {
+            "heldout": describe_columns(heldout),
+            "heldout_data": None if heldout_data is None else heldout_data.description,
+        }
+    if config.algorithm.get("peft_cfg_path"):
+        _keep(Path(config.algorithm["peft_cfg_path"]), folder / PEFT_COPY)
     algorithm = config.algorithm["name"]
     env_type = config.dataset.env.type
     elsewhere = simulator_versions(env_type) if other_python(env_type) else {}
-    before = read_json(folder / "manifest.json") if (folder / "manifest.json").is_file() else {}
     earlier = before.get("sessions", []) if isinstance(before, dict) else []
     write_text(folder / "config.yaml", to_yaml(config))
     secrets = secrets_of(asdict(config))
@@ -143,11 +200,10 @@ def write_description(
             "seed": config.seed,
             "mode": stream.mode,
             "visits": describe_columns(stream.columns),
-            "heldout": describe_columns(heldout),
             "checkpoints": [v.task for v in stream.visits],
             "data_fingerprint": stream.fingerprint,
             "data": stream.data,
-            "heldout_data": None if heldout_data is None else heldout_data.description,
+            **outside,
             "base": base,
             "versions": versions() | elsewhere,
             "git_revision": git_revision(),
@@ -158,6 +214,12 @@ def write_description(
         secrets,
     )
     write_json(folder / "manifest.json", described)
+
+
+def _keep(file: Path, copy: Path) -> None:
+    """Copy a small JSON file that a configuration names, for when the run goes on where that is not."""
+    if file != copy:
+        write_json(copy, read_json(file))
 
 
 def describe_columns(tasks: Sequence[Task]) -> list[dict[str, Any]]:

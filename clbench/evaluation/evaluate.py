@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from clbench.checkpoints.base import ADAPTER, adapter_base, find_base
 from clbench.checkpoints.run_folder import (
     checkpoint_damage,
     checkpoint_folder,
@@ -386,7 +387,13 @@ def _jobs(missing: dict[int, list[dict[str, Any]]], folder: Path, manifest: dict
     jobs: list[Job] = []
     for k, episodes in sorted(missing.items()):
         checkpoint = None if k < 0 else str(checkpoint_folder(folder, k))
-        policy = {RANDOM: None, BASE: manifest["base"].get("path")}.get(k, f"{checkpoint}/policy")
+        policy: str | None = f"{checkpoint}/policy"
+        if k == RANDOM:
+            policy = None
+        elif k == BASE:
+            policy = str(find_base(manifest["base"], folder, f"run {folder.name} is"))
+        elif (Path(f"{checkpoint}/policy") / ADAPTER).is_file():
+            adapter_base(Path(f"{checkpoint}/policy"))  # one that is not there is said before processes are started
         parts = max(1, min(len(episodes), -(-2 * workers // len(missing)))) if workers > 1 else 1
         for i in range(parts):
             jobs.append(Job(k, policy, checkpoint, tuple(episodes[i::parts])))

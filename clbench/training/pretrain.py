@@ -28,6 +28,7 @@ from lerobot.utils.feature_utils import dataset_to_policy_features
 
 from clbench.algorithms.hooks import CLAlgorithm, Context, Phase, training_phase
 from clbench.checkpoints import trusted
+from clbench.checkpoints.base import identity
 from clbench.checkpoints.policy_io import LoadedPolicy, load_policy, pick_device, policy_config, save_policy
 from clbench.checkpoints.run_folder import versions
 from clbench.checkpoints.state import load_state, save_state, tensor_bytes
@@ -41,7 +42,7 @@ from clbench.envs.base import cameras
 from clbench.errors import Interrupted, UserError
 from clbench.io import read_json, write_json
 from clbench.lock import NO_LOCKS, holder, sign
-from clbench.paths import cache_root, model_root, named_folder
+from clbench.paths import bases_root, model_root, named_folder
 from clbench.patience import patience
 from clbench.policies.loss import PolicyLoss
 from clbench.redaction import redact, secrets_of
@@ -87,7 +88,7 @@ def base_folder(config: Config, data: DataSource) -> Path:
     assert config.dataset.pretrain is not None
     section = config.dataset.pretrain
     name = Path(section.repo_id or section.data).name
-    return cache_root() / "bases" / f"{config.policy.get('type')}-{name}-{digest}"
+    return bases_root() / f"{config.policy.get('type')}-{name}-{digest}"
 
 
 def ensure_base(config: Config, backend: Backend, stop: Stop, progress: str = "auto") -> tuple[Path, dict[str, Any]]:
@@ -107,7 +108,7 @@ def ensure_base(config: Config, backend: Backend, stop: Stop, progress: str = "a
             raise UserError(f"policy.path={path} is an adapter over another base; only a whole policy can be a base.")
         _check_given(path, config)
         _check_targets(config, _modules_of(path))
-        return path.resolve(), {"path": str(path.resolve()), "kind": "given"}
+        return path.resolve(), {"path": str(path.resolve()), "kind": "given", **identity(path.resolve())}
     tasks, data = pretraining_tasks(config.dataset, config.render)
     policy_config(dict(config.policy), "cpu")  # what is wrong is said before anything is made
     _fitted_config(dict(config.policy), _described_features(tasks[0]), "cpu")
@@ -140,7 +141,8 @@ def ensure_base(config: Config, backend: Backend, stop: Stop, progress: str = "a
             elif backend.is_main:
                 shutil.rmtree(_unfinished(folder), ignore_errors=True)
     _check_targets(config, _modules_of(folder))
-    return folder, {"path": str(folder), "kind": "pretrained", **base_key(config, data)}
+    folder = folder.absolute()
+    return folder, {"path": str(folder), "kind": "pretrained", **identity(folder), **base_key(config, data)}
 
 
 def _unfinished(folder: Path) -> Path:

@@ -16,9 +16,12 @@ import torch
 from clbench.adapters import lora
 from clbench.algorithms.build import build_algorithm
 from clbench.algorithms.hooks import CLAlgorithm, Context, Phase
+from clbench.checkpoints.base import ADAPTER, WEIGHTS, find_base, identity, weights_digest, write_adapter_base
 from clbench.checkpoints.policy_io import LoadedPolicy, load_policy, pick_device, save_policy
 from clbench.checkpoints.run_folder import (
     FREE_ON_RESUME,
+    PEFT_COPY,
+    absolute_paths,
     changed_values,
     checkpoint_folder,
     clear_leftovers,
@@ -42,17 +45,20 @@ from clbench.envs.base import check_other_python
 from clbench.errors import Interrupted, UserError, nearest
 from clbench.io import read_json, read_jsonl, remove_if_empty, write_text
 from clbench.lock import held
-from clbench.paths import results_root
+from clbench.paths import model_root, named_folder, results_root
 from clbench.patience import patience
 from clbench.policies.loss import PolicyLoss
 from clbench.seeding import seed_everything, seeded
 from clbench.stopping import Stop, stoppable
-from clbench.streams.stream import TaskStream, build_stream
+from clbench.streams.stream import TaskStream, build_stream, pretraining_data
 from clbench.training import log as run_log
 from clbench.training.backend import Backend, count, ranks_together, say
 from clbench.training.loop import PhaseRunner, Resumed
 from clbench.training.pretrain import check_inputs, ensure_base, load_base
 from clbench.training.saving import Moments, save_if_due
+
+# Paths: they may differ where what they name is the same.
+PLACES = ("dataset.data", "dataset.pretrain.data", "policy.path", "algorithm.peft_cfg_path")
 
 
 @ranks_together()
@@ -76,6 +82,7 @@ def train(
         UserError: bad configuration, missing data or base, an existing run, a loss that is not finite.
         Interrupted: a signal asked to stop; the state is saved.
     """
+    config = absolute_paths(config)
     algorithm = build_algorithm(config)
     sequential = "stream" not in algorithm.claims
     stream = algorithm.transform_stream(build_stream(config.dataset, sequential=sequential, render=config.render))
@@ -117,8 +124,9 @@ def train(
                 keeper.remove()
             say(backend, f"run '{run_id}' is complete: {folder}")
             return folder
-        base_path, base = ensure_base(config, backend, stop, config.log.progress)
-        check_inputs(base_path, stream.columns[0])
+        base_path, base = _base_of(config, folder, stream, position, changed, backend, stop)
+        if (base_path / "config.json").is_file():
+            check_inputs(base_path, stream.columns[0])
         if backend.is_main:
             keeper.clear(position)
             session = {"command": command or [], "k": position.k, "phase": position.phase, "step": position.step,
@@ -133,6 +141,37 @@ def train(
             raise
 
 
+def _base_of(
+    config: Config,
+    folder: Path,
+    stream: TaskStream,
+    position: Position,
+    changed: dict[str, list[Any]],
+    backend: Backend,
+    stop: Stop,
+) -> tuple[Path, dict[str, Any]]:
+    """The base's folder and its description: of a run that goes on, those it began with, wherever the base is now."""
+    if position == Position() or any(k.startswith(("policy.", "pretrain.", "dataset.pretrain.")) for k in changed):
+        return ensure_base(config, backend, stop, config.log.progress)
+    base = read_manifest(folder)["base"]
+    try:
+        path = find_base(base, folder, f"run {folder.name} is")
+        return path.absolute(), {**base, "path": str(path.absolute()), **identity(path)}
+    except UserError:
+        assert position.source is not None
+        if stream.mode != "singletask" and not (position.source / "policy" / ADAPTER).is_file():
+            return Path(str(base.get("path"))), base  # all is in the checkpoint: it is not needed any more
+        if base.get("kind") == "given":
+            raise
+    path, again = ensure_base(config, backend, stop, config.log.progress)
+    if base.get("sha256") not in (None, again["sha256"]):
+        raise UserError(
+            f"the base of run {folder.name} is nowhere, and {path}, made with the same settings, has other weights: "
+            f"sha256 {again['sha256'][:12]}…, not {base['sha256'][:12]}…. Copy the run's own base to {path}."
+        )
+    return path, again
+
+
 def _position(folder: Path, keeper: StateKeeper) -> Position:
     """Where the run in `folder` stands: after its newest whole state or checkpoint."""
     done = whole_checkpoints(folder)
@@ -143,7 +182,7 @@ def _forget_unless_begun(folder: Path) -> None:
     """Remove what a start wrote that failed before its first step, so that the same command can be given again."""
     rows = read_jsonl(folder / run_log.FILE) if (folder / run_log.FILE).is_file() else []
     if all(row.get("event") == "task_start" for row in rows):
-        for name in ("config.yaml", "manifest.json", run_log.FILE, run_log.IDS):
+        for name in ("config.yaml", "manifest.json", PEFT_COPY, run_log.FILE, run_log.IDS):
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
 
@@ -170,7 +209,10 @@ def _where(position: Position, visits: int) -> str:
 def _changes(folder: Path, config: Config, stream: TaskStream, allowed: Sequence[str]) -> dict[str, list[Any]]:
     """What differs from the settings that the run was started with: key → [then, now]. Raises for what may not."""
     differing = changed_values(folder, config)
-    fingerprint = read_manifest(folder).get("data_fingerprint")
+    manifest = read_manifest(folder)
+    for key in [k for k in differing if k in PLACES and _same_there(k, folder, config, stream, manifest)]:
+        del differing[key]  # it only moved
+    fingerprint = manifest.get("data_fingerprint")
     if fingerprint != stream.fingerprint:
         differing.setdefault("dataset.data", [f"data {fingerprint}", f"data {stream.fingerprint}"])
     for key in allowed:
@@ -184,6 +226,20 @@ def _changes(folder: Path, config: Config, stream: TaskStream, allowed: Sequence
             "or --allow-change KEY for each that is meant."
         )
     return differing
+
+
+def _same_there(key: str, folder: Path, config: Config, stream: TaskStream, manifest: dict[str, Any]) -> bool:
+    """Whether what a path of the configuration names is what the run began with."""
+    base = manifest["base"]
+    if key == "dataset.data":
+        return bool(stream.fingerprint) and stream.fingerprint == manifest.get("data_fingerprint")
+    if key == "dataset.pretrain.data":
+        return pretraining_data(config.dataset, config.render).fingerprint == base.get("data_fingerprint")
+    if key == "policy.path":
+        given = named_folder(str(config.policy.get("path")), model_root())
+        return (given / WEIGHTS).is_file() and weights_digest(given) == base.get("sha256")
+    copy, now = folder / PEFT_COPY, Path(str(config.algorithm.get("peft_cfg_path")))
+    return copy.is_file() and now.is_file() and read_json(copy) == read_json(now)
 
 
 class Trainer:
@@ -397,6 +453,8 @@ class Trainer:
         if self.config.lora.enabled:
             lora.save(self.loaded.policy, policy_folder, str(self.base_path))
             adapter = True
+        if adapter:
+            write_adapter_base(policy_folder, self.base_path)
         save_policy(self.loaded, policy_folder, adapter_only=adapter)
         save_state(folder, "algorithm", self.algorithm.state_dict())
         frozen = [n for n, p in self.loaded.policy.named_parameters() if not p.requires_grad]
