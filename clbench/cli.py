@@ -139,10 +139,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. 0: done; 2: the user can mend it (one message); 75: stopped in good order; 130: interrupted."""
     from clbench.env_file import load_env_file
     from clbench.processes import no_threads
+    from clbench.surroundings import settle
 
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         load_env_file()  # before the imports that read variables
+        settle()
         no_threads()
     except UserError as e:
         tell(f"clbench: {e}")

@@ -37,6 +37,9 @@ from clbench.terminal import tell
 Batch = dict[str, Any]
 Deltas = dict[str, list[int]]  # feature → frame offsets, e.g. {"action": [0, …, 7]}
 
+# LeRobot asks the hub for a set in which it misses something, a folder for its cache among it. What is read here is on
+# this machine, whole: this is no name that a hub could know, and the request ends before it is sent.
+NO_HUB = "on this machine"
 NOT_NUMBERS = ("string", "language", "image", "video")
 
 
@@ -119,7 +122,10 @@ class TaskFrames:
                     f"there is no whole LeRobot data set in {task.root} ({part} is missing): run `clbench data make "
                     f"{task.root.name}`."
                 )
-        self.meta = LeRobotDatasetMetadata(repo_id=task.root.name, root=task.root)
+        try:
+            self.meta = LeRobotDatasetMetadata(repo_id=NO_HUB, root=task.root)
+        except Exception as e:  # LeRobot takes any missing file for a missing set
+            raise _unreadable(task.root, e) from e
         self._names = all_names(task.features, self.meta.features)
         self.features = {here: described_feature(self.meta.features[there]) for there, here in self._names.items()}
         self.decoded = any(f["dtype"] in ("image", "video") for f in self.features.values())
@@ -136,13 +142,16 @@ class TaskFrames:
         """LeRobot's view of the task's episodes, and where in it each frame of the whole set stands."""
         there = {here: name for name, here in self._names.items()}
         seconds = {there[k]: [d / self.meta.fps for d in v] for k, v in self.deltas.items()}
-        dataset = LeRobotDataset(
-            repo_id=self.task.root.name,
-            root=self.task.root,
-            episodes=sorted(self.task.episodes),
-            delta_timestamps=seconds or None,
-            video_backend=None if self.meta.video_keys else "pyav",  # not looked for where there are no videos
-        )
+        try:
+            dataset = LeRobotDataset(
+                repo_id=NO_HUB,
+                root=self.task.root,
+                episodes=sorted(self.task.episodes),
+                delta_timestamps=seconds or None,
+                video_backend=None if self.meta.video_keys else "pyav",  # not looked for where there are no videos
+            )
+        except Exception as e:
+            raise _unreadable(self.task.root, e) from e
         numbers = dataset.hf_dataset.with_format("numpy")["index"][:]
         return dataset, {int(n): i for i, n in enumerate(numbers)}
 
@@ -201,6 +210,15 @@ class TaskFrames:
                 named[f"{here}_is_pad"] = item[f"{there}_is_pad"]
         named["task"] = self.task.instruction
         return named
+
+
+def _unreadable(root: Path, e: Exception) -> UserError:
+    """What LeRobot missed, and not what asking a hub for it came to."""
+    first: BaseException = e
+    while first.__context__ is not None:
+        first = first.__context__
+    text = " ".join(str(first).split()) or type(first).__name__
+    return UserError(f"LeRobot cannot open the data set in {root}: {text}.")
 
 
 def described_feature(feature: dict[str, Any]) -> dict[str, Any]:

@@ -122,8 +122,15 @@ def ensure_base(config: Config, backend: Backend, stop: Stop, progress: str = "a
         if fetched is not None:
             say(backend, fetched)
     if not whole or backend.agree(_is_littered(folder)):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with (folder.parent / f".{folder.name}.lock").open("a+") as lock, ExitStack() as waiting:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock_file = (folder.parent / f".{folder.name}.lock").open("a+")
+        except OSError as e:
+            raise UserError(
+                f"the base cannot be made in {folder.parent}: {e.strerror}. Set CLBENCH_CACHE_ROOT to a folder that "
+                "can be written."
+            ) from e
+        with lock_file as lock, ExitStack() as waiting:
             while not backend.agree(_locked(lock) if backend.is_main else True):
                 if backend.any(bool(stop.reason))[0]:
                     raise Interrupted("stopped while another run makes the base. The same command goes on from there.")
