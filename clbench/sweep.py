@@ -12,7 +12,9 @@ parallel: 2                         # runs at once, each with one thread
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import sys
 import tempfile
 import time
 import unicodedata
@@ -29,14 +31,15 @@ from clbench.evaluation.records import eval_folder
 from clbench.io import read_json
 from clbench.lock import held
 from clbench.paths import CONFIG_ROOT, results_root
+from clbench.patience import patience
 from clbench.processes import Child, server, start_command
 from clbench.registry import algorithm_names
 from clbench.slots import VARIABLE, Slots
 from clbench.stopping import Stop, stoppable
-from clbench.terminal import printable, show, tell
+from clbench.terminal import printable
 
 KEPT = "What is done is kept: give the same command again."
-PROGRESS_SECONDS = 15.0
+PROGRESS_SECONDS = 10.0
 
 
 @dataclass
@@ -157,43 +160,47 @@ def run_sweep(name: str, dry_run: bool = False, trust: Sequence[str] = ()) -> in
 def _run_sweep(name: str, dry_run: bool, trust: Sequence[str], stop: Stop, stack: ExitStack) -> int:
     experiment, runs = load_experiment(name)
     left = [r for r in runs if not finished(r)]
-    show(f"experiment {experiment.name}: {len(runs) - len(left)} of {len(runs)} runs are finished")
-    from clbench.algorithms.build import build_algorithm
+    print(f"experiment {experiment.name}: {len(runs) - len(left)} of {len(runs)} runs are finished", flush=True)
+    with patience("loading LeRobot and PyTorch"):
+        from clbench.algorithms.build import build_algorithm
 
-    for r in runs:  # what a configuration can show to be wrong, before anything heavy
-        build_algorithm(r.config)
+        for r in runs:  # what a configuration can show to be wrong, before anything heavy
+            build_algorithm(r.config)
     if dry_run:
         for r in runs:
-            show(f"  {'left' if r in left else 'done'}  {r.run_id}")
+            print(f"  {'left' if r in left else 'done'}  {r.run_id}")
         return 0
     logs = results_root() / "sweeps" / experiment.name
     stack.enter_context(held(logs, "sweep"))  # two of one experiment would train the same runs
+    for stale in logs.glob(".slots-*"):  # of a sweep that was killed
+        shutil.rmtree(stale)
     failed: list[str] = []
     if left:
-        show(f"runs → {results_root()}, their output → {logs}")
+        print(f"runs → {results_root()}, their output → {logs}", flush=True)
         # The base is shared: it is made before runs race for it, with all cores.
         base = _Job("pretrain", ("pretrain", *_axes(experiment), *_trusting(trust), "--", *experiment.overrides),
                     logs / "pretrain.log")  # fmt: skip
         _play([base], 1, logs, stop)
         if base.status:
-            tell(f"failed: the base; see {base.log}")
+            print(f"failed: the base; see {base.log}", file=sys.stderr)
             return 1
         jobs = _jobs(left, logs, experiment.parallel, trust)
         _play(jobs, max(1, experiment.parallel), logs, stop)
         failed = list(dict.fromkeys(job.name for job in jobs if job.status))
     for run_id in failed:
-        tell(f"failed: {run_id}; see {logs / run_id}.log")
+        print(f"failed: {run_id}; see {logs / run_id}.log", file=sys.stderr)
     done = [r.run_id for r in runs if finished(r)]
     if done:
-        from clbench.report import build_report
+        with patience("reading runs and drawing"):
+            from clbench.report import build_report
 
-        page = build_report(
-            [results_root() / r for r in done],
-            name=experiment.name,
-            command=f"clbench sweep {name}",
-            split=runs[0].config.eval.split,
-        )
-        show(f"report of {len(done)} of {len(runs)} runs: {page}")
+            page = build_report(
+                [results_root() / r for r in done],
+                name=experiment.name,
+                command=f"clbench sweep {name}",
+                split=runs[0].config.eval.split,
+            )
+        print(f"report of {len(done)} of {len(runs)} runs: {page}")
     return 1 if failed else 0
 
 
@@ -297,14 +304,14 @@ def _tell_end(job: _Job, jobs: Sequence[_Job], stop: Stop) -> None:
     if len(jobs) > 1 and stop.signal is None and (last or job.status):
         first = job if job.after is None else job.after
         minutes = (time.monotonic() - first.began) / 60
-        show(f"{'FAILED' if job.status else 'done'}: {job.name} in {minutes:.1f} min")
+        print(f"{'FAILED' if job.status else 'done'}: {job.name} in {minutes:.1f} min", flush=True)
 
 
 def _tell_progress(jobs: Sequence[_Job]) -> None:
     for job in jobs:
         line = _last_line(job.log)
         if line and line != job.said:
-            show(f"  {job.name}: {line}")
+            print(f"  {job.name}: {line}", flush=True)
             job.said = line
 
 

@@ -129,6 +129,16 @@ def test_a_second_sweep_of_an_experiment_is_refused_and_told_by_whom(
     assert list(logs.iterdir()) == []
 
 
+def test_what_a_killed_sweep_left_is_cleared_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLBENCH_RESULTS_ROOT", str(tmp_path / "results"))
+    logs = results_root() / "sweeps" / "mine"
+    (logs / ".slots-killed").mkdir(parents=True)
+    answers = iter([True] * 4 + [False] * 4)  # nothing is left to be trained, nothing to be reported
+    monkeypatch.setattr(sweep, "finished", lambda _: next(answers))
+    assert sweep.run_sweep(experiment(tmp_path)) == 0
+    assert list(logs.iterdir()) == []
+
+
 def test_its_commands_trust_what_the_sweep_does_and_its_own_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
