@@ -16,6 +16,7 @@ import torch
 from clbench.adapters import lora
 from clbench.algorithms.build import build_algorithm
 from clbench.algorithms.hooks import CLAlgorithm, Context, Phase
+from clbench.checkpoints import trusted
 from clbench.checkpoints.base import ADAPTER, WEIGHTS, find_base, identity, weights_digest, write_adapter_base
 from clbench.checkpoints.policy_io import LoadedPolicy, load_policy, pick_device, save_policy
 from clbench.checkpoints.run_folder import (
@@ -45,7 +46,7 @@ from clbench.envs.base import check_other_python
 from clbench.errors import Interrupted, UserError, nearest
 from clbench.io import read_json, read_jsonl, remove_if_empty, write_text
 from clbench.lock import held
-from clbench.paths import model_root, named_folder, results_root
+from clbench.paths import bases_root, model_root, named_folder, results_root
 from clbench.patience import patience
 from clbench.policies.loss import PolicyLoss
 from clbench.seeding import seed_everything, seeded
@@ -156,6 +157,8 @@ def _base_of(
     base = read_manifest(folder)["base"]
     try:
         path = find_base(base, folder, f"run {folder.name} is")
+        if path.parent.resolve() == bases_root().resolve() and config.policy.get("type") in trusted.given().types:
+            trusted.trust_also(path)  # made on this machine, from such a configuration
         return path.absolute(), {**base, "path": str(path.absolute()), **identity(path)}
     except UserError:
         assert position.source is not None
