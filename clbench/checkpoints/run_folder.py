@@ -34,6 +34,8 @@ PACKAGES = ("torch", "lerobot", "accelerate", "peft", "transformers", "numpy", "
 MAX_RUN_ID_BYTES = 200
 OTHER_FOLDERS = {"reports": "reports of several runs", "sweeps": "the logs of sweeps"}  # beside the runs
 MAX_VISITS = 1000
+# Keys that are paths: they may differ where what they name is the same.
+PLACES = ("dataset.data", "dataset.pretrain.data", "policy.path", "algorithm.peft_cfg_path")
 PEFT_COPY = "peft_config.json"  # of algorithm.peft_cfg_path
 MAX_EPISODE_STEPS = 1_000_000
 
@@ -106,23 +108,24 @@ def new_run_folder(run_id: str, output_dir: str | None, resume: bool) -> tuple[P
     return folder, exists
 
 
+def _absolute(value: Any, name: bool = True) -> Any:
+    """A path made absolute. `name`: one without a slash is no path."""
+    if not isinstance(value, str) or not value or (name and "/" not in value):
+        return value
+    return str(Path(value).expanduser().absolute())
+
+
 def absolute_paths(config: Config) -> Config:
     """The same with absolute paths, so that a run goes on wherever it is resumed. Bare names are found by root."""
-
-    def absolute(value: Any, name: bool = True) -> Any:
-        if not isinstance(value, str) or not value or (name and "/" not in value):
-            return value
-        return str(Path(value).expanduser().absolute())
-
     d, policy, algorithm = config.dataset, dict(config.policy), dict(config.algorithm)
-    pretrain = None if d.pretrain is None else replace(d.pretrain, data=absolute(d.pretrain.data))
+    pretrain = None if d.pretrain is None else replace(d.pretrain, data=_absolute(d.pretrain.data))
     if "path" in policy:
-        policy["path"] = absolute(policy["path"])
+        policy["path"] = _absolute(policy["path"])
     if "peft_cfg_path" in algorithm:
-        algorithm["peft_cfg_path"] = absolute(algorithm["peft_cfg_path"], name=False)
+        algorithm["peft_cfg_path"] = _absolute(algorithm["peft_cfg_path"], name=False)
     return replace(
-        config, output_dir=absolute(config.output_dir, name=False), policy=policy, algorithm=algorithm,
-        dataset=replace(d, data=absolute(d.data), pretrain=pretrain),
+        config, output_dir=_absolute(config.output_dir, name=False), policy=policy, algorithm=algorithm,
+        dataset=replace(d, data=_absolute(d.data), pretrain=pretrain),
     )  # fmt: skip
 
 
@@ -328,10 +331,13 @@ def changed_keys(folder: Path, config: Config, ignore: tuple[str, ...]) -> list[
 def changed_values(folder: Path, config: Config) -> dict[str, list[Any]]:
     """Keys whose values differ between config.yaml and `config`: key → [there, here].
 
-    A key that config.yaml lacks (an option that came later) counts with its default.
+    A key that config.yaml lacks (an option that came later) counts with its default. Paths are compared as absolute
+    ones.
     """
     old = load_yaml(folder / "config.yaml")
-    flat_old, flat_new = {**_defaults(config), **flatten(old)}, flatten(to_dict(config))
+    flat_old, flat_new = {**_defaults(config), **flatten(old)}, flatten(to_dict(absolute_paths(config)))
+    for key in flat_old.keys() & set(PLACES):
+        flat_old[key] = _absolute(flat_old[key], name=key != "algorithm.peft_cfg_path")
     keys = sorted(flat_old.keys() | flat_new.keys())
     return {k: [flat_old.get(k), flat_new.get(k)] for k in keys if flat_old.get(k) != flat_new.get(k)}
 

@@ -22,6 +22,7 @@ from clbench.checkpoints.policy_io import LoadedPolicy, load_policy, pick_device
 from clbench.checkpoints.run_folder import (
     FREE_ON_RESUME,
     PEFT_COPY,
+    PLACES,
     absolute_paths,
     changed_values,
     checkpoint_folder,
@@ -57,9 +58,6 @@ from clbench.training.backend import Backend, count, ranks_together, say
 from clbench.training.loop import PhaseRunner, Resumed
 from clbench.training.pretrain import check_inputs, ensure_base, load_base
 from clbench.training.saving import Moments, save_if_due
-
-# Paths: they may differ where what they name is the same.
-PLACES = ("dataset.data", "dataset.pretrain.data", "policy.path", "algorithm.peft_cfg_path")
 
 
 @ranks_together()
