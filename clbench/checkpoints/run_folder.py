@@ -103,8 +103,9 @@ def new_run_folder(run_id: str, output_dir: str | None, resume: bool) -> tuple[P
         probe = folder / f".probe-{os.getpid()}"
         probe.touch()
         probe.unlink()
-    except OSError as e:
-        raise UserError(f"cannot write into {folder}: {e.strerror}. Choose another output_dir.") from e
+    except (OSError, ValueError) as e:  # ValueError: a NUL in the path
+        what = e.strerror if isinstance(e, OSError) else e
+        raise UserError(f"cannot write into {folder}: {what}. Choose another output_dir.") from e
     return folder, exists
 
 

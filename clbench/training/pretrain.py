@@ -199,6 +199,8 @@ def _locked(lock: IO[str]) -> bool:
 def _check_given(path: Path, config: Config) -> None:
     """The policy section describes the checkpoint it starts from; only what acting needs may differ."""
     stored = read_json(path / "config.json")
+    if not isinstance(stored, dict):
+        raise UserError(f"policy.path={path}: its config.json holds no object, so it is no LeRobot checkpoint.")
     for key, value in config.policy.items():
         if key in ("path", *ACTING) or (key in stored and stored[key] == value):
             continue
