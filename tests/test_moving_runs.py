@@ -14,12 +14,12 @@ from clbench.checkpoints.policy_io import load_policy
 from clbench.checkpoints.run_folder import checkpoint_folder, finished_visits, read_manifest
 from clbench.cli import main
 from clbench.errors import UserError
-from clbench.io import read_json, write_json
+from clbench.io import read_json
 from clbench.training.pretrain import _drawn
 from clbench.training.trainer import train
 from tests.algorithm_cases import SMALL_CLARE
 from tests.same import files
-from tests.toy import toy_config
+from tests.toy import STREAM, make_toy_data, toy_config
 
 ROOTS = ("DATA", "CACHE", "RESULTS", "MODEL")
 
@@ -134,10 +134,7 @@ def test_paths_may_differ_where_what_they_name_is_the_same(home: Path, capsys: p
     shutil.rmtree(checkpoint_folder(run, 1))
     shutil.copytree(home / "data", home / "elsewhere")
     at = [f"dataset.data={home}/elsewhere/stream", f"dataset.pretrain.data={home}/elsewhere/pretrain"]
-    other = home / "elsewhere" / "other"
-    shutil.copytree(home / "data" / "stream", other)
-    info = read_json(other / "meta" / "clbench.json")
-    write_json(other / "meta" / "clbench.json", {**info, "fingerprint": "0" * 64})
+    other = make_toy_data(home / "elsewhere" / "other", STREAM, episodes=2)
     assert main(["train", "--resume", "seqfft", "--", f"dataset.data={other}"]) == 2
     assert "started with other settings: dataset.data" in capsys.readouterr().err
     assert main(["train", "--resume", "seqfft", "--", *at]) == 0

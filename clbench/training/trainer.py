@@ -105,9 +105,9 @@ def train(
             found = _position(folder, keeper) if backend.is_main else Position()
         told = backend.tell([found.k, str(found.source or ""), found.phase, found.step])
         position = Position(told[0], Path(told[1]) if told[1] else None, told[2], told[3])
+        changed = {} if position == Position() else _changes(folder, config, stream, allow_change)
         if backend.is_main and position != Position():
             check_every_byte(stream.columns[0].root, stream.data, config.dataset.name)
-        changed = {} if position == Position() else _changes(folder, config, stream, allow_change)
         backend.barrier()  # every rank has read what rank 0 now writes anew
         if note := fps_note(stream.data):
             say(backend, note)
