@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from clbench import launch
 from clbench.checkpoints.run_folder import checkpoint_folder
 from clbench.checkpoints.state import load_state
 from clbench.cli import main
@@ -190,33 +191,50 @@ def test_a_rank_that_fails_ends_the_run(toy_data: Path, tmp_path: Path) -> None:
     assert "is nan" in lines[0] or "is inf" in lines[0], done.stderr
 
 
+class Rank:
+    """Stands in for a process that ends with status `code` at its `polls`-th poll; None = when it is killed."""
+
+    def __init__(self, code: int | None, polls: int = 1) -> None:
+        self.code, self.polls, self.returncode = code, polls, None
+
+    def poll(self) -> int | None:
+        self.polls -= 1
+        if self.polls <= 0 and self.returncode is None:
+            self.returncode = self.code
+        return self.returncode
+
+    def wait(self, timeout: float = 0.0) -> int | None:
+        return self.returncode
+
+    def terminate(self) -> None:
+        """It does not listen."""
+
+    def kill(self) -> None:
+        self.returncode = -9
+
+
 KILLED = "was killed by SIGKILL (often: out of memory)"
 
 
 @pytest.mark.parametrize(
-    ("ends", "says", "status"),
+    ("ranks", "says", "status"),
     [
-        ({0: "time.sleep(600)", 1: "os.kill(os.getpid(), 9)"}, f"rank 1 {KILLED}", 1),
-        ({0: "sys.exit(69)", 1: "os.kill(os.getpid(), 9)"}, f"rank 1 {KILLED}", 1),
-        ({0: "sys.exit(69)", 1: "time.sleep(0.5); sys.exit(2)"}, "rank 1 failed (exit status 2)", 2),
-        ({0: "sys.exit(69)", 1: "time.sleep(600)", 2: "sys.exit(69)"}, "rank 1 did not answer", 69),
+        ([Rank(None), Rank(-9)], f"rank 1 {KILLED}", 1),
+        ([Rank(69), Rank(-9)], f"rank 1 {KILLED}", 1),
+        ([Rank(2), Rank(-9)], f"rank 1 {KILLED}", 1),
+        ([Rank(69), Rank(2, polls=3)], "rank 1 failed (exit status 2)", 2),
+        ([Rank(69), Rank(None), Rank(69)], "rank 1 did not answer", 69),
     ],
-    ids=["killed", "killed and missed", "failed and missed", "hung"],
-)  # fmt: skip
-def test_a_rank_that_ends_or_hangs_ends_the_run(ends: dict[int, str], says: str, status: int, tmp_path: Path) -> None:
-    """`launch` ends the ranks that are left at once, however they wait, and names the one to blame."""
-    (tmp_path / "clbench").mkdir()
-    (tmp_path / "clbench" / "__init__.py").write_text("")
-    (tmp_path / "clbench" / "cli.py").write_text(
-        f"import os, sys, time\nexec({ends!r}[int(os.environ['RANK'])])\n"
-    )
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom clbench import launch, stopping, terminal\n"
-    code += "launch.SETTLE_S = 1.0\n"
-    code += f"import os; os.environ['PYTHONPATH'] = {str(tmp_path)!r}; os.chdir({str(tmp_path)!r})\n"
-    code += f"sys.exit(launch.launch([], {len(ends)}))"
-    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, timeout=60)
-    assert done.returncode == status
-    assert f"{says}; ending the other ranks." in done.stderr, done.stderr
+    ids=["killed", "killed and missed", "killed and seen", "failed and missed", "hung"],
+)
+def test_the_rank_to_blame_is_named(
+    ranks: list[Any], says: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others, which waited for it, are ended however they wait."""
+    monkeypatch.setattr(launch, "SETTLE_S", 1.0)
+    assert launch._wait(ranks, []) == status
+    assert capsys.readouterr().err == f"{says}; ending the other ranks.\n"
+    assert None not in [r.returncode for r in ranks]
 
 
 def test_a_port_in_use_is_said_before_anything_starts(capsys: pytest.CaptureFixture[str]) -> None:
