@@ -5,7 +5,7 @@
 Alternately, this checkout and the other, each with folders of its own for runs and bases, on the same demonstrations:
 
     first step   `clbench train --smoke` from its start to the first line about a step in log.jsonl
-    sweep        `clbench sweep quickstart_smoke`: base, three trainings, three evaluations, report, with almost no steps
+    sweep        `clbench sweep quickstart_smoke`: base, three trainings and evaluations, report, with almost no steps
     quickstart   with --quickstart: `clbench sweep quickstart` from nothing, minutes each
 
 Processor seconds are user and system time of a command and everything that it started. Needs `clbench data make
@@ -64,7 +64,7 @@ class Checkout:
             "CLBENCH_DATA_ROOT": str(data_root()),
         }
         with (self.folder / "log.txt").open("ab") as log:
-            started = [self.python, "-P", "-m", "clbench.cli", *command]
+            started = [str(self.python), "-P", "-m", "clbench.cli", *command]
             return subprocess.Popen(started, env=environment, stdout=log, stderr=log, cwd=self.root)
 
     def whole(self, *command: str) -> Figures:

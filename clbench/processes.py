@@ -348,8 +348,8 @@ def _end(work: Callable[[], int] | None) -> None:
 
 def _serve(connection: socket.socket) -> Callable[[], int] | None:
     """Fork what is asked for. Returns None in the server, once it is not needed; in a child, what that has to do."""
-    global _server
-    _server = None
+    global _server, _lock
+    _server, _lock = None, threading.Lock()  # the lock was held by who forked this process
     # Signals to the whole group (a terminal's, a scheduler's) are for the others. Children have them blocked until they
     # can take them.
     old = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))

@@ -70,6 +70,22 @@ def test_a_process_that_was_started_starts_others_from_a_server_of_its_own() -> 
     assert int(text.split()[2]) not in (child.pid, os.getpid(), processes.server().pid)
 
 
+FORKS = """
+import os, sys
+from clbench import processes
+from tests.test_processes import nest
+processes.HEAVY = ()
+sys.exit(processes.start(nest, fds=[1]).wait(20))
+"""
+
+
+def test_so_does_one_whose_server_was_forked() -> None:
+    """By a process of one thread, as commands are when they begin; this one has more."""
+    command = [sys.executable, "-c", FORKS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0 and done.stdout.split()[0] == "inner", done.stderr
+
+
 @pytest.mark.parametrize(("function", "args", "code"), [(sys.exit, (3,), 3), (fail, (), 1), (os.abort, (), -6)])
 def test_how_it_ended_is_told(function: object, args: tuple[object, ...], code: int) -> None:
     assert processes.start(function, *args).wait(20) == code  # type: ignore[arg-type]
