@@ -88,16 +88,23 @@ class Child:
         self.send_signal(signal.SIGKILL)
 
 
-def start(function: Callable[..., Any], *args: Any, fds: Sequence[int] = (), threads: int | None = None) -> Child:
+def start(
+    function: Callable[..., Any],
+    *args: Any,
+    fds: Sequence[int] = (),
+    threads: int | None = None,
+    modules: Sequence[str] | None = None,
+) -> Child:
     """Run `function(*args)` in a process of its own, which is killed when this one ends.
 
     Args:
         function: of a module's top level; it and `args` are pickled.
         fds: descriptors that the process gets, passed to `function` as a list before `args`.
         threads: of torch's operations; None = as here.
+        modules: what it needs of what takes long to import; None = HEAVY.
     """
     work = pickle.dumps((function, args))
-    return server().fork({"work": work, "kind": "worker", "threads": threads}, fds)
+    return server(modules).fork({"work": work, "kind": "worker", "threads": threads}, fds)
 
 
 def start_command(
@@ -118,21 +125,22 @@ def start_command(
 
 # ------------------------------------------------------------------------------------------- this process's server
 
-_server: _Server | None = None
+_servers: dict[tuple[str, ...], _Server] = {}  # by what they import
 _lock = threading.Lock()
 
 
-def server() -> _Server:
-    """This process's server; made, with all imported, when there is none yet.
+def server(modules: Sequence[str] | None = None) -> _Server:
+    """This process's server that has imported `modules` (None = HEAVY); made when there is none yet.
 
     It inherits what is open: call this before opening what must end with this process.
     """
-    global _server
+    names = tuple(HEAVY if modules is None else modules)
     with _lock:
-        if _server is None or _server.owner != os.getpid() or not _server.alive:
-            _server = _forked() if _may_fork(HEAVY) else _spawned(HEAVY)
-            atexit.register(_server.close)
-        return _server
+        found = _servers.get(names)
+        if found is None or found.owner != os.getpid() or not found.alive:
+            found = _servers[names] = _forked() if _may_fork(names) else _spawned(names)
+            atexit.register(found.close)
+        return found
 
 
 def _may_fork(modules: Sequence[str]) -> bool:
@@ -348,8 +356,9 @@ def _end(work: Callable[[], int] | None) -> None:
 
 def _serve(connection: socket.socket) -> Callable[[], int] | None:
     """Fork what is asked for. Returns None in the server, once it is not needed; in a child, what that has to do."""
-    global _server, _lock
-    _server, _lock = None, threading.Lock()  # the lock was held by who forked this process
+    global _lock
+    _lock = threading.Lock()  # it was held by who forked this process
+    _servers.clear()
     # Signals to the whole group (a terminal's, a scheduler's) are for the others. Children have them blocked until they
     # can take them.
     old = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))

@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import time
 import unicodedata
@@ -36,7 +35,7 @@ from clbench.processes import Child, server, start_command
 from clbench.registry import algorithm_names
 from clbench.slots import VARIABLE, Slots
 from clbench.stopping import Stop, stoppable
-from clbench.terminal import printable
+from clbench.terminal import printable, show, tell
 
 KEPT = "What is done is kept: give the same command again."
 PROGRESS_SECONDS = 10.0
@@ -160,15 +159,15 @@ def run_sweep(name: str, dry_run: bool = False, trust: Sequence[str] = ()) -> in
 def _run_sweep(name: str, dry_run: bool, trust: Sequence[str], stop: Stop, stack: ExitStack) -> int:
     experiment, runs = load_experiment(name)
     left = [r for r in runs if not finished(r)]
-    print(f"experiment {experiment.name}: {len(runs) - len(left)} of {len(runs)} runs are finished", flush=True)
-    with patience("loading LeRobot and PyTorch"):
+    show(f"experiment {experiment.name}: {len(runs) - len(left)} of {len(runs)} runs are finished")
+    with patience("looking at the configurations"):
         from clbench.algorithms.build import build_algorithm
 
         for r in runs:  # what a configuration can show to be wrong, before anything heavy
             build_algorithm(r.config)
     if dry_run:
         for r in runs:
-            print(f"  {'left' if r in left else 'done'}  {r.run_id}")
+            show(f"  {'left' if r in left else 'done'}  {r.run_id}")
         return 0
     logs = results_root() / "sweeps" / experiment.name
     stack.enter_context(held(logs, "sweep"))  # two of one experiment would train the same runs
@@ -176,19 +175,19 @@ def _run_sweep(name: str, dry_run: bool, trust: Sequence[str], stop: Stop, stack
         shutil.rmtree(stale)
     failed: list[str] = []
     if left:
-        print(f"runs → {results_root()}, their output → {logs}", flush=True)
+        show(f"runs → {results_root()}, their output → {logs}")
         # The base is shared: it is made before runs race for it, with all cores.
         base = _Job("pretrain", ("pretrain", *_axes(experiment), *_trusting(trust), "--", *experiment.overrides),
                     logs / "pretrain.log")  # fmt: skip
         _play([base], 1, logs, stop)
         if base.status:
-            print(f"failed: the base; see {base.log}", file=sys.stderr)
+            tell(f"failed: the base; see {base.log}")
             return 1
         jobs = _jobs(left, logs, experiment.parallel, trust)
         _play(jobs, max(1, experiment.parallel), logs, stop)
         failed = list(dict.fromkeys(job.name for job in jobs if job.status))
     for run_id in failed:
-        print(f"failed: {run_id}; see {logs / run_id}.log", file=sys.stderr)
+        tell(f"failed: {run_id}; see {logs / run_id}.log")
     done = [r.run_id for r in runs if finished(r)]
     if done:
         with patience("reading runs and drawing"):
@@ -200,7 +199,7 @@ def _run_sweep(name: str, dry_run: bool, trust: Sequence[str], stop: Stop, stack
                 command=f"clbench sweep {name}",
                 split=runs[0].config.eval.split,
             )
-        print(f"report of {len(done)} of {len(runs)} runs: {page}")
+        show(f"report of {len(done)} of {len(runs)} runs: {page}")
     return 1 if failed else 0
 
 
@@ -304,14 +303,14 @@ def _tell_end(job: _Job, jobs: Sequence[_Job], stop: Stop) -> None:
     if len(jobs) > 1 and stop.signal is None and (last or job.status):
         first = job if job.after is None else job.after
         minutes = (time.monotonic() - first.began) / 60
-        print(f"{'FAILED' if job.status else 'done'}: {job.name} in {minutes:.1f} min", flush=True)
+        show(f"{'FAILED' if job.status else 'done'}: {job.name} in {minutes:.1f} min")
 
 
 def _tell_progress(jobs: Sequence[_Job]) -> None:
     for job in jobs:
         line = _last_line(job.log)
         if line and line != job.said:
-            print(f"  {job.name}: {line}", flush=True)
+            show(f"  {job.name}: {line}")
             job.said = line
 
 

@@ -418,6 +418,10 @@ def running(pid: int) -> bool:
         return False
 
 
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def shared_memory(pid: int) -> set[str]:
     """The files in /dev/shm that a process uses and that would outlive it."""
     lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
@@ -435,11 +439,11 @@ def test_an_interrupted_make_leaves_nothing_taken_for_whole(how: signal.Signals,
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True)
     children: list[int] = []
     deadline = time.monotonic() + 60
-    while len(children) < 3:  # two workers and multiprocessing's resource tracker
+    while len(children) < 3:  # what forks its workers, and two of them
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
-        listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-        children = [int(pid) for pid in listed.split()]
+        forking = children_of(process.pid)
+        children = [*forking, *(worker for pid in forking for worker in children_of(pid))]
     time.sleep(1.0)
     assert all(running(pid) for pid in children), "it is at work"
     if how == signal.SIGKILL:  # with all that it started, as a container's end or a job's limit does

@@ -22,7 +22,6 @@ def light() -> Iterator[None]:
     """A server that imports nothing, for it would take seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "HEAVY", ())
-        patch.setattr(processes, "_server", None)
         yield
 
 

@@ -22,11 +22,9 @@ import glob
 import hashlib
 import logging
 import math
-import multiprocessing
 import os
 import queue
 import shutil
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,8 +32,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
-from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import IO, Any
 
@@ -66,12 +63,14 @@ from clbench.envs.rendering import check_render
 from clbench.errors import UserError, shortage
 from clbench.io import seal, write_json
 from clbench.patience import patience
-from clbench.stopping import SIGNALS, belong_to, how_ended
+from clbench.processes import Child, server, start
+from clbench.stopping import belong_to, how_ended
 from clbench.terminal import tell
 
 ACTION_KEY = "action"
 ATTEMPTS_PER_DEMO = 10  # give up on a task after this many attempts for each demonstration wanted
 ROLES = ("demo", "ceiling")
+SIMULATOR_ONLY = ()  # what its processes share: nothing, for LeRobot would take longer to import than a task to collect
 END_S = 5.0  # for a process to be gone once its pipe has ended
 _SEEDS_PER_ROLE = EVAL_SEED_BASE // len(ROLES)
 _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -445,6 +444,7 @@ def _collecting(jobs: list[Job], workers: int, progress: bool) -> Iterator[Itera
     threads = ThreadPoolExecutor(count)
     try:
         with _one_thread():
+            server(SIMULATOR_ONLY)  # before pipes are opened
             while len(crew) < count:
                 crew.append(_start_worker())
                 idle.put(crew[-1])
@@ -456,7 +456,7 @@ def _collecting(jobs: list[Job], workers: int, progress: bool) -> Iterator[Itera
             w.process.kill()
         threads.shutdown(wait=True, cancel_futures=True)
         for w in crew:
-            w.process.join()
+            w.process.wait()
             w.pipe.close()
 
 
@@ -464,28 +464,21 @@ def _collecting(jobs: list[Job], workers: int, progress: bool) -> Iterator[Itera
 class _Worker:
     """A process that collects tasks, and this process's end of its pipe."""
 
-    process: SpawnProcess
+    process: Child
     pipe: Connection
 
 
 def _start_worker() -> _Worker:
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_work, args=(there,), daemon=True)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited, until the process can ignore them
-    try:
-        process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    here, there = Pipe()
+    process = start(_work, fds=[there.fileno()], modules=SIMULATOR_ONLY)
     there.close()  # else the pipe would not end with the process
     return _Worker(process, here)
 
 
-def _work(pipe: Connection) -> None:
-    """In a worker: collect the jobs that come, until killed; ends with its parent, to which it leaves signals."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None and parent.pid is not None
-    belong_to(parent.pid)
+def _work(descriptors: list[int]) -> None:
+    """In a worker: collect the jobs that come through a pipe, until killed; it leaves signals to its parent."""
+    belong_to(os.getppid())
+    pipe: Connection[Any, Any] = Connection(descriptors[0])
     while True:
         job = pipe.recv()
         try:
@@ -503,9 +496,9 @@ def _collect(idle: queue.SimpleQueue[_Worker], job: Job) -> Collected:
         w.pipe.send(job)
         collected, message, trace = w.pipe.recv()
     except (EOFError, OSError) as e:
-        w.process.join(END_S)
+        w.process.wait(END_S)
         raise UserError(
-            f"a process that made the demonstrations of {job.task} {how_ended(w.process.exitcode)}. Nothing was "
+            f"a process that made the demonstrations of {job.task} {how_ended(w.process.returncode)}. Nothing was "
             "written. Give the command again, with --workers 1 if memory is short."
         ) from e
     finally:
