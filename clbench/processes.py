@@ -35,9 +35,10 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import spawn
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from clbench.errors import UserError
 from clbench.patience import patience
@@ -50,7 +51,6 @@ HEAVY: tuple[str, ...] = ("clbench.training.trainer", "clbench.rollout.actors")
 NO_THREADS = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
-MAX_REQUEST = 1 << 22
 MAX_FDS = 16
 POLL_S = 0.05
 IMPORT_S = 600.0  # for a server to import everything, from a slow disk
@@ -100,11 +100,12 @@ def start(
     Args:
         function: of a module's top level; it and `args` are pickled.
         fds: descriptors that the process gets, passed to `function` as a list before `args`.
-        threads: of torch's operations; None = as here.
+        threads: of torch's operations and of the programs that it starts; None = as here.
         modules: what it needs of what takes long to import; None = HEAVY.
     """
     work = pickle.dumps((function, args))
-    return server(modules).fork({"work": work, "kind": "worker", "threads": threads}, fds)
+    env = {} if threads is None else dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    return server(modules).fork({"work": work, "kind": "worker", "threads": threads, "env": env}, fds)
 
 
 def start_command(
@@ -220,8 +221,15 @@ class _Server:
     def close(self) -> None:
         """Let the server end and wait for it, so that its time counts as this process's children's."""
         if self.alive and self.owner == os.getpid():
+            with contextlib.suppress(OSError):  # the server has just ended
+                self._connection.shutdown(socket.SHUT_RDWR)  # ends it whoever has a copy of the descriptor
             self._connection.close()
             self._lost()
+
+    def abandon(self) -> None:
+        """Close this process's copy of the connection, which it has from the one that it was forked from."""
+        self.alive = False
+        self._connection.close()
 
     def tell(self, message: tuple[Any, ...], fds: Sequence[int] = ()) -> bool:
         """Send a message; returns whether the server was there to take it."""
@@ -298,7 +306,7 @@ def _forked() -> _Server:
         pid = os.fork()
     if pid == 0:
         here.close()
-        _end(_serve(there))
+        _serve_and_end(there)
     there.close()
     return _Server(here, pid)
 
@@ -333,20 +341,23 @@ def main(descriptor: int, modules: Sequence[str]) -> None:
     connection = socket.socket(fileno=descriptor)
     load(modules)
     assert _alone(), "a library has started a thread when it was imported"
-    _end(_serve(connection))
+    _serve_and_end(connection)
 
 
-def _end(work: Callable[[], int] | None) -> None:
-    """End this process, which a server is, or was when it was forked. Never returns."""
-    code = 0
+def _serve_and_end(connection: socket.socket) -> NoReturn:
+    """Be a server, and in its children what was asked for; then end the process, whatever happened.
+
+    Below on the stack is what the process that was forked had to do: nothing may return or raise into that.
+    """
+    code, work = 1, None
+    try:
+        work = _serve(connection)
+        code = 0 if work is None else work()
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
+    except BaseException:  # noqa: BLE001 (this process has no other place to show it)
+        tell(*traceback.format_exc().splitlines())
     if work is not None:
-        code = 1
-        try:
-            code = work()
-        except SystemExit as e:
-            code = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
-        except BaseException:  # noqa: BLE001 (this process has no other place to show it)
-            tell(*traceback.format_exc().splitlines())
         with contextlib.suppress(BaseException):  # as the interpreter does at its end; what fails there changes nothing
             threading._shutdown()  # type: ignore[attr-defined]
             atexit._run_exitfuncs()
@@ -358,7 +369,11 @@ def _serve(connection: socket.socket) -> Callable[[], int] | None:
     """Fork what is asked for. Returns None in the server, once it is not needed; in a child, what that has to do."""
     global _lock
     _lock = threading.Lock()  # it was held by who forked this process
+    for other in _servers.values():
+        other.abandon()
     _servers.clear()
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        finalizer.atexit = False  # what it would remove, as a temporary folder, is of who forked this process
     # Signals to the whole group (a terminal's, a scheduler's) are for the others. Children have them blocked until they
     # can take them.
     old = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))

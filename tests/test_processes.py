@@ -85,6 +85,52 @@ def test_so_does_one_whose_server_was_forked() -> None:
     assert done.returncode == 0 and done.stdout.split()[0] == "inner", done.stderr
 
 
+class Unreadable:
+    """Pickled, but not to be read again."""
+
+    def __reduce__(self) -> tuple[object, tuple[()]]:
+        return fail, ()
+
+
+FORKED = """
+import os, sys, tempfile
+from clbench import processes
+from tests.test_processes import Unreadable
+processes.HEAVY = ()
+me = os.getpid()
+with tempfile.TemporaryDirectory() as folder:
+    try:
+        assert processes.start(print, Unreadable()).wait(20) == 1
+        assert processes.start(print, "done").wait(20) == 0
+    finally:
+        assert os.getpid() == me, "here is another process"
+    assert os.path.isdir(folder), "another process removed it"
+copy = os.dup(processes.server()._connection.fileno())
+processes.server().close()
+print("closed")
+"""
+
+
+def test_a_forked_process_does_nothing_that_is_left_to_do_for_the_one_it_is_a_copy_of() -> None:
+    """Neither what is on its stack nor what is for its end; and who has a copy of the connection delays no end."""
+    command = [sys.executable, "-c", FORKED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[1])
+    assert (done.returncode, done.stdout) == (0, "done\nclosed\n"), done.stderr
+    assert done.stderr.count("RuntimeError: on purpose") == 1 and "another process" not in done.stderr
+
+
+def threads_of_programs(fds: list[int]) -> None:
+    os.write(fds[0], " ".join(os.environ[n] for n in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")).encode())
+
+
+def test_what_it_starts_has_as_many_threads() -> None:
+    read, write = os.pipe()
+    assert processes.start(threads_of_programs, fds=[write], threads=3).wait(20) == 0
+    os.close(write)
+    with os.fdopen(read) as f:
+        assert f.read() == "3 3"
+
+
 @pytest.mark.parametrize(("function", "args", "code"), [(sys.exit, (3,), 3), (fail, (), 1), (os.abort, (), -6)])
 def test_how_it_ended_is_told(function: object, args: tuple[object, ...], code: int) -> None:
     assert processes.start(function, *args).wait(20) == code  # type: ignore[arg-type]
