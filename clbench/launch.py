@@ -71,20 +71,17 @@ def launch(arguments: Sequence[str], ranks: int, port: int | None = None) -> int
     processes: list[Child] = []
     signals: list[int] = []
 
-    def forward(number: int, frame: FrameType | None) -> None:
-        signals.append(number)
-        for p in processes:
-            if p.poll() is None:
-                p.send_signal(number)
+    def note(number: int, frame: FrameType | None) -> None:
+        signals.append(number)  # no more: this may come in the middle of a message from or to the ranks' server
 
-    before = {s: signal.signal(s, forward) for s in (signal.SIGTERM, signal.SIGINT)}
+    before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         for rank in range(ranks):
             if signals:
                 break
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads), **shared, **own}
-            # A session of their own: a signal reaches them once, through `forward`, and not from the terminal as well.
+            # A session of their own: a signal reaches them once, through `_wait`, and not from the terminal as well.
             processes.append(start_command(arguments, env=environment, session=True))
         return _wait(processes, signals) if len(processes) == ranks else _end(processes)
     finally:
@@ -93,12 +90,17 @@ def launch(arguments: Sequence[str], ranks: int, port: int | None = None) -> int
 
 
 def _wait(processes: Sequence[Child], signals: Sequence[int]) -> int:
-    """Wait for all; when one fails, end the others, which would wait for it in vain.
+    """Wait for all, passing on the signals that come; when one fails, end the others, which would wait for it in vain.
 
     A rank that a passed-on signal ended before it could listen has lost nothing: that counts as stopped.
     """
     lost_since: float | None = None
+    passed = 0
     while True:
+        for number in signals[passed:]:
+            passed += 1
+            for p in processes:
+                p.send_signal(number)
         codes = [p.poll() for p in processes]
         failed = {rank: c for rank, c in enumerate(codes) if c not in (None, 0, RESUME_EXIT)}
         blamed = {rank: c for rank, c in failed.items() if c != LOST_EXIT}  # the others say that one is gone

@@ -237,6 +237,20 @@ def test_the_rank_to_blame_is_named(
     assert None not in [r.returncode for r in ranks]
 
 
+def test_a_signal_is_passed_on_to_all_ranks_once() -> None:
+    """And one that it ends before it could listen counts as stopped."""
+    got: list[tuple[int, int]] = []
+
+    class Listening(Rank):
+        def send_signal(self, number: int) -> None:
+            got.append((len(got), number))
+            self.returncode = 75 if len(got) == 1 else -number
+
+    ranks: list[Any] = [Listening(None), Listening(None)]
+    assert launch._wait(ranks, [15]) == 75
+    assert got == [(0, 15), (1, 15)]
+
+
 def test_a_port_in_use_is_said_before_anything_starts(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("", 0))
