@@ -7,7 +7,9 @@ the command starts inherit it. Standard library only.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
 import sys
 import tempfile
 from pathlib import Path
@@ -75,10 +77,12 @@ def _made(name: str) -> Path:
     """A folder for libraries: in clbench's cache, or in a temporary folder where that cannot be written either."""
     folder = cache_root().absolute() / FOLDER / name
     if not _writable(folder):
-        folder = Path(tempfile.gettempdir()) / f"clbench-{os.getuid()}" / name
-        parent = folder.parent
-        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if parent.stat().st_uid != os.getuid() or parent.is_symlink():  # another user's
-            folder = Path(tempfile.mkdtemp(prefix="clbench-")) / name
+        own = Path(tempfile.gettempdir()) / f"clbench-{os.getuid()}"
+        with contextlib.suppress(FileExistsError):
+            own.mkdir(mode=0o700)
+        there = own.lstat()
+        if not stat.S_ISDIR(there.st_mode) or there.st_uid != os.getuid() or there.st_mode & 0o022:  # another user's
+            own = Path(tempfile.mkdtemp(prefix="clbench-"))
+        folder = own / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -87,6 +87,20 @@ def test_where_the_cache_cannot_be_written_either_a_folder_of_ones_own_is_taken(
     assert tmp_path / "tmp" in Path(os.environ["HF_HOME"]).parents
 
 
+def test_a_folder_that_another_user_may_have_made_is_not_taken(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Not for what is in a folder within it either."""
+    shared = tmp_path / "tmp" / f"clbench-{os.getuid()}"
+    shared.mkdir(parents=True)
+    shared.chmod(0o777)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    deny(monkeypatch, tmp_path / "cache")
+    made = surroundings._made("huggingface/modules")
+    assert made.is_dir() and made.parts[-2:] == ("huggingface", "modules") and not made.is_relative_to(shared)
+    assert made.parent.parent.stat().st_mode & 0o777 == 0o700 and list(shared.iterdir()) == []
+
+
 def test_a_temporary_folder_that_is_missing_is_replaced(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", "/nowhere/at/all")
     settle()
