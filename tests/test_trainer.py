@@ -26,6 +26,7 @@ from clbench.io import read_json, read_jsonl, write_json
 from clbench.registry import ALGORITHMS
 from clbench.seeding import generator
 from clbench.streams.stream import build_stream
+from clbench.training import pretrain
 from clbench.training.loop import schedule_factor
 from clbench.training.trainer import train
 from tests.algorithm_cases import SMALL_CLARE, SMALL_MIR
@@ -152,6 +153,18 @@ def test_a_start_that_fails_makes_neither_a_base_nor_a_run(
         train(config, "r")
     assert not (tmp_path / "runs" / "r").exists() and not list(tmp_path.glob("cache/bases/dit*"))
     assert "pretraining" not in capsys.readouterr().err
+
+
+def test_what_the_machine_is_short_of_is_not_blamed_on_the_data(
+    toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def big(_: str) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    monkeypatch.setenv("CLBENCH_CACHE_ROOT", str(tmp_path / "cache"))
+    monkeypatch.setattr(pretrain, "get_policy_class", big)
+    with pytest.raises(RuntimeError, match="CUDA out of memory"):
+        train(toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}/runs"), "r")
 
 
 def test_a_run_that_never_made_a_step_can_be_started_again(

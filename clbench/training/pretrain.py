@@ -39,7 +39,7 @@ from clbench.data.frames import StreamFrames, all_names, described_feature
 from clbench.data.lerobot_set import BOOKKEEPING
 from clbench.data.source import DataSource, check_every_byte, fps_note
 from clbench.envs.base import cameras
-from clbench.errors import Interrupted, UserError
+from clbench.errors import Interrupted, UserError, shortage
 from clbench.io import read_json, write_json
 from clbench.lock import NO_LOCKS, holder, sign
 from clbench.paths import bases_root, model_root, named_folder
@@ -317,6 +317,8 @@ def new_policy(section: dict[str, Any], frames: StreamFrames, device: str, seed:
         policy.to(device)
         pre, post = make_pre_post_processors(config, dataset_stats=frame_statistics(frames))
     except Exception as e:  # LeRobot's policies raise anything for what they cannot take
+        if shortage(e) is not None:  # of memory, say
+            raise
         raise _unfit(config.type, features, e) from e
     return LoadedPolicy(policy, pre, post, "")
 
