@@ -165,17 +165,24 @@ def seal(description: dict[str, Any]) -> str:
 def refuse_links(folder: Path) -> None:
     """Raise UserError for a symbolic link in a run's folder that leaves it: what is written there would go elsewhere.
 
-    The folder itself, and those above it, may be links. What clbench has no part in (`is_foreign`) is not looked at.
+    The folder itself, and those above it, may be links. What clbench has no part in (`is_foreign`) is not looked at, so
+    a link that leads there leaves the folder, too.
     """
     root = folder.resolve()
     for own in (p for p in root.iterdir() if not is_foreign(p.name)):
         inside = (Path(parent, name) for parent, folders, files in os.walk(own) for name in (*folders, *files))
         for path in itertools.chain([own], inside):
-            if path.is_symlink() and not path.resolve().is_relative_to(root):
+            if path.is_symlink() and not _is_own(path.resolve(), root):
                 raise UserError(
                     f"{folder / path.relative_to(root)} is a link to {os.readlink(path)}, outside of the run's "
-                    "folder. Replace it by what it stands for; to keep runs elsewhere, set CLBENCH_RESULTS_ROOT."
+                    "folder or of what clbench keeps in it. Replace it by what it stands for; to keep runs elsewhere, "
+                    "set CLBENCH_RESULTS_ROOT."
                 )
+
+
+def _is_own(path: Path, root: Path) -> bool:
+    """Whether a path lies in what clbench reads and writes of the run's folder `root`."""
+    return path.is_relative_to(root) and path != root and not is_foreign(path.relative_to(root).parts[0])
 
 
 def is_foreign(name: str) -> bool:

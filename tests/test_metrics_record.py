@@ -427,7 +427,10 @@ def test_a_rule_of_seeds_that_is_not_known_is_refused(run_folder: Path) -> None:
     for read in both_readers(run_folder, 0, 0):
         with pytest.raises(UserError, match="rule 'of 2031', which this version"):
             read()
-    for damaged in ("[]", '{"seed": "0"}', '{"seed": 0, "split": "exam"}', '{"seed": 0, "episode_seeds": 3}'):
+    for damaged in (
+        "[]", '{"seed": "0"}', '{"seed": 0, "split": "exam"}', '{"seed": 0, "split": []}',
+        '{"seed": 0, "episode_seeds": 3}',
+    ):  # fmt: skip
         write(run_folder / "eval/settings.json", damaged)
         with pytest.raises(UserError, match=r"settings\.json"):
             load_record(run_folder)

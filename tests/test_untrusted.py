@@ -299,6 +299,7 @@ def test_links_that_leave_a_run_are_refused(tmp_path: Path) -> None:
     for place, target in (
         ("eval/cells/k09_j09.jsonl", victim), ("report", tmp_path), ("checkpoints", Path("../..")),
         (".training.lock", victim),
+        ("eval/views", Path("../wandb")), ("checkpoints", Path(".")),  # by way of others' files, in the folder or not
     ):  # fmt: skip
         link = run / place
         link.symlink_to(target)

@@ -178,7 +178,8 @@ def read_seeds(folder: Path) -> EpisodeSeeds | None:
     settings = read_json(path)
     found = settings if isinstance(settings, dict) else {}
     rule, split, seed = found.get(EPISODE_SEEDS, CONSECUTIVE), found.get("split", TEST), found.get("seed", 0)
-    if not isinstance(settings, dict) or not isinstance(rule, str) or split not in SPLITS or type(seed) is not int:
+    known = isinstance(settings, dict) and isinstance(rule, str) and isinstance(split, str) and split in SPLITS
+    if not known or type(seed) is not int:
         raise UserError(f"{path} is damaged: it does not say which episodes were played.")
     return EpisodeSeeds(rule, split, seed) if "seed" in found else None
 
