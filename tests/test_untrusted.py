@@ -669,7 +669,9 @@ def test_a_policy_type_that_may_run_or_fetch_anything_wants_trust(
     assert f"--trust {folder}" in str(caught.value)
 
 
-def test_trust_is_for_the_folder_that_the_user_names(policy_folder: Path, tmp_path: Path) -> None:
+def test_trust_is_for_the_folder_that_the_user_names(
+    policy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Then, and only then, does LeRobot get to do what such a type does."""
     from clbench.checkpoints.policy_io import load_policy
     from clbench.checkpoints.trusted import given, trusting
@@ -684,6 +686,10 @@ def test_trust_is_for_the_folder_that_the_user_names(policy_folder: Path, tmp_pa
         assert found and "trust_remote_code" in found[0]
     with trusting(["gaussian_actor"]), pytest.raises(UserError, match="--trust"):  # that is for fresh policies
         load_policy(mine)
+    (tmp_path / "smolvla").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with trusting(["smolvla"]):  # it can mean either
+        assert given().types == ("smolvla",) and given().folders == (str(tmp_path / "smolvla"),)
     assert not given().folders and not given().types
     for bad in ("nowhere", "", "smolvl", "dit_dec"):
         with pytest.raises(UserError, match="no checkpoint folder, run or policy type"), trusting([bad]):

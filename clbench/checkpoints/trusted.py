@@ -137,9 +137,9 @@ def _resolved(names: Sequence[str]) -> Trust:
         found = next((p for p in places if name and p.is_dir()), None)
         if found is not None:
             folders.append(str(found.resolve()))
-        elif name in RISKS:
+        if name in RISKS:  # also where a folder, models/smolvla say, has that name
             types.append(name)
-        else:
+        if found is None and name not in RISKS:
             raise UserError(
                 f"--trust {shlex.quote(name)}: there is no checkpoint folder, run or policy type of that name."
                 f"{nearest(name, RISKS)}"
