@@ -156,6 +156,8 @@ AVALANCHE = "eval_exp,training_exp,eval_accuracy,eval_loss,forgetting\n" + "".jo
         # rows are tasks, columns checkpoints
         ("task,after_a,after_b,after_c\na,0.8,0.6,0.4\nb,0.1,0.9,0.5\nc,0,0.2,0.7\n", EXAMPLE, "a b c"),
         ("eval_task,a,b,c\na,0.8,0.6,0.4\nb,0.1,0.9,0.5\nc,0,0.2,0.7\n", EXAMPLE, "a b c"),
+        ("eval \\ train,a,b,c\na,0.8,0.6,0.4\nb,0.1,0.9,0.5\nc,0,0.2,0.7\n", EXAMPLE, "a b c"),
+        (f"train\\eval,a,b,c\na,{E0}\nb,{E1}\nc,{E2}\n", EXAMPLE, "a b c"),
         (",after c,after a,after b\na,0.4,0.8,0.6\nb,0.5,0.1,0.9\nc,0.7,0,0.2\n", EXAMPLE, "a b c"),
         # pandas' default, an index without a name
         (f",0,1,2\n0,{E0}\n1,{E1}\n2,{E2}\n", EXAMPLE, ""),

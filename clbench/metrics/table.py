@@ -261,7 +261,9 @@ def _turn(table: _Table, where: str) -> None:
     on = bool(rows) and all(re.match(_ON, n.casefold()) for n in rows)
     on = on and not any(re.match(_ON, n.casefold()) for n in columns)
     base = not {_key(n) for n in rows}.intersection(_BASE) and any(_key(n) in _BASE for n in table.names)
-    if not (after or on or base or re.match(_ON, table.corner.casefold())):
+    corner, _, across = (part.strip() for part in re.sub(r"[\\/|]", "/", table.corner.casefold()).partition("/"))
+    tested = re.match(_ON, corner) and (not across or re.match(_AFTER, across))  # "eval", "eval/train"
+    if not (after or on or base or tested):
         return
     if any(len(row) != len(table.names) for row in table.cells):
         raise UserError(f"{where}: its rows are tasks, and they have not as many cells as there are columns.")
