@@ -422,9 +422,9 @@ def test_no_two_runs_share_a_file(tmp_path: Path) -> None:
 
 
 def test_reports_of_other_names_are_in_other_folders() -> None:
-    names = ["cw10", "CW10", "a b", "a_b", "é", "ü", "..", "x" * 300]
+    names = ["cw10", "CW10", "a b", "a_b", "é", "ü", "..", "x" * 300, ""]
     folders = [folder_name(name).casefold() for name in names]
-    assert len(set(folders)) == len(names) and folders[0] == "cw10" and folders[3] == "a_b"
+    assert len(set(folders)) == len(names) and all(folders) and folders[0] == "cw10" and folders[3] == "a_b"
     assert all(len(name) < 130 and not name.startswith(".") for name in folders)
 
 

@@ -123,7 +123,7 @@ def file_names(names: Sequence[str]) -> list[str]:
     plain = [re.sub(r"[^A-Za-z0-9_.+-]+", "_", name).strip("._")[:MAX_NAME] for name in names]
     alike = Counter(text.casefold() for text in plain)
     return [
-        text if text == name and alike[text.casefold()] == 1 else f"{text or 'name'}-{_digest(name)}"
+        text if text and text == name and alike[text.casefold()] == 1 else f"{text or 'name'}-{_digest(name)}"
         for name, text in zip(names, plain, strict=True)
     ]
 
