@@ -176,6 +176,8 @@ AVALANCHE = "eval_exp,training_exp,eval_accuracy,eval_loss,forgetting\n" + "".jo
         ("a b c\n" + "\n".join(EXAMPLE_LINES).replace(",", "   "), EXAMPLE, "a b c"),
         ("# made by numpy\n# a b c\n" + "\n".join(EXAMPLE_LINES).replace(",", " "), EXAMPLE, "a b c"),
         ("\n".join(EXAMPLE_LINES).replace(",", ";").replace(".", ","), EXAMPLE, ""),
+        ("\ttask 1\ttask 2\ntask 1\t1\t0\ntask 2\t0.5\t1\n", [[1, 0], [0.5, 1]], "task 1|task 2"),
+        ("task 1;task 2\n1;0\n0.5;1\n", [[1, 0], [0.5, 1]], "task 1|task 2"),
         ("put; a, b\tb\tc\n" + "\n".join(EXAMPLE_LINES).replace(",", "\t"), EXAMPLE, "put; a, b|b|c"),
         # a lower triangle
         ("0.8\n0.6,0.9\n0.4,0.5,0.7\n", LOWER, ""),

@@ -121,7 +121,9 @@ def _split(text: str, delimiter: str, where: str, limit: int | None = None) -> l
 def _delimiter(text: str, where: str) -> str:
     """What stands between the cells: of the usual ones, that which leaves most numbers."""
     best, found = (-1.0, 0), ","
-    for delimiter in (",", "\t", ";", " "):
+    lines = [line for line in text.splitlines() if line.strip()]
+    apart = any(all(d in line for line in lines) for d in ("\t", ";"))  # then blanks are in names: "task 1"
+    for delimiter in (",", "\t", ";") if apart else (",", "\t", ";", " "):
         try:
             cells = [c for row in _split(text, delimiter, where, 200) for c in row if c]
         except UserError:  # raised again, if this is the one
