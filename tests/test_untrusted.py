@@ -154,6 +154,7 @@ def test_numpy_files_hold_numbers_and_no_more_than_their_size(tmp_path: Path) ->
     for data, message in (
         (tall, "at most 1000"),
         (whole.replace(b"(2, 2)", b"(9, 9)"), "bytes of 648"),
+        (whole.replace(b"(2, 2), }" + b" " * 6, b"(True, True), }"), "at most 1000"),
         (whole[:-1], "31 bytes of 32"),
         (whole.replace(b"(2, 2)", b"((((("), "damaged"),
         (whole.replace(b"'<f8'", b"'<f9'"), "damaged"),
@@ -168,6 +169,13 @@ def test_numpy_files_hold_numbers_and_no_more_than_their_size(tmp_path: Path) ->
             f.write(bytes(2**20))
     assert (tmp_path / "bomb.npz").stat().st_size < 2**18
     with pytest.raises(UserError, match="larger than"):
+        load_record(tmp_path / "bomb.npz")
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "a") as archive:
+        archive.writestr("success.npy", whole)
+    assert load_record(tmp_path / "bomb.npz").success.tolist() == [[0.5, 0.5]] * 2  # what is not used is not unpacked
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("success.npy", tall)
+    with pytest.raises(UserError, match="several called success"):
         load_record(tmp_path / "bomb.npz")
 
 

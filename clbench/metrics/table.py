@@ -532,26 +532,23 @@ def from_numpy(data: bytes, where: str) -> Any:
                 raise UserError(
                     f"{where} is an archive without arrays of NumPy, so no .npz. Save the matrix as CSV, JSON or .npy."
                 )
-            if len(members) > 20:
-                raise UserError(f"{where} has {len(members)} arrays. Keep the matrix alone, called success.")
-            for member in members:
+            names = [m.filename.removesuffix(".npy") for m in members]
+            if len(members) > 1 and names.count("success") != 1:
+                number = "several" if "success" in names else "none"
+                raise UserError(f"{where} has several arrays ({shown(names)}) and {number} called success.")
+            for name, member in zip(names, members, strict=True):
+                if len(members) > 1 and name not in ("success", "tasks", "base", "random", "episodes"):
+                    continue
                 with archive.open(member) as f:
                     content = f.read(MAX_JSON_BYTES + 1)
                 if len(content) > MAX_JSON_BYTES:
                     raise UserError(f"{where}: {member.filename} is larger than {MAX_JSON_BYTES} bytes.")
-                name = member.filename.removesuffix(".npy")
-                if len(members) == 1 or name in ("success", "tasks", "base", "random", "episodes"):
-                    arrays[name] = _array(content, f"{where}: {shown(name)}")
+                arrays[name] = _array(content, f"{where}: {shown(name)}")
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, OSError) as e:
         if isinstance(e, UserError):
             raise
         raise UserError(f"{where} is a damaged .npz file: {e}.") from e
-    if len(members) == 1:
-        return next(iter(arrays.values()))
-    if "success" not in arrays:
-        known = ", ".join(shown(m.filename.removesuffix(".npy")) for m in members)
-        raise UserError(f"{where} has several arrays ({known}) and none called success.")
-    return arrays
+    return arrays if len(members) > 1 else next(iter(arrays.values()))
 
 
 def _array(data: bytes, where: str) -> list[Any]:
@@ -571,7 +568,7 @@ def _array(data: bytes, where: str) -> list[Any]:
         raise UserError(f"{where} holds Python objects (a pickle), which are not loaded. Save an array of numbers.")
     if dtype.kind not in "fiuU" or dtype.itemsize == 0:
         raise UserError(f"{where} holds {dtype}, no numbers.")
-    if not 1 <= len(shape) <= 2 or max(shape) > MAX_TASKS or min(shape) < 1:
+    if not 1 <= len(shape) <= 2 or any(type(n) is not int or not 1 <= n <= MAX_TASKS for n in shape):
         raise UserError(f"{where} has the shape {shape}; expected one matrix, of at most {MAX_TASKS} rows and columns.")
     content = data[file.tell() :]
     count = math.prod(shape)
