@@ -152,11 +152,11 @@ def trusts(folder: Path) -> bool:
     return any(folder.resolve().is_relative_to(f) for f in _given.folders)
 
 
-def _unless_trusted(folder: Path, what: str, whole: Path | None = None) -> None:
+def _unless_trusted(folder: Path, what: str) -> None:
     """Raise UserError with what is wrong and how to trust the folder, unless it is trusted."""
     if trusts(folder):
         return
-    whole = folder if whole is None else whole
+    whole = folder
     if folder.name == "policy" and folder.parent.parent.name in ("checkpoints", "training_state"):
         whole = folder.parents[2]  # the run: its other checkpoints are like this one
     raise UserError(f"{what} If you trust whoever made it, say so with --trust {shlex.quote(str(whole))}")
