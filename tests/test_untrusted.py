@@ -553,7 +553,7 @@ def test_an_adapter_cannot_claim_memory_or_bring_a_pickle(policy_folder: Path, t
     refused(clare | {"structure": {"ffn.0": [1, 1]}, "func_adapter_cfg": {"hidden_dim": 10**9}}, "claims more")
     refused(clare | {"structure": {"ffn.0": 5}}, "two counts")
     refused([], "holds no object")
-    refused(lora | {"base_model_name_or_path": 5}, "is not there")
+    refused(lora | {"base_model_name_or_path": 5}, "names no base")
     refused(lora | {"base_model_name_or_path": "../nowhere"}, "is not there")
 
 
