@@ -32,7 +32,7 @@ WORDS = [
     *sorted(NAMES - {"eval", "exec"}), *(f"{o}.{m}" for o in OWNED for m in OWNED[o]), "trust_remote_code", "weights=",
 ]  # fmt: skip
 SCANNED = {
-    "lerobot": ("policies", "processor", "configs"),
+    "lerobot": ("policies", "processor", "configs", "optim", "utils"),
     "peft": ("config.py", "mapping.py", "mapping_func.py", "peft_model.py", "utils", "tuners"),
     "clbench": ("adapters", "checkpoints/policy_io.py", "policies"),
 }
@@ -46,6 +46,7 @@ CLASS = "a step with a class is refused before (policy_io._processors)"
 REGISTERED = "imports a module beside the configuration class of a registered type, which is installed"
 ADAPTER = "check_checkpoint refuses the adapter's type or setting that leads here: --trust"
 OFF = "switched off by the caller (save_embedding_layers=False), and load_peft_weights has its file"
+OWN_NAME = "imports a package that LeRobot's own code names"
 COMMAND = "LeRobot's or PEFT's own commands and helpers, which clbench does not call"
 CHECKED = "clbench's call, behind check_checkpoint"
 
@@ -121,6 +122,13 @@ GUARDS = {
     "lerobot/processor/pipeline.py:DataProcessorPipeline._resolve_step_class": CLASS,
     "lerobot/processor/tokenizer_processor.py:ActionTokenizerProcessorStep.__post_init__": STEP,
     "lerobot/processor/tokenizer_processor.py:TokenizerProcessorStep.__post_init__": STEP,
+    "lerobot/utils/hub.py:HubMixin.push_to_hub": COMMAND,
+    "lerobot/utils/hub.py:find_latest_hub_checkpoint": COMMAND,
+    "lerobot/utils/import_utils.py:get_safe_default_video_backend": OWN_NAME,
+    "lerobot/utils/import_utils.py:is_package_available": OWN_NAME,
+    "lerobot/utils/import_utils.py:make_device_from_device_class": COMMAND,
+    "lerobot/utils/import_utils.py:register_third_party_plugins.attempt_import": COMMAND,
+    "lerobot/utils/utils.py:say": COMMAND,
     "peft/config.py:PeftConfigMixin._get_peft_type": FOLDER,
     "peft/config.py:PeftConfigMixin.from_pretrained": FOLDER,
     "peft/peft_model.py:PeftModel.from_pretrained": FOLDER,
