@@ -863,7 +863,7 @@ def test_a_fresh_policy_of_a_trusted_type_is_built_and_what_it_fetches_said(
     with stoppable() as stop:
         with pytest.raises(UserError, match="--trust eo1"):
             ensure_base(config, backend, stop)
-        with trusting(["eo1"]), watched() as found, pytest.raises(PermissionError):
+        with trusting(["eo1"]), watched() as found, pytest.raises(UserError, match=r"not valid.*someone/model"):
             ensure_base(config, backend, stop)
     assert len(found) == 1 and "someone/model" in found[0]
     assert "policy type 'eo1' fetches models" in "".join(capsys.readouterr())

@@ -110,11 +110,13 @@ def ensure_base(config: Config, backend: Backend, stop: Stop, progress: str = "a
         _check_targets(config, _modules_of(path))
         return path.resolve(), {"path": str(path.resolve()), "kind": "given", **identity(path.resolve())}
     tasks, data = pretraining_tasks(config.dataset, config.render)
-    policy_config(dict(config.policy), "cpu")  # what is wrong is said before anything is made
-    _fitted_config(dict(config.policy), _described_features(tasks[0]), "cpu")
+    own_word = config.policy.get("type") in trusted.given().types  # a configuration of such a type may fetch already
+    if not own_word:  # what is wrong is said before anything is made
+        policy_config(dict(config.policy), "cpu")
+        _fitted_config(dict(config.policy), _described_features(tasks[0]), "cpu")
     said = False
     folder = base_folder(config, data)
-    if config.policy.get("type") in trusted.given().types:  # made by this very configuration
+    if own_word:  # made by this very configuration
         trusted.trust_also(folder, _unfinished(folder))
     whole = backend.agree(_is_whole(folder))
     if not whole:
