@@ -27,6 +27,11 @@ from clbench.envs import libero_assets  # noqa: E402
 from clbench.errors import UserError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
+# Files of tests that train, play in simulators or try many inputs: what `scripts/test.sh --quick` leaves out.
+LONG = set(
+    "algorithms clare data_make eval_faults ewc faults frames fuzz hooks hub_data kills libero libero_expert "
+    "libero_images lora mir moving_runs packnet policies ranks remote_simulator replay rollout trainer".split()
+)
 LIBERO_ARCHIVE = ROOT.parent / "shared" / "libero" / "libero-assets.tar.xz"  # where there is one, e.g. under CI
 
 
@@ -58,7 +63,14 @@ def gpu_is_ready() -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that need what this machine lacks are skipped with the reason."""
+    """Tests that need what this machine lacks are skipped with the reason; what `slow_for` names is slow."""
+    for item in items:
+        marker = item.get_closest_marker("slow_for")
+        labels = {getattr(v, "label", None) for v in item.callspec.params.values()} if marker is not None else set()
+        if marker is not None and labels & set(marker.args):
+            item.add_marker(pytest.mark.slow)
+        if item.path.stem.removeprefix("test_") in LONG:
+            item.add_marker(pytest.mark.long)
     needs = {
         "libero": (libero_is_ready, "LIBERO or its assets are not installed (docs/libero.md)"),
         "gpu": (gpu_is_ready, "no CUDA device"),

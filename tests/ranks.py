@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -29,6 +26,7 @@ from clbench.stopping import Stop
 from clbench.training.loop import PhaseRunner
 from clbench.training.trainer import train
 from tests.algorithm_cases import MEMORY, SMALL_CLARE, SMALL_MIR
+from tests.children import Process, run_module
 from tests.toy import toy_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,24 +103,19 @@ def train_together(runs: Sequence[ParityRun], toy_data: Path, out: Path, strateg
     """The runs, by one pair of ranks."""
     listed = json.dumps([(label, section, overrides(own, device)) for label, section, own in runs])
     port = free_port()
-    ranks = [_start(r, port, [str(toy_data), str(out), strategy, listed]) for r in range(2)]
-    try:
-        printed = [p.communicate(timeout=600)[0] for p in ranks]
-    finally:
-        for p in ranks:
-            p.kill()
+    out.mkdir(parents=True, exist_ok=True)
+    ranks = [_start(r, port, out, [str(toy_data), str(out), strategy, listed]) for r in range(2)]
+    printed = [p.finish(600) for p in ranks]
     assert [p.returncode for p in ranks] == [0, 0], "\n".join(printed)
 
 
-def _start(rank: int, port: int, arguments: list[str]) -> subprocess.Popen[str]:
+def _start(rank: int, port: int, out: Path, arguments: list[str]) -> Process:
     environment = {
-        **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "CLBENCH_RANKS": "2",
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CLBENCH_RANKS": "2",
     }  # fmt: skip
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.rank_worker", *arguments], cwd=ROOT, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    printed = out.parent / f"{out.name}-rank-{rank}.txt"
+    return Process(printed, run_module, "tests.rank_worker", arguments, env=environment)
 
 
 def weights(folder: Path, k: int) -> dict[str, torch.Tensor]:

@@ -123,6 +123,10 @@ def test_resumed_equals_uninterrupted(trained: tuple[Case, Path], toy_data: Path
     assert_same_run(folder, copy)
 
 
+VARIANTS = [c.label for c in CASES if c.label != c.name]  # of settings, and combinations
+
+
+@pytest.mark.slow_for(*VARIANTS)
 @pytest.mark.parametrize("every", [7, pytest.param(3, marks=pytest.mark.slow)])
 def test_stopped_anywhere_and_resumed_equals_uninterrupted(
     trained: tuple[Case, Path], toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int

@@ -6,6 +6,7 @@ import errno
 import itertools
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -30,11 +31,13 @@ from clbench.errors import RESUME_EXIT, Interrupted, UserError
 from clbench.io import read_json, read_jsonl
 from clbench.lock import held
 from clbench.policies.loss import PolicyLoss
+from clbench.processes import start_command
 from clbench.registry import ALGORITHMS
 from clbench.stopping import Stop
 from clbench.training.log import RunLog
 from clbench.training.trainer import train
 from tests.algorithm_cases import SMALL_MIR
+from tests.children import Process
 from tests.same import assert_same_run, files
 from tests.test_ranks import toy_arguments
 from tests.toy import STREAM, make_toy_data, toy_config
@@ -196,7 +199,7 @@ def test_a_state_that_cannot_be_read_is_damaged(
     def broken(path: Path) -> str:
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
-    monkeypatch.setattr(module, "_sha256", broken)
+    monkeypatch.setattr(module, "sha256", broken)
     assert "cannot be read: Input/output error" in str(damage(stopped[1] / "training_state" / "01-train-000004"))
 
 
@@ -294,19 +297,18 @@ def test_a_signal_saves_and_asks_to_be_resumed(toy_data: Path, tmp_path: Path, n
     """Through the command line, with two ranks for one of the signals."""
     ranks = ["--nproc", "2"] if number == signal.SIGTERM else []
     more = ("train.steps=100000", "train.save_every_minutes=null")
-    command = [sys.executable, "-m", "clbench.cli", "train", "--algo", "er", "--run-id", "r", *ranks, "--"]
-    with subprocess.Popen(
-        [*command, *toy_arguments(toy_data, tmp_path, *more)], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    ) as process:
-        log = tmp_path / "r" / "log.jsonl"
-        deadline = time.monotonic() + 120
-        while not (log.is_file() and b'"step"' in log.read_bytes()) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        process.send_signal(number)
-        try:
-            said = process.communicate(timeout=120)[1]
-        finally:
-            process.kill()  # leaving the block waits for it
+    printed = tmp_path / "printed.txt"
+    with printed.open("ab") as out:
+        arguments = ["train", "--algo", "er", "--run-id", "r", *ranks, "--", *toy_arguments(toy_data, tmp_path, *more)]
+        process = start_command(arguments, log=out)
+    log = tmp_path / "r" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.is_file() and b'"step"' in log.read_bytes()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    if process.wait(120) is None:
+        process.kill()
+    said = printed.read_text()
     assert process.returncode == RESUME_EXIT, said
     last = said.strip().splitlines()[-1]
     assert f"stopped by {number.name} in task 1, phase train, after step" in last
@@ -319,30 +321,28 @@ def test_a_signal_saves_and_asks_to_be_resumed(toy_data: Path, tmp_path: Path, n
 # ---------------------------------------------------------------------------------------------- disks
 
 
+def go_on_with_small_files(toy_data: Path, out: Path) -> None:
+    """In a process of its own: files may have 40 kB."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+    try:
+        go_on(toy_data, out)
+    except UserError as e:
+        print(e)
+        sys.exit(2)
+
+
 def test_a_full_disk_ends_the_run_with_its_states_whole(
     stopped: tuple[Path, Path], toy_data: Path, tmp_path: Path
 ) -> None:
     """A limit on the size of files stands for the full disk: writing past it fails in the middle of a file."""
     run = resumed(toy_data, stopped[1], tmp_path)
-    code = f"""
-import resource, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-from pathlib import Path
-from tests.test_faults import go_on
-from clbench.errors import UserError
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
-try:
-    go_on(Path({str(toy_data)!r}), Path({str(tmp_path)!r}))
-except UserError as e:
-    print(e)
-    sys.exit(2)
-"""
     before = files(run / "training_state")
-    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, cwd=ROOT, timeout=120)
-    assert done.returncode == 2, done.stderr
-    assert "cannot save" in done.stdout and "bytes" in done.stdout and "--resume" in done.stdout
-    assert "needs about" in done.stdout
+    process = Process(tmp_path / "printed.txt", go_on_with_small_files, toy_data, tmp_path)
+    said = process.finish(120)
+    assert process.returncode == 2, said
+    assert "cannot save" in said and "bytes" in said and "--resume" in said
+    assert "needs about" in said
     assert files(run / "training_state") == before
     assert_same_run(stopped[0], go_on(toy_data, tmp_path))
 

@@ -28,7 +28,7 @@ from clbench.evaluation.evaluate import run_config
 from clbench.evaluation.records import CellFile
 from clbench.metrics import Record, compute_metrics, load_record
 
-INPUTS = 200
+INPUTS = 50
 MANY = 2500
 counts = pytest.mark.parametrize("count", [INPUTS, pytest.param(MANY, marks=pytest.mark.slow)])
 

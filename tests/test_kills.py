@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.algorithm_cases import CASES, SMALL_CLARE
+from tests.children import Process, run_module
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = ("train.steps=5", "pretrain.steps=5")
@@ -34,12 +32,11 @@ def killed(
         for i, (label, section, own) in enumerate(runs)
     ]  # fmt: skip
     plan.write_text(json.dumps({"data": str(data), "out": str(out), "seed": 0, "runs": [*rows, *(also or [])]}))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kill_harness", str(plan)], cwd=ROOT, text=True, capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-6000:]
-    found: dict[str, dict[str, int]] = json.loads(done.stdout.splitlines()[-1])
+    harness = Process(out / "printed.txt", run_module, "tests.kill_harness", [str(plan)])
+    said = harness.finish(3600)
+    assert harness.returncode == 0, said[-6000:]
+    last = next(line for line in reversed(said.splitlines()) if line.startswith("{"))
+    found: dict[str, dict[str, int]] = json.loads(last)
     print(json.dumps(found, indent=1))  # pytest -s
     assert all(found[label]["kills"] >= kills for label, _, _ in runs)
     return found
