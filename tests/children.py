@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 class Process:
     """A process whose output goes to a file."""
 
-    def __init__(self, out: Path, function: Callable[..., Any], *args: Any, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, out: Path, function: Callable[..., Any], *args: Any, env: Mapping[str, str] | None = None
+    ) -> None:
         self.out = out
         with out.open("ab") as file:
             descriptors = [file.fileno()]
