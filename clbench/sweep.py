@@ -104,7 +104,7 @@ def load_experiment(name: str) -> tuple[Experiment, list[Run]]:
                 registered=algorithm_names(),
                 overrides=[f"seed={seed}", *overrides],
                 smoke=experiment.smoke,
-                references=False,
+                source=str(path),
             )
             runs.append(Run(run_id, (*_axes(experiment), *own, "--", *overrides), config))
     folders = [unicodedata.normalize("NFC", run.run_id).casefold() for run in runs]  # as some file systems tell them

@@ -175,6 +175,9 @@ AVALANCHE = "eval_exp,training_exp,eval_accuracy,eval_loss,forgetting\n" + "".jo
         # other separators
         ("a b c\n" + "\n".join(EXAMPLE_LINES).replace(",", "   "), EXAMPLE, "a b c"),
         ("# made by numpy\n# a b c\n" + "\n".join(EXAMPLE_LINES).replace(",", " "), EXAMPLE, "a b c"),
+        (f"# k,a,b,c\n0,{E0}\n1,{E1}\n2,{E2}\n", EXAMPLE, "a b c"),
+        ("# success\n0.8,0.1\n0.6,0.9\n", [[0.8, 0.1], [0.6, 0.9]], ""),  # a remark, no names
+        ("# success rates\n" + "\n".join(EXAMPLE_LINES).replace(",", " "), EXAMPLE, ""),
         ("\n".join(EXAMPLE_LINES).replace(",", ";").replace(".", ","), EXAMPLE, ""),
         ("\ttask 1\ttask 2\ntask 1\t1\t0\ntask 2\t0.5\t1\n", [[1, 0], [0.5, 1]], "task 1|task 2"),
         ("task 1;task 2\n1;0\n0.5;1\n", [[1, 0], [0.5, 1]], "task 1|task 2"),

@@ -53,6 +53,7 @@ def test_two_runs_for_one_folder_are_refused(tmp_path: Path) -> None:
     [
         ("overrides: [train.stepz=3]", "Did you mean 'steps'"),
         ("overrides: [train.steps=0]", "train.steps must be at least 1"),
+        ("overrides: [train.steps=many]", r"mine\.yaml: train\.steps must be a whole number"),
         ("modle: x", "Did you mean 'model'"),
         ("parallel: many", "parallel"),
     ],

@@ -93,11 +93,12 @@ def compose(
     registered: Iterable[str] = (),
     overrides: Sequence[str] = (),
     smoke: bool = False,
-    references: bool = True,
+    source: str | None = None,
 ) -> tuple[Config, list[str]]:
     """Compose a run's configuration from the three axes; returns it and the names of the files that made it.
 
-    `references`: whether overrides may refer to other values and to the environment; not those of files.
+    `source`: the file that the overrides stand in, which may not refer to other values or to the environment;
+    None = the command line.
     """
     dataset = DATASET_ALIASES.get(dataset, dataset)
     files = [CONFIG_ROOT / "base.yaml"]
@@ -111,7 +112,7 @@ def compose(
     files += recipes
     notes = _decided(recipes)
     head = {"model": Path(model).stem, "algorithm": {"name": _name(algorithms)}}
-    return _merge(files, head, overrides, smoke, references), [_short(f) + notes.get(f, "") for f in files]
+    return _merge(files, head, overrides, smoke, source), [_short(f) + notes.get(f, "") for f in files]
 
 
 def _recipe(algorithms: Sequence[str], dataset: str) -> list[Path]:
@@ -172,7 +173,7 @@ def _name(algorithms: Sequence[str]) -> str | list[str]:
 
 
 def _merge(
-    files: Sequence[Path], head: dict[str, Any], overrides: Sequence[str], smoke: bool, references: bool = True
+    files: Sequence[Path], head: dict[str, Any], overrides: Sequence[str], smoke: bool, source: str | None = None
 ) -> Config:
     layer: dict[str, Any] = {}
     for path in files:
@@ -185,7 +186,7 @@ def _merge(
             path = CONFIG_ROOT / "smoke" / f"{name}.yaml"
             if path.is_file():
                 layer = overlay(layer, load_yaml(path))
-    return to_config(_joined(Config, overlay(layer, read_overrides(overrides, Config, references))))
+    return to_config(_joined(Config, overlay(layer, read_overrides(overrides, Config, source))))
 
 
 def _joined(config: Any, layer: dict[str, Any]) -> Any:

@@ -73,13 +73,15 @@ def read_yaml(text: str, schema: type, source: str) -> dict[str, Any]:
     return _switched(_section(node, schema, "", _Place(source)))
 
 
-def read_overrides(items: Sequence[str], schema: type, references: bool = True) -> dict[str, Any]:
+def read_overrides(items: Sequence[str], schema: type, source: str | None = None) -> dict[str, Any]:
     """Read overrides, key=value, as one mapping; later ones win.
+
+    `source`: the file that they stand in, in which they may not refer to other values; None = the command line.
 
     Raises:
         UserError: one is not of that form, has an unknown key, or a value of another kind than its key's.
     """
-    place = _Place("the command line", command=True, references=references)
+    place = _Place(source or "the command line", command=True, references=source is None)
     layer: dict[str, Any] = {}
     for item in items:
         key, sign, text = item.removeprefix("--").partition("=")

@@ -78,7 +78,9 @@ def from_text(text: str, where: str) -> tuple[dict[str, Any], list[str]]:
     if comments:  # numpy.savetxt(header=…) writes the names behind a #
         named = _split(comments[-1].lstrip("# "), delimiter, where)
         width = max(map(len, lines))
-        fits = named and len(named[0]) in (width, width - 1) and all(map(_is_text, named[0][1:]))
+        first = [row[0] for row in lines]
+        widths = (width, width - 1) if any(map(_is_text, first)) or _numbered(first) else (width,)  # else a remark
+        fits = named and len(named[0]) in widths and all(map(_is_text, named[0][1:]))
         if fits and not _is_header(lines[0], lines[1:]):
             lines.insert(0, named[0])
     comma = delimiter != ","
