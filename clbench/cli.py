@@ -268,12 +268,14 @@ def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str], 
     patience.quiet = config.log.progress == "quiet"
     if not launched() or os.environ.get("RANK") == "0":
         tell(f"configuration: {' ← '.join(files)}{' ← overrides' if overrides else ''}")
+    from clbench.checkpoints.run_folder import place_of_run
     from clbench.checkpoints.trusted import check_start
     from clbench.streams.stream import build_stream, check_images, checked_order, pretraining_data
     from clbench.training.log import wanted_loggers
 
     if not launched():
         _check_ranks(config, ranks, args.port)
+        place_of_run(run_id, config.output_dir, bool(args.resume))
     # Mistakes show before anything heavy is imported or fetched.
     wanted_loggers(config.log)
     d = config.dataset

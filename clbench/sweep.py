@@ -158,6 +158,9 @@ def run_sweep(name: str, dry_run: bool = False, trust: Sequence[str] = ()) -> in
 
 def _run_sweep(name: str, dry_run: bool, trust: Sequence[str], stop: Stop, stack: ExitStack) -> int:
     experiment, runs = load_experiment(name)
+    logs = results_root() / "sweeps" / experiment.name
+    if not dry_run:
+        stack.enter_context(held(logs, "sweep"))  # two of one experiment would train the same runs
     left = [r for r in runs if not finished(r)]
     show(f"experiment {experiment.name}: {len(runs) - len(left)} of {len(runs)} runs are finished")
     with patience("looking at the configurations"):
@@ -169,8 +172,6 @@ def _run_sweep(name: str, dry_run: bool, trust: Sequence[str], stop: Stop, stack
         for r in runs:
             show(f"  {'left' if r in left else 'done'}  {r.run_id}")
         return 0
-    logs = results_root() / "sweeps" / experiment.name
-    stack.enter_context(held(logs, "sweep"))  # two of one experiment would train the same runs
     for stale in logs.glob(".slots-*"):  # of a sweep that was killed
         shutil.rmtree(stale)
     failed: list[str] = []

@@ -660,6 +660,8 @@ def test_help_and_mistakes_in_a_configuration_need_no_torch(run_yaml: Path, make
         ["train", "--yaml", f"{run_yaml}.none"],
         ["train", "--nproc", "2"],
         ["train", "--resume", "nothing"],
+        ["train", "--yaml", str(run_yaml), "--run-id", "a/b"],
+        ["train", "--yaml", str(run_yaml), "--run-id", "mine"],
         ["eval", "--run-id", "nothing"],
         ["eval", "--run-id", "mine"],
         ["data", "make", "nothing"],

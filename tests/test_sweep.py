@@ -124,8 +124,11 @@ def test_a_second_sweep_of_an_experiment_is_refused_and_told_by_whom(
     file = experiment(tmp_path)
     logs = results_root() / "sweeps" / "mine"
     with held(logs, "sweep"):
+        monkeypatch.setattr(sweep, "finished", lambda _: pytest.fail("told before anything is looked at"))
         with pytest.raises(ValueError, match=rf"mine is in use by another sweep: process {os.getpid()} on .* kill "):
             sweep.run_sweep(file)
+        monkeypatch.undo()
+        monkeypatch.setenv("CLBENCH_RESULTS_ROOT", str(tmp_path / "results"))
         assert sweep.run_sweep(file, dry_run=True) == 0
     assert not logs.exists()
 

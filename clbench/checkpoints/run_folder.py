@@ -86,8 +86,8 @@ def results_folder(run_id: str, output_dir: str | None) -> Path:
     return (Path(output_dir).expanduser() if output_dir else results_root()) / run_id
 
 
-def new_run_folder(run_id: str, output_dir: str | None, resume: bool) -> tuple[Path, bool]:
-    """Make the folder of a run to be trained, unless it is there; returns it and whether it holds a run already."""
+def place_of_run(run_id: str, output_dir: str | None, resume: bool) -> tuple[Path, bool]:
+    """The folder of a run to be trained, and whether it holds a run already; raises UserError where it may not be."""
     folder = results_folder(run_id, output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, not a run's folder. Choose another --run-id.")
@@ -98,6 +98,12 @@ def new_run_folder(run_id: str, output_dir: str | None, resume: bool) -> tuple[P
         raise UserError(
             f"run '{run_id}' exists already ({folder}). Continue it with --resume, or choose another --run-id."
         )
+    return folder, exists
+
+
+def new_run_folder(run_id: str, output_dir: str | None, resume: bool) -> tuple[Path, bool]:
+    """Make the folder of a run to be trained, unless it is there; returns it and whether it holds a run already."""
+    folder, exists = place_of_run(run_id, output_dir, resume)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{os.getpid()}"
