@@ -469,6 +469,17 @@ def test_eval_of_a_damaged_run(refused: Refused, make_run: Callable[..., Path], 
     assert file in refused("eval", "--run-id", "mine")
 
 
+def test_a_damaged_checkpoint_is_told_with_the_command_that_makes_it_again(
+    refused: Refused, make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = make_run("mine", done=3)
+    (run / "checkpoints" / "task_02" / "more").write_text("")
+    assert refused("eval", "--run-id", "mine", "--last-only").endswith("clbench train --resume mine")
+    run.rename(tmp_path / "elsewhere")
+    message = refused("eval", "--run-id", tmp_path / "elsewhere", "--last-only")
+    assert message.endswith(f"clbench train --resume {tmp_path / 'elsewhere'}")
+
+
 @pytest.mark.parametrize("which", ["9", "-1", "x", "²"])
 def test_init_from_a_checkpoint_that_is_not_there(refused: Refused, make_run: Callable[..., Path], which: str) -> None:
     make_run("mine", done=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import subprocess
 import time
@@ -74,6 +75,12 @@ def run_folder(run: str | Path) -> Path:
         raise UserError(f"there is no run '{run}' under {root}.{nearest(str(run), known)}")
     refuse_links(path)
     return path
+
+
+def as_argument(folder: Path) -> str:
+    """What names a run in a command, quoted for a shell: its id under the results root, else its folder."""
+    here = folder.parent.resolve() == results_root().resolve()
+    return shlex.quote(folder.name if here else str(folder))
 
 
 def results_folder(run_id: str, output_dir: str | None) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from clbench.checkpoints.base import ADAPTER, adapter_base, find_base
 from clbench.checkpoints.run_folder import (
+    as_argument,
     checkpoint_damage,
     checkpoint_folder,
     describe_columns,
@@ -278,7 +278,7 @@ class _Run:
             if reason is not None:
                 raise UserError(
                     f"{here} is damaged ({reason}). Put the file back from a copy, or remove the checkpoints from "
-                    f"{here.name} on and make them again: clbench train --resume {shlex.quote(self.folder.name)}"
+                    f"{here.name} on and make them again: clbench train --resume {as_argument(self.folder)}"
                 )
         workers = e.workers or max(1, min(2, os.cpu_count() or 1))
         slots = Slots.shared()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from clbench.checkpoints.run_folder import (
     PEFT_COPY,
     PLACES,
     absolute_paths,
+    as_argument,
     changed_values,
     checkpoint_folder,
     clear_leftovers,
@@ -47,7 +47,7 @@ from clbench.envs.base import check_other_python
 from clbench.errors import Interrupted, UserError, nearest
 from clbench.io import read_json, read_jsonl, remove_if_empty, write_text
 from clbench.lock import held
-from clbench.paths import bases_root, model_root, named_folder, results_root
+from clbench.paths import bases_root, model_root, named_folder
 from clbench.patience import patience
 from clbench.policies.loss import PolicyLoss
 from clbench.seeding import seed_everything, seeded
@@ -436,8 +436,7 @@ class Trainer:
     def _stop_if_asked(self, where: str, sure: bool = False) -> None:
         if sure or self.backend.any(bool(self.stop.reason))[0]:
             why = self.stop.reason or "a signal to another rank"
-            here = self.folder.parent.resolve() == results_root().resolve()
-            run = shlex.quote(self.run_id if here else str(self.folder))
+            run = as_argument(self.folder)
             cpu = self.backend.device.type == "cpu"
             ranks = f" --{'nproc' if cpu else 'gpus'} {self.backend.world_size}" if self.backend.world_size > 1 else ""
             raise Interrupted(f"stopped by {why} {where}; saved. Go on with: clbench train --resume {run}{ranks}")
