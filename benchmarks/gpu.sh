@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in sequence: tests, then benchmarks. Never run on one yet; half an hour is a guess.
+# Everything that needs a GPU, in sequence: tests, then benchmarks. About ten minutes on a datacentre GPU.
 #
 #   benchmarks/gpu.sh                        on CUDA
 #   benchmarks/gpu.sh --device cpu --tiny    the same commands on a CPU: shows that they run, measures nothing

@@ -21,6 +21,7 @@ from clbench import launch
 from clbench.checkpoints.run_folder import checkpoint_folder
 from clbench.checkpoints.state import load_state
 from clbench.cli import main
+from clbench.config.schema import TrainConfig
 from clbench.errors import RankLost, UserError
 from clbench.io import read_json, read_jsonl
 from clbench.launch import check_port
@@ -327,3 +328,12 @@ def test_a_lock_that_a_killed_compiler_left_is_named(tmp_path: Path, monkeypatch
     with lock.open("w"):
         assert backend._left_by_a_compiler() == "", "one compiles"
     assert backend._left_by_a_compiler().endswith(f"remove it: rm {lock}")
+
+
+def test_a_process_trains_on_the_device_that_each_run_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after a run on the other one. No device is touched here: torch only says that there is one."""
+    devices = []
+    for device in ("cpu", "cuda", "cpu"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda device=device: device == "cuda")
+        devices.append(backend.Backend(TrainConfig(device=device)).device.type)
+    assert devices == ["cpu", "cuda", "cpu"]

@@ -153,7 +153,8 @@ class Backend:
         started = world_size()
         if started > 1:
             _join(cpu, config)
-        AcceleratorState._reset_state()  # a process may train several runs, each with its own precision
+        # A process may train several runs, each with a precision and, where it is no rank, a device of its own.
+        AcceleratorState._reset_state(reset_partial_state=started == 1 and not torch.distributed.is_initialized())
         self.accelerator = Accelerator(mixed_precision=autocast_precision(config), cpu=cpu)
         asked = int(os.environ.get(EXPECTED_RANKS, str(started)))
         if self.accelerator.num_processes != asked or started != asked:
