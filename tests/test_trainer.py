@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 import shutil
@@ -295,10 +296,12 @@ def test_any_lerobot_folder_can_be_the_base(toy_data: Path, tmp_path: Path, monk
         toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}", f"policy.path={path}", "train.steps=1"),
         "second",
     )
-    assert read_json(second / "manifest.json")["base"] == {"path": str(path), "kind": "given"}
+    digest = hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
+    base = {"path": str(path), "kind": "given", "name": "policy", "sha256": digest}
+    assert read_json(second / "manifest.json")["base"] == base
     monkeypatch.setenv("CLBENCH_MODEL_ROOT", str(path.parent))
     named = toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}", "policy.path=policy", "train.steps=1")
-    assert read_json(train(named, "third") / "manifest.json")["base"] == {"path": str(path), "kind": "given"}
+    assert read_json(train(named, "third") / "manifest.json")["base"] == base
     with pytest.raises(ValueError, match="no LeRobot checkpoint folder"):
         train(toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}", "policy.path=/nowhere"), "fourth")
 
