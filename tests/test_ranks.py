@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import socket
-import subprocess
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ from clbench.training import backend
 from clbench.training.trainer import train
 from tests.ranks import (
     PLAIN,
-    ROOT,
     RUNS,
     STRATEGIES,
     difference_and_move,
@@ -165,16 +163,15 @@ def toy_arguments(toy_data: Path, out: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def test_the_script_trains_the_same_with_two_processes(toy_data: Path, tmp_path: Path) -> None:
+def test_the_command_trains_the_same_with_two_processes(toy_data: Path, tmp_path: Path) -> None:
     runs = {}
+    own = toy_arguments(toy_data, tmp_path, *PLAIN[:3], "algorithm.fisher_batches=2")
     for name, flags in (("one", []), ("two", ["--nproc", "2"])):
-        done = subprocess.run(
-            ["bash", "scripts/run_cl_train.sh", "--algo", "er,ewc", "--run-id", name, *flags, "--",
-             *toy_arguments(toy_data, tmp_path, *PLAIN[:3], "algorithm.fisher_batches=2")],
-            cwd=ROOT, text=True, capture_output=True, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.count("trained:") == 1  # said once, not once per rank
+        printed = tmp_path / f"{name}.txt"
+        with printed.open("ab") as out:
+            command = ["train", "--algo", "er,ewc", "--run-id", name, *flags, "--", *own]
+            assert start_command(command, log=out).wait(300) == 0, printed.read_text()
+        assert printed.read_text().count("trained:") == 1  # said once, not once per rank
         runs[name] = weights(tmp_path / name, 1)
     assert max(float((runs["one"][n] - v).abs().max()) for n, v in runs["two"].items()) < 5e-6
 

@@ -42,34 +42,17 @@ def test_the_whole_pipeline_through_the_scripts(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLBENCH_DATA_ROOT", str(tmp_path / "data"))
         patch.setenv("CLBENCH_RESULTS_ROOT", str(tmp_path / "results"))
+        patch.setenv("CLBENCH_CACHE_ROOT", str(tmp_path / "cache"))
         assert main(["data", "make", "metaworld_quick", "--", *few, "log.progress=quiet"]) == 0
 
-        for algo in ("clare", "multitask"):
-            common = ("--smoke", "--model", "dit_encdec_tiny", "--algo", algo, "--run-id", algo)
-            succeeded(
-                script(
-                    "run_cl_train.sh",
-                    *common,
-                    "--dataset",
-                    "metaworld_quick",
-                    "--",
-                    "--train.steps=3",
-                    folders=tmp_path,
-                )
-            )
-            out = succeeded(
-                script(
-                    "run_cl_eval.sh",
-                    "--run-id",
-                    algo,
-                    "--trials",
-                    "1",
-                    "--workers",
-                    "1",
-                    folders=tmp_path,
-                )
-            )
-            assert "matrix:" in out
+        # One by the scripts, the other by the commands that they call.
+        smoke = ("--smoke", "--model", "dit_encdec_tiny", "--dataset", "metaworld_quick")
+        common = (*smoke, "--algo", "clare", "--run-id", "clare", "--", "--train.steps=3")
+        succeeded(script("run_cl_train.sh", *common, folders=tmp_path))
+        played = ("--trials", "1", "--workers", "1")
+        assert "matrix:" in succeeded(script("run_cl_eval.sh", "--run-id", "clare", *played, folders=tmp_path))
+        assert main(["train", *smoke, "--algo", "multitask", "--run-id", "multitask", "--", "train.steps=3"]) == 0
+        assert main(["eval", "--run-id", "multitask", *played]) == 0
         run = tmp_path / "results" / "clare"
         matrix = read_json(run / "eval" / "matrix.json")
         assert len(matrix["success"]) == 4 and all(v is not None for row in matrix["success"] for v in row)
