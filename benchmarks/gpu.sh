@@ -74,11 +74,11 @@ everything() {
     [[ $device == cpu ]] || nvidia-smi || true
     part "demonstrations" "$python" -m clbench.cli data make metaworld_quick
     part "1/5 tests on the GPU (guess: 5 minutes)" "$python" -m pytest -m gpu -rs -s tests/test_gpu.py
-    part "2/5 a large policy in bf16: samples/s and peak memory (guess: 3 minutes)" \
+    part "2/5 a large policy in bf16: samples/s and peak memory (1 minute on an H200)" \
         "$python" benchmarks/ranks.py --device "$device" --only "1 rank" --precision bf16 "${one[@]}" "${large[@]}"
-    part "3/5 clbench against lerobot-train (guess: 5 minutes)" \
+    part "3/5 clbench against lerobot-train (5 minutes on an H200)" \
         "$python" benchmarks/train_vs_lerobot.py --device "$device" "${small[@]}" "${pair[@]}"
-    part "4/5 every algorithm: time per step and memory (guess: 5 minutes)" \
+    part "4/5 every algorithm: time per step and memory (3 minutes on an H200)" \
         "$python" benchmarks/algorithm_cost.py --device "$device" --dataset metaworld_quick "${small[@]}" "${cost[@]}"
     if [[ $device == cpu ]] || ((gpus > 1)); then
         part "5/5 two ranks: ddp and zero2 against one (guess: 10 minutes)" \

@@ -84,6 +84,8 @@ def load_experiment(name: str) -> tuple[Experiment, list[Run]]:
     experiment = Experiment(**load_yaml(path, Experiment))
     if not experiment.algorithms or not experiment.seeds:
         raise UserError(f"{path}: algorithms and seeds must not be empty.")
+    if experiment.parallel < 1:
+        raise UserError(f"{path}: parallel must be at least 1, is {experiment.parallel}.")
     experiment.name = experiment.name or path.stem
     results_folder(experiment.name, None)  # its logs and its report go to folders of that name
     entries = [Entry(e) if isinstance(e, str) else Entry(**e) for e in experiment.algorithms]  # type: ignore[arg-type]
@@ -122,7 +124,7 @@ def _axes(experiment: Experiment) -> tuple[str, ...]:
 
 
 def _overrides(experiment: Experiment) -> tuple[str, ...]:
-    threads = (f"train.threads={max(1, (os.cpu_count() or 1) // max(1, experiment.parallel))}",)
+    threads = (f"train.threads={max(1, (os.cpu_count() or 1) // experiment.parallel)}",)
     return (*threads, *experiment.overrides)
 
 
@@ -185,7 +187,7 @@ def _run_sweep(name: str, dry_run: bool, trust: Sequence[str], stop: Stop, stack
             tell(f"failed: the base; see {base.log}")
             return 1
         jobs = _jobs(left, logs, experiment.parallel, trust)
-        _play(jobs, max(1, experiment.parallel), logs, stop)
+        _play(jobs, experiment.parallel, logs, stop)
         failed = list(dict.fromkeys(job.name for job in jobs if job.status))
     for run_id in failed:
         tell(f"failed: {run_id}; see {logs / run_id}.log")
