@@ -27,6 +27,7 @@ from clbench.config.compose import (
     to_yaml,
 )
 from clbench.config.schema import LogConfig, WandbConfig
+from clbench.errors import UserError
 from clbench.lock import held
 from clbench.redaction import redact_command, secrets_of
 from clbench.registry import algorithm_names
@@ -315,3 +316,8 @@ def test_wandb_is_a_switch_or_settings() -> None:
     assert wandb("log.wandb.group=g", "log.wandb.enabled=false") == WandbConfig(enabled=False, group="g")
     with pytest.raises(ValueError, match="Did you mean 'entity'"):
         wandb("log.wandb.entitty=me")
+
+
+def test_an_algorithm_named_twice_is_refused_by_the_configuration() -> None:
+    with pytest.raises(UserError, match=r"list of different names, is \['er', 'er'\]"):
+        compose(model="dit_dec_tiny", algorithms=["er", "er"], dataset="metaworld_quick", registered=["er"])

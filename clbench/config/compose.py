@@ -356,6 +356,8 @@ def check_values(c: Config) -> None:
         problems.append("algorithm.name is missing (for example --algo clare)")
     elif not isinstance(name, str) and not (isinstance(name, list) and name and all(isinstance(n, str) for n in name)):
         problems.append(f"algorithm.name must be a name or a list of names, is {name!r}")
+    elif isinstance(name, list) and len(set(name)) != len(name):
+        problems.append(f"algorithm.name must be one name or a list of different names, is {name}")
     if "type" not in c.policy and "path" not in c.policy:
         problems.append("policy.type (or policy.path, a checkpoint folder) is missing")
     if problems:
