@@ -270,17 +270,24 @@ def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str], 
         tell(f"configuration: {' ← '.join(files)}{' ← overrides' if overrides else ''}")
     from clbench.checkpoints.run_folder import place_of_run
     from clbench.checkpoints.trusted import check_start
+    from clbench.config.dit import check_policy
     from clbench.streams.stream import build_stream, check_images, checked_order, pretraining_data
     from clbench.training.log import wanted_loggers
 
+    allowed = [key for keys in args.allow_change for key in keys.split(",")]
     if not launched():
         _check_ranks(config, ranks, args.port)
-        place_of_run(run_id, config.output_dir, bool(args.resume))
+        folder, exists = place_of_run(run_id, config.output_dir, bool(args.resume))
+        if exists:
+            from clbench.checkpoints.changes import check_overrides
+
+            check_overrides(folder, config, allowed)
     # Mistakes show before anything heavy is imported or fetched.
     wanted_loggers(config.log)
     d = config.dataset
     checked_order(d)
     check_start(config.policy)
+    check_policy(config.policy)
     sets: list[tuple[bool, Callable[[], object]]] = [
         (d.repo_id is not None, lambda: build_stream(d, sequential=False, render=config.render))
     ]
@@ -306,7 +313,6 @@ def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str], 
     from clbench.training.trainer import train
 
     command = ["clbench", *sys.argv[1:]]
-    allowed = [key for keys in args.allow_change for key in keys.split(",")]
     resume = bool(args.resume)
     train(config, run_id, resume=resume, allow_change=allowed, command=command, files=files, stop=stop)
     return 0
@@ -410,8 +416,10 @@ def _pretrain(args: argparse.Namespace, overrides: list[str]) -> int:
     config, _ = _compose(args, overrides, "seqfft")
     patience.quiet = config.log.progress == "quiet"
     from clbench.checkpoints.trusted import check_start
+    from clbench.config.dit import check_policy
 
     check_start(config.policy)
+    check_policy(config.policy)
     from clbench.processes import load
     from clbench.stopping import stoppable
 

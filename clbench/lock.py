@@ -105,6 +105,18 @@ def holder(descriptor: int) -> str:
     return f"{_name(owner)}{_since(owner)}" if owner else "a process that does not say who it is"
 
 
+def taken_by(folder: Path, what: str) -> str | None:
+    """Who holds `what` in `folder` now, as far as Linux lists that; None: nobody. Nothing is locked to find out."""
+    try:
+        descriptor = os.open(folder / f".{what}.lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        return None if _lock_owner(descriptor) is None else holder(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _lock_owner(descriptor: int) -> int | None:
     """The process that has the file locked, if it is one of this machine that Linux lists."""
     file = os.fstat(descriptor)

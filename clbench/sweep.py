@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import IO
 
 from clbench.config.compose import compose, load_yaml
+from clbench.config.dit import check_policy
 from clbench.config.schema import Config
 from clbench.errors import RESUME_EXIT, UserError, nearest
 from clbench.evaluation.records import eval_folder
 from clbench.io import read_json
-from clbench.lock import held
+from clbench.lock import held, taken_by
 from clbench.paths import CONFIG_ROOT, results_root
 from clbench.patience import patience
 from clbench.processes import Child, server, start_command
@@ -39,6 +40,7 @@ from clbench.terminal import printable, show, tell
 
 KEPT = "What is done is kept: give the same command again."
 PROGRESS_SECONDS = 10.0
+LOCK_SECONDS = 60.0  # that another command of one of its runs is waited for
 
 
 @dataclass
@@ -130,7 +132,8 @@ def _overrides(experiment: Experiment) -> tuple[str, ...]:
 
 def finished(run: Run) -> bool:
     """Whether a run is trained and evaluated with exactly the settings that the experiment asks for."""
-    from clbench.checkpoints.run_folder import FREE_ON_RESUME, changed_keys, finished_visits, read_manifest
+    from clbench.checkpoints.changes import FREE_ON_RESUME, changed_keys
+    from clbench.checkpoints.run_folder import finished_visits, read_manifest
 
     folder = results_root() / run.run_id
     complete = eval_folder(folder, run.config.eval.split) / "complete.json"
@@ -165,6 +168,8 @@ def _run_sweep(name: str, dry_run: bool, trust: Sequence[str], stop: Stop, stack
         stack.enter_context(held(logs, "sweep"))  # two of one experiment would train the same runs
     left = [r for r in runs if not finished(r)]
     show(f"experiment {experiment.name}: {len(runs) - len(left)} of {len(runs)} runs are finished")
+    for r in runs:
+        check_policy(r.config.policy)
     with patience("looking at the configurations"):
         from clbench.algorithms.build import build_algorithm
 
@@ -186,6 +191,7 @@ def _run_sweep(name: str, dry_run: bool, trust: Sequence[str], stop: Stop, stack
         if base.status:
             tell(f"failed: the base; see {base.log}")
             return 1
+        _wait_for_locks(left, stop)
         jobs = _jobs(left, logs, experiment.parallel, trust)
         _play(jobs, experiment.parallel, logs, stop)
         failed = list(dict.fromkeys(job.name for job in jobs if job.status))
@@ -204,6 +210,20 @@ def _run_sweep(name: str, dry_run: bool, trust: Sequence[str], stop: Stop, stack
             )
         show(f"report of {len(done)} of {len(runs)} runs: {page}")
     return 1 if failed else 0
+
+
+def _wait_for_locks(runs: Sequence[Run], stop: Stop) -> None:
+    """Wait for commands of an earlier sweep that was killed: they save and end. After LOCK_SECONDS a run fails."""
+    until, said = time.monotonic() + LOCK_SECONDS, False
+    for run in runs:
+        folder = results_root() / run.run_id
+        for place, what in ((folder, "training"), (folder / "eval", "evaluation")):
+            while time.monotonic() < until and (who := taken_by(place, what)) is not None:
+                if not said:
+                    show(f"waiting for the {what} of {run.run_id} to end ({who})")
+                said = True
+                stop.check(KEPT)
+                time.sleep(0.2)
 
 
 def _trusting(names: Sequence[str], *more: str) -> tuple[str, ...]:

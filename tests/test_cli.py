@@ -659,6 +659,9 @@ def test_metrics_script_says_one_line(tmp_path: Path) -> None:
 def test_help_and_mistakes_in_a_configuration_need_no_torch(run_yaml: Path, make_run: Callable[..., Path]) -> None:
     """Nothing heavy is imported for help, nor to find a mistake that the configuration alone shows."""
     make_run("mine")
+    make_run("begun", done=1)
+    begun = ["train", "--resume", "begun"]
+    own = ["train", "--yaml", str(run_yaml), "--run-id", "begun", "--resume"]
     calls = [
         ["--help"],
         ["train", "--help"],
@@ -671,6 +674,15 @@ def test_help_and_mistakes_in_a_configuration_need_no_torch(run_yaml: Path, make
         ["train", "--yaml", f"{run_yaml}.none"],
         ["train", "--nproc", "2"],
         ["train", "--resume", "nothing"],
+        [*begun, "--seed", "3"],
+        [*begun, "--allow-change", "train.stepz"],
+        [*begun, "--allow-change", "seed", "--seed", "3", "--", "train.steps=9"],
+        [*own, "--", "policy.d_model=96"],
+        ["train", "--", "policy.d_modell=4"],
+        ["train", "--", "policy.d_model=wide"],
+        ["train", "--", "policy.n_heads=0"],
+        ["train", "--", "policy.chunk_size=7"],
+        ["pretrain", "--", "policy.d_model=-4"],
         ["train", "--yaml", str(run_yaml), "--run-id", "a/b"],
         ["train", "--yaml", str(run_yaml), "--run-id", "mine"],
         ["eval", "--run-id", "nothing"],
@@ -689,7 +701,7 @@ def test_help_and_mistakes_in_a_configuration_need_no_torch(run_yaml: Path, make
                 except SystemExit as stop:
                     status = stop.code
             heavy = sorted({"torch", "lerobot", "matplotlib", "accelerate", "mujoco"} & set(sys.modules))
-            print(json.dumps([argv, status, heavy]))
+            print(json.dumps([argv, status, heavy]), flush=True)
     """
     run = command("-c", code, json.dumps(calls))
     assert run.returncode == 0, run.stderr

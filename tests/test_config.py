@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from clbench.checkpoints.run_folder import changed_values
+from clbench.checkpoints.changes import changed_values
 from clbench.config.compose import (
     CONFIG_ROOT,
     _recipe,
@@ -284,7 +284,7 @@ def test_names_in_experiments_stay_texts(tmp_path: Path) -> None:
     path.write_text("algorithms: [er]\noverrides: ['log.project=${oc.env:HOME}']\n")
     with pytest.raises(ValueError, match="refers to another value"):
         load_experiment(str(path))
-    path.write_text('algorithms: [er]\noverrides: [\'log.project="\\x24{oc.env:HOME}"\']\n')
+    path.write_text("algorithms: [er]\noverrides: ['log.project=\"\\x24{oc.env:HOME}\"']\n")
     with pytest.raises(ValueError, match="refers to another value"):
         load_experiment(str(path))
 
@@ -306,9 +306,7 @@ def test_a_run_written_down_by_an_earlier_version_compares_equal(tmp_path: Path)
 
 def test_wandb_is_a_switch_or_settings() -> None:
     def wandb(*overrides: str) -> Any:
-        config, _ = compose(
-            model="dit_dec_tiny", algorithms=["seqfft"], dataset="metaworld_quick", overrides=overrides
-        )
+        config, _ = compose(model="dit_dec_tiny", algorithms=["seqfft"], dataset="metaworld_quick", overrides=overrides)
         return override(config, []).log.wandb
 
     assert not wandb().enabled and wandb("log.wandb=true") == WandbConfig(enabled=True)

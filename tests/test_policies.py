@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import tempfile
@@ -18,11 +19,18 @@ from lerobot.policies import make_policy, make_pre_post_processors
 
 import clbench.policies  # noqa: F401
 from clbench.checkpoints.policy_io import LoadedPolicy, load_policy, policy_config, save_policy
+from clbench.config import dit
 from clbench.policies.dit.text import frozen_word_table, word_ids
 from clbench.policies.loss import PolicyLoss, without_dropout
 
 TYPES = ("dit_dec", "dit_encdec")
 SMALL = {"chunk_size": 4, "n_action_steps": 2, "d_model": 32, "n_heads": 2, "encoder_layers": 1, "decoder_layers": 2}
+
+
+def test_keys_that_are_checked_before_lerobot_is_imported_are_those_of_the_policies() -> None:
+    for kind in dit.TYPES:
+        names = {f.name for f in dataclasses.fields(PreTrainedConfig.get_choice_class(kind))}
+        assert names == {f.name for f in dataclasses.fields(dit.DitSettings)} | set(dit.OF_LEROBOT)
 
 
 def build(

@@ -134,6 +134,37 @@ def test_a_second_sweep_of_an_experiment_is_refused_and_told_by_whom(
     assert not logs.exists()
 
 
+def test_a_run_that_a_killed_sweep_still_saves_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CLBENCH_RESULTS_ROOT", str(tmp_path / "results"))
+    _, runs = sweep.load_experiment(experiment(tmp_path))
+    holders = [
+        held(results_root() / runs[0].run_id, "training"),
+        held(results_root() / runs[3].run_id / "eval", "evaluation"),
+    ]
+    waits = []
+
+    def pause(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) in (3, 5):
+            holders.pop(0).__exit__(None, None, None)
+
+    for holder in holders:
+        holder.__enter__()
+    monkeypatch.setattr("clbench.sweep.time.sleep", pause)
+    sweep._wait_for_locks(runs, Stop())
+    assert len(waits) == 5 and holders == []
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1 and said[0].startswith(
+        f"waiting for the training of mine_seqfft_s0 to end (process {os.getpid()} on "
+    )
+    with held(results_root() / runs[0].run_id, "training"):
+        monkeypatch.setattr(sweep, "LOCK_SECONDS", 0.0)  # it is tried, and the refusal says who
+        sweep._wait_for_locks(runs, Stop())
+    assert len(waits) == 5
+
+
 def test_what_a_killed_sweep_left_is_cleared_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLBENCH_RESULTS_ROOT", str(tmp_path / "results"))
     logs = results_root() / "sweeps" / "mine"

@@ -18,8 +18,8 @@ from typing import Any
 import clbench
 from clbench.checkpoints.base import find_base
 from clbench.checkpoints.whole import DESCRIPTION, damage, write_whole
-from clbench.config.compose import flatten, load_yaml, to_dict, to_yaml
-from clbench.config.schema import Config, PretrainDataConfig
+from clbench.config.compose import to_dict, to_yaml
+from clbench.config.schema import Config
 from clbench.envs.base import other_python, privileged, simulator_versions
 from clbench.errors import UserError, nearest
 from clbench.io import OF_A_RUN, read_json, refuse_links, write_json, write_text
@@ -35,8 +35,6 @@ PACKAGES = ("torch", "lerobot", "accelerate", "peft", "transformers", "numpy", "
 MAX_RUN_ID_BYTES = 200
 OTHER_FOLDERS = {"reports": "reports of several runs", "sweeps": "the logs of sweeps"}  # beside the runs
 MAX_VISITS = 1000
-# Keys that are paths: they may differ where what they name is the same.
-PLACES = ("dataset.data", "dataset.pretrain.data", "policy.path", "algorithm.peft_cfg_path")
 PEFT_COPY = "peft_config.json"  # of algorithm.peft_cfg_path
 MAX_EPISODE_STEPS = 1_000_000
 
@@ -122,7 +120,7 @@ def new_run_folder(run_id: str, output_dir: str | None, resume: bool) -> tuple[P
     return folder, exists
 
 
-def _absolute(value: Any, name: bool = True) -> Any:
+def absolute(value: Any, name: bool = True) -> Any:
     """A path made absolute. `name`: one without a slash is no path."""
     if not isinstance(value, str) or not value or (name and "/" not in value):
         return value
@@ -132,14 +130,14 @@ def _absolute(value: Any, name: bool = True) -> Any:
 def absolute_paths(config: Config) -> Config:
     """The same with absolute paths, so that a run goes on wherever it is resumed. Bare names are found by root."""
     d, policy, algorithm = config.dataset, dict(config.policy), dict(config.algorithm)
-    pretrain = None if d.pretrain is None else replace(d.pretrain, data=_absolute(d.pretrain.data))
+    pretrain = None if d.pretrain is None else replace(d.pretrain, data=absolute(d.pretrain.data))
     if "path" in policy:
-        policy["path"] = _absolute(policy["path"])
+        policy["path"] = absolute(policy["path"])
     if "peft_cfg_path" in algorithm:
-        algorithm["peft_cfg_path"] = _absolute(algorithm["peft_cfg_path"], name=False)
+        algorithm["peft_cfg_path"] = absolute(algorithm["peft_cfg_path"], name=False)
     return replace(
-        config, output_dir=_absolute(config.output_dir, name=False), policy=policy, algorithm=algorithm,
-        dataset=replace(d, data=_absolute(d.data), pretrain=pretrain),
+        config, output_dir=absolute(config.output_dir, name=False), policy=policy, algorithm=algorithm,
+        dataset=replace(d, data=absolute(d.data), pretrain=pretrain),
     )  # fmt: skip
 
 
@@ -308,11 +306,6 @@ def whole_checkpoints(folder: Path) -> int:
     return count
 
 
-def flat_keys(config: Config) -> list[str]:
-    """All keys of a configuration, with dots."""
-    return list(flatten(to_dict(config)))
-
-
 def clear_leftovers(folder: Path) -> None:
     """Remove what a killed training left half written. Only for the holder of the run's lock."""
     for pattern in (".*.tmp", ".probe-*", "checkpoints/.*.partial", "checkpoints/.*.old"):
@@ -321,52 +314,6 @@ def clear_leftovers(folder: Path) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink()
-
-
-# What may differ when a run is resumed: it changes no weight (threads, ranks and devices change last bits of sums).
-FREE_ON_RESUME = (
-    "log.", "eval.", "output_dir", "train.threads", "train.num_workers", "train.log_every", "train.strategy",
-    "train.collective_timeout_s", "train.device", "train.save_every_", "train.compile", "train.on_nonfinite",
-    "dataset.recipes",
-)  # fmt: skip
-AS_THE_DATA = ("render.fidelity", "render.size")  # null: as the training data; the trainer writes down what they were
-
-
-def changed_keys(folder: Path, config: Config, ignore: tuple[str, ...]) -> list[str]:
-    """Keys whose values differ between config.yaml and `config`; keys that start like `ignore` are left out.
-
-    What `config` leaves to the data (`AS_THE_DATA`) differs from nothing that they said.
-    """
-    changed = changed_values(folder, config)
-    left = {k for k, (_, here) in changed.items() if k in AS_THE_DATA and here is None}
-    return [k for k in changed if k not in left and not k.startswith(ignore)]
-
-
-def changed_values(folder: Path, config: Config) -> dict[str, list[Any]]:
-    """Keys whose values differ between config.yaml and `config`: key → [there, here].
-
-    A key that config.yaml lacks (an option that came later) counts with its default. Paths are compared as absolute
-    ones.
-    """
-    old = load_yaml(folder / "config.yaml")
-    flat_old, flat_new = {**_defaults(config), **flatten(old)}, flatten(to_dict(absolute_paths(config)))
-    for key in flat_old.keys() & set(PLACES):
-        flat_old[key] = _absolute(flat_old[key], name=key != "algorithm.peft_cfg_path")
-    keys = sorted(flat_old.keys() | flat_new.keys())
-    return {k: [flat_old.get(k), flat_new.get(k)] for k in keys if flat_old.get(k) != flat_new.get(k)}
-
-
-def _defaults(config: Config) -> dict[str, Any]:
-    """Defaults of the keys of `config`, those of its algorithms included."""
-    from clbench.algorithms.build import algorithm_classes
-
-    known = flatten(asdict(Config(model="")))
-    sections = ("train", "eval", "lora", "log", "render", "dataset")
-    found = {k: v for k, v in known.items() if k.split(".")[0] in sections}
-    found |= {f"dataset.pretrain.{k}": v for k, v in flatten(asdict(PretrainDataConfig())).items()}
-    for cls in algorithm_classes(config):
-        found |= {f"algorithm.{k}": v for k, v in asdict(cls.Config()).items()}
-    return {k: v for k, v in found.items() if k in flatten(to_dict(config))}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

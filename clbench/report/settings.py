@@ -14,7 +14,7 @@ from pathlib import Path
 from reprlib import repr as shown
 from typing import TYPE_CHECKING, Any
 
-from clbench.checkpoints.run_folder import FREE_ON_RESUME
+from clbench.checkpoints.changes import FREE_ON_RESUME
 from clbench.config.compose import flatten, load_yaml
 from clbench.config.schema import Config, LoraConfig
 from clbench.errors import UserError

@@ -16,18 +16,15 @@ from clbench.adapters import lora
 from clbench.algorithms.build import build_algorithm
 from clbench.algorithms.hooks import CLAlgorithm, Context, Phase
 from clbench.checkpoints import trusted
-from clbench.checkpoints.base import ADAPTER, WEIGHTS, find_base, identity, weights_digest, write_adapter_base
+from clbench.checkpoints.base import ADAPTER, find_base, identity, write_adapter_base
+from clbench.checkpoints.changes import changes
 from clbench.checkpoints.policy_io import LoadedPolicy, load_policy, pick_device, save_policy
 from clbench.checkpoints.run_folder import (
-    FREE_ON_RESUME,
     PEFT_COPY,
-    PLACES,
     absolute_paths,
     as_argument,
-    changed_values,
     checkpoint_folder,
     clear_leftovers,
-    flat_keys,
     new_run_folder,
     read_checkpoint,
     read_manifest,
@@ -44,15 +41,15 @@ from clbench.config.schema import Config, LogConfig
 from clbench.data.frames import StreamFrames
 from clbench.data.source import check_every_byte, fps_note
 from clbench.envs.base import check_other_python
-from clbench.errors import Interrupted, UserError, nearest
+from clbench.errors import Interrupted, UserError
 from clbench.io import read_json, read_jsonl, remove_if_empty, write_text
 from clbench.lock import held
-from clbench.paths import bases_root, model_root, named_folder
+from clbench.paths import bases_root
 from clbench.patience import patience
 from clbench.policies.loss import PolicyLoss
 from clbench.seeding import seed_everything, seeded
 from clbench.stopping import Stop, stoppable
-from clbench.streams.stream import TaskStream, build_stream, pretraining_data
+from clbench.streams.stream import TaskStream, build_stream
 from clbench.training import log as run_log
 from clbench.training.backend import Backend, count, ranks_together, say
 from clbench.training.loop import PhaseRunner, Resumed
@@ -105,7 +102,7 @@ def train(
             found = _position(folder, keeper) if backend.is_main else Position()
         told = backend.tell([found.k, str(found.source or ""), found.phase, found.step])
         position = Position(told[0], Path(told[1]) if told[1] else None, told[2], told[3])
-        changed = {} if position == Position() else _changes(folder, config, stream, allow_change)
+        changed = {} if position == Position() else changes(folder, config, stream, allow_change)
         if backend.is_main and position != Position():
             check_every_byte(stream.columns[0].root, stream.data, config.dataset.name)
         backend.barrier()  # every rank has read what rank 0 now writes anew
@@ -205,42 +202,6 @@ def _where(position: Position, visits: int) -> str:
     if position.phase:
         return f"in task {position.k + 1} of {visits}, phase {position.phase}, after step {position.step}"
     return f"after task {position.k} of {visits}" if position.k else "from the start: there is nothing to resume"
-
-
-def _changes(folder: Path, config: Config, stream: TaskStream, allowed: Sequence[str]) -> dict[str, list[Any]]:
-    """What differs from the settings that the run was started with: key → [then, now]. Raises for what may not."""
-    differing = changed_values(folder, config)
-    manifest = read_manifest(folder)
-    for key in [k for k in differing if k in PLACES and _same_there(k, folder, config, stream, manifest)]:
-        del differing[key]  # it only moved
-    fingerprint = manifest.get("data_fingerprint")
-    if fingerprint != stream.fingerprint:
-        differing.setdefault("dataset.data", [f"data {fingerprint}", f"data {stream.fingerprint}"])
-    for key in allowed:
-        if key not in differing and key not in flat_keys(config):  # one that is as it was: the command was given again
-            raise UserError(f"--allow-change {key}: there is no such key.{nearest(key, flat_keys(config))}")
-    refused = {k: v for k, v in differing.items() if k not in allowed and not k.startswith(FREE_ON_RESUME)}
-    if refused:
-        listed = ", ".join(f"{k} (was {then!r}, is {now!r})" for k, (then, now) in refused.items())
-        raise UserError(
-            f"run '{folder.name}' was started with other settings: {listed}. Use the old ones, or another --run-id, "
-            "or --allow-change KEY for each that is meant."
-        )
-    return differing
-
-
-def _same_there(key: str, folder: Path, config: Config, stream: TaskStream, manifest: dict[str, Any]) -> bool:
-    """Whether what a path of the configuration names is what the run began with."""
-    base = manifest["base"]
-    if key == "dataset.data":
-        return bool(stream.fingerprint) and stream.fingerprint == manifest.get("data_fingerprint")
-    if key == "dataset.pretrain.data":
-        return pretraining_data(config.dataset, config.render).fingerprint == base.get("data_fingerprint")
-    if key == "policy.path":
-        given = named_folder(str(config.policy.get("path")), model_root())
-        return (given / WEIGHTS).is_file() and weights_digest(given) == base.get("sha256")
-    copy, now = folder / PEFT_COPY, Path(str(config.algorithm.get("peft_cfg_path")))
-    return copy.is_file() and now.is_file() and read_json(copy) == read_json(now)
 
 
 class Trainer:

@@ -1,0 +1,140 @@
+"""What differs between a configuration and the one that a run was started with, and what of it may."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from clbench.checkpoints import training_state
+from clbench.checkpoints.base import WEIGHTS, weights_digest
+from clbench.checkpoints.run_folder import PEFT_COPY, absolute, absolute_paths, finished_visits, read_manifest
+from clbench.checkpoints.whole import DESCRIPTION
+from clbench.config.compose import flatten, load_yaml, to_dict
+from clbench.config.schema import Config, PretrainDataConfig
+from clbench.errors import UserError, nearest
+from clbench.io import read_json
+from clbench.paths import model_root, named_folder
+from clbench.streams.stream import TaskStream, pretraining_data
+
+# What may differ when a run is resumed: it changes no weight (threads, ranks and devices change last bits of sums).
+FREE_ON_RESUME = (
+    "log.", "eval.", "output_dir", "train.threads", "train.num_workers", "train.log_every", "train.strategy",
+    "train.collective_timeout_s", "train.device", "train.save_every_", "train.compile", "train.on_nonfinite",
+    "dataset.recipes",
+)  # fmt: skip
+AS_THE_DATA = ("render.fidelity", "render.size")  # null: as the training data; the trainer writes down what they were
+# Keys that are paths: they may differ where what they name is the same.
+PLACES = ("dataset.data", "dataset.pretrain.data", "policy.path", "algorithm.peft_cfg_path")
+
+
+def check_overrides(folder: Path, config: Config, allowed: Sequence[str]) -> None:
+    """Raise UserError for what the run in `folder` may not go on with, as far as no algorithm has to be imported.
+
+    `changes` looks at all of it: defaults of algorithms, and what paths name.
+    """
+    states = (folder / training_state.FOLDER).glob(f"*/{DESCRIPTION}")
+    if not finished_visits(folder) and not any(states):
+        return  # it starts anew
+    then, now = _both(folder, config)
+    _check_keys(allowed, config, then)
+    differing = {k: [then[k], now[k]] for k in then.keys() & now.keys() if then[k] != now[k]}
+    as_the_data = [k for k in AS_THE_DATA if now.get(k) is None]
+    _refuse(folder, differing, [*allowed, *PLACES, *as_the_data])
+
+
+def changes(folder: Path, config: Config, stream: TaskStream, allowed: Sequence[str]) -> dict[str, list[Any]]:
+    """What differs from the settings that the run was started with: key → [then, now].
+
+    Raises:
+        UserError: something differs that changes weights and is not in `allowed`, or `allowed` names no key.
+    """
+    differing = changed_values(folder, config)
+    manifest = read_manifest(folder)
+    for key in [k for k in differing if k in PLACES and _same_there(k, folder, config, stream, manifest)]:
+        del differing[key]  # it only moved
+    fingerprint = manifest.get("data_fingerprint")
+    if fingerprint != stream.fingerprint:
+        differing.setdefault("dataset.data", [f"data {fingerprint}", f"data {stream.fingerprint}"])
+    _check_keys(allowed, config, differing)
+    _refuse(folder, differing, allowed)
+    return differing
+
+
+def changed_keys(folder: Path, config: Config, ignore: tuple[str, ...]) -> list[str]:
+    """Keys whose values differ between config.yaml and `config`; keys that start like `ignore` are left out.
+
+    What `config` leaves to the data (`AS_THE_DATA`) differs from nothing that they said.
+    """
+    changed = changed_values(folder, config)
+    left = {k for k, (_, here) in changed.items() if k in AS_THE_DATA and here is None}
+    return [k for k in changed if k not in left and not k.startswith(ignore)]
+
+
+def changed_values(folder: Path, config: Config) -> dict[str, list[Any]]:
+    """Keys whose values differ between config.yaml and `config`: key → [there, here].
+
+    A key that config.yaml lacks (an option that came later) counts with its default. Paths are compared as absolute
+    ones.
+    """
+    then, now = _both(folder, config)
+    then = {**_defaults(config), **then}
+    return {k: [then.get(k), now.get(k)] for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k)}
+
+
+def _both(folder: Path, config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keys with dots and their values, in config.yaml and in `config`, with absolute paths."""
+    then, now = flatten(load_yaml(folder / "config.yaml")), flatten(to_dict(absolute_paths(config)))
+    for key in then.keys() & set(PLACES):
+        then[key] = absolute(then[key], name=key != "algorithm.peft_cfg_path")
+    return then, now
+
+
+def _check_keys(allowed: Sequence[str], config: Config, others: Collection[str]) -> None:
+    """Raise UserError for a name in `allowed` that is a key neither of the configuration nor among `others`.
+
+    One whose value is as it was is no mistake: the command was given again.
+    """
+    known = list(flatten(to_dict(config)))
+    for key in allowed:
+        if key not in others and key not in known:
+            raise UserError(f"--allow-change {key}: there is no such key.{nearest(key, known)}")
+
+
+def _refuse(folder: Path, differing: dict[str, list[Any]], allowed: Iterable[str]) -> None:
+    free = set(allowed)
+    refused = {k: v for k, v in sorted(differing.items()) if k not in free and not k.startswith(FREE_ON_RESUME)}
+    if refused:
+        listed = ", ".join(f"{k} (was {then!r}, is {now!r})" for k, (then, now) in refused.items())
+        raise UserError(
+            f"run '{folder.name}' was started with other settings: {listed}. Use the old ones, or another --run-id, "
+            "or --allow-change KEY for each that is meant."
+        )
+
+
+def _same_there(key: str, folder: Path, config: Config, stream: TaskStream, manifest: dict[str, Any]) -> bool:
+    """Whether what a path of the configuration names is what the run began with."""
+    base = manifest["base"]
+    if key == "dataset.data":
+        return bool(stream.fingerprint) and stream.fingerprint == manifest.get("data_fingerprint")
+    if key == "dataset.pretrain.data":
+        return pretraining_data(config.dataset, config.render).fingerprint == base.get("data_fingerprint")
+    if key == "policy.path":
+        given = named_folder(str(config.policy.get("path")), model_root())
+        return (given / WEIGHTS).is_file() and weights_digest(given) == base.get("sha256")
+    copy, now = folder / PEFT_COPY, Path(str(config.algorithm.get("peft_cfg_path")))
+    return copy.is_file() and now.is_file() and read_json(copy) == read_json(now)
+
+
+def _defaults(config: Config) -> dict[str, Any]:
+    """Defaults of the keys of `config`, those of its algorithms included."""
+    from clbench.algorithms.build import algorithm_classes
+
+    known = flatten(asdict(Config(model="")))
+    sections = ("train", "eval", "lora", "log", "render", "dataset")
+    found = {k: v for k, v in known.items() if k.split(".")[0] in sections}
+    found |= {f"dataset.pretrain.{k}": v for k, v in flatten(asdict(PretrainDataConfig())).items()}
+    for cls in algorithm_classes(config):
+        found |= {f"algorithm.{k}": v for k, v in asdict(cls.Config()).items()}
+    return {k: v for k, v in found.items() if k in flatten(to_dict(config))}
