@@ -1,59 +1,232 @@
-"""One registry for what a configuration names: algorithms, and through LeRobot the policies.
+"""One registry for what a configuration names: algorithms, policies, simulators and the other AXES.
 
-Third parties add an algorithm without touching this package: an installed distribution declares
+What clbench brings stands in `OWN`. An installed package adds to any axis without touching this one, through the entry
+point group of that axis, `clbench.AXIS`:
 
     [project.entry-points."clbench.algorithms"]
-    my_algo = "my_package.my_module:MyAlgorithm"
+    my_algo = "my_package.my_module:MyAlgo"
 
-and `--algo my_algo` finds it. Listing names imports nothing heavy.
+and `--algo my_algo` finds it. `register` adds something for this process alone (a notebook, a test). A name that two of
+them claim is an error. Listing and describing import nothing: descriptions are read from the sources.
+
+Standard library only, and Python 3.10: a simulator's own interpreter reads it, too (envs/serve.py).
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
-from importlib.metadata import EntryPoint, entry_points
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, PackageNotFoundError, distribution, entry_points
+from pathlib import Path
+from typing import Any
 
 from clbench.errors import UserError, nearest
 
-ENTRY_POINTS = "clbench.algorithms"
-
-ALGORITHMS: dict[str, str] = {
-    "seqfft": "clbench.algorithms.seqfft:SeqFFT",
-    "seqlora": "clbench.algorithms.seqlora:SeqLoRA",
-    "er": "clbench.algorithms.er:ER",
-    "mir": "clbench.algorithms.mir:MIR",
-    "ewc": "clbench.algorithms.ewc:EWC",
-    "packnet": "clbench.algorithms.packnet:PackNet",
-    "clare": "clbench.algorithms.clare:CLARE",
-    "multitask": "clbench.algorithms.multitask:Multitask",
-    "singletask": "clbench.algorithms.singletask:SingleTask",
+# Axis → what one of its names is.
+AXES: dict[str, str] = {
+    "algorithms": "algorithm",
+    "policies": "policy type",
+    "simulators": "environment type",
 }
 
+OWN: dict[str, dict[str, str]] = {
+    "algorithms": {
+        "seqfft": "clbench.algorithms.seqfft:SeqFFT",
+        "seqlora": "clbench.algorithms.seqlora:SeqLoRA",
+        "er": "clbench.algorithms.er:ER",
+        "mir": "clbench.algorithms.mir:MIR",
+        "ewc": "clbench.algorithms.ewc:EWC",
+        "packnet": "clbench.algorithms.packnet:PackNet",
+        "clare": "clbench.algorithms.clare:CLARE",
+        "multitask": "clbench.algorithms.multitask:Multitask",
+        "singletask": "clbench.algorithms.singletask:SingleTask",
+    },
+    "policies": {
+        "dit_dec": "clbench.policies.dit_dec.configuration_dit_dec:DitDecConfig",
+        "dit_encdec": "clbench.policies.dit_encdec.configuration_dit_encdec:DitEncDecConfig",
+    },
+    "simulators": {},
+}
+ALGORITHMS = OWN["algorithms"]
 
-def third_party() -> dict[str, EntryPoint]:
-    """Entry points of installed distributions, by name. A name that is already taken is an error."""
-    found: dict[str, EntryPoint] = {}
-    for point in entry_points(group=ENTRY_POINTS):
-        if point.name in ALGORITHMS or (point.name in found and found[point.name].value != point.value):
-            raise UserError(f"the algorithm name '{point.name}' of {point.value} is already taken; rename it.")
-        found[point.name] = point
-    return found
+
+@dataclass(frozen=True)
+class Entry:
+    """One name of an axis.
+
+    Attributes:
+        target: "module:attribute", imported by `load`.
+        origin: the distribution that brings it, "clbench", or "this process".
+    """
+
+    axis: str
+    name: str
+    target: str
+    origin: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the sources say of an entry.
+
+    Attributes:
+        text: the first line of its docstring.
+        needs: distributions that it needs beside clbench's own: its class attribute `needs`.
+        missing: those of them that are not installed.
+    """
+
+    text: str
+    needs: tuple[str, ...] = ()
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        return tuple(name for name in self.needs if not _installed(name))
+
+
+_registered: dict[tuple[str, str], Any] = {}
+
+
+def register(axis: str, name: str, thing: Any) -> None:
+    """Add a name to an axis for this process; `thing` is what `load` returns. `None` takes the name away again.
+
+    Raises:
+        UserError: the name is taken, or there is no such axis.
+    """
+    _check_axis(axis)
+    if thing is None:
+        _registered.pop((axis, name), None)
+        return
+    if name in OWN[axis]:
+        raise UserError(f"the {AXES[axis]} name '{name}' is already taken; choose another.")
+    _registered[axis, name] = thing
+
+
+def entries(axis: str) -> dict[str, Entry]:
+    """Every name of an axis, sorted. UserError for a name that two bring."""
+    _check_axis(axis)
+    found = {name: Entry(axis, name, target, "clbench") for name, target in OWN[axis].items()}
+    for point in _points(axis):
+        entry = Entry(axis, point.name, point.value.partition("[")[0].strip(), _origin(point))
+        before = found.get(point.name)
+        if before is not None and before.target != entry.target:
+            raise UserError(f"the {AXES[axis]} name '{point.name}' of {point.value} is already taken; rename it.")
+        found.setdefault(point.name, entry)
+    for (where, name), thing in _registered.items():
+        if where == axis:
+            target = f"{getattr(thing, '__module__', '')}:{getattr(thing, '__qualname__', type(thing).__qualname__)}"
+            found[name] = Entry(axis, name, target, "this process")
+    return dict(sorted(found.items()))
+
+
+def names(axis: str) -> list[str]:
+    """Every name of an axis, sorted."""
+    return list(entries(axis))
+
+
+def load(axis: str, name: str) -> Any:
+    """Import and return what a name stands for.
+
+    Raises:
+        UserError: there is no such name, or it cannot be imported.
+    """
+    _check_axis(axis)
+    if name in OWN[axis]:
+        return _import(OWN[axis][name])
+    if (axis, name) in _registered:
+        return _registered[axis, name]
+    known = entries(axis)
+    if name not in known:
+        raise UserError(f"unknown {AXES[axis]} '{name}'.{nearest(name, known)}")
+    try:
+        return _import(known[name].target)
+    except (ImportError, AttributeError) as e:
+        raise UserError(f"the {AXES[axis]} '{name}' ({known[name].target}) cannot be imported: {e}") from e
+
+
+def describe(entry: Entry) -> Description:
+    """What the source of an entry says of it, without importing it; an empty text where it cannot be found."""
+    thing = _registered.get((entry.axis, entry.name))
+    if thing is not None:
+        text, needs = (thing.__doc__ or "").strip().splitlines()[:1], getattr(thing, "needs", ())
+        return Description(text[0] if text else "", tuple(needs))
+    module, _, attribute = entry.target.partition(":")
+    path = _source(module)
+    if path is None:
+        return Description("")
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == attribute:
+            text = (ast.get_docstring(node) or ast.get_docstring(tree) or "").splitlines()
+            return Description(text[0] if text else "", _needs(node))
+    text = (ast.get_docstring(tree) or "").splitlines()
+    return Description(text[0] if text else "")
 
 
 def algorithm_names() -> list[str]:
     """Every name that `--algo` takes."""
-    return sorted([*ALGORITHMS, *third_party()])
+    return names("algorithms")
 
 
 def algorithm_class(name: str) -> type:
     """Import and return the algorithm class behind a name."""
-    if name in ALGORITHMS:
-        module, _, attribute = ALGORITHMS[name].partition(":")
-        return getattr(importlib.import_module(module), attribute)
-    points = third_party()
-    if name not in points:
-        raise UserError(f"unknown algorithm '{name}'.{nearest(name, algorithm_names())}")
+    found: type = load("algorithms", name)
+    return found
+
+
+def _check_axis(axis: str) -> None:
+    if axis not in AXES:
+        raise UserError(f"there is no axis '{axis}'.{nearest(axis, AXES)}")
+
+
+def _points(axis: str) -> Sequence[EntryPoint]:
+    return list(entry_points(group=f"clbench.{axis}"))
+
+
+def _origin(point: EntryPoint) -> str:
+    return "?" if point.dist is None else f"{point.dist.name} {point.dist.version}"
+
+
+def _import(target: str) -> Any:
+    module, _, attribute = target.partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
+
+
+def _source(module: str) -> Path | None:
+    """The file of a module; only its top-level package is looked for, so that nothing is imported."""
+    top, *rest = module.split(".")
     try:
-        return points[name].load()
-    except (ImportError, AttributeError) as e:
-        raise UserError(f"the algorithm '{name}' ({points[name].value}) cannot be imported: {e}") from e
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return None
+    if spec is None:
+        return None
+    if not rest:
+        return Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None
+    for place in spec.submodule_search_locations or ():
+        stem = Path(place).joinpath(*rest)
+        for path in (stem.with_suffix(".py"), stem / "__init__.py"):
+            if path.is_file():
+                return path
+    return None
+
+
+def _needs(node: ast.ClassDef | ast.FunctionDef) -> tuple[str, ...]:
+    for part in node.body:
+        if not isinstance(part, ast.Assign | ast.AnnAssign):
+            continue
+        targets = part.targets if isinstance(part, ast.Assign) else [part.target]
+        if part.value is not None and any(isinstance(t, ast.Name) and t.id == "needs" for t in targets):
+            return tuple(ast.literal_eval(part.value))
+    return ()
+
+
+def _installed(name: str) -> bool:
+    try:
+        distribution(name)
+    except PackageNotFoundError:
+        return False
+    return True

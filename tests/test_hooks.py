@@ -239,7 +239,7 @@ def test_an_installed_plugin_package_is_found_by_name(toy_data: Path, tmp_path: 
 def test_a_plugin_must_not_take_a_used_name(monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib.metadata import EntryPoint
 
-    point = EntryPoint("er", "somewhere:ER", registry.ENTRY_POINTS)
+    point = EntryPoint("er", "somewhere:ER", "clbench.algorithms")
     monkeypatch.setattr(registry, "entry_points", lambda group: [point])
     with pytest.raises(ValueError, match="already taken"):
         registry.algorithm_names()
