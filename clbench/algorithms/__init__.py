@@ -1,1 +1,1 @@
-"""Continual-learning algorithms: the protocol in hooks.py, one file per algorithm."""
+"""Continual-learning algorithms: the protocol in protocol.py, one file per algorithm."""

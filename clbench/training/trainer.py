@@ -1,4 +1,4 @@
-"""Trainer: the stream's visits, each with its phases, then its checkpoint. Read this with algorithms/hooks.py."""
+"""Trainer: the stream's visits, each with its phases, then its checkpoint. Read this with algorithms/protocol.py."""
 
 from __future__ import annotations
 

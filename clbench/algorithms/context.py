@@ -1,0 +1,125 @@
+"""What a hook may know, and what it may ask: the policy's losses and gradients, samples, random generators, ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from clbench.config.schema import TrainConfig
+from clbench.data.frames import Batch, StreamFrames
+from clbench.policies.loss import PolicyLoss
+from clbench.seeding import generator
+from clbench.streams.stream import TaskStream, Visit
+
+
+class Collective(Protocol):
+    """What ranks do together. Every rank must make equal calls; with one process nothing happens."""
+
+    def sum(self, tensors: Sequence[Tensor]) -> None: ...
+    def gather(self, tensor: Tensor) -> Tensor: ...
+
+
+@dataclass
+class Context:
+    """What a hook may know. Read only: the trainer updates it, hooks do not.
+
+    Attributes:
+        stream, visit, k: the stream, the current visit and its index.
+        phase, step: name of the phase and optimizer step in it.
+        policy: the (unwrapped) policy.
+        frames: samples of all visits (`fetch`, `length`).
+        train: training settings.
+        seed: the run's seed.
+        rank, world_size, device: where this process stands.
+        planned: this micro-batch's planned samples, raw, or None.
+        positions: (n,) positions of this micro-batch's samples in the step's global batch.
+        global_batch: current samples of the step over all ranks and micro-batches.
+        policy_loss: the policy's losses and gradients (clbench.policies.loss).
+        planned_total: planned samples of the whole step.
+        step_batch: this rank's current samples of the whole step, raw.
+        collective: sums and gathers over ranks.
+        base_path: folder of the policy the run started from.
+        log: write one event to the run's log.
+    """
+
+    stream: TaskStream
+    policy: nn.Module
+    frames: StreamFrames
+    train: TrainConfig
+    seed: int
+    device: torch.device
+    policy_loss: PolicyLoss
+    log: Callable[..., None]
+    base_path: str = ""
+    rank: int = 0
+    world_size: int = 1
+    k: int = 0
+    phase: str = ""
+    step: int = 0
+    planned: Batch | None = None
+    positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    global_batch: int = 0
+    planned_total: int = 0
+    step_batch: Batch = field(default_factory=dict)
+    collective: Collective | None = None
+
+    @property
+    def visit(self) -> Visit:
+        return self.stream.visits[self.k]
+
+    def generator(self, *purpose: int | str) -> torch.Generator:
+        """A generator that depends on (seed, k, phase, purpose) alone. Add the step where it matters."""
+        return generator(self.seed, self.k, self.phase, *purpose)
+
+    def draw(self, n: int, gen: torch.Generator) -> dict[str, Tensor]:
+        """Noise and timesteps for n samples, from `gen`."""
+        return self.policy_loss.draw(n, gen)
+
+    def loss(self, batch: Batch, draw: dict[str, Tensor]) -> Tensor:
+        """The policy's per-sample loss (n,) on a raw batch under `draw`."""
+        return self.policy_loss.per_sample(batch, draw)
+
+    def forward(self, batch: Batch, draw: dict[str, Tensor]) -> Tensor:
+        """The policy's loss summed over a raw batch, in one forward pass whatever the policy."""
+        return self.policy_loss.total(batch, draw)
+
+    def share(self, n: int) -> slice:
+        """This rank's part of n things that all ranks divide among them."""
+        return slice(n * self.rank // self.world_size, n * (self.rank + 1) // self.world_size)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """All ranks' tensors (of equal shapes), joined along dimension 0 in the order of the global batch."""
+        return tensor if self.collective is None else self.collective.gather(tensor)
+
+    def mean_gradient(self, gen: torch.Generator, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+        """∇ of the mean loss of the step's current samples (all ranks'), by name, under a draw from `gen`."""
+        mine = self.share(self.global_batch)
+        draw = {n: v[mine] for n, v in self.draw(self.global_batch, gen).items()}
+        parts = self.train.gradient_accumulation
+        found = self.policy_loss.mean_gradient(self.step_batch, draw, parameters, parts)
+        if self.collective is not None:
+            self.collective.sum(list(found.values()))
+        return {n: g / self.world_size for n, g in found.items()}
+
+    def squared_gradients(
+        self, refs: Tensor, gen: torch.Generator, parameters: Mapping[str, nn.Parameter]
+    ) -> dict[str, Tensor]:
+        """Σ over the samples `refs` (n, 2) of the squared per-sample gradient, by name (fp32).
+
+        Under a draw from `gen`. Ranks divide the samples among them and all get the sum.
+        """
+        mine = self.share(len(refs))
+        draw = {n: v[mine] for n, v in self.draw(len(refs), gen).items()}
+        found = self.policy_loss.squared_gradients(self.frames.fetch(refs[mine]), draw, parameters)
+        if self.collective is not None:
+            self.collective.sum(list(found.values()))
+        return found
+
+
+def iterate_named(policy: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Named parameters that train."""
+    return ((n, p) for n, p in policy.named_parameters() if p.requires_grad)
