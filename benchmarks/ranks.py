@@ -67,7 +67,7 @@ def train_as_rank(args: argparse.Namespace) -> None:
     from clbench.checkpoints.policy_io import policy_config
     from clbench.config.compose import compose
     from clbench.data.frames import StreamFrames
-    from clbench.policies.loss import PolicyLoss
+    from clbench.policies.view import PolicyView
     from clbench.streams.stream import build_stream
     from clbench.training.backend import Backend, count
     from clbench.training.log import RunLog
@@ -100,11 +100,11 @@ def train_as_rank(args: argparse.Namespace) -> None:
     frames.length(0)
     before = psutil.Process().memory_info().rss
     loaded = new_policy(config.policy, frames, args.device, 0)
-    loss = PolicyLoss(loaded.policy, loaded.policy, loaded.preprocessor, backend.autocast)
+    loss = PolicyView(loaded.policy, loaded.policy, loaded.preprocessor, backend.autocast)
     log = RunLog(Path(args.out), config.log, "bench", backend.is_main)
     ctx = Context(
         stream=stream, policy=loaded.policy, frames=frames, train=config.train, seed=0, device=backend.device,
-        policy_loss=loss, log=log.event, rank=backend.rank, world_size=backend.world_size, collective=backend,
+        view=loss, log=log.event, rank=backend.rank, world_size=backend.world_size, collective=backend,
     )  # fmt: skip
     algorithm = CLAlgorithm(None)
     algorithm.bind(ctx)

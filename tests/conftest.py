@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Files of tests that train, play in simulators or try many inputs: what `scripts/test.sh --quick` leaves out.
 LONG = set(
     "algorithms clare data_make eval_faults ewc faults frames fuzz hooks hub_data kills libero libero_expert "
-    "libero_images lora mir moving_runs packnet policies ranks remote_simulator replay report rollout scripts "
+    "libero_images learner lora mir moving_runs packnet policies ranks remote_simulator replay report rollout scripts "
     "trainer".split()
 )
 LIBERO_ARCHIVE = ROOT.parent / "shared" / "libero" / "libero-assets.tar.xz"  # where there is one, e.g. under CI
@@ -97,9 +97,6 @@ def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two small data sets: stream/ (three tasks) and pretrain/ (two)."""
-    from tests.toy import PRETRAIN, STREAM, make_toy_data
+    from tests.toy import make_toy_root
 
-    root = tmp_path_factory.mktemp("toy")
-    make_toy_data(root / "stream", STREAM)
-    make_toy_data(root / "pretrain", PRETRAIN)
-    return root
+    return make_toy_root(tmp_path_factory.mktemp("toy"))

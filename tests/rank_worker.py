@@ -57,6 +57,7 @@ def main() -> None:
     import torch
 
     from clbench.training.trainer import train
+    from tests.learners import registered
     from tests.ranks import poisoned, stopped
     from tests.toy import toy_config
 
@@ -64,7 +65,7 @@ def main() -> None:
     recorded: dict[str, list[Call]] = {}
     for label, section, overrides in runs:
         own = [f"output_dir={out}", f"train.strategy={strategy}", *overrides]
-        with poisoned(label), stopped(label):
+        with poisoned(label), stopped(label), registered():
             train(toy_config(Path(data), section, *own), label)
         recorded[label] = calls.copy()
         calls.clear()

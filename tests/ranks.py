@@ -21,12 +21,13 @@ from clbench.checkpoints.run_folder import checkpoint_folder
 from clbench.errors import Interrupted
 from clbench.io import read_json
 from clbench.launch import free_port
-from clbench.policies.loss import PolicyLoss
+from clbench.policies.view import PolicyView
 from clbench.stopping import Stop
 from clbench.training.loop import PhaseRunner
 from clbench.training.trainer import train
 from tests.algorithm_cases import MEMORY, SMALL_CLARE, SMALL_MIR
 from tests.children import Process, run_module
+from tests.learners import registered
 from tests.toy import toy_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +51,9 @@ RUNS: list[ParityRun] = [
     ("er+ewc-lora", {"name": ["er", "ewc"], **MEMORY, "ewc_lambda": 10.0, "fisher_batches": 2}, LORA),
     ("er-bf16", {"name": "er", **MEMORY}, ("train.mixed_precision=bf16",)),
     ("er-nan", {"name": "er", **MEMORY}, ("train.on_nonfinite=skip",)),  # see poisoned
+    ("rehearsal", {"name": "rehearsal"}, HALVES),
+    ("onpolicy", {"name": "onpolicy"}, ()),
+    ("weighted", {"name": "weighted"}, HALVES),
     ("er-stopped", {"name": "er", **MEMORY}, ("train.optimizer.momentum=0.9",)),  # see stopped
 ]
 STRATEGIES = ["ddp", pytest.param("zero2", marks=pytest.mark.skipif(
@@ -62,7 +66,7 @@ def poisoned(label: str) -> Iterator[None]:
     if not label.endswith("nan"):
         yield
         return
-    step, total, now = PhaseRunner._train_step, PolicyLoss.total, [False]
+    step, total, now = PhaseRunner._train_step, PolicyView.total, [False]
 
     def watched(self: PhaseRunner, *args: Any) -> dict[str, float]:
         ctx = self.ctx
@@ -71,7 +75,7 @@ def poisoned(label: str) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PhaseRunner, "_train_step", watched)
-        patch.setattr(PolicyLoss, "total", lambda self, *a: total(self, *a) * (float("nan") if now[0] else 1.0))
+        patch.setattr(PolicyView, "total", lambda self, *a: total(self, *a) * (float("nan") if now[0] else 1.0))
         yield
 
 
@@ -95,7 +99,7 @@ def overrides(own: Sequence[str], device: str = "cpu") -> list[str]:
 def train_alone(runs: Sequence[ParityRun], toy_data: Path, out: Path, device: str = "cpu") -> None:
     """The runs, by this process."""
     for label, section, own in runs:
-        with poisoned(label):
+        with poisoned(label), registered():
             train(toy_config(toy_data, section, f"output_dir={out}", *overrides(own, device)), label)
 
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from clbench.algorithms.build import build_algorithm
 from clbench.algorithms.ewc import EWC
+from clbench.algorithms.state import restore_state
 from clbench.checkpoints.policy_io import load_policy
 from clbench.checkpoints.run_folder import checkpoint_folder
 from clbench.io import read_jsonl
-from clbench.policies.loss import PolicyLoss
+from clbench.policies.view import PolicyView
 from clbench.training.trainer import train
 from tests.test_policies import TYPES, build, raw_batch
 from tests.toy import toy_config
@@ -41,7 +42,7 @@ def test_fisher_of_a_linear_gaussian_model_is_the_closed_form() -> None:
     x = torch.randn(n, 3, generator=gen) * scale
     y = x @ w + sigma * torch.randn(n, generator=gen)
     model = LinearGaussian(w)
-    loss = PolicyLoss(model, model, lambda b: b, nullcontext)
+    loss = PolicyView(model, model, lambda b: b, nullcontext)
     parameters = dict(model.named_parameters())
     fisher = loss.squared_gradients({"x": x, "y": y}, {}, parameters)["w"] / n
     residual = y - x @ w
@@ -56,7 +57,7 @@ def test_fisher_of_a_linear_gaussian_model_is_the_closed_form() -> None:
 def test_vectorized_and_single_samples_agree(kind: str, toy_data: Path) -> None:
     loaded = build(kind, toy_data)
     loaded.policy.eval()
-    loss = PolicyLoss(loaded.policy, loaded.policy, loaded.preprocessor, nullcontext)
+    loss = PolicyView(loaded.policy, loaded.policy, loaded.preprocessor, nullcontext)
     batch = raw_batch(6)
     draw = loss.draw(6, torch.Generator().manual_seed(1))
     parameters = dict(loaded.policy.named_parameters())
@@ -71,7 +72,7 @@ def test_vectorized_and_single_samples_agree(kind: str, toy_data: Path) -> None:
     assert all(p.grad is None for p in parameters.values())
 
 
-def _autograd(loss: PolicyLoss, batch: Any, draw: Any, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+def _autograd(loss: PolicyView, batch: Any, draw: Any, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     found = torch.autograd.grad(loss.total(batch, draw) / 6, list(parameters.values()), allow_unused=True)
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(parameters.items(), found, strict=True)}
 
@@ -120,12 +121,15 @@ def test_bf16_parameters_get_a_bf16_pull() -> None:
     assert torch.allclose(model.weight.grad, 2 * model.weight, rtol=1e-2)
 
 
-def test_consolidation_takes_a_resumed_state_to_the_new_fishers_device() -> None:
+def test_a_resumed_state_is_consolidated_where_the_policy_is() -> None:
+    policy = nn.Linear(3, 2).to("meta")  # stands for another device than the checkpoint's
     algorithm = EWC(EWC.Config())
-    algorithm.load_state_dict({"fisher": {"w": torch.ones(2)}, "center": {"w": torch.ones(2)}, "rest": 0.0})
-    new = torch.ones(2, device="meta")  # stands for another device than the checkpoint's
-    algorithm.consolidate({"w": new}, {"w": new})
-    assert algorithm.fisher["w"].device == new.device
+    kept = {n: torch.ones(p.shape) for n, p in policy.named_parameters()}
+    restore_state(algorithm, {"fisher": kept, "center": kept, "rest": 0.0}, policy)
+    new = {n: torch.ones_like(p) for n, p in policy.named_parameters()}
+    algorithm.consolidate(new, new)
+    assert {f.device.type for f in algorithm.fisher.values()} == {"meta"}
+    assert {f.device.type for f in algorithm._flat or ()} <= {"meta"}
 
 
 def test_holds_what_matters_and_logs_its_penalty(toy_data: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from clbench.data.frames import StreamFrames, load_batches
 from clbench.errors import RESUME_EXIT, Interrupted, UserError
 from clbench.io import read_json, read_jsonl
 from clbench.lock import held
-from clbench.policies.loss import PolicyLoss
+from clbench.policies.view import PolicyView
 from clbench.processes import start_command
 from clbench.registry import ALGORITHMS
 from clbench.stopping import Stop
@@ -392,13 +392,13 @@ def test_a_full_disk_under_the_log_is_one_message(tmp_path: Path) -> None:
 
 def nan_at(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
     """The policy's loss is NaN at these calls."""
-    original, count = PolicyLoss.total, [0]
+    original, count = PolicyView.total, [0]
 
-    def total(self: PolicyLoss, *args: Any) -> torch.Tensor:
+    def total(self: PolicyView, *args: Any) -> torch.Tensor:
         count[0] += 1
         return original(self, *args) * (float("nan") if count[0] in calls else 1.0)
 
-    monkeypatch.setattr(PolicyLoss, "total", total)
+    monkeypatch.setattr(PolicyView, "total", total)
 
 
 def test_a_nan_stops_or_is_left_out(toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ class Recorder(CLAlgorithm):
     """Writes down every call, halves gradients, adds a penalty, and clamps a weight after the step."""
 
     name = "recorder"
-    claims = frozenset({"phases", "gradient_edits"})
+    claims = frozenset({"phases", "gradient_edits", "weight_edits"})
 
     def on_task_start(self, ctx: Context) -> None:
         CALLS.append(("on_task_start", ctx.k, ctx.visit.task))

@@ -17,14 +17,14 @@ from clbench.checkpoints.run_folder import checkpoint_folder
 from clbench.config.schema import LoraConfig
 from clbench.errors import UserError
 from clbench.io import read_json
-from clbench.policies.loss import PolicyLoss
+from clbench.policies.view import PolicyView
 from clbench.training.trainer import train
 from tests.test_policies import TYPES, build, raw_batch
 from tests.toy import toy_config
 
 
 def losses(loaded: LoadedPolicy) -> torch.Tensor:
-    measure = PolicyLoss(loaded.policy, loaded.policy, loaded.preprocessor, nullcontext)
+    measure = PolicyView(loaded.policy, loaded.policy, loaded.preprocessor, nullcontext)
     with torch.no_grad():
         return measure.per_sample(raw_batch(8), measure.draw(8, torch.Generator().manual_seed(3)))
 

@@ -15,7 +15,7 @@ from clbench.algorithms.hooks import Context
 from clbench.algorithms.mir import MIR, virtual_step
 from clbench.data.frames import Batch, StreamFrames, select
 from clbench.io import read_jsonl
-from clbench.policies.loss import PolicyLoss
+from clbench.policies.view import PolicyView
 from clbench.streams.stream import build_stream
 from clbench.training.trainer import train
 from tests.algorithm_cases import SMALL_MIR
@@ -29,10 +29,10 @@ def context(toy_data: Path, **algorithm: Any) -> tuple[MIR, Context]:
     loaded = build("dit_dec", toy_data)
     stream = build_stream(config.dataset)
     frames = StreamFrames([v.tasks for v in stream.visits], loaded.policy.config)
-    loss = PolicyLoss(loaded.policy, loaded.policy, loaded.preprocessor, nullcontext)
+    loss = PolicyView(loaded.policy, loaded.policy, loaded.preprocessor, nullcontext)
     ctx = Context(
         stream=stream, policy=loaded.policy, frames=frames, train=config.train, seed=0, device=torch.device("cpu"),
-        policy_loss=loss, log=lambda *a, **k: None,
+        view=loss, log=lambda *a, **k: None,
     )  # fmt: skip
     mir = build_algorithm(config)
     assert isinstance(mir, MIR)
@@ -58,7 +58,7 @@ def step_batch(ctx: Context, mir: MIR, step: int) -> Batch:
 
 def test_ranking_is_that_of_brute_force(toy_data: Path) -> None:
     mir, ctx = context(toy_data, mir_candidate_size=9, mir_top_k=4, mir_virtual_lr=0.05)
-    policy, loss = ctx.policy, ctx.policy_loss
+    policy, loss = ctx.policy, ctx.view
     before = {n: v.clone() for n, v in policy.state_dict().items()}
     batch = step_batch(ctx, mir, 0)
     plan = mir.plan_batch(ctx, 0)
@@ -67,7 +67,7 @@ def test_ranking_is_that_of_brute_force(toy_data: Path) -> None:
     assert all(torch.equal(before[n], v) for n, v in policy.state_dict().items())
 
     other = copy.deepcopy(policy)  # the same with an optimizer and one candidate at a time
-    again = PolicyLoss(other, other, loss.processor, nullcontext)
+    again = PolicyView(other, other, loss.processor, nullcontext)
     optimizer = torch.optim.SGD(other.parameters(), lr=0.05)
     draw = again.draw(ctx.train.batch_size, ctx.generator("mir-gradient", 0))
     again.per_sample(ctx.step_batch, draw).mean().backward()
@@ -139,13 +139,13 @@ def test_frozen_parameters_move_in_the_virtual_step_only_when_asked(toy_data: Pa
         name, frozen = next(iter(ctx.policy.named_parameters()))
         frozen.requires_grad_(False)
         seen = []
-        original = ctx.policy_loss.mean_gradient
+        original = ctx.view.mean_gradient
 
         def spy(batch: Any, draw: Any, parameters: Any, parts: int = 1, seen: Any = seen, f: Any = original) -> Any:
             seen.append(set(parameters))
             return f(batch, draw, parameters, parts)
 
-        ctx.policy_loss.mean_gradient = spy  # type: ignore[method-assign]
+        ctx.view.mean_gradient = spy  # type: ignore[method-assign]
         mir.modify_batch(step_batch(ctx, mir, 0), 1)
         assert (name in seen[0]) is not only
         assert not frozen.requires_grad

@@ -21,7 +21,7 @@ import clbench.policies  # noqa: F401
 from clbench.checkpoints.policy_io import LoadedPolicy, load_policy, policy_config, save_policy
 from clbench.config import dit
 from clbench.policies.dit.text import frozen_word_table, word_ids
-from clbench.policies.loss import PolicyLoss, without_dropout
+from clbench.policies.view import PolicyView, without_dropout
 
 TYPES = ("dit_dec", "dit_encdec")
 SMALL = {"chunk_size": 4, "n_action_steps": 2, "d_model": 32, "n_heads": 2, "encoder_layers": 1, "decoder_layers": 2}
@@ -127,7 +127,7 @@ def test_loss_is_the_flow_matching_formula_and_exact_under_a_draw(kind: str, toy
         v = policy.model.velocity(x[None], t[None], policy.model.encode(one))[0]
         kept = 2 if i == 0 else 4
         assert torch.allclose(losses[i], (v - (action - noise)).square()[:kept].mean(), rtol=1e-4)
-    measure = PolicyLoss(policy, policy, built.preprocessor, torch.no_grad)
+    measure = PolicyView(policy, policy, built.preprocessor, torch.no_grad)
     rows = {k: v[2:4] for k, v in draw.items()}
     part = {k: v[2:4] for k, v in batch.items()}
     assert torch.allclose(measure.per_sample(part, rows), losses[2:4], rtol=1e-4)
@@ -142,7 +142,7 @@ def test_a_lerobot_policy_gets_per_sample_losses_from_a_loop(toy_data: Path) -> 
             return (batch["action"] * torch.randn(())).square().mean(), None
 
     policy = Scalar()
-    measure = PolicyLoss(policy, policy, lambda b: b, torch.no_grad)
+    measure = PolicyView(policy, policy, lambda b: b, torch.no_grad)
     draw = measure.draw(3, torch.Generator().manual_seed(0))
     batch = raw_batch(3)
     state = torch.get_rng_state()
@@ -274,7 +274,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(kind: str, toy_da
         policy = loaded.policy.train()
         for block in [*policy.model.obs_encoder.layers, *policy.model.velocity_net.blocks]:
             block.register_forward_pre_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
-        measure = PolicyLoss(policy, policy, loaded.preprocessor, nullcontext)
+        measure = PolicyView(policy, policy, loaded.preprocessor, nullcontext)
         draw = measure.draw(6, torch.Generator().manual_seed(0))
         measure.total(raw_batch(6), draw).backward()
         gradients[name] = {n: p.grad.clone() for n, p in policy.named_parameters()}

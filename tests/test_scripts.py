@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
-import types
 from pathlib import Path
 
 import pytest
 
 from clbench.io import read_json
 from clbench.registry import ALGORITHMS
+from tests.readme import example
 from tests.toy import toy_config
 
 ROOT = Path(__file__).parent.parent
@@ -96,16 +95,10 @@ def test_quickstart_refuses_what_it_does_not_know(tmp_path: Path) -> None:
 
 def test_the_readmes_algorithm_works(toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The code block of the README is run as it stands there."""
-    import sys
-
     from clbench.io import read_jsonl
     from clbench.training.trainer import train
 
-    readme = (ROOT / "README.md").read_text()
-    (source,) = re.findall(r"```python\n(# clbench/algorithms/.*?)```", readme, flags=re.DOTALL)
-    module = types.ModuleType("readme_example")
-    sys.modules["readme_example"] = module
-    exec(compile(source, "README.md", "exec"), module.__dict__)
+    example()
     monkeypatch.setitem(ALGORITHMS, "l2anchor", "readme_example:L2Anchor")
     strong = train(toy_config(toy_data, {"name": "l2anchor", "strength": 10.0}, f"output_dir={tmp_path}"), "strong")
     weak = train(toy_config(toy_data, {"name": "l2anchor", "strength": 0.0}, f"output_dir={tmp_path}"), "weak")

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
+from clbench.algorithms.guards import guard
 from clbench.algorithms.hooks import (
     CLAIMS,
     CLAlgorithm,
@@ -173,17 +174,15 @@ class ComposedAlgorithm(CLAlgorithm):
         return sum(penalties[1:], penalties[0]) if penalties else None
 
     def penalties(self, model: nn.Module) -> dict[str, Tensor]:
-        """Each part's penalty by its name, for the log."""
-        found = ((p.name, p.compute_penalty(model)) for p in self.parts)
-        return {n: v for n, v in found if v is not None}
+        return {name: value for p in self.parts for name, value in p.penalties(model).items()}
 
     def after_backward(self, model: nn.Module, grads: GradientView) -> None:
         for p in reversed(self.parts):
-            p.after_backward(model, grads)
+            p.after_backward(model, guard(grads, p, "gradient_edits"))
 
     def after_step(self, model: nn.Module, weights: WeightView) -> None:
         for p in reversed(self.parts):
-            p.after_step(model, weights)
+            p.after_step(model, guard(weights, p, "weight_edits"))
 
     def on_task_end(self, ctx: Context) -> None:
         for p in self.parts:

@@ -20,7 +20,7 @@ CLAIMED_BY = {
 }
 
 # What an algorithm may own alone. Two algorithms of a composition that claim the same thing are refused.
-CLAIMS = ("batch_mix", "gradient_edits", "phases", "structure", "eval_view", "stream")
+CLAIMS = ("batch_mix", "gradient_edits", "weight_edits", "phases", "structure", "eval_view", "stream")
 
 
 HOOKS = frozenset(n for n, f in vars(CLAlgorithm).items() if callable(f) and not n.startswith("_") and n != "Config")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from clbench.config.schema import TrainConfig
-from clbench.data.frames import Batch, StreamFrames
-from clbench.policies.loss import PolicyLoss
+from clbench.data.frames import Batch, StreamFrames, batch_size
+from clbench.policies.view import Outputs, PolicyView
 from clbench.seeding import generator
 from clbench.streams.stream import TaskStream, Visit
 
@@ -27,6 +27,8 @@ class Collective(Protocol):
 class Context:
     """What a hook may know. Read only: the trainer updates it, hooks do not.
 
+    One object per run: what a hook is passed and what `self.ctx` holds are the same.
+
     Attributes:
         stream, visit, k: the stream, the current visit and its index.
         phase, step: name of the phase and optimizer step in it.
@@ -35,12 +37,12 @@ class Context:
         train: training settings.
         seed: the run's seed.
         rank, world_size, device: where this process stands.
-        planned: this micro-batch's planned samples, raw, or None.
+        planned: this micro-batch's planned samples, raw, or None; in `after_backward`, this rank's of the whole step.
         positions: (n,) positions of this micro-batch's samples in the step's global batch.
         global_batch: current samples of the step over all ranks and micro-batches.
-        policy_loss: the policy's losses and gradients (clbench.policies.loss).
+        view: the policy's losses, outputs and gradients (clbench.policies.view).
         planned_total: planned samples of the whole step.
-        step_batch: this rank's current samples of the whole step, raw.
+        step_batch: this rank's current samples of the whole step, raw; there until `after_backward` has returned.
         collective: sums and gathers over ranks.
         base_path: folder of the policy the run started from.
         log: write one event to the run's log.
@@ -52,7 +54,7 @@ class Context:
     train: TrainConfig
     seed: int
     device: torch.device
-    policy_loss: PolicyLoss
+    view: PolicyView
     log: Callable[..., None]
     base_path: str = ""
     rank: int = 0
@@ -77,15 +79,24 @@ class Context:
 
     def draw(self, n: int, gen: torch.Generator) -> dict[str, Tensor]:
         """Noise and timesteps for n samples, from `gen`."""
-        return self.policy_loss.draw(n, gen)
+        return self.view.draw(n, gen)
 
     def loss(self, batch: Batch, draw: dict[str, Tensor]) -> Tensor:
         """The policy's per-sample loss (n,) on a raw batch under `draw`."""
-        return self.policy_loss.per_sample(batch, draw)
+        return self.view.per_sample(batch, draw)
 
     def forward(self, batch: Batch, draw: dict[str, Tensor]) -> Tensor:
         """The policy's loss summed over a raw batch, in one forward pass whatever the policy."""
-        return self.policy_loss.total(batch, draw)
+        return self.view.total(batch, draw)
+
+    def outputs(self, batch: Batch, draw: dict[str, Tensor], want: Collection[str] = ("loss",)) -> Outputs:
+        """What `want` names of a raw batch: loss, prediction, target, mask, features (clbench.policies.view)."""
+        return self.view.outputs(batch, draw, want)
+
+    @property
+    def policy_loss(self) -> PolicyView:
+        """`view`, by the name it had before."""
+        return self.view
 
     def share(self, n: int) -> slice:
         """This rank's part of n things that all ranks divide among them."""
@@ -95,15 +106,49 @@ class Context:
         """All ranks' tensors (of equal shapes), joined along dimension 0 in the order of the global batch."""
         return tensor if self.collective is None else self.collective.gather(tensor)
 
-    def mean_gradient(self, gen: torch.Generator, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-        """∇ of the mean loss of the step's current samples (all ranks'), by name, under a draw from `gen`."""
-        mine = self.share(self.global_batch)
-        draw = {n: v[mine] for n, v in self.draw(self.global_batch, gen).items()}
+    def mean_gradient(
+        self,
+        gen: torch.Generator,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        batch: Batch | None = None,
+        refs: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """∇ of the mean loss of some samples, by name, under a draw from `gen`; the same on every rank.
+
+        Args:
+            batch: this rank's part of the samples, raw (as `planned` in `after_backward`); parts may differ in size.
+            refs: (n, 2) references (visit, index), the same on every rank; ranks divide the samples among them.
+                Without either the step's current samples.
+        """
         parts = self.train.gradient_accumulation
-        found = self.policy_loss.mean_gradient(self.step_batch, draw, parameters, parts)
+        if batch is None and refs is None:
+            mine = self.share(self.global_batch)
+            draw = {n: v[mine] for n, v in self.draw(self.global_batch, gen).items()}
+            found = self.view.mean_gradient(self.step_batch, draw, parameters, parts)
+            if self.collective is not None:
+                self.collective.sum(list(found.values()))
+            return {n: g / self.world_size for n, g in found.items()}
+        if batch is not None and refs is not None:
+            raise ValueError("mean_gradient takes batch or refs, not both.")
+        if refs is not None:
+            mine, total = self.share(len(refs)), len(refs)
+            batch = self.frames.fetch(refs[mine])
+        else:
+            assert batch is not None
+            batch = {n: v for n, v in batch.items() if n != "slot"}
+            sizes = self.gather(torch.tensor([batch_size(batch)], device=self.device)).tolist()
+            first = sum(sizes[: self.rank])
+            mine, total = slice(first, first + sizes[self.rank]), sum(sizes)
+        draw = {n: v[mine] for n, v in self.draw(total, gen).items()}
+        own = mine.stop - mine.start
+        found = {n: torch.zeros_like(p) for n, p in parameters.items()}
+        if own:
+            found = self.view.mean_gradient(batch, draw, parameters, min(parts, own))
+        found = {n: g * (own / total) for n, g in found.items()}
         if self.collective is not None:
             self.collective.sum(list(found.values()))
-        return {n: g / self.world_size for n, g in found.items()}
+        return found
 
     def squared_gradients(
         self, refs: Tensor, gen: torch.Generator, parameters: Mapping[str, nn.Parameter]
@@ -114,7 +159,7 @@ class Context:
         """
         mine = self.share(len(refs))
         draw = {n: v[mine] for n, v in self.draw(len(refs), gen).items()}
-        found = self.policy_loss.squared_gradients(self.frames.fetch(refs[mine]), draw, parameters)
+        found = self.view.squared_gradients(self.frames.fetch(refs[mine]), draw, parameters)
         if self.collective is not None:
             self.collective.sum(list(found.values()))
         return found

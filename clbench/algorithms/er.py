@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from clbench.algorithms.hooks import CLAlgorithm, Context, Plan
-from clbench.checkpoints.state import tensor_bytes
-from clbench.data.frames import Batch, concat, packed, select
-from clbench.data.replay import ReplayMemory, ReservoirMemory
+from clbench.algorithms.memory import SELECTIONS, STORAGES, Memory
+from clbench.data.frames import Batch, concat, select
 from clbench.errors import UserError
 from clbench.seeding import generator
 
@@ -67,9 +66,13 @@ class ER(CLAlgorithm):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.memory = ReplayMemory(config.buffer_size_per_task, config.memory_unit)
-        self.copies: dict[int, tuple[Tensor, Batch]] = {}  # storage copy: visit → indices (m,), packed samples
-        self._bytes_per_sample = 0
+        self.memory = Memory(
+            config.buffer_size_per_task,
+            unit=config.memory_unit,
+            selection=config.selection,
+            size=config.buffer_size,
+            storage=config.storage,
+        )
 
     def check(self, config: Any) -> None:
         c = self.config
@@ -80,8 +83,8 @@ class ER(CLAlgorithm):
         for key, known in (
             ("mode", ("replace", "append")),
             ("memory_unit", ("frames", "episodes")),
-            ("selection", ("per_task", "reservoir")),
-            ("storage", ("reference", "copy")),
+            ("selection", SELECTIONS),
+            ("storage", STORAGES),
         ):
             if getattr(c, key) not in known:
                 raise UserError(f"algorithm.{key} is '{getattr(c, key)}', must be {' or '.join(known)}.")
@@ -108,33 +111,19 @@ class ER(CLAlgorithm):
 
     def bind(self, ctx: Context) -> None:
         super().bind(ctx)
-        self._bytes_per_sample = ctx.frames.parts(0)[0].sample_bytes()
-        if self.config.selection == "reservoir" and not isinstance(self.memory, ReservoirMemory):
-            size = self.config.buffer_size or self.config.buffer_size_per_task * len(ctx.stream.visits)
-            self.memory = ReservoirMemory(size)
-        for k, (indices, samples) in self.copies.items():
-            ctx.frames.use_copy(k, indices, samples)
+        self.memory.bind(ctx)
 
     # ---- drawing and mixing ---------------------------------------------------------------------
-    def _same_task(self, ctx: Context) -> list[int]:
-        """Visits of the current task: never replayed."""
-        return [v.k for v in ctx.stream.visits if v.task == ctx.visit.task]
-
     def _generator(self, purpose: str, step: int) -> torch.Generator:
         """Draws of a step; another phase of the same task draws anew."""
         phase = () if self.ctx.phase == "train" else (self.ctx.phase,)
         return generator(purpose, self.ctx.seed, self.ctx.k, step, *phase)
 
     def plan_batch(self, ctx: Context, step: int) -> Plan | None:
-        same = self._same_task(ctx)
-        if not self.memory.available(same):
+        if not self.memory.available(ctx):
             return None
-        refs = self.memory.sample(
-            self._count(ctx.train.batch_size),
-            self._generator("er-replay", step),
-            balanced=self.config.balanced_sampling,
-            exclude=same,
-        )
+        n = self._count(ctx.train.batch_size)
+        refs = self.memory.sample(ctx, n, self._generator("er-replay", step), balanced=self.config.balanced_sampling)
         return Plan(refs, added=len(refs) if self.config.mode == "append" else 0)
 
     def modify_batch(self, batch: Batch, task_id: int) -> Batch:
@@ -152,48 +141,16 @@ class ER(CLAlgorithm):
 
     # ---- the memory -----------------------------------------------------------------------------
     def on_task_end(self, ctx: Context) -> None:
-        episode_of, offset = [], 0
-        for part in ctx.frames.parts(ctx.k):
-            episode_of.append(part.episode_of + offset)
-            offset += len(part.task.episodes)
-        self.memory.store(ctx.k, torch.cat(episode_of), generator("er-memory", ctx.seed, ctx.k))
-        if self.config.storage == "copy":
-            self._copy(ctx)
-
-    def _copy(self, ctx: Context) -> None:
-        """Make the copies hold what the memory refers to; earlier visits' samples come from earlier copies."""
-        copies: dict[int, tuple[Tensor, Batch]] = {}
-        for k, indices in self.memory.indices.items():
-            if k in self.copies and torch.equal(self.copies[k][0], indices):
-                copies[k] = self.copies[k]
-            else:
-                refs = torch.stack([torch.full_like(indices, k), indices], 1)
-                copies[k] = indices, packed(ctx.frames.fetch(refs))
-        self.copies = copies
-        for k, (indices, samples) in copies.items():
-            ctx.frames.use_copy(k, indices, samples)
+        self.memory.store(ctx, "er-memory")
 
     def exemplar_bytes(self) -> int:
-        return len(self.memory) * self._bytes_per_sample
+        return self.memory.exemplar_bytes()
 
     def state_bytes(self) -> int:
-        return tensor_bytes(self.memory.state_dict())  # copies are exemplars
+        return self.memory.state_bytes()  # copies are exemplars
 
     def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"memory": self.memory.state_dict()}
-        if self.config.storage == "copy":
-            state["copies"] = {str(k): {"indices": i, "samples": s} for k, (i, s) in self.copies.items()}
-        return state
+        return self.memory.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        want = {"memory", "copies"} if self.config.storage == "copy" else {"memory"}
-        if set(state) != want:
-            raise UserError(f"the checkpoint's state of {self.name} should hold {sorted(want)}, holds {sorted(state)}.")
-        if self.config.selection == "reservoir" and not isinstance(self.memory, ReservoirMemory):
-            self.memory = ReservoirMemory(1)  # evaluation: no context was bound; nothing is stored any more
-        self.memory.load_state_dict(state["memory"])
-        for k, copy in state.get("copies", {}).items():
-            self.copies[int(k)] = copy["indices"], copy["samples"]
-        if hasattr(self, "ctx"):
-            for k, (indices, samples) in self.copies.items():
-                self.ctx.frames.use_copy(k, indices, samples)
+        self.memory.load_state_dict(state)

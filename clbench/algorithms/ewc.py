@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from clbench.algorithms.hooks import CLAlgorithm, Context, iterate_named
 from clbench.data.frames import SampleOrder
 from clbench.errors import UserError
-from clbench.policies.loss import without_dropout
+from clbench.policies.view import without_dropout
 
 
 class _Penalty(torch.autograd.Function):
@@ -55,6 +55,7 @@ class EWC(CLAlgorithm):
     """A quadratic pull towards the parameters that earlier tasks rely on."""
 
     name = "ewc"
+    state = ("fisher", "center", "rest")
     protects_parameters = True
 
     @dataclass
@@ -98,8 +99,8 @@ class EWC(CLAlgorithm):
         parameters = dict(model.named_parameters())
         if self._flat is None:
             self._flat = (
-                torch.cat([self.fisher[n].reshape(-1) for n in self.fisher]).to(self.ctx.device),
-                torch.cat([self.center[n].reshape(-1) for n in self.fisher]).to(self.ctx.device),
+                torch.cat([self.fisher[n].reshape(-1) for n in self.fisher]),
+                torch.cat([self.center[n].reshape(-1) for n in self.fisher]),
             )
         trained = [parameters[n] for n in self.fisher]
         quadratic: Tensor = _Penalty.apply(self.config.ewc_lambda, *self._flat, *trained)  # type: ignore[assignment]
@@ -122,8 +123,6 @@ class EWC(CLAlgorithm):
 
     def consolidate(self, fisher: dict[str, Tensor], anchor: dict[str, Tensor]) -> None:
         """Fold a task's Fisher and parameters into the penalty."""
-        self.fisher = {n: f.to(fisher[n].device) for n, f in self.fisher.items()}  # a resumed run's are on the CPU
-        self.center = {n: c.to(anchor[n].device) for n, c in self.center.items()}
         if not self.fisher:
             self.fisher, self.center = fisher, anchor
         elif self.config.ewc_online:
@@ -155,11 +154,8 @@ class EWC(CLAlgorithm):
         return {n: v / samples for n, v in total.items()}
 
     # ---- checkpoints ----------------------------------------------------------------------------
-    def state_dict(self) -> dict[str, Any]:
-        return {"fisher": self.fisher, "center": self.center, "rest": self.rest}
-
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if set(state) != {"fisher", "center", "rest"} or state["fisher"].keys() != state["center"].keys():
-            raise UserError(f"the checkpoint's state of ewc should hold fisher, center, rest, holds {sorted(state)}.")
-        self.fisher, self.center, self.rest = dict(state["fisher"]), dict(state["center"]), float(state["rest"])
+        super().load_state_dict(state)
+        if self.fisher.keys() != self.center.keys():
+            raise UserError("the checkpoint's state of ewc has a Fisher and a center of different parameters.")
         self._flat = None

@@ -30,7 +30,7 @@ from clbench.algorithms.hooks import Context, Plan, iterate_named
 from clbench.data.frames import Batch, batch_size, select
 from clbench.data.replay import draw_without_replacement
 from clbench.errors import UserError
-from clbench.policies.loss import without_dropout
+from clbench.policies.view import without_dropout
 from clbench.terminal import tell
 
 DEFAULT_VIRTUAL_LR = 1e-4
@@ -111,24 +111,19 @@ class MIR(ER):
     # ---- choosing -------------------------------------------------------------------------------
     def plan_batch(self, ctx: Context, step: int) -> Plan | None:
         """The candidates, at steps that choose; all micro-batches are given all of them."""
-        same = self._same_task(ctx)
-        available = self.memory.available(same)
+        available = self.memory.available(ctx)
         if not available:
             return None
         added = self._count(ctx.train.batch_size) if self.config.mode == "append" else 0
         if step % self.config.mir_refresh_interval:
             return Plan(torch.empty(0, 2, dtype=torch.int64), added=added)
-        refs = self.memory.sample(
-            min(self.config.mir_candidate_size, available),
-            self._generator("mir-candidates", step),
-            balanced=self.config.balanced_sampling,
-            exclude=same,
-        )
+        n, gen = min(self.config.mir_candidate_size, available), self._generator("mir-candidates", step)
+        refs = self.memory.sample(ctx, n, gen, balanced=self.config.balanced_sampling)
         return Plan(refs, added=added, shared=True)
 
     def modify_batch(self, batch: Batch, task_id: int) -> Batch:
         ctx = self.ctx
-        if not self.memory.available(self._same_task(ctx)):
+        if not self.memory.available(ctx):
             return batch
         if ctx.planned is not None and int(ctx.positions[0]) == ctx.share(ctx.global_batch).start:
             self._choose(ctx, {n: v for n, v in ctx.planned.items() if n != "slot"})

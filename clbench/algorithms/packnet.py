@@ -23,7 +23,7 @@ when task 1 starts, as in CLARE's baseline, so pruning costs part of what the ba
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -68,7 +68,8 @@ class PackNet(CLAlgorithm):
     """Give every task a share of the weights and freeze it."""
 
     name = "packnet"
-    claims = frozenset({"phases", "gradient_edits", "eval_view"})
+    claims = frozenset({"phases", "gradient_edits", "weight_edits", "eval_view"})
+    state = ("owner", "tasks")
     protects_parameters = True
     views: ClassVar[dict[str, dict[str, Any]]] = {
         "task_id": {"eval_with_task_id": True},
@@ -142,8 +143,7 @@ class PackNet(CLAlgorithm):
 
     def _hold(self, frozen: dict[str, Tensor]) -> None:
         parameters = self._matrices()
-        self.owner = {n: o.to(parameters[n].device) for n, o in self.owner.items()}
-        self._frozen = {n: m.to(parameters[n].device) for n, m in frozen.items() if bool(m.any())}
+        self._frozen = {n: m for n, m in frozen.items() if bool(m.any())}
         self._values = {n: parameters[n].detach().clone() for n in self._frozen}
 
     def _prune(self, ctx: Context) -> None:
@@ -182,14 +182,6 @@ class PackNet(CLAlgorithm):
         self.tasks.append(ctx.visit.task)
 
     # ---- checkpoints and evaluation -------------------------------------------------------------
-    def state_dict(self) -> dict[str, Any]:
-        return {"owner": self.owner, "tasks": self.tasks}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if set(state) != {"owner", "tasks"}:
-            raise UserError(f"the checkpoint's state of packnet should hold owner and tasks, holds {sorted(state)}.")
-        self.owner, self.tasks = dict(state["owner"]), list(state["tasks"])
-
     def _newest(self, task_id: int) -> int:
         """The last learned visit of column `task_id`'s task; the last of all if it has not been learned yet."""
         last = len(self.tasks) - 1
@@ -211,7 +203,7 @@ class PackNet(CLAlgorithm):
         try:
             with torch.no_grad():
                 for name, owner in self.owner.items():
-                    parameters[name].masked_fill_((owner > newest + 1).to(parameters[name].device), 0.0)
+                    parameters[name].masked_fill_(owner > newest + 1, 0.0)
             yield
         finally:
             with torch.no_grad():

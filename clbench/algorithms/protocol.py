@@ -4,13 +4,13 @@
         algorithm.on_task_start(ctx)                           # once per visit, on every rank
         for phase in algorithm.phases(ctx):                    # default: one, "train", the policy's own loss
             phase.on_enter(ctx)                                # structure may change; the optimizer is built after it
-            for step in range(phase.steps):
+            for step in range(phase.steps):                    # samples come from phase.source
                 for micro_batch in accumulation:
                     algorithm.observe(batch, task_id)          # read only
                     batch = algorithm.modify_batch(batch, task_id)      # raw samples; planned ones are in ctx.planned
                     loss = phase.loss(ctx, batch) + Σ algorithm.compute_penalty(model)
                     backward(loss)
-                algorithm.after_backward(model, grads)         # before clipping and stepping; mean gradients, writable
+                algorithm.after_backward(model, grads)         # before clipping and stepping; mean gradients
                 step()
                 algorithm.after_step(model, weights)           # re-freeze, average
             phase.on_exit(ctx)
@@ -31,9 +31,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from clbench.algorithms.context import Context
+from clbench.algorithms.sources import Source
 from clbench.checkpoints.state import tensor_bytes
 from clbench.config.schema import OptimizerConfig
 from clbench.data.frames import Batch
@@ -42,7 +44,10 @@ from clbench.streams.stream import TaskStream
 
 
 class GradientView(Protocol):
-    """Gradients between backward and step, averaged over ranks and micro-batches. Every rank must make equal calls."""
+    """Gradients between backward and step, averaged over ranks and micro-batches. Every rank must make equal calls.
+
+    Writing takes the claim "gradient_edits"; without it `get` gives copies and `set` raises UserError.
+    """
 
     def names(self) -> Sequence[str]: ...
     def get(self, name: str) -> Tensor | None: ...
@@ -50,7 +55,10 @@ class GradientView(Protocol):
 
 
 class WeightView(Protocol):
-    """Weights after the step. `set` writes every copy that training keeps; `set_where` only where `mask` is true."""
+    """Weights after the step. `set` writes every copy that training keeps; `set_where` only where `mask` is true.
+
+    Writing takes the claim "weight_edits"; without it `get` gives copies and `set` raises UserError.
+    """
 
     def names(self) -> Sequence[str]: ...
     def get(self, name: str) -> Tensor: ...
@@ -65,12 +73,24 @@ class Plan:
     Attributes:
         refs: (m, 2) references (visit, index); read with the batch, they arrive in `ctx.planned`.
         added: samples that modify_batch adds to the global batch (0 = it replaces current ones).
+        weight: null = planned samples count like current ones: the loss is the mean over all. Otherwise a factor w, or
+            one for each planned sample (m,), and the loss is  mean over current ones of ℓ + mean over i of w_i ℓ_i
+            (all planned samples must be added then).
         shared: every micro-batch is given all of them, not its share (for what is chosen from them once).
     """
 
     refs: Tensor
     added: int = 0
     shared: bool = False
+    weight: float | Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight is None:
+            return
+        if self.added != len(self.refs) or self.shared:
+            raise ValueError("planned samples with weights are added, each by its own rank: added=len(refs).")
+        if torch.is_tensor(self.weight) and self.weight.shape != (len(self.refs),):
+            raise ValueError(f"{len(self.refs)} planned samples have weights of shape {tuple(self.weight.shape)}.")
 
 
 def _nothing(ctx: Context) -> None:
@@ -95,6 +115,7 @@ class Phase:
         on_resume: called instead of on_enter when a run goes on in the middle of this phase, after structure, weights
             and the algorithm's state_dict are back; for what can be worked out from those.
         log_every: steps between log lines; null = the run's.
+        source: where the samples come from (sources.py); null = the visit's demonstrations.
     """
 
     name: str
@@ -109,6 +130,7 @@ class Phase:
     on_exit: Callable[[Context], None] = _nothing
     on_resume: Callable[[Context], None] = _nothing
     log_every: int | None = None
+    source: Source | None = None
 
 
 def training_phase(ctx: Context) -> Phase:
@@ -119,12 +141,15 @@ def training_phase(ctx: Context) -> Phase:
 class CLAlgorithm:
     """Base class: every hook is a no-op. See the module's docstring for the order of calls.
 
-    Subclasses set `name`, `Config` (a dataclass: its fields are the algorithm's YAML keys) and `claims`.
+    Subclasses set `name`, `Config` (a dataclass: its fields are the algorithm's YAML keys), `claims`, and in `state`
+    the attributes that checkpoints hold.
     `self.config` holds the checked configuration, `self.ctx` the context (from the first hook on).
     """
 
     name: ClassVar[str] = ""
     claims: ClassVar[frozenset[str]] = frozenset()
+    # Attributes that are all of the algorithm's state: what state_dict returns and load_state_dict sets.
+    state: ClassVar[tuple[str, ...]] = ()
     # Overrides of `algorithm` under which a run can also be evaluated, by name (see evaluation/evaluate.py).
     views: ClassVar[dict[str, dict[str, Any]]] = {}
     # Does it protect parameters from task to task? Then every task must train the same ones.
@@ -184,11 +209,16 @@ class CLAlgorithm:
         """A scalar added to the loss, once per optimizer step; None = no penalty."""
         return None
 
+    def penalties(self, model: nn.Module) -> dict[str, Tensor]:
+        """`compute_penalty` by the algorithm's name, for the log."""
+        value = self.compute_penalty(model)
+        return {} if value is None else {self.name: value}
+
     def after_backward(self, model: nn.Module, grads: GradientView) -> None:
-        """Once per optimizer step, before clipping; mean gradients, readable and writable."""
+        """Once per optimizer step, before clipping; mean gradients (claim "gradient_edits" to write them)."""
 
     def after_step(self, model: nn.Module, weights: WeightView) -> None:
-        """Once per optimizer step, after it."""
+        """Once per optimizer step, after it (claim "weight_edits" to write weights)."""
 
     def on_task_end(self, ctx: Context) -> None:
         """Once per visit, after its phases and before its checkpoint."""
@@ -209,14 +239,22 @@ class CLAlgorithm:
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers, strings and nested dicts/lists of them: all that resuming and evaluating need.
 
-        Asked after a task and, for a training state, after any step in the middle of one.
+        Asked after a task and, for a training state, after any step in the middle of one. The default: the attributes
+        that `state` names.
         """
-        return {}
+        return {name: getattr(self, name) for name in self.state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict`. A missing or unknown key is an error."""
-        if state:
-            raise UserError(f"algorithm '{self.name}' keeps no state, but the checkpoint has {sorted(state)}.")
+        """Restore `state_dict`. A missing or unknown key is an error.
+
+        What is kept for each parameter, by its name, has been checked against its shape and moved to its device
+        (state.py); all other tensors are on the CPU.
+        """
+        if set(state) != set(self.state):
+            keeps = f"should hold {sorted(self.state)}" if self.state else "should be empty"
+            raise UserError(f"the checkpoint's state of {self.name} {keeps}, holds {sorted(state)}.")
+        for name in self.state:
+            setattr(self, name, state[name])
 
     def save_policy(self, policy: nn.Module, folder: Any, base_path: str) -> bool:
         """Write the policy as an adapter over its base into `folder`; False = save all of its weights instead.

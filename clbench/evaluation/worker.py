@@ -164,6 +164,7 @@ def _actors(job: Job, settings: Settings) -> Any:
         return
     from clbench.algorithms.build import build_algorithm
     from clbench.algorithms.hooks import CLAlgorithm
+    from clbench.algorithms.state import restore_state
     from clbench.checkpoints.policy_io import load_policy, pick_device
     from clbench.checkpoints.state import load_state
 
@@ -173,7 +174,7 @@ def _actors(job: Job, settings: Settings) -> Any:
     if job.checkpoint is not None:
         algorithm = build_algorithm(settings.config, check=False)
         algorithm.restore_structure(loaded.policy, Path(job.policy))
-        algorithm.load_state_dict(load_state(Path(job.checkpoint), "algorithm"))
+        restore_state(algorithm, load_state(Path(job.checkpoint), "algorithm"), loaded.policy)
     groups: dict[str, list[dict[str, Any]]] = {}
     for e in job.episodes:
         groups.setdefault(algorithm.view_key(e["task_id"]), []).append(e)

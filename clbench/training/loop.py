@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clbench.algorithms.build import ComposedAlgorithm
+from clbench.algorithms.guards import guard
 from clbench.algorithms.hooks import CLAlgorithm, Context, Phase, Plan, iterate_named
+from clbench.algorithms.sources import Demonstrations, Source
 from clbench.config.schema import OptimizerConfig
-from clbench.data.frames import Batch, SampleOrder, batch_size, load_batches, select
+from clbench.data.frames import Batch, batch_size, concat, load_batches, select
 from clbench.errors import UserError
-from clbench.policies.loss import PolicyLoss
+from clbench.policies.view import PolicyView
 from clbench.seeding import seed_everything
 from clbench.training.backend import Backend
 from clbench.training.log import RunLog
@@ -28,10 +29,11 @@ MAX_SKIPPED = 20  # steps left out in a row after which something else must be w
 
 @dataclass(frozen=True)
 class Resumed:
-    """Where a phase goes on: after `step` steps, with the state its optimizer had then."""
+    """Where a phase goes on: after `step` steps, with the states that its optimizer and its source had then."""
 
     step: int
     optimizer: dict[str, Any] | None
+    source: dict[str, Any] = field(default_factory=dict)
 
 
 class NonFiniteLossError(UserError):
@@ -59,16 +61,24 @@ def schedule_factor(config: OptimizerConfig, step: int, steps: int) -> float:
     return config.final_lr_ratio + (1 - config.final_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def _shares(plan: Plan, slots: Tensor, current: int) -> Tensor:
+    """Factors on the losses of samples in `slots` (n,): 1 / B for the B current ones, w_i / m for m planned ones."""
+    m = len(plan.refs)
+    weight = torch.as_tensor(plan.weight, dtype=torch.float32).expand(m)
+    return torch.where(slots < current, 1 / current, weight[(slots - current).clamp(min=0)] / m)
+
+
 class PhaseRunner:
     """Runs phases; keeps the optimizer from task to task where that is asked for."""
 
-    def __init__(self, ctx: Context, algorithm: CLAlgorithm, backend: Backend, loss: PolicyLoss, log: RunLog) -> None:
+    def __init__(self, ctx: Context, algorithm: CLAlgorithm, backend: Backend, loss: PolicyView, log: RunLog) -> None:
         self.ctx, self.algorithm, self.backend, self.loss, self.log = ctx, algorithm, backend, loss, log
         self.carried: torch.optim.Optimizer | None = None
         self._carried_names: list[str] = []
         self.carried_state: dict[str, object] | None = None  # of a resumed run, until its optimizer is built
         self.total_steps = 0
         self.trained: dict[str, nn.Parameter] = {}  # what the present (or last) phase trains
+        self.source = Source()  # of the present (or last) phase
         self.progress_mode = "auto"
         # Called after every step with the phase, its steps done so far and its optimizer; may raise to stop there.
         self.after_step: Callable[[Phase, int, torch.optim.Optimizer | None], None] = lambda *_: None
@@ -113,21 +123,42 @@ class PhaseRunner:
         B, ctx = phase.batch_size, self.ctx
         return B * ctx.rank // ctx.world_size, B * (ctx.rank + 1) // ctx.world_size
 
-    def _references(self, phase: Phase, start: int, plans: dict[int, Plan | None]) -> Iterator[Tensor]:
-        """This rank's references of every step: current samples, then planned ones. Fills `plans` as it goes."""
-        ctx, k, B = self.ctx, self.ctx.k, phase.batch_size
-        order = SampleOrder(ctx.frames.length(k), ctx.seed, k, phase.name)
+    def _planned(self, phase: Phase, step: int, plans: dict[int, Plan | None]) -> Tensor | None:
+        """This rank's references of a step's planned samples. Notes the plan in `plans`."""
+        plan = self.algorithm.plan_batch(self.ctx, step) if phase.policy_training else None
+        plans[step] = plan
+        if plan is None or plan.shared:
+            return None if plan is None else plan.refs
+        m, B = len(plan.refs), phase.batch_size
         low, high = self._share(phase)
+        return plan.refs[m * low // B : m * high // B]
+
+    def _references(self, phase: Phase, source: Source, start: int, plans: dict[int, Plan | None]) -> Iterator[Tensor]:
+        """This rank's references of every step: current samples, then planned ones. Fills `plans` as it goes."""
+        mine = slice(*self._share(phase))
         for step in range(start, phase.steps):
-            index = order.take(step * B, B)[low:high]
-            refs = torch.stack([torch.full_like(index, k), index], 1)
-            plan = self.algorithm.plan_batch(ctx, step) if phase.policy_training else None
-            plans[step] = plan
-            if plan is not None:
-                m = len(plan.refs)
-                mine = plan.refs if plan.shared else plan.refs[m * low // B : m * high // B]
-                refs = torch.cat([refs, mine])
-            yield refs
+            refs = source.references(self.ctx, phase, step)[mine]
+            planned = self._planned(phase, step, plans)
+            yield refs if planned is None else torch.cat([refs, planned])
+
+    def _batches(self, phase: Phase, source: Source, start: int, plans: dict[int, Plan | None]) -> Iterator[Batch]:
+        """This rank's samples of every step: current ones, then planned ones. Fills `plans` as it goes."""
+        ctx = self.ctx
+        if source.ahead:
+            return load_batches(ctx.frames, self._references(phase, source, start, plans), ctx.train.num_workers)
+        return self._present_batches(phase, source, start, plans)
+
+    def _present_batches(
+        self, phase: Phase, source: Source, start: int, plans: dict[int, Plan | None]
+    ) -> Iterator[Batch]:
+        """The same, each asked for when the step before it is done: it may depend on the weights."""
+        ctx, mine = self.ctx, slice(*self._share(phase))
+        for step in range(start, phase.steps):
+            ctx.step = step
+            seed_everything("source", ctx.seed, ctx.k, phase.name, step)
+            batch = source.batch(ctx, phase, step, mine)
+            planned = self._planned(phase, step, plans)
+            yield batch if planned is None else concat([batch, ctx.frames.fetch(planned)])
 
     # ---- the loop ---------------------------------------------------------------------------------
     def run(self, phase: Phase, resumed: Resumed | None = None) -> None:
@@ -156,9 +187,13 @@ class PhaseRunner:
         last: float | None = None
         ctx.policy.train()
         ctx.policy.zero_grad(set_to_none=True)
+        self.source = phase.source or Demonstrations()
         if phase.optimizer is None or optimizer is not None:
             plans: dict[int, Plan | None] = {}
-            batches = load_batches(ctx.frames, self._references(phase, start, plans), ctx.train.num_workers)
+            self.source.begin(ctx, phase)
+            if resumed is not None:
+                self.source.load_state_dict(resumed.source)
+            batches = self._batches(phase, self.source, start, plans)
             log_every = phase.log_every or ctx.train.log_every
             with closing(progress.each(batches, start)) as steps:
                 for step, batch in steps:
@@ -236,24 +271,32 @@ class PhaseRunner:
                 micro = algorithm.modify_batch(micro, ctx.k)
             slots = micro.pop("slot")
             micro_draw = {name: value[slots] for name, value in draw.items()}
-            if phase.loss is None:
-                loss = self.loss.total(micro, micro_draw)
+            if plan is not None and plan.weight is not None:
+                each = self._each(phase, micro, micro_draw)
+                loss = (each * _shares(plan, slots, B).to(each)).sum() * ctx.world_size
             else:
-                with self.backend.autocast():
-                    loss = phase.loss(ctx, micro, micro_draw).sum()
-            loss = loss * ctx.world_size / samples  # gradients are averaged over ranks
+                if phase.loss is None:
+                    loss = self.loss.total(micro, micro_draw)
+                else:
+                    loss = self._each(phase, micro, micro_draw).sum()
+                loss = loss * ctx.world_size / samples  # gradients are averaged over ranks
             policy_loss += float(loss.detach())
             if phase.policy_training and i == parts - 1:
-                for name, value in self._penalties().items():
+                for name, value in algorithm.penalties(ctx.policy).items():
                     penalties[name] = float(value.detach())
                     loss = loss + value
             bad = bad or self._not_finite(float(loss.detach()), phase, "loss")
             self.backend.backward(loss, last=i == parts - 1)
-        ctx.planned, ctx.step_batch = None, {}
         if ctx.train.on_nonfinite == "skip" and self.backend.any(bool(bad))[0]:
+            ctx.planned, ctx.step_batch = None, {}
             return self._skip(optimizer, phase, bad or "the loss is not finite on another rank")
         if phase.policy_training:
-            algorithm.after_backward(ctx.policy, self.backend.gradients())
+            rows = torch.arange(own, batch_size(batch))  # planned samples, now those of the whole step
+            if len(rows):
+                first = 0 if plan is not None and plan.shared else planned * begin // B
+                ctx.planned = {**select(batch, rows), "slot": B + first + torch.arange(len(rows))}
+            algorithm.after_backward(ctx.policy, guard(self.backend.gradients(), algorithm, "gradient_edits"))
+        ctx.planned, ctx.step_batch = None, {}
         norm = self.backend.clip(phase.optimizer.grad_clip)  # type: ignore[union-attr]
         bad = self._not_finite(norm, phase, "gradient")
         if bad:
@@ -261,7 +304,7 @@ class PhaseRunner:
         self.skipped = 0
         self.backend.step(optimizer)
         if phase.policy_training:
-            algorithm.after_step(ctx.policy, self.backend.weights())
+            algorithm.after_step(ctx.policy, guard(self.backend.weights(), algorithm, "weight_edits"))
         return {
             "loss": policy_loss + sum(penalties.values()),
             "lr": float(optimizer.param_groups[0]["lr"]),
@@ -269,11 +312,12 @@ class PhaseRunner:
             **{f"loss/{n}": v for n, v in ({"policy": policy_loss, **penalties} if penalties else {}).items()},
         }
 
-    def _penalties(self) -> dict[str, Tensor]:
-        if isinstance(self.algorithm, ComposedAlgorithm):
-            return self.algorithm.penalties(self.ctx.policy)
-        value = self.algorithm.compute_penalty(self.ctx.policy)
-        return {} if value is None else {self.algorithm.name: value}
+    def _each(self, phase: Phase, batch: Batch, draw: dict[str, Tensor]) -> Tensor:
+        """Per-sample losses (n,) of a raw batch: the phase's own, or the policy's."""
+        if phase.loss is None:
+            return self.loss.per_sample(batch, draw)
+        with self.backend.autocast():
+            return phase.loss(self.ctx, batch, draw)
 
     def _not_finite(self, value: float, phase: Phase, what: str) -> str:
         """What is wrong with a loss or gradient norm, or ""; raises when such a thing is to end the run."""

@@ -44,7 +44,7 @@ from clbench.io import read_json, write_json
 from clbench.lock import NO_LOCKS, holder, sign
 from clbench.paths import bases_root, model_root, named_folder
 from clbench.patience import patience
-from clbench.policies.loss import PolicyLoss
+from clbench.policies.view import PolicyView
 from clbench.redaction import redact, secrets_of
 from clbench.seeding import seeded
 from clbench.stopping import Stop
@@ -395,15 +395,15 @@ def _pretrain(
     try:
         if backend.is_main:
             log.cut(int(counters["log_bytes"]), -1)
-        policy_loss = PolicyLoss(loaded.policy, loaded.policy, loaded.preprocessor, backend.autocast)
+        policy_view = PolicyView(loaded.policy, loaded.policy, loaded.preprocessor, backend.autocast)
         ctx = Context(
             stream=stream, policy=loaded.policy, frames=frames, train=train, seed=p.seed, device=backend.device,
-            policy_loss=policy_loss,
+            view=policy_view,
             log=log.event, rank=backend.rank, world_size=backend.world_size, collective=backend,
         )  # fmt: skip
         algorithm = CLAlgorithm(None)
         algorithm.bind(ctx)
-        runner = PhaseRunner(ctx, algorithm, backend, policy_loss, log)
+        runner = PhaseRunner(ctx, algorithm, backend, policy_view, log)
         runner.progress_mode = progress if backend.is_main else "quiet"
         runner.total_steps, runner.skipped = done, int(counters.get("skipped", 0))
 

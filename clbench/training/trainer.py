@@ -15,6 +15,7 @@ import torch
 from clbench.adapters import lora
 from clbench.algorithms.build import build_algorithm
 from clbench.algorithms.hooks import CLAlgorithm, Context, Phase
+from clbench.algorithms.state import restore_state
 from clbench.checkpoints import trusted
 from clbench.checkpoints.base import ADAPTER, find_base, identity, write_adapter_base
 from clbench.checkpoints.changes import changes
@@ -46,7 +47,7 @@ from clbench.io import read_json, read_jsonl, remove_if_empty, write_text
 from clbench.lock import held
 from clbench.paths import bases_root
 from clbench.patience import patience
-from clbench.policies.loss import PolicyLoss
+from clbench.policies.view import PolicyView
 from clbench.seeding import seed_everything, seeded
 from clbench.stopping import Stop, stoppable
 from clbench.streams.stream import TaskStream, build_stream
@@ -272,10 +273,10 @@ class Trainer:
             with seeded("lora", self.config.seed):
                 lora.inject(policy, self.config.lora)
         frames = StreamFrames([v.tasks for v in self.stream.visits], policy.config)
-        loss = PolicyLoss(policy, policy, self.loaded.preprocessor, self.backend.autocast)
+        loss = PolicyView(policy, policy, self.loaded.preprocessor, self.backend.autocast)
         self.ctx = Context(
             stream=self.stream, policy=policy, frames=frames, train=self.config.train, seed=self.config.seed,
-            device=self.backend.device, policy_loss=loss,
+            device=self.backend.device, view=loss,
             log=self._event, base_path=str(self.base_path), rank=self.backend.rank,
             world_size=self.backend.world_size, collective=self.backend,
         )  # fmt: skip
@@ -303,7 +304,7 @@ class Trainer:
                 frozen = set(training["frozen"])
                 for name, p in policy.named_parameters():
                     p.requires_grad_(name not in frozen)
-            self.algorithm.load_state_dict(load_state(source, "algorithm"))
+            restore_state(self.algorithm, load_state(source, "algorithm"), policy)
         return training
 
     def _task(self, k: int) -> str:
@@ -339,7 +340,9 @@ class Trainer:
                 )
             first = names.index(position.phase)
         for i, phase in enumerate(phases[first:], first):
-            within = Resumed(position.step, resumed["optimizer"]) if resumed and position and i == first else None
+            within = None
+            if resumed and position and i == first:
+                within = Resumed(position.step, resumed["optimizer"], resumed.get("source", {}))
             self.runner.run(phase, within)
             self.trained = max(self.trained, count(self.runner.trained.values()))
         ctx.phase, ctx.step = "", 0
@@ -386,6 +389,9 @@ class Trainer:
                 "parameters_before": self.parameters_before,
                 "carried": None if carried is None or carried is optimizer else carried.state_dict(),
             }
+            source = self.runner.source.state_dict()
+            if source:
+                counters["source"] = source
             self._save(folder, {"optimizer": moments, **counters})
             seconds = self.task_seconds + time.monotonic() - self.task_began
             return {**self._progress(), "task_seconds": round(seconds, 3)}

@@ -12,6 +12,7 @@ Shape suffixes: B batch, H chunk, A action dimension.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -32,6 +33,10 @@ class FlowMatchingModel(nn.Module):
     def velocity(self, x_BHA: Tensor, t_B: Tensor, context: Any) -> Tensor:
         raise NotImplementedError
 
+    def features(self, context: Any) -> Tensor:
+        """The observation as one vector per sample, (B, D)."""
+        raise NotImplementedError
+
 
 class FlowMatchingPolicy(PreTrainedPolicy):
     """LeRobot policy around a FlowMatchingModel. Batches are processed (normalised, on device)."""
@@ -39,6 +44,7 @@ class FlowMatchingPolicy(PreTrainedPolicy):
     config_class = DitConfig
     name = "dit"
     config: DitConfig
+    outputs = ("prediction", "target", "mask", "features")  # beside the loss (clbench.policies.view)
 
     def __init__(self, config: PreTrainedConfig, **kwargs: Any) -> None:
         super().__init__(config)
@@ -64,26 +70,58 @@ class FlowMatchingPolicy(PreTrainedPolicy):
 
     def per_sample_loss(self, batch: dict[str, Tensor], draw: dict[str, Tensor]) -> Tensor:
         """Return ℓ(θ; x) per sample, (B,), for the given draw."""
+        return self._flow(batch, draw, {"loss"})["loss"]
+
+    def _flow(self, batch: dict[str, Tensor], draw: dict[str, Tensor], want: Collection[str]) -> dict[str, Tensor]:
+        """What `want` names: loss (B,), prediction v and target u (B, H, A), mask (B, H), features (B, D)."""
+        found: dict[str, Tensor] = {}
+        context = self.model.encode(batch)
+        if "features" in want:
+            found["features"] = self.model.features(context)
+        if not set(want) - {"features"}:
+            return found
         action_BHA = batch[ACTION]
         device = action_BHA.device
         noise_BHA = draw["noise"].to(device, non_blocking=True)
         t_B = draw["time"].to(device, non_blocking=True)
         t_B11 = t_B[:, None, None]
         x_BHA = (1 - t_B11) * noise_BHA + t_B11 * action_BHA
-        v_BHA = self.model.velocity(x_BHA, t_B, self.model.encode(batch))
-        error_BH = (v_BHA.float() - (action_BHA - noise_BHA)).square().mean(-1)
+        u_BHA = action_BHA - noise_BHA
         pad_BH = batch.get(f"{ACTION}_is_pad")
-        if pad_BH is None:
-            return error_BH.mean(-1)
-        keep_BH = (~pad_BH).to(error_BH.dtype)
-        return (error_BH * keep_BH).sum(-1) / keep_BH.sum(-1).clamp(min=1)
+        if "target" in want:
+            found["target"] = u_BHA
+        if "mask" in want:
+            found["mask"] = torch.ones_like(u_BHA[..., 0], dtype=torch.bool) if pad_BH is None else ~pad_BH
+        if not {"loss", "prediction"} & set(want):
+            return found
+        v_BHA = self.model.velocity(x_BHA, t_B, context)
+        if "prediction" in want:
+            found["prediction"] = v_BHA.float()
+        if "loss" in want:
+            error_BH = (v_BHA.float() - u_BHA).square().mean(-1)
+            if pad_BH is None:
+                found["loss"] = error_BH.mean(-1)
+            else:
+                keep_BH = (~pad_BH).to(error_BH.dtype)
+                found["loss"] = (error_BH * keep_BH).sum(-1) / keep_BH.sum(-1).clamp(min=1)
+        return found
 
     def forward(
-        self, batch: dict[str, Tensor], reduction: str = "mean", draw: dict[str, Tensor] | None = None
-    ) -> tuple[Tensor, dict[str, Any] | None]:
-        """LeRobot's training entry: the loss under a fresh draw of the global generator, or under `draw`."""
+        self,
+        batch: dict[str, Tensor],
+        reduction: str = "mean",
+        draw: dict[str, Tensor] | None = None,
+        want: Collection[str] = (),
+    ) -> tuple[Tensor | None, dict[str, Any] | None]:
+        """LeRobot's training entry: the loss under a fresh draw of the global generator, or under `draw`.
+
+        With `want` (names in `outputs`, and "loss") the loss (B,), null unless it is asked for, and the others by name.
+        """
         if draw is None:
             draw = self.sample_draw(batch[ACTION].shape[0])
+        if want:
+            found = self._flow(batch, draw, want)
+            return found.pop("loss", None), found
         loss_B = self.per_sample_loss(batch, draw)
         return (loss_B if reduction == "none" else loss_B.mean()), None
 

@@ -47,6 +47,10 @@ class DitDecModel(FlowMatchingModel):
     def velocity(self, x_BHA: Tensor, t_B: Tensor, context: Tensor) -> Tensor:
         return self.velocity_net(x_BHA, t_B, context)
 
+    def features(self, context: Tensor) -> Tensor:
+        """The condition, (B, D)."""
+        return context
+
 
 class DitDecPolicy(FlowMatchingPolicy):
     """LeRobot policy `dit_dec`."""

@@ -45,6 +45,12 @@ class DitEncDecModel(FlowMatchingModel):
     def velocity(self, x_BHA: Tensor, t_B: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
         return self.velocity_net(x_BHA, t_B, *context)
 
+    def features(self, context: tuple[Tensor, Tensor]) -> Tensor:
+        """The mean of the tokens that the decoder attends to, (B, D)."""
+        tokens_BLD, mask_BL = context
+        keep_BL1 = mask_BL[..., None].to(tokens_BLD.dtype)
+        return (tokens_BLD * keep_BL1).sum(1) / keep_BL1.sum(1).clamp(min=1)
+
 
 class DitEncDecPolicy(FlowMatchingPolicy):
     """LeRobot policy `dit_encdec`."""

@@ -1,0 +1,8 @@
+"""Tests that a plugin's author runs on a method of his own, and the toy data that they train on (needs pytest)."""
+
+from clbench.testing.algorithms import AlgorithmTests
+from clbench.testing.cases import Case
+from clbench.testing.same import assert_same_run
+from clbench.testing.toy import make_toy_data, make_toy_root, toy_config
+
+__all__ = ["AlgorithmTests", "Case", "assert_same_run", "make_toy_data", "make_toy_root", "toy_config"]
