@@ -68,8 +68,8 @@ def work(name: str, args: argparse.Namespace, folder: str, pipe: Any) -> None:
     from clbench.streams.stream import build_stream
     from clbench.training.backend import Backend
     from clbench.training.loop import PhaseRunner, Resumed
-    from clbench.training.pretrain import ensure_base
-    from clbench.training.trainer import Trainer
+    from clbench.training.pretrain import ensure_base, load_base
+    from clbench.training.visits import Trainer
 
     measured_steps = args.warm_up + args.rounds * args.steps
 
@@ -118,7 +118,11 @@ def work(name: str, args: argparse.Namespace, folder: str, pipe: Any) -> None:
     out = Path(folder) / name
     out.mkdir(parents=True)
     keeper = StateKeeper(out, every_steps=None, every_minutes=None)
-    PacedTrainer(config, algorithm, stream, out, name, backend, base, keeper, stop).run(Position())
+    trainer = PacedTrainer(
+        config, algorithm, stream, out, name, backend, base, keeper, stop,
+        start=lambda: (load_base(base, config), None), again="",
+    )  # fmt: skip
+    trainer.run(Position())
     pipe.send(backend.peak_memory_mb())
 
 

@@ -271,6 +271,7 @@ def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str], 
     from clbench.checkpoints.run_folder import place_of_run
     from clbench.checkpoints.trusted import check_start
     from clbench.config.dit import check_policy
+    from clbench.config.schema import base_origin
     from clbench.streams.stream import build_stream, check_images, checked_order, pretraining_data
     from clbench.training.log import wanted_loggers
 
@@ -291,8 +292,9 @@ def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str], 
     sets: list[tuple[bool, Callable[[], object]]] = [
         (d.repo_id is not None, lambda: build_stream(d, sequential=False, render=config.render))
     ]
-    own_base = not config.policy.get("path") and not isinstance(args.resume, str)  # a run that goes on has its base
-    if d.pretrain is not None and own_base:
+    own_base = base_origin(config) == "pretrained" and not isinstance(args.resume, str)  # one that goes on has its base
+    if own_base:
+        assert d.pretrain is not None
         sets.append((d.pretrain.repo_id is not None, lambda: pretraining_data(d, config.render)))
     check_images(d, config.render, base=own_base)
     with patience.patience("looking at the data"):

@@ -349,8 +349,16 @@ def test_base_that_is_no_checkpoint(refused: Refused, run_yaml: Path, tmp_path: 
     assert "policy.path" in message and "config.json" in message
 
 
-def test_base_without_pretraining_tasks(refused: Refused, run_yaml: Path) -> None:
-    assert "policy.path" in refused("train", "--yaml", run_yaml, "--", "dataset.pretrain=null")
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["policy.init=zeros"], "policy.init must be random (or null), is 'zeros'"),
+        (["policy.init=random", "policy.path=somewhere"], "exclude each other"),
+        (["policy.init=random", "eval.heldout_episodes=2"], "a given or random base has none"),
+    ],
+)
+def test_impossible_bases(refused: Refused, run_yaml: Path, overrides: list[str], says: str) -> None:
+    assert says in refused("train", "--yaml", run_yaml, "--", *overrides)
 
 
 @pytest.mark.parametrize(

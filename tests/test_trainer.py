@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import re
 import shutil
@@ -19,19 +20,21 @@ from clbench.algorithms.hooks import CLAlgorithm
 from clbench.checkpoints.policy_io import load_policy
 from clbench.checkpoints.run_folder import checkpoint_folder, finished_visits
 from clbench.checkpoints.state import load_state, save_state
+from clbench.checkpoints.whole import write_whole
 from clbench.config.schema import LoraConfig, OptimizerConfig
 from clbench.data import verify
 from clbench.data.frames import SampleOrder, StreamFrames
-from clbench.errors import UserError
+from clbench.errors import Interrupted, UserError
 from clbench.io import read_json, read_jsonl, write_json
 from clbench.registry import ALGORITHMS
 from clbench.seeding import generator
+from clbench.stopping import Stop
 from clbench.streams.stream import build_stream
 from clbench.training import pretrain
 from clbench.training.loop import schedule_factor
 from clbench.training.trainer import train
 from tests.algorithm_cases import SMALL_CLARE, SMALL_MIR
-from tests.toy import toy_config
+from tests.toy import STREAM, toy_config
 
 
 def final(folder: Path) -> dict[str, torch.Tensor]:
@@ -400,3 +403,58 @@ def test_an_interrupted_first_task_leaves_no_double_log(toy_data: Path, tmp_path
         return [(r["k"], r["step"], r["loss"]) for r in read_jsonl(folder / "log.jsonl") if r["event"] == "step"]
 
     assert steps(whole) == steps(tmp_path / "again")
+
+
+@pytest.mark.parametrize("how", ["policy.init=random", "dataset.pretrain=null"])
+def test_a_base_of_random_weights(
+    toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: str
+) -> None:
+    """Nothing is pretrained: weights drawn from pretrain.seed, statistics of the stream's own demonstrations."""
+    monkeypatch.setenv("CLBENCH_CACHE_ROOT", str(tmp_path / "cache"))
+    config = toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}", how, "log.progress=lines")
+    folder = train(config, "r")
+    said = capsys.readouterr()
+    assert "the base's weights are random" in said.out + said.err and "pretraining" not in said.out
+    base = read_json(folder / "manifest.json")["base"]
+    assert base["kind"] == "random" and base["init"] == "random" and base["tasks"] == STREAM
+    assert read_json(folder / "manifest.json")["heldout"] == []
+    again = train(replace(config, seed=1), "s")  # another run's seed: the same base
+    assert read_json(again / "manifest.json")["base"] == base
+    loaded = load_policy(base["path"])
+    other = replace(config, pretrain=replace(config.pretrain, seed=5))
+    drawn = load_policy(read_json(train(other, "t") / "manifest.json")["base"]["path"])
+    first = dict(loaded.policy.named_parameters())
+    assert any(not torch.equal(first[n], p) for n, p in drawn.policy.named_parameters())
+    tasks = build_stream(config.dataset).columns
+    parts = StreamFrames([tasks], loaded.policy.config).parts(0)
+    actions = torch.cat([p.table.columns["action"][p.frames] for p in parts])
+    (normalizer,) = (s for s in loaded.preprocessor.steps if "Normalizer" in type(s).__name__)
+    assert torch.allclose(torch.as_tensor(normalizer.stats["action"]["mean"]), actions.mean(0), atol=1e-6)
+
+
+def test_an_unfinished_pretraining_of_an_earlier_version_starts_again(
+    toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CLBENCH_CACHE_ROOT", str(tmp_path / "cache"))
+    config = toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}", "train.save_every_steps=10")
+    whole = read_json(train(config, "r") / "manifest.json")["base"]["sha256"]
+    (base,) = (tmp_path / "cache" / "bases").glob("dit_dec-*")
+    shutil.rmtree(base)
+    asked = itertools.chain([""] * 12, itertools.repeat("a test"))
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="in pretraining, after step 13; saved"):
+        patch.setattr(Stop, "reason", property(lambda self: next(asked)))
+        train(config, "s")
+    state = sorted((tmp_path / "cache" / "bases").glob(".*.training/training_state/0*"))[-1]
+    save_state(state, "training", {"optimizer": None, "skipped": 0})  # as it was written before
+    described = {k: v for k, v in read_json(state / "checkpoint.json").items() if k not in ("digest", "files", "seal")}
+    shutil.copytree(state, tmp_path / "copy")
+
+    def fill(folder: Path) -> dict[str, Any]:
+        shutil.copytree(tmp_path / "copy", folder, dirs_exist_ok=True)
+        (folder / "checkpoint.json").unlink()
+        return described
+
+    write_whole(state, fill, lambda: 0)
+    folder = train(config, "s", resume=True)
+    assert "is of an earlier version of clbench; the pretraining starts again" in capsys.readouterr().err
+    assert read_json(folder / "manifest.json")["base"]["sha256"] == whole

@@ -22,9 +22,9 @@ from clbench.adapters import clare, lora
 from clbench.checkpoints import trusted
 from clbench.checkpoints.base import adapter_base
 from clbench.config.reading import fit
+from clbench.config.schema import BASE_KEYS
 from clbench.errors import UserError, nearest
 from clbench.io import read_json
-from clbench.policies.dit.configuration import DitConfig
 from clbench.tensor_files import tensor_shapes
 
 
@@ -40,7 +40,7 @@ class LoadedPolicy:
 
 def policy_config(section: dict[str, Any], device: str) -> PreTrainedConfig:
     """Build a LeRobot policy configuration from the `policy` section; raises UserError for unknown types and keys."""
-    values = dict(section)
+    values = {k: v for k, v in section.items() if k not in BASE_KEYS}
     kind = values.pop("type", None)
     known = PreTrainedConfig.get_known_choices()
     if not isinstance(kind, str) or kind not in known:
@@ -175,20 +175,12 @@ def _load_weights(config: PreTrainedConfig, folder: Path) -> PreTrainedPolicy:
         shapes = tensor_shapes(folder / "model.safetensors")
     except UserError as e:
         raise UserError(f"cannot load the policy in {folder}: {e}") from e
-    if isinstance(config, DitConfig):
-        _check_sizes(config, shapes, folder)
+    check = getattr(config, "check_weights", None)  # of a policy that knows what its sizes have to do with its weights
+    if check is not None and not check(shapes):
+        raise UserError(f"{folder / 'config.json'} claims more than model.safetensors holds.")
     quiet = contextlib.redirect_stdout(io.StringIO())  # LeRobot prints where it loads from
     with quiet, trusted.no_backbone_weights(config):
         return get_policy_class(config.type).from_pretrained(folder, config=config, strict=True)
-
-
-def _check_sizes(config: DitConfig, shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
-    """Raise UserError when the configuration claims more than the weights hold, before memory is taken for it."""
-    widest = max((n for shape in shapes.values() for n in shape), default=0)
-    fits = config.d_model * config.ffn_mult <= widest and config.text_vocab_size * config.text_dim <= 2**26
-    fits &= config.encoder_layers + config.decoder_layers <= len(shapes) and config.image_tokens_side <= 256
-    if not fits or max(config.chunk_size, config.text_max_words, config.num_inference_steps) > 65_536:
-        raise UserError(f"{folder / 'config.json'} claims more than model.safetensors holds.")
 
 
 def _load_adapter(config: PreTrainedConfig, folder: Path) -> PreTrainedPolicy:

@@ -19,7 +19,7 @@ import clbench
 from clbench.checkpoints.base import find_base
 from clbench.checkpoints.whole import DESCRIPTION, damage, write_whole
 from clbench.config.compose import to_dict, to_yaml
-from clbench.config.schema import Config
+from clbench.config.schema import Config, base_origin
 from clbench.envs.base import other_python, privileged, simulator_versions
 from clbench.errors import UserError, nearest
 from clbench.io import OF_A_RUN, read_json, refuse_links, write_json, write_text
@@ -178,7 +178,7 @@ def write_description(
     """Write config.yaml and manifest.json; adds `session` (how the run is started or continued) to earlier ones'."""
     from clbench.algorithms.build import algorithm_classes
 
-    own_base = config.dataset.pretrain is not None and not config.policy.get("path")
+    own_base = base_origin(config) == "pretrained"
     before = read_json(folder / "manifest.json") if (folder / "manifest.json").is_file() else {}
     goes_on = bool(session["k"] or session["phase"]) and isinstance(before, dict) and "heldout" in before
     if goes_on:  # the base's data may be on another machine by now

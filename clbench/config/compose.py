@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from clbench.config.reading import clip, overlay, plain, read_overrides, read_yaml
-from clbench.config.schema import Config, DatasetConfig, PretrainDataConfig
+from clbench.config.schema import Config, DatasetConfig, PretrainDataConfig, base_origin
 from clbench.envs.base import SEEDS_PER_SPLIT, SPLITS
 from clbench.envs.rendering import FIDELITIES, MAX_SIZE, MIN_SIZE
 from clbench.errors import UserError, nearest
@@ -315,8 +315,8 @@ def check_values(c: Config) -> None:
     )
     need(0 <= e.heldout_episodes <= 100_000, "eval.heldout_episodes must be between 0 and 100000")
     need(
-        not e.heldout_episodes or (d.pretrain is not None and not c.policy.get("path")),
-        "eval.heldout_episodes tests the base's own pretraining tasks: a given base (policy.path) has none here",
+        not e.heldout_episodes or base_origin(c) == "pretrained",
+        "eval.heldout_episodes tests the base's own pretraining tasks: a given or random base has none here",
     )
     if c.lora.target_modules is not None:
         try:
@@ -358,6 +358,11 @@ def check_values(c: Config) -> None:
         problems.append(f"algorithm.name must be a name or a list of names, is {name!r}")
     elif isinstance(name, list) and len(set(name)) != len(name):
         problems.append(f"algorithm.name must be one name or a list of different names, is {name}")
+    need(c.policy.get("init") in (None, "random"), f"policy.init must be random (or null), is {c.policy.get('init')!r}")
+    need(
+        not (c.policy.get("init") and c.policy.get("path")),
+        "policy.init=random and policy.path exclude each other: a base is random or given",
+    )
     if "type" not in c.policy and "path" not in c.policy:
         problems.append("policy.type (or policy.path, a checkpoint folder) is missing")
     if problems:

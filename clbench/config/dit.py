@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
 from clbench.config.reading import fit
+from clbench.config.schema import BASE_KEYS
 from clbench.errors import UserError, nearest
 
 TYPES = ("dit_dec", "dit_encdec")
@@ -96,7 +97,9 @@ def check_policy(section: dict[str, Any]) -> None:
     known = [*(f.name for f in fields(DitSettings)), *OF_LEROBOT]
     values = {}
     for key, value in section.items():
-        if key != "type" and key not in known:
+        if key in ("type", *BASE_KEYS):
+            continue
+        if key not in known:
             raise UserError(f"unknown key 'policy.{key}' for {kind}.{nearest(key, known)}")
         if key in hints:
             values[key] = fit(value, hints[key], f"policy.{key}")

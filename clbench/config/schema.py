@@ -287,8 +287,11 @@ class LogConfig:
 
 @dataclass
 class Config:
-    """A whole run. `policy.type` names a LeRobot policy, `policy.path` a LeRobot checkpoint folder to start from (a
-    path, or a name under the model root)."""
+    """A whole run.
+
+    In `policy`, `type` names a LeRobot policy, `path` a LeRobot checkpoint folder to start from (a path, or a name
+    under the model root), and `init: random` leaves the stream's pretraining tasks out.
+    """
 
     seed: int = 0
     model: str = MISSING
@@ -302,3 +305,14 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     render: RenderConfig = field(default_factory=RenderConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+
+BASE_KEYS = ("path", "init")  # keys of `policy` that say where the base comes from; the others are the policy's own
+
+
+def base_origin(config: Config) -> str:
+    """Where a run's base comes from: given (policy.path) | pretrained (on the stream's pretraining tasks) | random
+    (policy.init=random, or the stream has no such tasks)."""
+    if config.policy.get("path"):
+        return "given"
+    return "random" if config.policy.get("init") or config.dataset.pretrain is None else "pretrained"

@@ -318,3 +318,9 @@ def pretraining_tasks(config: DatasetConfig, render: RenderConfig | None = None)
     assert config.pretrain is not None
     tasks = [make_task(config, data, n, render) for n in data.tasks]
     return [replace(t, max_steps=config.pretrain.make.max_steps) for t in tasks], data
+
+
+def stream_tasks(config: DatasetConfig, render: RenderConfig | None = None) -> tuple[list[Task], DataSource]:
+    """Return the stream's own tasks, each once with all its demonstrations, and their data."""
+    data = stream_data(config, render)
+    return [make_task(config, data, name, render) for name in dict.fromkeys(checked_order(config))], data

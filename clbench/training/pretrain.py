@@ -2,6 +2,9 @@
 
 A base's folder is named by a hash of everything it depends on: policy section, pretraining section, tasks, and
 the data's fingerprint. A base made with other settings (a smoke run's, say) can never be taken for it.
+
+A stream without pretraining tasks, or `policy.init=random`, gives a base of random weights (drawn from pretrain.seed),
+whose normalisation statistics are those of all the stream's demonstrations.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import shutil
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -26,15 +29,24 @@ from lerobot.policies import make_pre_post_processors
 from lerobot.policies.factory import get_policy_class
 from lerobot.utils.feature_utils import dataset_to_policy_features
 
-from clbench.algorithms.hooks import CLAlgorithm, Context, Phase, training_phase
+from clbench.algorithms.hooks import CLAlgorithm
 from clbench.checkpoints import trusted
 from clbench.checkpoints.base import identity
 from clbench.checkpoints.policy_io import LoadedPolicy, load_policy, pick_device, policy_config, save_policy
-from clbench.checkpoints.run_folder import versions
-from clbench.checkpoints.state import load_state, save_state, tensor_bytes
-from clbench.checkpoints.training_state import StateKeeper
+from clbench.checkpoints.run_folder import checkpoint_folder, versions
+from clbench.checkpoints.state import load_state, tensor_bytes
+from clbench.checkpoints.training_state import Position, StateKeeper
 from clbench.checkpoints.whole import DESCRIPTION, damage, write_whole
-from clbench.config.schema import Config, TrainConfig
+from clbench.config.schema import (
+    BASE_KEYS,
+    Config,
+    DatasetConfig,
+    LogConfig,
+    LoraConfig,
+    PretrainDataConfig,
+    TrainConfig,
+    base_origin,
+)
 from clbench.data.frames import StreamFrames, all_names, described_feature
 from clbench.data.lerobot_set import BOOKKEEPING
 from clbench.data.source import DataSource, check_every_byte, fps_note
@@ -44,18 +56,15 @@ from clbench.io import read_json, write_json
 from clbench.lock import NO_LOCKS, holder, sign
 from clbench.paths import bases_root, model_root, named_folder
 from clbench.patience import patience
-from clbench.policies.view import PolicyView
 from clbench.redaction import redact, secrets_of
 from clbench.seeding import seeded
 from clbench.stopping import Stop
-from clbench.streams.stream import Task, TaskStream, Visit, pretraining_tasks
+from clbench.streams.stream import Task, TaskStream, Visit, pretraining_tasks, stream_tasks
 from clbench.tensor_files import tensor_shapes
 from clbench.terminal import tell
 from clbench.training.backend import Backend, autocast_precision, say
 from clbench.training.log import FILE as LOG_FILE
-from clbench.training.log import RunLog
-from clbench.training.loop import PhaseRunner, Resumed
-from clbench.training.saving import Moments, save_if_due
+from clbench.training.visits import Trainer
 
 BASE_RECORD = "base.json"
 
@@ -68,16 +77,22 @@ def base_key(config: Config, data: DataSource) -> dict[str, Any]:
 
     The fingerprint of a set that clbench did not make leaves its images out: there, the set and its features count too.
     """
-    assert config.dataset.pretrain is not None
-    policy = {k: v for k, v in config.policy.items() if k != "path"}
+    policy = {k: v for k, v in config.policy.items() if k not in BASE_KEYS}
     origin = ("repo_id", "commit") if data.description.get("repo_id") else ("root",)
+    section: DatasetConfig | PretrainDataConfig
+    if base_origin(config) == "random":
+        section, tasks = config.dataset, list(data.tasks)
+        made: dict[str, Any] = {"init": "random", "seed": config.pretrain.seed, "tasks": tasks}
+    else:
+        assert config.dataset.pretrain is not None
+        section, tasks = config.dataset.pretrain, list(config.dataset.pretrain.tasks)
+        settings = {k: v for k, v in asdict(config.pretrain).items() if k != "log_every"}
+        made = {"pretrain": settings, "tasks": tasks, "mixed_precision": autocast_precision(config.train)}
     return {
         "policy": policy,
-        "pretrain": {k: v for k, v in asdict(config.pretrain).items() if k != "log_every"},
-        "tasks": list(config.dataset.pretrain.tasks),
+        **made,
         "data_fingerprint": data.fingerprint,
-        "mixed_precision": autocast_precision(config.train),
-        **{k: v for k in ("instructions", "exclude_episodes") if (v := getattr(config.dataset.pretrain, k))},
+        **{k: v for k in ("instructions", "exclude_episodes") if (v := getattr(section, k))},
         **({} if data.features is None else {"data": {k: data.description[k] for k in (*origin, "features")}}),
     }
 
@@ -85,9 +100,10 @@ def base_key(config: Config, data: DataSource) -> dict[str, Any]:
 def base_folder(config: Config, data: DataSource) -> Path:
     key = json.dumps(base_key(config, data), sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:12]
-    assert config.dataset.pretrain is not None
-    section = config.dataset.pretrain
-    name = Path(section.repo_id or section.data).name
+    random = base_origin(config) == "random"
+    section = config.dataset if random else config.dataset.pretrain
+    assert section is not None
+    name = ("random-" if random else "") + Path(section.repo_id or section.data).name
     return bases_root() / f"{config.policy.get('type')}-{name}-{digest}"
 
 
@@ -109,7 +125,8 @@ def ensure_base(config: Config, backend: Backend, stop: Stop, progress: str = "a
         _check_given(path, config)
         _check_targets(config, _modules_of(path))
         return path.resolve(), {"path": str(path.resolve()), "kind": "given", **identity(path.resolve())}
-    tasks, data = pretraining_tasks(config.dataset, config.render)
+    random = base_origin(config) == "random"
+    tasks, data = (stream_tasks if random else pretraining_tasks)(config.dataset, config.render)
     own_word = config.policy.get("type") in trusted.given().types  # a configuration of such a type may fetch already
     if not own_word:  # what is wrong is said before anything is made
         policy_config(dict(config.policy), "cpu")
@@ -146,12 +163,12 @@ def ensure_base(config: Config, backend: Backend, stop: Stop, progress: str = "a
             if not backend.agree(_is_whole(folder)):
                 if note := fps_note(data.description):
                     say(backend, note)
-                _pretrain(config, tasks, data, folder, backend, stop, progress)
+                (_draw if random else _pretrain)(config, tasks, data, folder, backend, stop, progress)
             elif backend.is_main:
                 shutil.rmtree(_unfinished(folder), ignore_errors=True)
     _check_targets(config, _modules_of(folder))
     folder = folder.absolute()
-    return folder, {"path": str(folder), "kind": "pretrained", **identity(folder), **base_key(config, data)}
+    return folder, {"path": str(folder), "kind": base_origin(config), **identity(folder), **base_key(config, data)}
 
 
 def _unfinished(folder: Path) -> Path:
@@ -351,103 +368,120 @@ def _pretrain(
     stop: Stop,
     progress: str,
 ) -> None:
-    start = time.monotonic()
     if backend.is_main:
         check_every_byte(data.root, data.description, config.dataset.name)
     temporary = _unfinished(folder)
-    p = config.pretrain
-    train = TrainConfig(
-        steps=p.steps,
-        batch_size=p.batch_size,
-        optimizer=p.optimizer,
-        log_every=p.log_every,
-        mixed_precision=config.train.mixed_precision,
-        num_workers=config.train.num_workers,
-        device=config.train.device,
-        strategy=config.train.strategy,
-        save_every_steps=config.train.save_every_steps,
-        save_every_minutes=config.train.save_every_minutes,
-        on_nonfinite=config.train.on_nonfinite,
-    )
-    keeper = StateKeeper(temporary, train.save_every_steps, train.save_every_minutes)
-    found = keeper.newest(0) if backend.is_main else None
-    told = backend.tell(None if found is None else [str(found.source), found.step])
-    source, done = (None, 0) if told is None else (Path(told[0]), int(told[1]))
-    if backend.is_main and source is None:
+    keeper = StateKeeper(temporary, config.train.save_every_steps, config.train.save_every_minutes)
+    position = _position(temporary, keeper) if backend.is_main else Position()
+    told = backend.tell([position.k, str(position.source or ""), position.phase, position.step])
+    position = Position(told[0], Path(told[1]) if told[1] else None, told[2], told[3])
+    if backend.is_main and position == Position():
         shutil.rmtree(temporary, ignore_errors=True)
-    section = {k: v for k, v in config.policy.items() if k != "path"}
-    device = pick_device(config.train.device)
-    with patience("reading the base's data"):
-        frames = StreamFrames([tuple(tasks)], policy_config(section, device))
-    on = f", from step {done} on" if done else ""
-    if source is None:
-        with patience("making the base's policy"):
-            loaded = new_policy(section, frames, device, p.seed)
-        counters: dict[str, Any] = {"log_bytes": 0, "seconds": 0.0}
-    else:
-        loaded = load_policy(source / "policy", device)
-        counters = {**read_json(source / DESCRIPTION), **load_state(source, "training")}
-    _check_targets(config, (name for name, _ in loaded.policy.named_modules()))
-    say(backend, f"pretraining a base on {len(tasks)} tasks{on} → {folder}")
     visit = Visit(0, "pretraining", tuple(tasks))
     stream = TaskStream(f"pretraining of {config.dataset.name}", (visit,), tuple(tasks), "multitask")
-    log = RunLog(temporary, config.log.__class__(), folder.name, backend.is_main)
-    try:
-        if backend.is_main:
-            log.cut(int(counters["log_bytes"]), -1)
-        policy_view = PolicyView(loaded.policy, loaded.policy, loaded.preprocessor, backend.autocast)
-        ctx = Context(
-            stream=stream, policy=loaded.policy, frames=frames, train=train, seed=p.seed, device=backend.device,
-            view=policy_view,
-            log=log.event, rank=backend.rank, world_size=backend.world_size, collective=backend,
-        )  # fmt: skip
-        algorithm = CLAlgorithm(None)
-        algorithm.bind(ctx)
-        runner = PhaseRunner(ctx, algorithm, backend, policy_view, log)
-        runner.progress_mode = progress if backend.is_main else "quiet"
-        runner.total_steps, runner.skipped = done, int(counters.get("skipped", 0))
 
-        def seconds() -> float:
-            return float(counters["seconds"]) + time.monotonic() - start
+    what = f"pretraining a base on {len(tasks)} tasks"
 
-        def fill(state: Path, moments: Moments) -> dict[str, Any]:
-            save_policy(loaded, state / "policy")
-            save_state(state, "training", {"optimizer": moments, "skipped": runner.skipped})
-            return {"log_bytes": log.flushed(), "seconds": round(seconds(), 3)}
+    def start() -> tuple[LoadedPolicy, StreamFrames]:
+        device = pick_device(config.train.device)
+        frames = StreamFrames([tuple(tasks)], policy_config(dict(config.policy), device))
+        with patience("making the base's policy"):
+            loaded = new_policy(dict(config.policy), frames, device, config.pretrain.seed)
+        _check_targets(config, (name for name, _ in loaded.policy.named_modules()))
+        say(backend, f"{what} → {folder}")
+        return loaded, frames
 
-        def size(moments: Moments) -> int:
-            return tensor_bytes(dict(loaded.policy.state_dict())) + tensor_bytes(moments)
+    trainer = Trainer(
+        _as_run(config, progress), CLAlgorithm(None), stream, temporary, folder.name, backend, folder, keeper, stop,
+        start=start, again="The same command goes on from there.", place="in pretraining",
+    )  # fmt: skip
+    if position.step:
+        say(backend, f"{what}, from step {position.step} on → {folder}")
+    if position.k == 0:
+        trainer.run(position)
 
-        def after_step(phase: Phase, step: int, optimizer: torch.optim.Optimizer | None) -> None:
-            if save_if_due(backend, keeper, stop, (0, phase.name, step), runner.total_steps, optimizer, fill, size):
-                raise Interrupted(
-                    f"stopped by {stop.reason or 'a signal to another rank'} in pretraining, after step {step}; saved. "
-                    "The same command goes on from there."
-                )
-
-        runner.after_step = after_step
-        runner.run(training_phase(ctx), None if source is None else Resumed(done, counters["optimizer"]))
-    finally:
-        log.close()
+    done = checkpoint_folder(temporary, 0)
 
     def fill_base(base: Path) -> dict[str, Any]:
-        save_policy(loaded, base)
+        for path in (done / "policy").iterdir():
+            shutil.copyfile(path, base / path.name)
         shutil.copyfile(temporary / LOG_FILE, base / LOG_FILE)
-        described = {
-            **base_key(config, data),
-            "seconds": round(seconds(), 1),
-            "parameters": sum(q.numel() for q in loaded.policy.parameters()),
-            "render": tasks[0].env.get("render"),
-            "versions": versions(),
-        }
-        write_json(base / BASE_RECORD, redact(described, secrets_of(asdict(config))))
+        described = read_json(done / DESCRIPTION)
+        seconds, parameters = round(float(described["seconds"]), 1), int(described["parameters_total"])
+        _describe(base, config, tasks, data, seconds=seconds, parameters=parameters)
         return {}
 
     if backend.is_main:
         with patience("saving the base"):
-            write_whole(folder, fill_base, lambda: tensor_bytes(dict(loaded.policy.state_dict())))
+            write_whole(folder, fill_base, lambda: sum(p.stat().st_size for p in (done / "policy").iterdir()))
         shutil.rmtree(temporary)
     backend.barrier()
+
+
+def _draw(
+    config: Config,
+    tasks: list[Task],
+    data: DataSource,
+    folder: Path,
+    backend: Backend,
+    stop: Stop,
+    progress: str,
+) -> None:
+    """Make a base of random weights."""
+    why = "" if config.dataset.pretrain is not None else f": {config.dataset.name} has no pretraining tasks"
+    say(backend, f"the base's weights are random{why} (policy.path=FOLDER starts from a checkpoint) → {folder}")
+    if backend.is_main:
+        began = time.monotonic()
+        frames = StreamFrames([tuple(tasks)], policy_config(dict(config.policy), "cpu"))
+        with patience("making the base's policy"):
+            loaded = new_policy(dict(config.policy), frames, "cpu", config.pretrain.seed)
+
+        def fill_base(base: Path) -> dict[str, Any]:
+            save_policy(loaded, base)
+            parameters = sum(p.numel() for p in loaded.policy.parameters())
+            seconds = round(time.monotonic() - began, 1)
+            _describe(base, config, tasks, data, seconds=seconds, parameters=parameters)
+            return {}
+
+        write_whole(folder, fill_base, lambda: tensor_bytes(dict(loaded.policy.state_dict())))
+    backend.barrier()
+
+
+def _describe(
+    base: Path, config: Config, tasks: list[Task], data: DataSource, *, seconds: float, parameters: int
+) -> None:
+    """Write what a base is, beside it."""
+    described = {
+        **base_key(config, data),
+        "seconds": seconds,
+        "parameters": parameters,
+        "render": tasks[0].env.get("render"),
+        "versions": versions(),
+    }
+    write_json(base / BASE_RECORD, redact(described, secrets_of(asdict(config))))
+
+
+def _as_run(config: Config, progress: str) -> Config:
+    """The configuration of a pretraining: the run's, with what `pretrain` says in the place of `train`."""
+    p, t = config.pretrain, config.train
+    train = TrainConfig(
+        steps=p.steps, batch_size=p.batch_size, optimizer=p.optimizer, log_every=p.log_every,
+        mixed_precision=t.mixed_precision, num_workers=t.num_workers, device=t.device, strategy=t.strategy,
+        save_every_steps=t.save_every_steps, save_every_minutes=t.save_every_minutes, on_nonfinite=t.on_nonfinite,
+    )  # fmt: skip
+    return replace(config, seed=p.seed, train=train, lora=LoraConfig(), log=LogConfig(progress=progress))
+
+
+def _position(temporary: Path, keeper: StateKeeper) -> Position:
+    """Where a pretraining stands: at its newest whole state, or done."""
+    done = checkpoint_folder(temporary, 0)
+    if (done / DESCRIPTION).is_file() and damage(done) is None:
+        return Position(1, done)
+    found = keeper.newest(0)
+    if found is not None and "total_steps" not in load_state(found.source, "training"):  # type: ignore[arg-type]
+        tell(f"note: {found.source} is of an earlier version of clbench; the pretraining starts again.")
+        return Position()
+    return found or Position()
 
 
 def load_base(path: Path, config: Config) -> LoadedPolicy:

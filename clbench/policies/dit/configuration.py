@@ -33,6 +33,13 @@ class DitConfig(DitSettings, PreTrainedConfig):
         super().__post_init__()
         self.check()
 
+    def check_weights(self, shapes: dict[str, tuple[int, ...]]) -> bool:
+        """Whether weights of these shapes can be of such sizes: asked before memory is taken for them."""
+        widest = max((n for shape in shapes.values() for n in shape), default=0)
+        fits = self.d_model * self.ffn_mult <= widest and self.text_vocab_size * self.text_dim <= 2**26
+        fits &= self.encoder_layers + self.decoder_layers <= len(shapes) and self.image_tokens_side <= 256
+        return fits and max(self.chunk_size, self.text_max_words, self.num_inference_steps) <= 65_536
+
     def validate_features(self) -> None:
         """Raise ValueError unless there is an action and something to observe."""
         if self.action_feature is None:
