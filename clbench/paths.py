@@ -1,26 +1,31 @@
-"""Where things are: the project's configs, and the data, model, results and cache roots, which variables move."""
+"""Where things are: the data, model, results and cache roots, which variables move.
+
+In a checkout they lie in the project. A wheel has no project: they are then in the working directory, the cache in the
+user's, and nothing is written where the package lies.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-PROJECT_ROOT = Path(__file__).resolve().parent.parent
-CONFIG_ROOT = PROJECT_ROOT / "configs"
+PACKAGE = Path(__file__).resolve().parent
+PROJECT_ROOT = PACKAGE.parent
+INSTALLED = (PACKAGE / "configs").is_dir()  # from a wheel, which has the configurations inside the package
 
 
 def _root(variable: str, default: str) -> Path:
     value = os.environ.get(variable)
-    return Path(value).expanduser() if value else PROJECT_ROOT / default
+    return Path(value).expanduser() if value else (Path.cwd() if INSTALLED else PROJECT_ROOT) / default
 
 
 def data_root() -> Path:
-    """Demonstrations: $CLBENCH_DATA_ROOT, else data/ in the project."""
+    """Demonstrations: $CLBENCH_DATA_ROOT, else data/."""
     return _root("CLBENCH_DATA_ROOT", "data")
 
 
 def model_root() -> Path:
-    """Checkpoints to start from, by name: $CLBENCH_MODEL_ROOT, else models/ in the project."""
+    """Checkpoints to start from, by name: $CLBENCH_MODEL_ROOT, else models/."""
     return _root("CLBENCH_MODEL_ROOT", "models")
 
 
@@ -30,12 +35,14 @@ def named_folder(name: str, root: Path) -> Path:
 
 
 def results_root() -> Path:
-    """Runs and reports: $CLBENCH_RESULTS_ROOT, else results/ in the project."""
+    """Runs and reports: $CLBENCH_RESULTS_ROOT, else results/."""
     return _root("CLBENCH_RESULTS_ROOT", "results")
 
 
 def cache_root() -> Path:
-    """What can be made again: $CLBENCH_CACHE_ROOT, else .cache/ in the project."""
+    """What can be made again: $CLBENCH_CACHE_ROOT, else .cache/ in the project, or clbench/ in the user's cache."""
+    if INSTALLED and not os.environ.get("CLBENCH_CACHE_ROOT"):
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "clbench"
     return _root("CLBENCH_CACHE_ROOT", ".cache")
 
 

@@ -165,6 +165,24 @@ def describe(entry: Entry) -> Description:
     return Description(text[0] if text else "")
 
 
+def package_folders(group: str) -> list[tuple[str, Path]]:
+    """Folders of the packages that entry points of a group name, with the distribution; nothing is imported.
+
+    Raises:
+        UserError: a value names no package that can be found.
+    """
+    found = []
+    for point in sorted(_points(group), key=lambda p: (_origin(p), p.name)):
+        folder = _folder(point.value)
+        if folder is None:
+            raise UserError(
+                f"{_origin(point)}: the entry point '{point.name}' of clbench.{group} names {point.value}, and there "
+                "is no such package. Install it again, or mend its pyproject.toml."
+            )
+        found.append((_origin(point), folder))
+    return found
+
+
 def algorithm_names() -> list[str]:
     """Every name that `--algo` takes."""
     return names("algorithms")
@@ -212,6 +230,17 @@ def _source(module: str) -> Path | None:
             if path.is_file():
                 return path
     return None
+
+
+def _folder(package: str) -> Path | None:
+    """The folder of a package; only its top-level package is looked for, so that nothing is imported."""
+    top, *rest = package.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return None
+    places = [] if spec is None else spec.submodule_search_locations or []
+    return next((folder for p in places if (folder := Path(p).joinpath(*rest)).is_dir()), None)
 
 
 def _needs(node: ast.ClassDef | ast.FunctionDef) -> tuple[str, ...]:

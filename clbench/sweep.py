@@ -25,12 +25,13 @@ from typing import IO
 
 from clbench.config.compose import compose, load_yaml
 from clbench.config.dit import check_policy
+from clbench.config.folders import find, names
 from clbench.config.schema import Config
 from clbench.errors import RESUME_EXIT, UserError, nearest
 from clbench.evaluation.records import eval_folder
 from clbench.io import read_json
 from clbench.lock import held, taken_by
-from clbench.paths import CONFIG_ROOT, results_root
+from clbench.paths import results_root
 from clbench.patience import patience
 from clbench.processes import Child, server, start_command
 from clbench.registry import algorithm_names
@@ -79,10 +80,9 @@ def load_experiment(name: str) -> tuple[Experiment, list[Run]]:
     """Read an experiment file and list its runs; raises UserError for unknown keys and names."""
     from clbench.checkpoints.run_folder import results_folder
 
-    path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIG_ROOT / "experiments" / f"{name}.yaml"
-    if not path.is_file():
-        known = [p.stem for p in (CONFIG_ROOT / "experiments").glob("*.yaml")]
-        raise UserError(f"there is no experiment '{name}'.{nearest(name, known)}")
+    path = Path(name) if name.endswith((".yaml", ".yml")) else find("experiments", name)
+    if path is None or not path.is_file():
+        raise UserError(f"there is no experiment '{name}'.{nearest(name, names('experiments'))}")
     experiment = Experiment(**load_yaml(path, Experiment))
     if not experiment.algorithms or not experiment.seeds:
         raise UserError(f"{path}: algorithms and seeds must not be empty.")

@@ -18,6 +18,7 @@ for _name, _value in {
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # under nohup, as a script's background job: children inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+os.environ.pop("CLBENCH_CONFIG_PATH", None)  # a developer's own presets play no part
 LIBERO_PYTHON = os.environ.pop("LIBERO_PYTHON", None)  # for the tests that are about it; others look into simulators
 
 import pytest  # noqa: E402

@@ -16,7 +16,6 @@ import yaml
 
 from clbench.checkpoints.changes import changed_values
 from clbench.config.compose import (
-    CONFIG_ROOT,
     _recipe,
     available,
     compose,
@@ -26,6 +25,7 @@ from clbench.config.compose import (
     to_dict,
     to_yaml,
 )
+from clbench.config.folders import SHIPPED
 from clbench.config.schema import LogConfig, WandbConfig
 from clbench.errors import UserError
 from clbench.lock import held
@@ -85,10 +85,10 @@ def test_every_shipped_file_composes() -> None:
         if names["model"] == "checkpoint":
             names["overrides"] = ["policy.path=somewhere"]
         used.update(compose(**names)[1])
-    shipped = {f"configs/{p.relative_to(CONFIG_ROOT)}" for k in ("models", "datasets", "algorithms", "recipes")
-               for p in (CONFIG_ROOT / k).glob("*.yaml")}  # fmt: skip
+    shipped = {f"configs/{p.relative_to(SHIPPED)}" for k in ("models", "datasets", "algorithms", "recipes")
+               for p in (SHIPPED / k).glob("*.yaml")}  # fmt: skip
     assert shipped - used == set()
-    for recipe in (CONFIG_ROOT / "recipes").glob("*.yaml"):
+    for recipe in (SHIPPED / "recipes").glob("*.yaml"):
         algo, _, name = recipe.stem.partition("_")
         streams = [d for d in available("datasets") if recipe in _recipe([algo], d)]
         assert algo in available("algorithms") and streams, recipe
@@ -97,17 +97,17 @@ def test_every_shipped_file_composes() -> None:
 
 @pytest.mark.parametrize("name", ["WANDB_API_KEY", "SECRET_OF_MINE", "DB_PASSWORD", "hf_token"])
 def test_secrets_are_redacted_inside_of_values(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for key, value in ((name, "do-not-tell"), ("LONGER_TOKEN", "do-not-tell-more"), ("MY_KEY", str(CONFIG_ROOT))):
+    for key, value in ((name, "do-not-tell"), ("LONGER_TOKEN", "do-not-tell-more"), ("MY_KEY", str(SHIPPED))):
         monkeypatch.setenv(key, value)
     config, _ = compose(model="dit_dec_tiny", algorithms=["er"], dataset="metaworld_quick", overrides=[
         "log.project=x-${oc.env:" + name + "}-y", "policy={note: [do-not-tell-more], api_key: my-own-secret}",
-        "model=of-my-own-secret", "output_dir=" + str(CONFIG_ROOT / "runs"),
+        "model=of-my-own-secret", "output_dir=" + str(SHIPPED / "runs"),
     ])  # fmt: skip
     assert config.log.project == "x-do-not-tell-y"  # what is used
     written = yaml.safe_load(to_yaml(config))
     assert "do-not" not in to_yaml(config) and "my-own-secret" not in to_yaml(config)
     assert written["log"]["project"] == "x-<redacted>-y" and written["policy"]["note"] == ["<redacted>"]
-    assert written["output_dir"] == str(CONFIG_ROOT / "runs")  # the path of a key's file is no secret
+    assert written["output_dir"] == str(SHIPPED / "runs")  # the path of a key's file is no secret
 
 
 def test_command_lines_are_written_down_without_secrets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_overrides_of_a_composed_configuration() -> None:
 def test_experiments_name_things_that_exist() -> None:
     from clbench.sweep import load_experiment
 
-    for path in (CONFIG_ROOT / "experiments").glob("*.yaml"):
+    for path in (SHIPPED / "experiments").glob("*.yaml"):
         experiment, runs = load_experiment(path.stem)
         assert len(runs) == len(experiment.algorithms) * len(experiment.seeds)
         assert len({r.run_id for r in runs}) == len(runs)

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 from clbench.checkpoints.run_folder import read_checkpoint, read_manifest
 from clbench.checkpoints.state import load_state, save_state
-from clbench.config.compose import CONFIG_ROOT, compose, compose_files, override, to_dict, to_yaml
+from clbench.config.compose import compose, compose_files, override, to_dict, to_yaml
+from clbench.config.folders import SHIPPED
 from clbench.data.info import DataInfo, load_info
 from clbench.errors import UserError
 from clbench.evaluation.evaluate import run_config
@@ -482,4 +483,4 @@ def test_the_inputs_reach_what_they_are_meant_for() -> None:
     assert damage(b"abcdef", [("flip", 0.0, 0.0, b"")]) == b"`bcdef"
     assert damage(b"abcdef", [("end", 0.5, 0.0, b"")]) == b"abc"
     assert graft({"a": [1, 2]}, 0.99, "x") == {"a": [1, "x"]}
-    assert (CONFIG_ROOT / "base.yaml").is_file()
+    assert (SHIPPED / "base.yaml").is_file()

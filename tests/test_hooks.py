@@ -19,9 +19,9 @@ from clbench.algorithms.build import ComposedAlgorithm, build_algorithm
 from clbench.algorithms.hooks import CLAlgorithm, Context, GradientView, Phase, WeightView, check_hooks, training_phase
 from clbench.checkpoints.policy_io import policy_config
 from clbench.config.compose import available, compose, load_yaml
+from clbench.config.folders import SHIPPED
 from clbench.data.frames import Batch
 from clbench.io import read_jsonl
-from clbench.paths import CONFIG_ROOT
 from clbench.registry import ALGORITHMS, algorithm_class
 from clbench.training.trainer import train
 from tests.toy import toy_config
@@ -174,7 +174,7 @@ def test_composition_runs_in_order_and_after_hooks_in_reverse() -> None:
 
 @pytest.mark.parametrize("name", available("algorithms"))
 def test_algorithm_files_show_the_real_defaults(name: str) -> None:
-    section = load_yaml(CONFIG_ROOT / "algorithms" / f"{name}.yaml")["algorithm"]
+    section = load_yaml(SHIPPED / "algorithms" / f"{name}.yaml")["algorithm"]
     assert section.pop("name") == name
     assert section == dataclasses.asdict(algorithm_class(name).Config())
 

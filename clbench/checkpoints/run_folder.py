@@ -23,7 +23,7 @@ from clbench.config.schema import Config, base_origin
 from clbench.envs.base import other_python, privileged, simulator_versions
 from clbench.errors import UserError, nearest
 from clbench.io import OF_A_RUN, read_json, refuse_links, write_json, write_text
-from clbench.paths import PROJECT_ROOT, data_root, model_root, named_folder, results_root
+from clbench.paths import INSTALLED, PROJECT_ROOT, data_root, model_root, named_folder, results_root
 from clbench.redaction import redact, redact_command, secrets_of
 from clbench.streams.stream import Task, TaskStream, pretraining_tasks
 from clbench.terminal import tell
@@ -52,6 +52,8 @@ def versions() -> dict[str, str]:
 
 def git_revision() -> str | None:
     """The project's revision, "+" when the tree has changes, or None outside a repository."""
+    if INSTALLED:  # a repository around the place where packages are installed is somebody else's
+        return None
     try:
         run = subprocess.run(
             ["git", "-C", str(PROJECT_ROOT), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],

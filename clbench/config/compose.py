@@ -23,13 +23,13 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from clbench.config import folders
 from clbench.config.reading import clip, overlay, plain, read_overrides, read_yaml
 from clbench.config.schema import Config, DatasetConfig, PretrainDataConfig, base_origin
 from clbench.envs.base import SEEDS_PER_SPLIT, SPLITS
 from clbench.envs.rendering import FIDELITIES, MAX_SIZE, MIN_SIZE
 from clbench.errors import UserError, nearest
 from clbench.io import read_text
-from clbench.paths import CONFIG_ROOT
 from clbench.redaction import redact, secrets_of
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -43,8 +43,8 @@ DATASET_ALIASES = {"libero_long": "libero_10", "libero_long_state": "libero_10_s
 
 
 def available(kind: str) -> list[str]:
-    """Names of the YAML files under configs/KIND."""
-    return sorted(p.stem for p in (CONFIG_ROOT / kind).glob("*.yaml"))
+    """Names of the YAML files of a kind, in all folders (folders.py)."""
+    return folders.names(kind)
 
 
 def load_yaml(path: Path | str, schema: type = Config) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def load_yaml(path: Path | str, schema: type = Config) -> dict[str, Any]:
     path = Path(path)
     text = read_text(path, MAX_YAML_BYTES)
     try:
-        return read_yaml(text, schema, _short(path))
+        return read_yaml(text, schema, folders.shown(path))
     except UserError:
         raise
     except INVALID as e:
@@ -73,11 +73,11 @@ def _one_line(e: BaseException) -> str:
 
 
 def find(kind: str, name: str, known: Iterable[str] = ()) -> Path | None:
-    """Return the YAML of `name` (a name under configs/KIND or a path), None if only the registry knows it."""
+    """Return the YAML of `name` (of a kind, or a path), None if only the registry knows it."""
     if name.endswith((".yaml", ".yml")):
         return Path(name)
-    path = CONFIG_ROOT / kind / f"{name}.yaml"
-    if path.parent == CONFIG_ROOT / kind and path.is_file():
+    path = folders.find(kind, name)
+    if path is not None:
         return path
     if name in set(known):
         return None
@@ -101,7 +101,7 @@ def compose(
     None = the command line.
     """
     dataset = DATASET_ALIASES.get(dataset, dataset)
-    files = [CONFIG_ROOT / "base.yaml"]
+    files = [folders.shipped("base.yaml")]
     for kind, names, known in (
         ("models", [model], ()),
         ("datasets", [dataset], ()),
@@ -112,7 +112,7 @@ def compose(
     files += recipes
     notes = _decided(recipes)
     head = {"model": Path(model).stem, "algorithm": {"name": _name(algorithms)}}
-    return _merge(files, head, overrides, smoke, source), [_short(f) + notes.get(f, "") for f in files]
+    return _merge(files, head, overrides, smoke, source), [folders.shown(f) + notes.get(f, "") for f in files]
 
 
 def _recipe(algorithms: Sequence[str], dataset: str) -> list[Path]:
@@ -126,8 +126,8 @@ def _recipe(algorithms: Sequence[str], dataset: str) -> list[Path]:
 
     def recipe(algorithm: str) -> list[Path]:
         for name in (Path(dataset).stem, shared):
-            path = CONFIG_ROOT / "recipes" / f"{algorithm}_{name}.yaml"
-            if path.parent == CONFIG_ROOT / "recipes" and path.is_file():
+            path = folders.find("recipes", f"{algorithm}_{name}")
+            if path is not None:
                 return [path]
         return []
 
@@ -159,12 +159,8 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def compose_files(paths: Sequence[str], overrides: Sequence[str] = (), smoke: bool = False) -> tuple[Config, list[str]]:
     """Merge explicit YAML files left to right over base.yaml; the three axes play no part."""
-    files = [CONFIG_ROOT / "base.yaml", *map(Path, paths)]
-    return _merge(files, {}, overrides, smoke), [_short(f) for f in files]
-
-
-def _short(path: Path) -> str:
-    return str(path.relative_to(CONFIG_ROOT.parent)) if path.is_relative_to(CONFIG_ROOT.parent) else str(path)
+    files = [folders.shipped("base.yaml"), *map(Path, paths)]
+    return _merge(files, {}, overrides, smoke), [folders.shown(f) for f in files]
 
 
 def _name(algorithms: Sequence[str]) -> str | list[str]:
@@ -183,9 +179,9 @@ def _merge(
         section = layer.get("algorithm")
         named = section.get("name") if isinstance(section, dict) else None
         for name in ["base", *([named] if isinstance(named, str) else named or [])]:
-            path = CONFIG_ROOT / "smoke" / f"{name}.yaml"
-            if path.is_file():
-                layer = overlay(layer, load_yaml(path))
+            short = folders.find("smoke", name)
+            if short is not None:
+                layer = overlay(layer, load_yaml(short))
     return to_config(_joined(Config, overlay(layer, read_overrides(overrides, Config, source))))
 
 

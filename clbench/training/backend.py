@@ -30,15 +30,15 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
+from clbench.config.folders import shipped
 from clbench.config.schema import TrainConfig
 from clbench.errors import RankLost, UserError
 from clbench.io import read_json
 from clbench.launch import EXPECTED_RANKS, launched, world_size
-from clbench.paths import CONFIG_ROOT
 from clbench.patience import patience
 from clbench.terminal import tell
 
-ZERO2_FILE = CONFIG_ROOT / "accelerate" / "zero2.json"
+ZERO2_FILE = shipped("accelerate", "zero2.json")
 MASTER = "master"  # key of a low-precision parameter's fp32 value in a saved optimizer state
 BUCKET_NUMBERS = 2**23  # gradients that are averaged in one collective call (32 MB in fp32)
 
