@@ -5,7 +5,7 @@ gets one adapter and one discriminator per task (the costliest case: every layer
 reset before each call, so that each call predicts a chunk: encodes, routes every sample, integrates. Normalisation is
 not part of it. The variants take turns, a few calls each, and every turn gives one ratio to the same turn's 1 task.
 
-Two tables: the sizes of configs/recipes/clare_metaworld_quick.yaml, and the paper's (adapter 1024, discriminator
+Two tables: the sizes of configs/recipes/dit_dec_tiny.yaml, and the paper's (adapter 1024, discriminator
 256 → 128).
 """
 
@@ -43,7 +43,7 @@ def sizes() -> dict[str, dict[str, Any]]:
         "func_adapter_cfg": {"hidden_dim": 1024},
         "discriminator_cfg": {"hidden_dim": 256, "latent_dim": 128},
     }
-    return {"recipe clare_metaworld_quick": recipe, "paper": paper}
+    return {"recipe of dit_dec_tiny": recipe, "paper": paper}
 
 
 def build(tasks: int, size: dict[str, Any]) -> Any:

@@ -15,8 +15,9 @@ import pytest
 import yaml
 
 from clbench.checkpoints.changes import changed_values
+from clbench.config import recipes
 from clbench.config.compose import (
-    _recipe,
+    _streams,
     available,
     compose,
     compose_files,
@@ -42,7 +43,7 @@ def test_later_layers_win() -> None:
         overrides=["--train.steps=7", "seed=3"],
     )
     assert config.policy["type"] == "dit_encdec" and config.train.steps == 7 and config.seed == 3
-    assert "configs/recipes/clare_metaworld.yaml" in files  # named, because it applies
+    assert files[-1].startswith("configs/recipes/dit_dec_tiny.yaml clare (algorithm.adapter_hidden=64, ")
     assert config.algorithm["adapter_hidden"] == 64  # the recipe's
     assert config.algorithm["expand_threshold"] == 2.5  # the algorithm's
 
@@ -84,15 +85,17 @@ def test_every_shipped_file_composes() -> None:
     for names in every_file():
         if names["model"] == "checkpoint":
             names["overrides"] = ["policy.path=somewhere"]
-        used.update(compose(**names)[1])
+        used.update(line.partition(" ")[0] for line in compose(**names)[1])
+    used.add("configs/recipes/dit_encdec_tiny.yaml")  # which is like dit_dec_tiny's, and that is named
     shipped = {f"configs/{p.relative_to(SHIPPED)}" for k in ("models", "datasets", "algorithms", "recipes")
                for p in (SHIPPED / k).glob("*.yaml")}  # fmt: skip
     assert shipped - used == set()
+    known = {name for d in available("datasets") for name in _streams(d)}
     for recipe in (SHIPPED / "recipes").glob("*.yaml"):
-        algo, _, name = recipe.stem.partition("_")
-        streams = [d for d in available("datasets") if recipe in _recipe([algo], d)]
-        assert algo in available("algorithms") and streams, recipe
-        assert name in (*streams, "metaworld", "libero_state")
+        assert recipe.stem in available("models")
+        for algorithm, section in recipes._sections(recipe.stem).items():
+            assert algorithm in available("algorithms")
+            assert {*(section.tuned_for or ()), *section.keys.get("streams", {})} <= known
 
 
 @pytest.mark.parametrize("name", ["WANDB_API_KEY", "SECRET_OF_MINE", "DB_PASSWORD", "hf_token"])
@@ -262,9 +265,10 @@ def test_messages_about_files_show_their_form(text: str, form: str, tmp_path: Pa
 def test_combined_algorithms_keep_their_recipes() -> None:
     config, files = compose(model="dit_dec_tiny", algorithms=["er", "ewc"], dataset="metaworld_quick")
     assert config.algorithm["ewc_lambda"] == 1e3 and config.train.optimizer.lr == 3e-4
+    recipe = "configs/recipes/dit_dec_tiny.yaml"
     assert files[-2:] == [
-        "configs/recipes/er_metaworld.yaml",
-        "configs/recipes/ewc_metaworld.yaml (train.optimizer.lr=0.0003 instead of 0.001 of er_metaworld)",
+        f"{recipe} er (train.optimizer.lr=0.001)",
+        f"{recipe} ewc (train.optimizer.lr=0.0003 instead of er's 0.001, algorithm.ewc_lambda=1000.0)",
     ]
     config, files = compose(model="dit_dec_tiny", algorithms=["ewc", "er"], dataset="metaworld_cw10")
     assert config.algorithm["ewc_lambda"] == 1e3 and config.train.optimizer.lr == 1e-3

@@ -11,7 +11,8 @@ from clbench.checkpoints import training_state
 from clbench.checkpoints.base import WEIGHTS, weights_digest
 from clbench.checkpoints.run_folder import PEFT_COPY, absolute, absolute_paths, finished_visits, read_manifest
 from clbench.checkpoints.whole import DESCRIPTION
-from clbench.config.compose import flatten, load_yaml, to_dict
+from clbench.config.compose import load_yaml, to_dict
+from clbench.config.reading import flatten
 from clbench.config.schema import Config, PretrainDataConfig
 from clbench.errors import UserError, nearest
 from clbench.io import read_json

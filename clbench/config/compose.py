@@ -1,8 +1,9 @@
 """From names, files and overrides to one checked configuration.
 
-    base.yaml ← models/M ← datasets/D ← algorithms/A… ← recipes/{A}_{D}… ← --yaml files ← smoke ← dotlist overrides
+    base.yaml ← models/M ← datasets/D ← algorithms/A… ← recipes/M ← smoke ← dotlist overrides
 
-Later wins, also among the recipes of several algorithms. A key that nobody defined is an error that names the nearest
+Later wins, also among the recipe's sections for several algorithms. `--yaml` files stand in place of the axes and the
+recipes. A key that nobody defined is an error that names the nearest
 valid one; values are read by the types of their keys (reading.py).
 
 Files are taken for hostile: no tags, no aliases, no ${…} (docs/security.md). Overrides are the user's own and may
@@ -21,55 +22,23 @@ from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from clbench.config import folders
-from clbench.config.reading import clip, overlay, plain, read_overrides, read_yaml
+from clbench.config import folders, recipes
+from clbench.config.files import INVALID, load_yaml, one_line
+from clbench.config.reading import clip, overlay, plain, read_overrides
 from clbench.config.schema import Config, DatasetConfig, PretrainDataConfig, base_origin
 from clbench.envs.base import SEEDS_PER_SPLIT, SPLITS
 from clbench.envs.rendering import FIDELITIES, MAX_SIZE, MIN_SIZE
 from clbench.errors import UserError, nearest
-from clbench.io import read_text
 from clbench.redaction import redact, secrets_of
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-MAX_YAML_BYTES = 256 * 1024
-# What OmegaConf, its parsers and Python's conversions raise for values that do not fit; 10**5000 is a ValueError.
-INVALID = (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, IndexError, AttributeError, OverflowError,
-           RecursionError)  # fmt: skip
-
-
 DATASET_ALIASES = {"libero_long": "libero_10", "libero_long_state": "libero_10_state"}  # LIBERO-Long is LIBERO-10
 
 
 def available(kind: str) -> list[str]:
     """Names of the YAML files of a kind, in all folders (folders.py)."""
     return folders.names(kind)
-
-
-def load_yaml(path: Path | str, schema: type = Config) -> dict[str, Any]:
-    """Read one YAML mapping whose keys are those of a dataclass.
-
-    Raises:
-        UserError: it is missing, too large, no YAML, no mapping, or holds what a configuration file may not: tags,
-            aliases, ${…}, a key twice, more than MAX_DEPTH levels, keys that there are not, values of another kind
-            than their keys'.
-    """
-    path = Path(path)
-    text = read_text(path, MAX_YAML_BYTES)
-    try:
-        return read_yaml(text, schema, folders.shown(path))
-    except UserError:
-        raise
-    except INVALID as e:
-        raise UserError(f"{path} is not valid YAML: {_one_line(e)}") from e
-
-
-def _one_line(e: BaseException) -> str:
-    text = " ".join(str(e).split("full_key:")[0].split()) or type(e).__name__
-    if re.search(r"\b(\w+Config|\w+Node|OmegaConf|Optional)\b", text):  # words of a library
-        text = "a value of another kind than its key's"
-    return clip(text)
 
 
 def find(kind: str, name: str, known: Iterable[str] = ()) -> Path | None:
@@ -108,59 +77,34 @@ def compose(
         ("algorithms", algorithms, registered),
     ):
         files += [p for p in (find(kind, n, known) for n in names) if p is not None]
-    recipes = _recipe(algorithms, dataset)
-    files += recipes
-    notes = _decided(recipes)
+    applied = recipes.apply(_preset(model, overrides, source), algorithms, _streams(dataset))
     head = {"model": Path(model).stem, "algorithm": {"name": _name(algorithms)}}
-    return _merge(files, head, overrides, smoke, source), [folders.shown(f) + notes.get(f, "") for f in files]
+    config = _merge(files, [*(a.settings for a in applied), head], overrides, smoke, source)
+    return config, [*map(folders.shown, files), *(a.line for a in applied)]
 
 
-def _recipe(algorithms: Sequence[str], dataset: str) -> list[Path]:
-    """The recipes of the algorithms for this stream, else those for the streams that it shares recipes with.
-
-    A combination has a recipe of its own (A+B_STREAM.yaml), else each algorithm's, in the order given.
-    """
-    stream = find("datasets", dataset)
-    section = load_yaml(stream).get("dataset") if stream is not None else None
-    shared = section.get("recipes") if isinstance(section, dict) else None
-
-    def recipe(algorithm: str) -> list[Path]:
-        for name in (Path(dataset).stem, shared):
-            path = folders.find("recipes", f"{algorithm}_{name}")
-            if path is not None:
-                return [path]
-        return []
-
-    return recipe("+".join(algorithms)) or [path for algorithm in algorithms for path in recipe(algorithm)]
+def _streams(dataset: str) -> list[str]:
+    """What recipes know a stream by: its file's name, then the family that the file names (`dataset.recipes`)."""
+    path = find("datasets", dataset)
+    section = load_yaml(path).get("dataset") if path is not None else None
+    family = section.get("recipes") if isinstance(section, dict) else None
+    return [Path(dataset).stem, *([family] if family else [])]
 
 
-def _decided(recipes: Sequence[Path]) -> dict[Path, str]:
-    """What a combination's later recipe decides against an earlier one, in words: recipe → note."""
-    seen: dict[str, tuple[Any, Path]] = {}
-    notes: dict[Path, list[str]] = {}
-    for path in recipes:
-        for key, value in flatten(load_yaml(path)).items():
-            before = seen.get(key)
-            if before is not None and before[0] != value:
-                notes.setdefault(path, []).append(f"{key}={value} instead of {before[0]} of {before[1].stem}")
-            seen[key] = value, path
-    return {path: f" ({', '.join(said)})" for path, said in notes.items()}
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """A tree of mappings as one mapping, with dots in its keys."""
-    if not isinstance(value, dict):
-        return {prefix.rstrip("."): value}
-    out: dict[str, Any] = {}
-    for k, v in value.items():
-        out.update(flatten(v, f"{prefix}{k}."))
-    return out
+def _preset(model: str, overrides: Sequence[str], source: str | None) -> str | None:
+    """Whose recipes apply: the model's; with a checkpoint the preset's whose settings it has; None: there is none."""
+    file = find("models", model)
+    preset = load_yaml(file).get("policy", {}) if file is not None else {}
+    policy = overlay(preset, read_overrides(overrides, Config, source).get("policy", {}))
+    if policy.get("path") is not None:
+        return recipes.preset_of(str(policy["path"]))
+    return Path(model).stem if policy.get("type") == preset.get("type", model) else None
 
 
 def compose_files(paths: Sequence[str], overrides: Sequence[str] = (), smoke: bool = False) -> tuple[Config, list[str]]:
     """Merge explicit YAML files left to right over base.yaml; the three axes play no part."""
     files = [folders.shipped("base.yaml"), *map(Path, paths)]
-    return _merge(files, {}, overrides, smoke), [folders.shown(f) for f in files]
+    return _merge(files, [], overrides, smoke), [folders.shown(f) for f in files]
 
 
 def _name(algorithms: Sequence[str]) -> str | list[str]:
@@ -169,12 +113,15 @@ def _name(algorithms: Sequence[str]) -> str | list[str]:
 
 
 def _merge(
-    files: Sequence[Path], head: dict[str, Any], overrides: Sequence[str], smoke: bool, source: str | None = None
+    files: Sequence[Path],
+    above: Sequence[dict[str, Any]],
+    overrides: Sequence[str],
+    smoke: bool,
+    source: str | None = None,
 ) -> Config:
     layer: dict[str, Any] = {}
-    for path in files:
-        layer = overlay(layer, load_yaml(path))
-    layer = overlay(layer, head)
+    for part in [*map(load_yaml, files), *above]:
+        layer = overlay(layer, part)
     if smoke:
         section = layer.get("algorithm")
         named = section.get("name") if isinstance(section, dict) else None
@@ -190,7 +137,7 @@ def _joined(config: Any, layer: dict[str, Any]) -> Any:
     try:
         return OmegaConf.merge(OmegaConf.structured(config), layer)
     except INVALID as e:
-        raise UserError(f"the configuration is not valid: {getattr(e, 'full_key', None) or ''} {_one_line(e)}") from e
+        raise UserError(f"the configuration is not valid: {getattr(e, 'full_key', None) or ''} {one_line(e)}") from e
 
 
 def read_config(path: Path) -> Config:
@@ -216,7 +163,7 @@ def to_config(config: Any) -> Config:
     except INVALID as e:
         if isinstance(e, UserError):
             raise
-        raise UserError(f"the configuration is not valid: {_one_line(e)}") from e
+        raise UserError(f"the configuration is not valid: {one_line(e)}") from e
     assert isinstance(obj, Config)
     _check_lists(obj)
     check_values(obj)

@@ -73,6 +73,21 @@ def read_yaml(text: str, schema: type, source: str) -> dict[str, Any]:
     return _switched(_section(node, schema, "", _Place(source)))
 
 
+def read_sections(text: str, schema: type, reserved: dict[str, Any], source: str) -> dict[str, Any]:
+    """Read a YAML mapping of names to sections, each with the keys of a dataclass; raises as `read_yaml`.
+
+    `reserved`: keys that are no such names, with their types.
+    """
+    node = _parsed(text, references=False)
+    if node is None:
+        return {}
+    if not isinstance(node, yaml.MappingNode):
+        raise ValueError("it must hold a mapping of keys to values")
+    place = _Place(source)
+    items = _items(node, "", place)
+    return {name: _read(child, reserved.get(name, schema), name, place) for name, child in items}
+
+
 def read_overrides(items: Sequence[str], schema: type, source: str | None = None) -> dict[str, Any]:
     """Read overrides, key=value, as one mapping; later ones win.
 
@@ -105,6 +120,16 @@ def overlay(below: Any, above: Any) -> Any:
     for key, value in above.items():
         joined[key] = overlay(below[key], value) if key in below else value
     return joined
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """A tree of mappings as one mapping, with dots in its keys."""
+    if not isinstance(value, dict):
+        return {prefix.rstrip("."): value}
+    out: dict[str, Any] = {}
+    for k, v in value.items():
+        out.update(flatten(v, f"{prefix}{k}."))
+    return out
 
 
 def plain(text: str) -> Any:
@@ -358,11 +383,12 @@ def _map(node: Any, inner: Any, key: str, place: _Place) -> dict[str, Any]:
         place.refuse(key, "a map", _said(node), _map_form(key))
     values: dict[str, Any] = {}
     for name, child in _items(node, key, place):
-        if inner is not Any and isinstance(child, yaml.ScalarNode) and child.style is None and child.value in NULLS:
+        texts = inner is not Any and not is_dataclass(inner)
+        if texts and isinstance(child, yaml.ScalarNode) and child.style is None and child.value in NULLS:
             old, colon, new = name.partition(":")
             hint = f", with a blank behind the colon: {{{old}: {new}}}" if colon and new else ""
             place.refuse(key, f"a map of texts to texts{hint}", name, _map_form(key))
-        if inner is not Any and not isinstance(child, yaml.ScalarNode):
+        if texts and not isinstance(child, yaml.ScalarNode):
             place.refuse(key, "a map of texts to texts", _said(child), _map_form(key))
         values[name] = _read(child, KNOWN.get(key, {}).get(name, inner), f"{key}.{name}", place)
     return values

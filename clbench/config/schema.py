@@ -172,7 +172,8 @@ class DatasetConfig:
         fresh_on_revisit: a task's visits share its demonstrations out among them instead of seeing all each time.
         make: how `clbench data make` makes the data.
         pretrain: the base's tasks and data; null = the stream has no base of its own.
-        recipes: whose recipes apply where the stream has none of its own (configs/recipes/ALGORITHM_NAME.yaml).
+        recipes: the stream's family, by which recipes know it beside its own name (docs/configuration.md). It is read
+            from the stream's file; of a configuration that is written down it plays no part any more.
     """
 
     name: str = MISSING

@@ -15,7 +15,8 @@ from reprlib import repr as shown
 from typing import TYPE_CHECKING, Any
 
 from clbench.checkpoints.changes import FREE_ON_RESUME
-from clbench.config.compose import flatten, load_yaml
+from clbench.config.compose import load_yaml
+from clbench.config.reading import flatten
 from clbench.config.schema import Config, LoraConfig
 from clbench.errors import UserError
 from clbench.evaluation.records import EPISODE_SEEDS

@@ -1,0 +1,57 @@
+"""Reading one configuration file, which is taken for hostile: no tags, no aliases, no ${…} (docs/security.md)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf.errors import OmegaConfBaseException
+
+from clbench.config import folders
+from clbench.config.reading import clip, read_sections, read_yaml
+from clbench.config.schema import Config
+from clbench.errors import UserError
+from clbench.io import read_text
+
+MAX_YAML_BYTES = 256 * 1024
+# What OmegaConf, its parsers and Python's conversions raise for values that do not fit; 10**5000 is a ValueError.
+INVALID = (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, IndexError, AttributeError, OverflowError,
+           RecursionError)  # fmt: skip
+
+
+def load_yaml(path: Path | str, schema: type = Config) -> dict[str, Any]:
+    """Read one YAML mapping whose keys are those of a dataclass.
+
+    Raises:
+        UserError: it is missing, too large, no YAML, no mapping, or holds what a configuration file may not: tags,
+            aliases, ${…}, a key twice, more than MAX_DEPTH levels, keys that there are not, values of another kind
+            than their keys'.
+    """
+    return _load(Path(path), lambda text, source: read_yaml(text, schema, source))
+
+
+def load_sections(path: Path, schema: type, reserved: dict[str, Any]) -> dict[str, Any]:
+    """Read one YAML mapping of names to sections, each with the keys of a dataclass; `reserved`: keys that are no such
+    names, with their types. Raises as `load_yaml`."""
+    return _load(path, lambda text, source: read_sections(text, schema, reserved, source))
+
+
+def _load(path: Path, read: Callable[[str, str], dict[str, Any]]) -> dict[str, Any]:
+    text = read_text(path, MAX_YAML_BYTES)
+    try:
+        return read(text, folders.shown(path))
+    except UserError:
+        raise
+    except INVALID as e:
+        raise UserError(f"{path} is not valid YAML: {one_line(e)}") from e
+
+
+def one_line(e: BaseException) -> str:
+    """What a library says of a value, without its own words."""
+    text = " ".join(str(e).split("full_key:")[0].split()) or type(e).__name__
+    if re.search(r"\b(\w+Config|\w+Node|OmegaConf|Optional)\b", text):  # words of a library
+        text = "a value of another kind than its key's"
+    return clip(text)
