@@ -101,7 +101,8 @@ def parser() -> argparse.ArgumentParser:
                        help="of a hub's set fetch only the description, and say how much the rest is")  # fmt: skip
     check.epilog = "after --: overrides as key=value, e.g. -- dataset.repo_id=HuggingFaceVLA/libero"
 
-    _command(sub, "list", "names of models, algorithms and streams")
+    listed = _command(sub, "list", "what there is to choose from: models, algorithms, streams and the other axes")
+    listed.add_argument("axis", nargs="?", help="one of them, e.g. streams (default: all)")
 
     _command(sub, "doctor", "what this machine has, what is missing, and how to get it")
 
@@ -119,9 +120,10 @@ def _command(sub: argparse._SubParsersAction[argparse.ArgumentParser], name: str
 
 
 def _axes(p: argparse.ArgumentParser, algo: bool = True) -> None:
-    p.add_argument("--model", default="dit_dec_tiny", help="a name under configs/models (default dit_dec_tiny)")
+    p.add_argument("--model", default="dit_dec_tiny",
+                   help="a preset or a policy type, see `clbench list` (default dit_dec_tiny)")  # fmt: skip
     p.add_argument("--dataset", default="metaworld_quick",
-                   help="a stream: a name under configs/datasets (default metaworld_quick)")  # fmt: skip
+                   help="a stream, see `clbench list streams` (default metaworld_quick)")  # fmt: skip
     if algo:
         p.add_argument("--algo", default="clare", help="one algorithm or several joined by commas (default clare)")
     p.add_argument("--yaml", nargs="+", metavar="FILE", help="merge these files left to right instead of the axes")
@@ -271,6 +273,7 @@ def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str], 
     from clbench.checkpoints.run_folder import place_of_run
     from clbench.checkpoints.trusted import check_start
     from clbench.config.dit import check_policy
+    from clbench.config.policy_types import check_fits
     from clbench.config.schema import base_origin
     from clbench.streams.stream import build_stream, check_images, checked_order, pretraining_data
     from clbench.training.log import wanted_loggers
@@ -289,6 +292,7 @@ def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str], 
     checked_order(d)
     check_start(config.policy)
     check_policy(config.policy)
+    check_fits(config)
     sets: list[tuple[bool, Callable[[], object]]] = [
         (d.repo_id is not None, lambda: build_stream(d, sequential=False, render=config.render))
     ]
@@ -419,9 +423,11 @@ def _pretrain(args: argparse.Namespace, overrides: list[str]) -> int:
     patience.quiet = config.log.progress == "quiet"
     from clbench.checkpoints.trusted import check_start
     from clbench.config.dit import check_policy
+    from clbench.config.policy_types import check_fits
 
     check_start(config.policy)
     check_policy(config.policy)
+    check_fits(config)
     from clbench.processes import load
     from clbench.stopping import stoppable
 
@@ -622,13 +628,10 @@ def _make_data(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _list(args: argparse.Namespace, overrides: list[str]) -> int:
-    from clbench.config.compose import available
-    from clbench.registry import algorithm_names
+    from clbench.listing import listing
 
-    show("models:     " + ", ".join(available("models")))
-    show("algorithms: " + ", ".join(algorithm_names()))
-    show("streams:    " + ", ".join(available("datasets")))
-    show("experiments: " + ", ".join(available("experiments")))
+    for line in listing(args.axis):
+        show(line)
     return 0
 
 

@@ -153,7 +153,7 @@ def describe(entry: Entry) -> Description:
         text, needs = (thing.__doc__ or "").strip().splitlines()[:1], getattr(thing, "needs", ())
         return Description(text[0] if text else "", tuple(needs))
     module, _, attribute = entry.target.partition(":")
-    path = _source(module)
+    path = source(module)
     if path is None:
         return Description("")
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -213,7 +213,7 @@ def _import(target: str) -> Any:
     return getattr(found, attribute) if attribute else found
 
 
-def _source(module: str) -> Path | None:
+def source(module: str) -> Path | None:
     """The file of a module; only its top-level package is looked for, so that nothing is imported."""
     top, *rest = module.split(".")
     try:

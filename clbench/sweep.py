@@ -26,6 +26,7 @@ from typing import IO
 from clbench.config.compose import compose, load_yaml
 from clbench.config.dit import check_policy
 from clbench.config.folders import find, names
+from clbench.config.policy_types import check_fits
 from clbench.config.schema import Config
 from clbench.errors import RESUME_EXIT, UserError, nearest
 from clbench.evaluation.records import eval_folder
@@ -170,6 +171,7 @@ def _run_sweep(name: str, dry_run: bool, trust: Sequence[str], stop: Stop, stack
     show(f"experiment {experiment.name}: {len(runs) - len(left)} of {len(runs)} runs are finished")
     for r in runs:
         check_policy(r.config.policy)
+        check_fits(r.config)
     with patience("looking at the configurations"):
         from clbench.algorithms.build import build_algorithm
 

@@ -18,6 +18,7 @@ from lerobot.policies.factory import get_policy_class
 from lerobot.utils.constants import POLICY_POSTPROCESSOR_DEFAULT_NAME, POLICY_PREPROCESSOR_DEFAULT_NAME
 
 import clbench.policies  # noqa: F401 (registers our policies)
+from clbench import registry
 from clbench.adapters import clare, lora
 from clbench.checkpoints import trusted
 from clbench.checkpoints.base import adapter_base
@@ -42,6 +43,8 @@ def policy_config(section: dict[str, Any], device: str) -> PreTrainedConfig:
     """Build a LeRobot policy configuration from the `policy` section; raises UserError for unknown types and keys."""
     values = {k: v for k, v in section.items() if k not in BASE_KEYS}
     kind = values.pop("type", None)
+    if kind in registry.names("policies"):
+        registry.load("policies", kind)  # which registers it with LeRobot
     known = PreTrainedConfig.get_known_choices()
     if not isinstance(kind, str) or kind not in known:
         raise UserError(f"unknown policy type '{kind}'.{nearest(str(kind), known)}")

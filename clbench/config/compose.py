@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from clbench.config import folders, recipes
+from clbench.config import folders, policy_types, recipes
 from clbench.config.files import INVALID, load_yaml, one_line
 from clbench.config.reading import clip, overlay, plain, read_overrides
 from clbench.config.schema import Config, DatasetConfig, PretrainDataConfig, base_origin
@@ -50,7 +50,9 @@ def find(kind: str, name: str, known: Iterable[str] = ()) -> Path | None:
         return path
     if name in set(known):
         return None
-    label = {"models": "model", "algorithms": "algorithm", "datasets": "dataset"}[kind]
+    if kind == "models":
+        raise policy_types.unknown(name)
+    label = {"algorithms": "algorithm", "datasets": "dataset"}[kind]
     raise UserError(f"unknown {label} '{name}'.{nearest(name, {*available(kind), *known})}")
 
 
@@ -72,15 +74,19 @@ def compose(
     dataset = DATASET_ALIASES.get(dataset, dataset)
     files = [folders.shipped("base.yaml")]
     for kind, names, known in (
-        ("models", [model], ()),
+        ("models", [model], policy_types.types()),
         ("datasets", [dataset], ()),
         ("algorithms", algorithms, registered),
     ):
         files += [p for p in (find(kind, n, known) for n in names) if p is not None]
     applied = recipes.apply(_preset(model, overrides, source), algorithms, _streams(dataset))
-    head = {"model": Path(model).stem, "algorithm": {"name": _name(algorithms)}}
+    head: dict[str, Any] = {"model": Path(model).stem, "algorithm": {"name": _name(algorithms)}}
+    lines = [folders.shown(f) for f in files]
+    if find("models", model, policy_types.types()) is None:
+        head["policy"] = {"type": model}
+        lines.insert(1, f"policy type {model} with its own defaults")
     config = _merge(files, [*(a.settings for a in applied), head], overrides, smoke, source)
-    return config, [*map(folders.shown, files), *(a.line for a in applied)]
+    return config, [*lines, *(a.line for a in applied)]
 
 
 def _streams(dataset: str) -> list[str]:
@@ -93,8 +99,8 @@ def _streams(dataset: str) -> list[str]:
 
 def _preset(model: str, overrides: Sequence[str], source: str | None) -> str | None:
     """Whose recipes apply: the model's; with a checkpoint the preset's whose settings it has; None: there is none."""
-    file = find("models", model)
-    preset = load_yaml(file).get("policy", {}) if file is not None else {}
+    file = find("models", model, policy_types.types())
+    preset = load_yaml(file).get("policy", {}) if file is not None else {"type": model}
     policy = overlay(preset, read_overrides(overrides, Config, source).get("policy", {}))
     if policy.get("path") is not None:
         return recipes.preset_of(str(policy["path"]))

@@ -1,0 +1,166 @@
+"""`clbench list`: every name of every axis, what it is, where it comes from and what it needs. Nothing is imported.
+
+YAML files say what they are in the first sentence of the comment they begin with, code in the first line of its
+docstring (registry.describe).
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from clbench import registry
+from clbench.config import folders, policy_types
+from clbench.config.compose import load_yaml
+from clbench.errors import UserError, nearest
+from clbench.io import read_text
+
+WIDTH = 100  # at most, and where the output is no terminal
+# Axis → how one of its names is given.
+GIVEN = {
+    "models": "--model NAME",
+    "algorithms": "--algo NAME, or several joined by commas",
+    "streams": "--dataset NAME",
+    "experiments": "clbench sweep NAME",
+    "policies": "--model NAME, with the type's own defaults; policy.type in a preset",
+    "simulators": "dataset.env.type in a stream",
+}
+FILES = {"models": "models", "streams": "datasets", "experiments": "experiments"}  # axis → kind of files
+ALIASES = {"model": "models", "algorithm": "algorithms", "algos": "algorithms", "datasets": "streams",
+           "dataset": "streams", "stream": "streams"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Item:
+    """One name of an axis; `needs`: what it wants beside clbench, in words."""
+
+    name: str
+    origin: str
+    text: str
+    needs: str = ""
+
+
+def axes() -> list[str]:
+    """Every axis: those of files, and those of the registry."""
+    return [*GIVEN, *(axis for axis in registry.AXES if axis not in GIVEN)]
+
+
+def listing(axis: str | None = None) -> Iterator[str]:
+    """The lines of `clbench list [AXIS]`.
+
+    Raises:
+        UserError: there is no such axis, or two plugins bring one name.
+    """
+    if axis is not None:
+        axis = ALIASES.get(axis, axis)
+        if axis not in axes():
+            raise UserError(f"there is no axis '{axis}'.{nearest(axis, axes())}")
+    for number, name in enumerate(axes() if axis is None else [axis]):
+        if number:
+            yield ""
+        yield from _table(name)
+
+
+def items(axis: str) -> list[Item]:
+    """Every name of an axis, sorted."""
+    if axis in FILES:
+        return [_file_item(axis, name, folder, path) for name, (folder, path) in folders.files(FILES[axis]).items()]
+    found = {name: _code_item(entry) for name, entry in registry.entries(axis).items()}
+    if axis == "policies":
+        found |= {kind: _policy_item(kind) for kind in policy_types.types() if kind not in found}
+    if axis == "simulators":
+        from clbench.envs import base
+
+        for name, module in getattr(base, "BACKENDS", {}).items():
+            found.setdefault(name, _code_item(registry.Entry(axis, name, module, "clbench")))
+    return [found[name] for name in sorted(found)]
+
+
+def _table(axis: str) -> Iterator[str]:
+    rows = items(axis)
+    given = f" ({GIVEN[axis]})" if axis in GIVEN else ""
+    yield f"{axis}{given}" + ("" if rows else ": none")
+    width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
+    first = max((len(row.name) for row in rows), default=0)
+    second = min(24, max((len(row.origin) for row in rows), default=0))
+    left = 2 + first + 2 + second + 2
+    for row in rows:
+        text = " ".join(part for part in (row.text, f"[{row.needs}]" if row.needs else "") if part)
+        lines = textwrap.wrap(text, max(30, width - left), break_on_hyphens=False) or [""]
+        yield f"  {row.name:<{first}}  {row.origin:<{second}}  {lines[0]}".rstrip()
+        yield from (" " * left + line for line in lines[1:])
+
+
+def _file_item(axis: str, name: str, folder: folders.Folder, path: Path) -> Item:
+    try:
+        needs = _needs_of_file(axis, path)
+    except UserError:  # it is said in full when it is used
+        needs = "not valid: see clbench's message when it is used"
+    return Item(name, folder.origin, comment(path), needs)
+
+
+def _needs_of_file(axis: str, path: Path) -> str:
+    if axis == "models":
+        kind = load_yaml(path).get("policy", {}).get("type")
+        return _needs_of_policy(str(kind)) if kind is not None else ""
+    if axis == "streams":
+        env = load_yaml(path).get("dataset", {}).get("env") or {}
+        simulators = registry.entries("simulators")
+        return _code_item(simulators[env["type"]]).needs if env.get("type") in simulators else ""
+    return ""
+
+
+def comment(path: Path) -> str:
+    """The first sentence of the comment that a YAML file begins with."""
+    try:
+        text = read_text(path, 256 * 1024)
+    except UserError:
+        return ""
+    lines: list[str] = []
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.lstrip("#").strip())
+    return re.split(r"(?<=[.!?])\s", " ".join(filter(None, lines)), maxsplit=1)[0]
+
+
+def _code_item(entry: registry.Entry) -> Item:
+    described = registry.describe(entry)
+    return Item(entry.name, entry.origin, described.text, _needs(described.needs, described.missing))
+
+
+def _needs(names: tuple[str, ...], missing: tuple[str, ...]) -> str:
+    marked = [f"{name} (missing)" if name in missing else name for name in names]
+    return f"needs {', '.join(marked)}" if marked else ""
+
+
+def _policy_item(kind: str) -> Item:
+    """A policy type of LeRobot's."""
+    try:
+        origin = f"lerobot {version('lerobot')}"
+    except PackageNotFoundError:
+        origin = "lerobot (missing)"
+    module = f"lerobot.policies.{kind}.configuration_{kind}"
+    path = registry.source(module)
+    found = None if path is None else re.search(
+        rf"register_subclass\(\"{kind}\"\)\s+(?:@.*\s+)*class (\w+)", path.read_text(encoding="utf-8")
+    )  # fmt: skip
+    target = module if found is None else f"{module}:{found[1]}"
+    return Item(kind, origin, registry.describe(registry.Entry("policies", kind, target, origin)).text,
+                _needs_of_policy(kind))  # fmt: skip
+
+
+def _needs_of_policy(kind: str) -> str:
+    missing = policy_types.missing(kind)
+    wants: list[tuple[bool, Callable[[], str]]] = [
+        (kind in policy_types.WANT_CAMERAS, lambda: "camera images"),
+        (policy_types.wants_trust(kind), lambda: f"--trust {kind}"),
+        (bool(missing), lambda: ", ".join(f"{name} (missing)" for name in missing)),
+    ]
+    said = [word() for wanted, word in wants if wanted]
+    return f"needs {', '.join(said)}" if said else ""
