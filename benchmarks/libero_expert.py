@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 from common import run
 
+from clbench.data.experts.libero import LiberoExpert
 from clbench.data.make import run_episode
 from clbench.envs.base import check_this_python, make_simulator
-from clbench.envs.libero import versions
-from clbench.envs.libero_expert import LiberoExpert
-from clbench.envs.libero_tasks import MAX_STEPS, suite_tasks
+from clbench.envs.libero.simulator import versions
+from clbench.envs.libero.tasks import MAX_STEPS, suite_tasks
 from clbench.errors import UserError
 from clbench.io import read_json, write_json
 from clbench.metrics import wilson

@@ -18,8 +18,8 @@ import numpy as np
 from common import run
 
 from clbench.envs.base import EVAL_SEED_BASE, check_this_python, make_simulator
-from clbench.envs.libero import versions
-from clbench.envs.libero_tasks import suite_tasks
+from clbench.envs.libero.simulator import versions
+from clbench.envs.libero.tasks import suite_tasks
 from clbench.errors import UserError
 from clbench.io import read_json, write_json
 

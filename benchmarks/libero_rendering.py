@@ -22,8 +22,8 @@ import psutil
 from common import run
 
 from clbench.envs.base import Simulator, check_this_python, make_simulator
-from clbench.envs.libero import IDLE
-from clbench.envs.libero_tasks import suite_tasks
+from clbench.envs.libero.simulator import IDLE
+from clbench.envs.libero.tasks import suite_tasks
 from clbench.envs.rendering import FIDELITIES, opengl_version
 
 

@@ -549,7 +549,7 @@ def _print_data(title: str, data: DataSource, stream: str) -> None:
 
 
 def _assets(args: argparse.Namespace, overrides: list[str]) -> int:
-    from clbench.envs.libero_assets import install
+    from clbench.envs.libero.assets import install
 
     if overrides:
         raise UserError("`clbench data assets` takes no overrides after --.")

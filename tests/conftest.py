@@ -24,7 +24,7 @@ LIBERO_PYTHON = os.environ.pop("LIBERO_PYTHON", None)  # for the tests that are 
 import pytest  # noqa: E402
 
 from clbench import patience  # noqa: E402
-from clbench.envs import libero_assets  # noqa: E402
+from clbench.envs.libero import assets as libero_assets  # noqa: E402
 from clbench.errors import UserError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]

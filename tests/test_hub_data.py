@@ -33,7 +33,7 @@ from clbench.data.lerobot_set import is_described
 from clbench.data.matching import match_tasks, named_tasks, plain
 from clbench.data.source import DataSource, _check_actions, fps_note, open_data
 from clbench.envs import base
-from clbench.envs.libero_tasks import suite_tasks, task_instruction
+from clbench.envs.libero.tasks import suite_tasks, task_instruction
 from clbench.errors import Interrupted, UserError
 from clbench.io import read_json, write_json
 from clbench.stopping import Stop

@@ -21,7 +21,6 @@ from clbench.cli import main
 from clbench.config.compose import available, compose
 from clbench.data.make import Job
 from clbench.data.make import _check as check_jobs
-from clbench.envs import libero, libero_assets, libero_tasks
 from clbench.envs.base import (
     EVAL_SEED_BASE,
     STATE_KEY,
@@ -31,6 +30,9 @@ from clbench.envs.base import (
     instruction,
     make_simulator,
 )
+from clbench.envs.libero import assets as libero_assets
+from clbench.envs.libero import simulator as libero
+from clbench.envs.libero import tasks as libero_tasks
 from clbench.errors import UserError
 from clbench.lock import held
 from clbench.streams.stream import visit_order
@@ -43,9 +45,6 @@ STOVE = "KITCHEN_SCENE3_turn_on_the_stove"
 
 with_simulator = [pytest.mark.libero, pytest.mark.xdist_group("libero")]
 has_package = pytest.mark.skipif(importlib.util.find_spec("libero") is None, reason="hf-libero is not installed")
-has_expert = pytest.mark.skipif(
-    importlib.util.find_spec("clbench.envs.libero_expert") is None, reason="there is no LIBERO expert"
-)
 
 
 # Tables, known without the simulator
@@ -487,7 +486,6 @@ class TestSimulator:
         assert set(found) == {"hf-libero", "robosuite", "mujoco", "bddl", "libero_assets"}
         assert len(found["libero_assets"]) == 12
 
-    @has_expert
     def test_demonstrations_are_made_and_labelled(self, tmp_path: Path) -> None:
         from clbench.data.info import load_info
         from clbench.data.make import make_dataset

@@ -23,8 +23,11 @@ from clbench.data.episode_images import EpisodeImages, read_images
 from clbench.data.info import fingerprint_with_images, load_info
 from clbench.data.make import Job
 from clbench.data.make import _check as check_jobs
-from clbench.envs import libero, libero_assets, libero_tasks, rendering
+from clbench.envs import rendering
 from clbench.envs.base import EVAL_SEED_BASE, STATE_KEY, Step, cameras, make_simulator, privileged, step_unseen
+from clbench.envs.libero import assets as libero_assets
+from clbench.envs.libero import simulator as libero
+from clbench.envs.libero import tasks as libero_tasks
 from clbench.errors import UserError
 from clbench.rollout.rollout import Episode, SimulatorPool, run_episodes
 from clbench.streams.stream import build_stream, drawing, pretraining_tasks, visit_order

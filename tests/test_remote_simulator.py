@@ -23,8 +23,9 @@ import pytest
 
 from clbench.data.make import Job, collect_task, make_dataset
 from clbench.doctor import simulators as doctor_simulators
-from clbench.envs import base, libero, remote, wire
+from clbench.envs import base, remote, wire
 from clbench.envs.base import STATE_KEY, Simulator, episode_expert, make_simulator, simulator_versions
+from clbench.envs.libero import simulator as libero
 from clbench.errors import UserError
 from tests import remote_backend
 from tests.conftest import LIBERO_PYTHON
@@ -503,15 +504,15 @@ def test_what_a_child_imports_is_written_for_the_oldest_python() -> None:
     """ruff checks the files that pyproject.toml names for it (test_quality): these must be all that are imported."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "import clbench.envs.serve, clbench.envs.remote, clbench.envs.metaworld, clbench.envs.libero\n"
-        "import clbench.envs.libero_expert\n"
+        "import clbench.envs.serve, clbench.envs.remote, clbench.envs.metaworld, clbench.envs.libero.images\n"
+        "import clbench.data.experts.libero\n"
         "print('\\n'.join(m.__file__ for n, m in sys.modules.items() if n.startswith('clbench')))\n"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code, str(ROOT)], capture_output=True, text=True, check=True)
     for line in done.stdout.splitlines():
-        path = Path(line).relative_to(ROOT / "clbench").as_posix()
-        top = ("__init__.py", "errors.py", "io.py", "launch.py", "paths.py", "stopping.py")
-        assert path in top or path.startswith("envs/"), f"{path}: its Python version is not checked"
+        path = Path(line).relative_to(ROOT / "clbench").with_suffix("").as_posix()
+        top = "__init__ data/__init__ errors io launch paths registry stopping".split()
+        assert path in top or path.startswith(("data/experts/", "envs/")), f"{path}: its Python version is not checked"
     text = (ROOT / "pyproject.toml").read_text()
-    assert '"clbench/{__init__,errors,io,launch,paths,stopping}.py" = "py310"' in text
-    assert remote.OLDEST_PYTHON == (3, 10) and '"clbench/envs/*.py" = "py310"' in text
+    assert '"clbench/{__init__,data/__init__,errors,io,launch,paths,registry,stopping}.py" = "py310"' in text
+    assert remote.OLDEST_PYTHON == (3, 10) and '"clbench/{data/experts,envs}/**/*.py" = "py310"' in text

@@ -56,8 +56,8 @@ STATE_KEY = "observation.state"  # LeRobot's name for the robot's (low-dimension
 
 BACKENDS: dict[str, str] = {
     "metaworld": "clbench.envs.metaworld",
-    "libero": "clbench.envs.libero_images",
-    "libero_state": "clbench.envs.libero",
+    "libero": "clbench.envs.libero.images",
+    "libero_state": "clbench.envs.libero.simulator",
 }
 
 # Hub data sets in LeRobot's format whose features are those of an environment type.

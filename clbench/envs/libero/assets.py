@@ -9,10 +9,10 @@ one command beforehand, from an archive, a folder or the hub:
 They go to `root()`: assets/, the record assets.json, and a config.yaml of clbench's own. Nothing is written into the
 installed package, and ~/.libero is neither read nor changed. Every import of LIBERO goes through `import_libero`.
 
-`libero_assets.json` lists what must be there: the sha256 of every file that decides the physics (.xml, .stl), and the
+`assets.json` lists what must be there: the sha256 of every file that decides the physics (.xml, .stl), and the
 names of those that are only seen (.msh, .png, and others). It is made from an installed set by
 
-    python -m clbench.envs.libero_assets FOLDER > clbench/envs/libero_assets.json
+    python -m clbench.envs.libero.assets FOLDER > clbench/envs/libero/assets.json
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from clbench.paths import cache_root
 COMMAND = "clbench data assets libero --from FILE (an archive, a folder, or hub)"
 INSTALL = "Install it with scripts/bootstrap.sh, or set LIBERO_PYTHON to an interpreter that has hf-libero."
 HUB_REPOSITORY = "lerobot/libero-assets"  # hf-libero's own source
-EXPECTED_FILE = Path(__file__).with_name("libero_assets.json")
+EXPECTED_FILE = Path(__file__).with_name("assets.json")
 RECORD = "assets.json"
 PHYSICS = (".xml", ".stl")  # robosuite gives visual meshes (.msh) no mass and no contacts
 MAX_FILES = 20_000
@@ -336,7 +336,7 @@ def _quiet_robosuite() -> Iterator[None]:
 
 
 def _describe(assets: Path) -> str:
-    """The contents of libero_assets.json, from a folder of assets."""
+    """The contents of assets.json, from a folder of assets."""
     files = sorted(p.relative_to(assets).as_posix() for p in assets.rglob("*") if p.is_file())
     physics = {n: hashlib.sha256((assets / n).read_bytes()).hexdigest() for n in files if n.endswith(PHYSICS)}
     return json.dumps({"physics": physics, "visual": [n for n in files if n not in physics]}, indent=0)

@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from clbench.envs.libero_geometry import (
+from clbench.data.experts.libero_geometry import (
     DOWN,
     PALM_HALF_WIDTH,
     TIP_DEPTH,

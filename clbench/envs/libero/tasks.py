@@ -1,9 +1,9 @@
 """LIBERO's suites, task names and instructions, known without the simulator.
 
-`libero_tasks.json` holds, for each suite, its tasks in LIBERO's published order (task order 0) with their
+`tasks.json` holds, for each suite, its tasks in LIBERO's published order (task order 0) with their
 instructions. It is made from the installed package by
 
-    python -m clbench.envs.libero_tasks > clbench/envs/libero_tasks.json
+    python -m clbench.envs.libero.tasks > clbench/envs/libero/tasks.json
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from clbench.envs.libero_assets import package
+from clbench.envs.libero.assets import package
 from clbench.errors import UserError, nearest
 
-TABLE_FILE = Path(__file__).with_name("libero_tasks.json")
+TABLE_FILE = Path(__file__).with_name("tasks.json")
 ALIASES = {"libero_long": "libero_10"}
 # LeRobot's step limits (its evaluation's TASK_SUITE_MAX_STEPS): a little above the longest human demonstration.
 MAX_STEPS = {"libero_spatial": 280, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}

@@ -1,6 +1,6 @@
 """LIBERO on camera images, "libero": two cameras and the robot's own state in, end-effector displacements out.
 
-The simulator, its seeds, initial states, experts and success are those of clbench.envs.libero, bit for bit; only what
+The simulator, its seeds, initial states, experts and success are those of simulator.py, bit for bit; only what
 is seen differs. Observations are those of LeRobot's LIBERO environment behind its processors, and of the data sets on
 the Hugging Face hub:
 
@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from clbench.envs import libero, libero_assets
 from clbench.envs.base import STATE_KEY, Observation, Step, check_task
+from clbench.envs.libero import assets
+from clbench.envs.libero import simulator as libero
 from clbench.envs.rendering import check_render, gl_context, opengl_version
 
 ACTION_DIM, FPS, MAX_STEPS, ROBOT_TYPE = libero.ACTION_DIM, libero.FPS, libero.MAX_STEPS, libero.ROBOT_TYPE
@@ -39,7 +40,7 @@ NAMES = {STATE_KEY: ["state"], "action": ["actions"]}  # what the hub's sets cal
 
 def versions() -> dict[str, str]:
     """Return the versions of what decides physics and images; UserError where nothing can draw."""
-    return {"opengl": opengl_version()} | libero.versions() | {"libero_looks": libero_assets.looks_digest()}
+    return {"opengl": opengl_version()} | libero.versions() | {"libero_looks": assets.looks_digest()}
 
 
 def make(task: str, render: dict[str, Any]) -> LiberoImageSimulator:

@@ -39,9 +39,9 @@ from clbench.envs.base import (
     Step,
     check_task,
 )
-from clbench.envs.libero_assets import INSTALL, digest, import_libero, package
-from clbench.envs.libero_tasks import published_order as published_order
-from clbench.envs.libero_tasks import suite_of, task_instruction, task_names
+from clbench.envs.libero.assets import INSTALL, digest, import_libero, package
+from clbench.envs.libero.tasks import published_order as published_order
+from clbench.envs.libero.tasks import suite_of, task_instruction, task_names
 from clbench.envs.rendering import DEFAULT_FIDELITY, Renderer
 from clbench.errors import UserError
 
@@ -101,7 +101,7 @@ def make(task: str) -> LiberoSimulator:
 
 def expert_for(simulator: LiberoSimulator) -> Expert:
     """Return a scripted expert for one episode of `simulator`; it looks at the simulator itself (privileged)."""
-    from clbench.envs.libero_expert import LiberoExpert
+    from clbench.data.experts.libero import LiberoExpert
 
     expert: Expert = LiberoExpert(simulator)
     return expert

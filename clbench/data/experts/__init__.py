@@ -1,0 +1,1 @@
+"""Scripted experts, which demonstrations are made with: one module per family of simulators."""

@@ -1,0 +1,1 @@
+"""LIBERO: the simulator on states, the same with camera images, its tasks and its assets."""
