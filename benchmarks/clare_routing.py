@@ -55,11 +55,11 @@ def build(tasks: int, size: dict[str, Any]) -> Any:
     from clbench.adapters.clare import ClareConfig, inject
     from clbench.algorithms.clare import DEFAULT_TARGETS
     from clbench.checkpoints.policy_io import policy_config
-    from clbench.envs.metaworld import ACTION_DIM, STATE_DIM
+    from clbench.envs.metaworld import Metaworld
 
     config = policy_config(tiny_config("metaworld_quick").policy, "cpu")
-    config.input_features = {"observation.state": PolicyFeature(FeatureType.STATE, (STATE_DIM,))}
-    config.output_features = {"action": PolicyFeature(FeatureType.ACTION, (ACTION_DIM,))}
+    config.input_features = {"observation.state": PolicyFeature(FeatureType.STATE, (Metaworld.state_dim,))}
+    config.output_features = {"action": PolicyFeature(FeatureType.ACTION, (Metaworld.action_dim,))}
     torch.manual_seed(0)
     policy: Any = get_policy_class(config.type)(config)  # type: ignore[call-arg]
     if tasks:

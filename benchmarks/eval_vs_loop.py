@@ -139,7 +139,7 @@ def loop(policy_folder: str, episodes: list[dict[str, Any]], steps_after_success
     import torch
 
     from clbench.checkpoints.policy_io import load_policy
-    from clbench.envs.base import make_simulator
+    from clbench.envs.making import make_simulator
     from clbench.seeding import generator
 
     if threads:

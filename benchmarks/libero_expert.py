@@ -27,9 +27,8 @@ from common import run
 
 from clbench.data.experts.libero import LiberoExpert
 from clbench.data.make import run_episode
-from clbench.envs.base import check_this_python, make_simulator
-from clbench.envs.libero.simulator import versions
 from clbench.envs.libero.tasks import MAX_STEPS, suite_tasks
+from clbench.envs.making import check_this_python, make_simulator, simulator_versions
 from clbench.errors import UserError
 from clbench.io import read_json, write_json
 from clbench.metrics import wilson
@@ -107,7 +106,7 @@ def print_versions(found: dict[str, str]) -> None:
 
 def measure_all(args: argparse.Namespace) -> None:
     check_this_python("libero_state")
-    installed = versions() | {"numpy": importlib.metadata.version("numpy")}
+    installed = simulator_versions("libero_state") | {"numpy": importlib.metadata.version("numpy")}
     figures: dict[str, Any] = {"versions": installed, "tasks": {}}
     if args.json is not None and args.json.exists():
         figures = load(args.json)

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from common import run
 
-from clbench.envs.base import EVAL_SEED_BASE, check_this_python, make_simulator
-from clbench.envs.libero.simulator import versions
+from clbench.envs.base import EVAL_SEED_BASE
 from clbench.envs.libero.tasks import suite_tasks
+from clbench.envs.making import check_this_python, make_simulator, simulator_versions
 from clbench.errors import UserError
 from clbench.io import read_json, write_json
 
@@ -57,7 +57,7 @@ def poses(task: str, states: int) -> dict[str, list[list[float]]]:
 
 def measure(path: Path, suites: list[str], tasks: list[int] | None, states: int) -> None:
     check_this_python("libero_state")
-    figures: dict[str, Any] = {"versions": versions(), "states": states, "tasks": {}}
+    figures: dict[str, Any] = {"versions": simulator_versions("libero_state"), "states": states, "tasks": {}}
     for suite in suites:
         names = suite_tasks(suite)
         for index in range(len(names)) if tasks is None else tasks:

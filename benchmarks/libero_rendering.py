@@ -21,9 +21,10 @@ os.environ.setdefault("LP_NUM_THREADS", "1")
 import psutil
 from common import run
 
-from clbench.envs.base import Simulator, check_this_python, make_simulator
+from clbench.envs.base import Simulator
 from clbench.envs.libero.simulator import IDLE
 from clbench.envs.libero.tasks import suite_tasks
+from clbench.envs.making import check_this_python, make_simulator
 from clbench.envs.rendering import FIDELITIES, opengl_version
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 from common import run
 
-from clbench.envs import base, wire
+from clbench.envs import making, wire
 from clbench.envs.base import STATE_KEY, Simulator
 
 VARIABLE = "LIBERO_PYTHON"
@@ -45,10 +45,10 @@ def steps_of_libero(task: str, steps: int, rounds: int) -> None:
     """A."""
     spec = {"type": "libero_state", "task": task}
     python = os.environ.pop(VARIABLE, sys.executable)
-    here = base.make_simulator(spec)
+    here = making.make_simulator(spec)
     os.environ[VARIABLE] = python
-    there = base.make_simulator(spec)
-    print(f"child: {base.simulator_versions('libero_state')}")
+    there = making.make_simulator(spec)
+    print(f"child: {making.simulator_versions('libero_state')}")
     actions = np.random.default_rng(0).uniform(-1, 1, (steps, ACTION_DIM)).astype(np.float32)
     rows: list[tuple[float, ...]] = []
     for i in range(rounds):

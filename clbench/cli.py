@@ -565,7 +565,7 @@ def _assets(args: argparse.Namespace, overrides: list[str]) -> int:
 def _stream_on_states(name: str) -> str:
     """The stream of that name whose observations are states alone."""
     from clbench.config.compose import DATASET_ALIASES, available, compose
-    from clbench.envs.base import cameras
+    from clbench.envs.making import family
 
     name = DATASET_ALIASES.get(name, name)
     known = available("datasets")
@@ -574,7 +574,7 @@ def _stream_on_states(name: str) -> str:
     if name not in known:
         raise UserError(f"there is no stream '{name}_state'.{nearest(f'{name}_state', known)}")
     config, _ = compose(model="dit_dec_tiny", algorithms=["seqfft"], dataset=name, registered=["seqfft"])
-    if cameras(config.dataset.env.type):
+    if family(config.dataset.env.type).cameras:
         raise UserError(f"the stream '{name}' is on camera images and has no variant on states.")
     return name
 

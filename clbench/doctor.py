@@ -14,8 +14,8 @@ from clbench.config.compose import available, compose
 from clbench.data.lerobot_set import has_set
 from clbench.data.source import data_folder
 from clbench.env_file import env_file, read_env_file
-from clbench.envs.base import other_python, simulator_versions
 from clbench.envs.libero import assets as libero_assets
+from clbench.envs.making import other_python, simulator_versions
 from clbench.envs.rendering import LIBRARIES, backend_name, libraries
 from clbench.errors import UserError
 from clbench.paths import bases_root, cache_root, data_root, results_root

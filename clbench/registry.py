@@ -17,8 +17,10 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import EntryPoint, PackageNotFoundError, distribution, entry_points
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ AXES: dict[str, str] = {
     "algorithms": "algorithm",
     "policies": "policy type",
     "simulators": "environment type",
+    "experts": "scripted expert",
 }
 
 OWN: dict[str, dict[str, str]] = {
@@ -48,7 +51,16 @@ OWN: dict[str, dict[str, str]] = {
         "dit_dec": "clbench.policies.dit_dec.configuration_dit_dec:DitDecConfig",
         "dit_encdec": "clbench.policies.dit_encdec.configuration_dit_encdec:DitEncDecConfig",
     },
-    "simulators": {},
+    "simulators": {
+        "metaworld": "clbench.envs.metaworld:Metaworld",
+        "libero": "clbench.envs.libero.images:Libero",
+        "libero_state": "clbench.envs.libero.simulator:LiberoState",
+    },
+    "experts": {  # by environment type
+        "metaworld": "clbench.data.experts.metaworld:MetaworldExperts",
+        "libero": "clbench.data.experts.libero:LiberoExperts",
+        "libero_state": "clbench.data.experts.libero:LiberoExperts",
+    },
 }
 ALGORITHMS = OWN["algorithms"]
 
@@ -116,8 +128,7 @@ def entries(axis: str) -> dict[str, Entry]:
         found.setdefault(point.name, entry)
     for (where, name), thing in _registered.items():
         if where == axis:
-            target = f"{getattr(thing, '__module__', '')}:{getattr(thing, '__qualname__', type(thing).__qualname__)}"
-            found[name] = Entry(axis, name, target, "this process")
+            found[name] = Entry(axis, name, target_of(thing), "this process")
     return dict(sorted(found.items()))
 
 
@@ -134,14 +145,14 @@ def load(axis: str, name: str) -> Any:
     """
     _check_axis(axis)
     if name in OWN[axis]:
-        return _import(OWN[axis][name])
+        return import_target(OWN[axis][name])
     if (axis, name) in _registered:
         return _registered[axis, name]
     known = entries(axis)
     if name not in known:
         raise UserError(f"unknown {AXES[axis]} '{name}'.{nearest(name, known)}")
     try:
-        return _import(known[name].target)
+        return import_target(known[name].target)
     except (ImportError, AttributeError) as e:
         raise UserError(f"the {AXES[axis]} '{name}' ({known[name].target}) cannot be imported: {e}") from e
 
@@ -194,23 +205,35 @@ def algorithm_class(name: str) -> type:
     return found
 
 
+def import_target(target: str) -> Any:
+    """Import and return what "module:attribute" names."""
+    module, _, attribute = target.partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
+
+
+def target_of(thing: Any) -> str:
+    """Return "module:attribute" of a class or function."""
+    return f"{getattr(thing, '__module__', '')}:{getattr(thing, '__qualname__', type(thing).__qualname__)}"
+
+
 def _check_axis(axis: str) -> None:
     if axis not in AXES:
         raise UserError(f"there is no axis '{axis}'.{nearest(axis, AXES)}")
 
 
 def _points(axis: str) -> Sequence[EntryPoint]:
+    return _points_on(axis, tuple(sys.path))
+
+
+@cache
+def _points_on(axis: str, path: tuple[str, ...]) -> Sequence[EntryPoint]:
+    """The entry points of an axis. All that is installed is read for them, so they are kept as long as `path` is."""
     return list(entry_points(group=f"clbench.{axis}"))
 
 
 def _origin(point: EntryPoint) -> str:
     return "?" if point.dist is None else f"{point.dist.name} {point.dist.version}"
-
-
-def _import(target: str) -> Any:
-    module, _, attribute = target.partition(":")
-    found = importlib.import_module(module)
-    return getattr(found, attribute) if attribute else found
 
 
 def source(module: str) -> Path | None:

@@ -1,11 +1,21 @@
 """A simulator type with LIBERO's tasks, a state and two cameras, for tests of data. It cannot be stepped."""
 
-from clbench.envs.libero.tasks import suite_of, task_instruction, task_names
+from clbench.envs.base import SimulatorFamily
+from clbench.envs.libero import tasks as table
 
-FPS, ROBOT_TYPE, STATE_DIM, ACTION_DIM, MAX_STEPS = 20, "panda", 8, 7, 1000
-GRIPPER_OPENS = -1.0
-CAMERAS = {"observation.images.image": "agentview", "observation.images.image2": "robot0_eye_in_hand"}
 
-tasks, instruction = task_names, task_instruction
+class CameraTasks(SimulatorFamily):
+    """LIBERO's tasks without LIBERO."""
 
-__all__ = ["suite_of"]
+    fps, robot_type, state_dim, action_dim, max_steps = 20, "panda", 8, 7, 1000
+    gripper_opens = -1.0
+    cameras = {"observation.images.image": "agentview", "observation.images.image2": "robot0_eye_in_hand"}  # noqa: RUF012
+
+    def tasks(self) -> list[str]:
+        return table.task_names()
+
+    def instruction(self, task: str) -> str:
+        return table.task_instruction(task)
+
+    def suite_of(self, task: str) -> str:
+        return table.suite_of(task)

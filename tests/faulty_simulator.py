@@ -12,37 +12,38 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from clbench import processes
-from clbench.envs import base, metaworld
-from clbench.envs.base import EVAL_SEED_BASE, STATE_KEY, Observation, Step
+from clbench import processes, registry
+from clbench.envs.base import EVAL_SEED_BASE, STATE_KEY, Observation, SimulatorFamily, Step
+from clbench.envs.metaworld import INSTRUCTIONS
 from clbench.errors import UserError
 from clbench.evaluation import worker
 
-PYTHON_VARIABLE = "FAULTY_PYTHON"
-FPS, ROBOT_TYPE, STATE_DIM, ACTION_DIM, MAX_STEPS = 80, "none", 39, 4, 500
 STEP_S = 0.002
-if "TEST_STATES" in os.environ:
-    TEST_STATES = int(os.environ["TEST_STATES"])
-instruction = metaworld.instruction
-tasks = metaworld.tasks
 
 
-def versions() -> dict[str, str]:
-    """$PHYSICS, or what a machine without the simulator says."""
-    if os.environ.get("PHYSICS") == "none":
-        raise UserError("the simulator is not installed.")
-    return {"physics": os.environ.get("PHYSICS", "1.0")}
+class Faulty(SimulatorFamily):
+    """Meta-World's tasks with a simulator that fails on request."""
 
+    fps, robot_type, state_dim, action_dim, max_steps = 80, "none", 39, 4, 500
+    instructions = INSTRUCTIONS
+    python_variable = "FAULTY_PYTHON"
+    test_states = int(os.environ["TEST_STATES"]) if "TEST_STATES" in os.environ else None
 
-def make(task: str) -> Simulator:
-    return Simulator(task)
+    def make(self, task: str, render: Mapping[str, Any]) -> Simulator:
+        return Simulator(task)
+
+    def versions(self) -> dict[str, str]:
+        """$PHYSICS, or what a machine without the simulator says."""
+        if os.environ.get("PHYSICS") == "none":
+            raise UserError("the simulator is not installed.")
+        return {"physics": os.environ.get("PHYSICS", "1.0")}
 
 
 class Simulator:
@@ -111,7 +112,7 @@ def actors(job: worker.Job, settings: worker.Settings) -> Iterator[Any]:
 
 
 if __name__ in ("__main__", "__mp_main__"):  # the evaluation and its processes
-    base.BACKENDS["metaworld"] = "tests.faulty_simulator"
+    registry.OWN["simulators"]["metaworld"] = "tests.faulty_simulator:Faulty"
     worker._actors = actors
     processes.HEAVY = ()  # they would not be used
 

@@ -1,4 +1,4 @@
-"""A backend for tests whose simulators run under the interpreter in $REMOTE_PYTHON; tasks say what goes wrong."""
+"""Simulators and experts for tests, under the interpreter in $REMOTE_PYTHON; their tasks say what goes wrong."""
 
 from __future__ import annotations
 
@@ -7,49 +7,55 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from clbench.envs.base import STATE_KEY, Expert, Observation, Step
+from clbench.data.experts.base import Experts
+from clbench.envs.base import STATE_KEY, Expert, Observation, SimulatorFamily, Step
 from clbench.errors import UserError
 
-PYTHON_VARIABLE = "REMOTE_PYTHON"
-FPS, ROBOT_TYPE, STATE_DIM, ACTION_DIM, MAX_STEPS = 80, "none", 39, 4, 500
 TASKS = ["plain", "images", "noisy", "missing", "odd"]
 
 
-def tasks() -> list[str]:
-    return sorted(TASKS)
+class Fake(SimulatorFamily):
+    """A point that actions push."""
+
+    fps, robot_type, state_dim, action_dim, max_steps = 80, "none", 39, 4, 500
+    python_variable = "REMOTE_PYTHON"
+
+    def make(self, task: str, render: Mapping[str, Any]) -> Simulator:
+        if task == "missing":
+            raise UserError("the simulator is not installed. Install it.")
+        return Simulator(task)
+
+    def tasks(self) -> list[str]:
+        return sorted(TASKS)
+
+    def instruction(self, task: str) -> str:
+        return f"do {task}"
+
+    def versions(self) -> dict[str, str]:
+        if "LACKS" in os.environ:
+            raise UserError("the simulator is not installed. Install it.")
+        return {"physics": "1.0"}
 
 
-def instruction(task: str) -> str:
-    return f"do {task}"
+class FakeExperts(Experts):
+    """Experts that go back to the origin."""
 
+    def expert(self, task: str, simulator: Any) -> Expert:
+        """Counts its calls, of which nobody knows outside of the simulator's process."""
+        calls = 0
 
-def versions() -> dict[str, str]:
-    if "LACKS" in os.environ:
-        raise UserError("the simulator is not installed. Install it.")
-    return {"physics": "1.0"}
+        def act(observation: Observation) -> np.ndarray:
+            nonlocal calls
+            calls += 1
+            return -simulator.x[:4].astype(np.float64) * 1.1 + 1e-3 * calls
 
-
-def make(task: str) -> Simulator:
-    if task == "missing":
-        raise UserError("the simulator is not installed. Install it.")
-    return Simulator(task)
-
-
-def expert_for(simulator: Simulator) -> Expert:
-    """Goes back to the origin, and counts its calls, of which nobody knows outside of the simulator's process."""
-    calls = 0
-
-    def act(observation: Observation) -> np.ndarray:
-        nonlocal calls
-        calls += 1
-        return -simulator.x[:4].astype(np.float64) * 1.1 + 1e-3 * calls
-
-    return act
+        return act
 
 
 class Simulator:

@@ -23,10 +23,10 @@ from clbench.config.compose import compose
 from clbench.config.schema import DatasetConfig
 from clbench.data import make as data_make
 from clbench.data import verify
+from clbench.data.experts.metaworld import MetaworldExperts
 from clbench.data.info import INFO_FILE, fingerprint, load_info
 from clbench.data.make import ROLES, episode_seed, make_dataset, run_episode
 from clbench.data.source import DataSource, Depth, check_every_byte, open_data
-from clbench.envs import metaworld
 from clbench.envs.base import EVAL_SEED_BASE, STATE_KEY, Observation, Step
 from clbench.errors import UserError
 from clbench.io import read_json, seal, write_json
@@ -73,7 +73,7 @@ def test_what_the_expert_cannot_do_is_left_out_and_trained_without(
     del record["seal"]  # it is of the description as it was
     write_json(tmp_path / "base" / INFO_FILE, record)
     cannot = {"push-v3": "its arm is too short", "door-open-v3": "it has no key"}
-    monkeypatch.setattr(metaworld, "NO_DEMONSTRATIONS", cannot, raising=False)
+    monkeypatch.setattr(MetaworldExperts, "cannot", cannot)
     how = {"demos_per_task": 2, "seed": 3, "ceiling_episodes": 2}
     stream = {"name": "mine", "data": "tiny", "env": {"type": "metaworld", "max_steps": 200}, "make": how,
               "tasks": ["push-v3", *TASKS], "pretrain": {"data": "base", "tasks": [*others, "door-open-v3"],

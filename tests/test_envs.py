@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.util
 import json
@@ -14,15 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clbench.envs.base import (
-    EVAL_SEED_BASE,
-    STATE_KEY,
-    Simulator,
-    available_tasks,
-    instruction,
-    make_expert,
-    make_simulator,
-)
+from clbench.data.experts.base import episode_expert
+from clbench.envs.base import EVAL_SEED_BASE, STATE_KEY, Simulator
+from clbench.envs.making import family, instruction, make_simulator
 from clbench.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +29,7 @@ def spec(task: str) -> dict[str, Any]:
 
 def play(simulator: Simulator, task: str, seed: int, steps: int, noise: float) -> np.ndarray:
     """Returns (steps + 1, 41): state, reward, success of an episode of the expert, disturbed by noise."""
-    expert = make_expert(spec(task))
+    expert = episode_expert(spec(task), simulator)
     rng = np.random.default_rng(1)
     observation = simulator.reset(seed)
     rows = [np.append(observation[STATE_KEY], [0.0, 0.0])]
@@ -67,7 +62,7 @@ def test_the_seed_alone_decides_an_episode(task: str) -> None:
 
 @pytest.mark.slow
 def test_the_seed_alone_decides_an_episode_in_every_task() -> None:
-    for task in available_tasks("metaworld"):
+    for task in family("metaworld").tasks():
         check_seed_decides(task)
 
 
@@ -128,7 +123,7 @@ def test_actions_are_clipped_and_checked() -> None:
 
 
 def test_no_two_tasks_share_an_instruction_and_they_are_lerobots() -> None:
-    sentences = {task: instruction(spec(task)) for task in available_tasks("metaworld")}
+    sentences = {task: instruction(spec(task)) for task in family("metaworld").tasks()}
     assert len(sentences) == len(set(sentences.values())) == 50
     package = importlib.util.find_spec("lerobot")
     assert package is not None and package.origin is not None
@@ -151,7 +146,7 @@ def test_mistakes_are_named() -> None:
 def test_nothing_heavy_is_imported_before_it_is_asked_for() -> None:
     code = (
         "import sys, clbench.envs.metaworld, clbench.data.info, clbench.data.make\n"
-        "clbench.envs.base.instruction({'type': 'metaworld', 'task': 'push-v3'})\n"
+        "clbench.envs.making.instruction({'type': 'metaworld', 'task': 'push-v3'})\n"
         "heavy = {'torch', 'lerobot', 'mujoco', 'metaworld', 'gymnasium', 'datasets'}\n"
         "print(sorted(heavy & set(sys.modules)))\n"
     )
@@ -160,9 +155,31 @@ def test_nothing_heavy_is_imported_before_it_is_asked_for() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_no_import_of_envs_goes_up_or_round() -> None:
+    """Not inside of functions either."""
+    imports: dict[str, set[str]] = {}
+    for path in (ROOT / "clbench" / "envs").rglob("*.py"):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        found = imports.setdefault(module, set())
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+            elif isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+    below = ("envs", "errors", "io", "launch", "paths", "registry", "stopping")
+    for module, found in imports.items():
+        wrong = [n for n in found if n.startswith("clbench.") and n.split(".")[1] not in below]
+        assert not wrong, f"{module} imports {wrong}"
+    while imports:
+        free = [m for m, found in imports.items() if not (found & set(imports)) - {m}]
+        assert free, f"these import each other: {sorted(imports)}"
+        for module in free:
+            del imports[module]
+
+
 def test_rendering() -> None:
     code = (
-        "from clbench.envs.base import make_simulator\n"
+        "from clbench.envs.making import make_simulator\n"
         "from clbench.errors import UserError\n"
         "s = make_simulator({'type': 'metaworld', 'task': 'push-v3'})\n"
         "first = s.reset(0)['observation.state']\n"
@@ -199,8 +216,8 @@ def test_lerobot_makes_our_environment_and_sees_our_episodes() -> None:
     assert not info["is_success"].any()
     state = preprocess_observation(observation)[STATE_KEY]
     assert tuple(state.shape) == (2, 39)
-    expert = make_expert(spec("handle-press-side-v3"))
     same = make_simulator(spec("handle-press-side-v3"))
+    expert = episode_expert(spec("handle-press-side-v3"), same)
     reference = same.reset(seed)
     idle = np.zeros(4, np.float32)
     solved = False

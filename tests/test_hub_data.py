@@ -22,7 +22,7 @@ from lerobot.datasets import LeRobotDataset
 from omegaconf import OmegaConf
 
 import clbench.policies  # noqa: F401
-from clbench import cli
+from clbench import cli, registry
 from clbench.checkpoints.policy_io import policy_config
 from clbench.config.compose import to_config
 from clbench.config.schema import Config, DatasetConfig, EnvConfig, PretrainDataConfig, RenderConfig
@@ -32,8 +32,8 @@ from clbench.data.info import FORMAT, INFO_FILE
 from clbench.data.lerobot_set import is_described
 from clbench.data.matching import match_tasks, named_tasks, plain
 from clbench.data.source import DataSource, _check_actions, fps_note, open_data
-from clbench.envs import base
 from clbench.envs.libero.tasks import suite_tasks, task_instruction
+from clbench.envs.making import family
 from clbench.errors import Interrupted, UserError
 from clbench.io import read_json, write_json
 from clbench.stopping import Stop
@@ -67,7 +67,7 @@ POLICY = policy_config({"type": "dit_dec", "chunk_size": 4, "n_action_steps": 2}
 @pytest.fixture(scope="module", autouse=True)
 def _cameras() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(base.BACKENDS, ENV, "tests.camera_tasks")
+        patch.setitem(registry.OWN["simulators"], ENV, "tests.camera_tasks:CameraTasks")
         yield
 
 
@@ -193,11 +193,11 @@ def test_which_scene_is_meant_depends_on_the_suites_that_a_set_holds() -> None:
         matched([STOVE], [*four, "close the microwave"])
 
 
-@pytest.mark.parametrize("env_type", [t for t in base.BACKENDS if t.startswith("libero")])
+@pytest.mark.parametrize("env_type", [t for t in registry.OWN["simulators"] if t.startswith("libero")])
 def test_libero_says_its_suites_and_its_gripper(env_type: str) -> None:
-    assert base.suite_of(env_type, STOVE) == "libero_goal"
-    assert base.gripper_opens(env_type, [STOVE]) == -1
-    assert base.suite_of("metaworld", "push-v3") == ""
+    assert family(env_type).suite_of(STOVE) == "libero_goal"
+    assert family(env_type).gripper_command([STOVE]) == -1
+    assert family("metaworld").suite_of("push-v3") == ""
 
 
 # ---------------------------------------------------------------------------------------------- samples
@@ -633,8 +633,7 @@ def test_the_fingerprint_is_of_what_is_learned_from(copied: Path, tmp_path: Path
     assert build_stream(goals(moved)).fingerprint != first
 
 
-def test_neither_data_nor_hub(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(base.BACKENDS, "libero", "tests.camera_tasks")
+def test_neither_data_nor_hub(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError) as e:
         build_stream(goals("libero_goal", name="libero_goal", env=EnvConfig("libero", 10)))
     assert "clbench data make libero_goal" in str(e.value)

@@ -19,20 +19,14 @@ import pytest
 
 from clbench.cli import main
 from clbench.config.compose import available, compose
+from clbench.data.experts.libero import LiberoExperts
 from clbench.data.make import Job
 from clbench.data.make import _check as check_jobs
-from clbench.envs.base import (
-    EVAL_SEED_BASE,
-    STATE_KEY,
-    VALIDATION_SEED_BASE,
-    Simulator,
-    available_tasks,
-    instruction,
-    make_simulator,
-)
+from clbench.envs.base import EVAL_SEED_BASE, STATE_KEY, VALIDATION_SEED_BASE, Simulator
 from clbench.envs.libero import assets as libero_assets
 from clbench.envs.libero import simulator as libero
 from clbench.envs.libero import tasks as libero_tasks
+from clbench.envs.making import family, instruction, make_simulator
 from clbench.errors import UserError
 from clbench.lock import held
 from clbench.streams.stream import visit_order
@@ -53,7 +47,7 @@ has_package = pytest.mark.skipif(importlib.util.find_spec("libero") is None, rea
 def test_the_suites_have_liberos_tasks() -> None:
     sizes = {suite: len(libero_tasks.suite_tasks(suite)) for suite in libero_tasks.suites()}
     assert sizes == {"libero_spatial": 10, "libero_object": 10, "libero_goal": 10, "libero_10": 10, "libero_90": 90}
-    assert len(set(available_tasks("libero_state"))) == 130
+    assert len(set(family("libero_state").tasks())) == 130
     assert libero_tasks.suite_tasks("libero_long") == libero_tasks.suite_tasks("libero_10")
     assert libero_tasks.suite_tasks("libero_object")[0] == SOUP
     assert instruction({"type": "libero_state", "task": STOVE}) == "turn on the stove"
@@ -95,17 +89,17 @@ def test_the_streams_are_the_suites(name: str) -> None:
     for tasks, make in ((d.tasks, d.make), (d.pretrain.tasks, d.pretrain.make)):
         assert tasks is not d.tasks or tasks == visit_order(d)
         jobs = [Job(d.env.type, t, 0, make.demos_per_task, 0.1, 10, make.max_steps, 20) for t in tasks]
-        check_jobs(jobs, 2, libero.MAX_STEPS)
+        check_jobs(jobs, 2, libero.LiberoState.max_steps)
 
 
 def test_two_tasks_with_one_instruction_do_not_fit_into_a_set() -> None:
     same = ["KITCHEN_SCENE3_turn_on_the_stove", "KITCHEN_SCENE9_turn_on_the_stove"]
     with pytest.raises(UserError, match="have the same instruction"):
-        check_jobs([Job("libero_state", task, 0, 1, 0.1, 10, 100, 0) for task in same], 1, libero.MAX_STEPS)
+        check_jobs([Job("libero_state", task, 0, 1, 0.1, 10, 100, 0) for task in same], 1, libero.LiberoState.max_steps)
 
 
 def test_what_the_expert_cannot_do_is_said_before_anything_starts() -> None:
-    assert set(libero.NO_DEMONSTRATIONS) <= set(libero_tasks.suite_tasks("libero_90"))
+    assert set(LiberoExperts.cannot) <= set(libero_tasks.suite_tasks("libero_90"))
     task = "STUDY_SCENE4_pick_up_the_book_on_the_right_and_place_it_under_the_cabinet_shelf"
     jobs = [Job("libero_state", name, 0, 1, 0.1, 10, 280, 0) for name in (SOUP, task)]
     with pytest.raises(UserError, match=f"no demonstrations can be made of {task}: .*roof.* Leave it out"):
@@ -404,7 +398,7 @@ class TestSimulator:
     ) -> None:
         simulator = simulators(SOUP)
         published = simulator.initial_states()
-        assert published.shape == (50, 110) and libero.TEST_STATES == 50
+        assert published.shape == (50, 110) and libero.LiberoState.test_states == 50
         monkeypatch.setattr(libero, "settle_steps", lambda task: 0)
         simulator.reset(EVAL_SEED_BASE + 7)
         np.testing.assert_array_equal(simulator.env.get_sim_state(), published[7])
@@ -482,7 +476,7 @@ class TestSimulator:
             simulator.reset(0)
 
     def test_versions_tell_the_assets(self) -> None:
-        found = libero.versions()
+        found = family("libero_state").versions()
         assert set(found) == {"hf-libero", "robosuite", "mujoco", "bddl", "libero_assets"}
         assert len(found["libero_assets"]) == 12
 
@@ -496,5 +490,5 @@ class TestSimulator:
         )  # fmt: skip
         info = load_info(root)
         assert info.env_type == "libero_state" and info.episodes == 1 and info.frames > 20
-        assert json.loads((root / "meta/clbench.json").read_text())["privileged"] == libero.PRIVILEGED
+        assert json.loads((root / "meta/clbench.json").read_text())["privileged"] == libero.LiberoState.privileged
         assert info.versions["hf-libero"]

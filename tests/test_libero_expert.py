@@ -270,8 +270,8 @@ def test_grasping_closes_the_fingers_and_holds_still() -> None:
 )
 def test_the_expert_reaches_the_goal_in_spite_of_noise(suite: str, index: int) -> None:
     from clbench.data.make import run_episode
-    from clbench.envs.base import make_simulator
     from clbench.envs.libero.tasks import MAX_STEPS, suite_tasks
+    from clbench.envs.making import make_simulator
 
     simulator = make_simulator({"type": "libero_state", "task": suite_tasks(suite)[index]})
     try:
@@ -285,8 +285,8 @@ def test_the_expert_reaches_the_goal_in_spite_of_noise(suite: str, index: int) -
 
 @pytest.mark.libero
 def test_only_what_is_under_a_roof_is_put_in_from_the_side() -> None:
-    from clbench.envs.base import make_simulator
     from clbench.envs.libero.tasks import suite_tasks
+    from clbench.envs.making import make_simulator
 
     microwave = "KITCHEN_SCENE6_put_the_yellow_and_white_mug_in_the_microwave_and_close_it"
     open_above = [("libero_object", 0), ("libero_goal", 1), ("libero_goal", 3), ("libero_goal", 9), ("libero_10", 5)]

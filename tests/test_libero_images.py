@@ -24,10 +24,11 @@ from clbench.data.info import fingerprint_with_images, load_info
 from clbench.data.make import Job
 from clbench.data.make import _check as check_jobs
 from clbench.envs import rendering
-from clbench.envs.base import EVAL_SEED_BASE, STATE_KEY, Step, cameras, make_simulator, privileged, step_unseen
+from clbench.envs.base import EVAL_SEED_BASE, STATE_KEY, Step, step_unseen
 from clbench.envs.libero import assets as libero_assets
 from clbench.envs.libero import simulator as libero
 from clbench.envs.libero import tasks as libero_tasks
+from clbench.envs.making import family, make_simulator
 from clbench.errors import UserError
 from clbench.rollout.rollout import Episode, SimulatorPool, run_episodes
 from clbench.streams.stream import build_stream, drawing, pretraining_tasks, visit_order
@@ -53,7 +54,7 @@ def composed(dataset: str, *overrides: str) -> Config:
 @pytest.mark.parametrize("name", SUITES)
 def test_the_streams_on_images_are_those_on_states(name: str) -> None:
     images, states = composed(name).dataset, composed(f"{name}_state").dataset
-    assert cameras(images.env.type) == CAMERAS and privileged(images.env.type) is None
+    assert list(family(images.env.type).cameras) == CAMERAS and family(images.env.type).privileged is None
     assert (images.tasks, images.task_order, images.env.max_steps) == (
         states.tasks, states.task_order, states.env.max_steps,
     )  # fmt: skip
@@ -76,7 +77,7 @@ def test_libero_90_and_libero_long() -> None:
 def test_scenes_that_share_an_instruction_fit_into_a_set_with_cameras() -> None:
     same = [STOVE, "KITCHEN_SCENE9_turn_on_the_stove"]
     render = {"fidelity": "fast", "size": 64}
-    check_jobs([Job("libero", task, 0, 1, 0.1, 10, 100, 0, render) for task in same], 1, libero.MAX_STEPS)
+    check_jobs([Job("libero", task, 0, 1, 0.1, 10, 100, 0, render) for task in same], 1, libero.LiberoState.max_steps)
 
 
 @has_package

@@ -21,19 +21,25 @@ from typing import Any
 import numpy as np
 import pytest
 
+from clbench import registry
+from clbench.data.experts.base import episode_expert
 from clbench.data.make import Job, collect_task, make_dataset
 from clbench.doctor import simulators as doctor_simulators
 from clbench.envs import base, remote, wire
-from clbench.envs.base import STATE_KEY, Simulator, episode_expert, make_simulator, simulator_versions
-from clbench.envs.libero import simulator as libero
+from clbench.envs.base import STATE_KEY, Simulator
+from clbench.envs.making import family, make_simulator, simulator_versions
 from clbench.errors import UserError
 from tests import remote_backend
 from tests.conftest import LIBERO_PYTHON
 
 ROOT = Path(__file__).resolve().parents[1]
-VARIABLE = remote_backend.PYTHON_VARIABLE
+VARIABLE = "REMOTE_PYTHON"
 SOUP = "pick_up_the_alphabet_soup_and_place_it_in_the_basket"
-START = "import time\nfrom clbench.envs import base\nbase.BACKENDS['fake'] = 'tests.remote_backend'\n"
+SIMULATORS, EXPERTS = "tests.remote_backend:Fake", "tests.remote_backend:FakeExperts"
+START = (
+    "import time\nfrom clbench import registry\nfrom clbench.envs.making import make_simulator\n"
+    f"registry.OWN['simulators']['fake'] = '{SIMULATORS}'\n"
+)
 
 
 def spec(task: str = "plain") -> dict[str, Any]:
@@ -42,7 +48,8 @@ def spec(task: str = "plain") -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def _fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setitem(base.BACKENDS, "fake", "tests.remote_backend")
+    monkeypatch.setitem(registry.OWN["simulators"], "fake", SIMULATORS)
+    monkeypatch.setitem(registry.OWN["experts"], "fake", EXPERTS)
     monkeypatch.delenv(VARIABLE, raising=False)
     yield
     for child in remote._children.values():
@@ -66,7 +73,7 @@ def other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def here(task: str = "plain") -> Any:
     """The same simulator in this process."""
-    return remote_backend.make(task)
+    return remote_backend.Simulator(task)
 
 
 def gone(pid: int) -> bool:
@@ -283,7 +290,7 @@ def test_a_child_ends_with_its_parent(other: str, hanging: bool, number: signal.
     code = START + (
         "import threading, numpy as np\n"
         "made = []\n"
-        "t = threading.Thread(target=lambda: made.append(base.make_simulator({'type': 'fake', 'task': 'odd'})))\n"
+        "t = threading.Thread(target=lambda: made.append(make_simulator({'type': 'fake', 'task': 'odd'})))\n"
         "t.start(); t.join(); s = made[0]; time.sleep(0.3); s.reset(0)\n"
         f"print(s._child._process.pid, flush=True)\n{call}\n"
     )
@@ -302,7 +309,7 @@ def test_a_child_ends_with_its_parent(other: str, hanging: bool, number: signal.
 
 
 def test_a_child_ends_with_a_process_that_ends_by_itself(other: str) -> None:
-    code = START + "s = base.make_simulator({'type': 'fake', 'task': 'plain'})\nprint(s._child._process.pid)\n"
+    code = START + "s = make_simulator({'type': 'fake', 'task': 'plain'})\nprint(s._child._process.pid)\n"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=30)
     assert done.returncode == 0 and done.stderr == ""
@@ -312,11 +319,11 @@ def test_a_child_ends_with_a_process_that_ends_by_itself(other: str) -> None:
 def test_after_a_fork_there_is_another_child(other: str) -> None:
     code = START + (
         "import os\n"
-        "s = base.make_simulator({'type': 'fake', 'task': 'plain'}); s.reset(0)\n"
+        "s = make_simulator({'type': 'fake', 'task': 'plain'}); s.reset(0)\n"
         "if os.fork() == 0:\n"
         "    try: s.reset(0)\n"
         "    except RuntimeError as e: print(e, flush=True)\n"
-        "    t = base.make_simulator({'type': 'fake', 'task': 'plain'}); t.reset(0)\n"
+        "    t = make_simulator({'type': 'fake', 'task': 'plain'}); t.reset(0)\n"
         "    print(t._child._process.pid != s._child._process.pid, flush=True)\n"
         "    os._exit(0)\n"
         "os.wait(); s.reset(1); print('on')\n"
@@ -404,7 +411,7 @@ def test_it_is_said_before_anything_heavy_starts(
 
 
 def test_the_doctor_says_what_the_interpreter_has(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(base.BACKENDS, "libero_state", "tests.remote_backend")
+    monkeypatch.setitem(registry.OWN["simulators"], "libero_state", SIMULATORS)
     (found,) = doctor_simulators()
     assert found.state == "ok" and found.what.startswith(f"LIBERO under {VARIABLE}={other}: physics 1.0, simulator py")
     monkeypatch.setenv("LACKS", "1")
@@ -465,7 +472,7 @@ def test_an_episode_of_libero_is_the_same(monkeypatch: pytest.MonkeyPatch, seed:
         if success:
             break
     assert success
-    found, want = simulator_versions("libero_state"), libero.versions()
+    found, want = simulator_versions("libero_state"), family("libero_state").versions()
     assert found.items() >= want.items() and "simulator_python" in found
     there.close(), ours.close()
 

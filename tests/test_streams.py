@@ -78,13 +78,13 @@ def test_pretraining_tasks_come_with_their_data_and_their_own_step_limit(toy_dat
 
 @pytest.mark.parametrize("name", ["metaworld_quick", "metaworld_cw10", "metaworld_val"])
 def test_shipped_streams_are_valid_and_disjoint_from_pretraining(name: str) -> None:
-    from clbench.envs.base import available_tasks
+    from clbench.envs.making import family
 
     config, _ = compose(model="dit_dec_tiny", algorithms=["seqfft"], dataset=name)
     tasks = visit_order(config.dataset)
     assert config.dataset.pretrain is not None
     assert not set(tasks) & set(config.dataset.pretrain.tasks)
-    assert set(tasks) | set(config.dataset.pretrain.tasks) <= set(available_tasks("metaworld"))
+    assert set(tasks) | set(config.dataset.pretrain.tasks) <= set(family("metaworld").tasks())
 
 
 def test_validation_stream_shares_nothing_with_the_reported_one() -> None:

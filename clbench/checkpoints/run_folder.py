@@ -20,7 +20,7 @@ from clbench.checkpoints.base import find_base
 from clbench.checkpoints.whole import DESCRIPTION, damage, write_whole
 from clbench.config.compose import to_dict, to_yaml
 from clbench.config.schema import Config, base_origin
-from clbench.envs.base import other_python, privileged, simulator_versions
+from clbench.envs.making import family, other_python, simulator_versions
 from clbench.errors import UserError, nearest
 from clbench.io import OF_A_RUN, read_json, refuse_links, write_json, write_text
 from clbench.paths import INSTALLED, PROJECT_ROOT, data_root, model_root, named_folder, results_root
@@ -212,7 +212,7 @@ def write_description(
             "lora": asdict(config.lora),
             "policy": config.model,
             "dataset": stream.name,
-            "privileged": privileged(env_type),
+            "privileged": family(env_type).privileged,
             "render": stream.columns[0].env.get("render"),
             "seed": config.seed,
             "mode": stream.mode,

@@ -39,25 +39,17 @@ from typing import IO, Any
 import numpy as np
 
 from clbench.data.episode_images import EpisodeImages, read_images
+from clbench.data.experts.base import episode_expert, experts
 from clbench.data.info import FORMAT, INFO_FILE, DataInfo, fingerprint, fingerprint_with_images, load_info
 from clbench.data.verify import contents, damage, file_sums
-from clbench.envs.base import (
-    EVAL_SEED_BASE,
-    STATE_KEY,
-    Expert,
-    Observation,
-    Simulator,
-    backend,
-    cameras,
+from clbench.envs.base import EVAL_SEED_BASE, STATE_KEY, Expert, Observation, Simulator, SimulatorFamily, step_unseen
+from clbench.envs.making import (
     check_other_python,
     check_task,
-    episode_expert,
+    family,
     instruction,
     make_simulator,
-    privileged,
     simulator_versions,
-    step_unseen,
-    without_demonstrations,
 )
 from clbench.envs.rendering import check_render
 from clbench.errors import UserError, shortage
@@ -130,7 +122,7 @@ def demonstrable(env_type: str, tasks: Sequence[str]) -> tuple[list[str], dict[s
     Raises:
         UserError: there are only others.
     """
-    known = without_demonstrations(env_type)
+    known = experts(env_type).cannot
     cannot = {task: known[task] for task in tasks if task in known}
     if cannot and len(cannot) == len(set(tasks)):
         raise UserError(_impossible(cannot))
@@ -213,7 +205,7 @@ def collect_task(job: Job) -> Collected:
         if job.images is None:
             states, labels, success = attempt("demo", i, job.tail_steps, job.action_noise)
             return Recorded(states, labels) if success else None
-        images = EpisodeImages(Path(f"{job.images}-{number:06d}.zip"), cameras(job.env_type))
+        images = EpisodeImages(Path(f"{job.images}-{number:06d}.zip"), list(family(job.env_type).cameras))
         states, labels, success = attempt("demo", i, job.tail_steps, job.action_noise, images.add)
         if not success:
             images.discard()
@@ -282,9 +274,9 @@ def make_dataset(
     cannot do.
     """
     root = Path(root)
-    module = backend(env_type)
+    simulators = family(env_type)
     drawn: dict[str, Any] | None = None
-    if cameras(env_type):
+    if simulators.cameras:
         drawn = dict(zip(("fidelity", "size"), check_render(render or {}), strict=True))
     elif render is not None:
         raise UserError(f"environment type '{env_type}' has no cameras to render.")
@@ -292,7 +284,7 @@ def make_dataset(
         Job(env_type, task, seed, demos_per_task, float(action_noise), tail_steps, max_steps, ceiling_episodes, drawn)
         for task in tasks
     ]
-    _check(jobs, workers, module.MAX_STEPS)
+    _check(jobs, workers, simulators.max_steps)
     wanted = {
         "name": name,
         "env_type": env_type,
@@ -319,7 +311,7 @@ def make_dataset(
             jobs = [replace(job, images=str(folder / "images" / f"{k:04d}")) for k, job in enumerate(jobs)]
         new = folder / "dataset"
         with _collecting(jobs, workers, progress) as collected, _quiet_libraries():
-            _write(new, name, module, jobs, collected, wanted)
+            _write(new, name, simulators, jobs, collected, wanted)
         with _quiet_libraries(), patience("reading back what was written"):
             info = _verify(new)
         if root.exists():
@@ -344,7 +336,7 @@ def _check(jobs: list[Job], workers: int, longest: int) -> None:
     said: dict[str, str] = {}
     for job in jobs:
         first = said.setdefault(instruction({"type": job.env_type, "task": job.task}), job.task)
-        if first != job.task and not cameras(job.env_type):  # a camera shows which of the scenes it is
+        if first != job.task and not family(job.env_type).cameras:  # a camera shows which of the scenes it is
             raise UserError(f"{first} and {job.task} have the same instruction: a data set can hold only one of them.")
     job = jobs[0]
     limits = (
@@ -590,30 +582,35 @@ def _quiet_libraries() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _features(module: Any, seen: list[str], size: int) -> dict[str, Any]:
+def _features(simulators: SimulatorFamily, size: int) -> dict[str, Any]:
     """LeRobot's description of what is recorded, in the order of LIBERO's sets on the Hugging Face hub."""
-    names = getattr(module, "NAMES", {})
+    names = simulators.names
     image = {"dtype": "image", "shape": (size, size, 3), "names": ["height", "width", "channel"]}
     return {
-        **{camera: dict(image) for camera in seen},
-        STATE_KEY: {"dtype": "float32", "shape": (module.STATE_DIM,), "names": names.get(STATE_KEY)},
-        ACTION_KEY: {"dtype": "float32", "shape": (module.ACTION_DIM,), "names": names.get(ACTION_KEY)},
+        **{camera: dict(image) for camera in simulators.cameras},
+        STATE_KEY: {"dtype": "float32", "shape": (simulators.state_dim,), "names": names.get(STATE_KEY)},
+        ACTION_KEY: {"dtype": "float32", "shape": (simulators.action_dim,), "names": names.get(ACTION_KEY)},
     }
 
 
 def _write(
-    folder: Path, name: str, module: Any, jobs: list[Job], collected: Iterator[Collected], wanted: dict[str, Any]
+    folder: Path,
+    name: str,
+    simulators: SimulatorFamily,
+    jobs: list[Job],
+    collected: Iterator[Collected],
+    wanted: dict[str, Any],
 ) -> None:
     """Write the episodes, task by task, and the description. Images' files are removed once they are written."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    seen = cameras(jobs[0].env_type)
+    seen = list(simulators.cameras)
     dataset = LeRobotDataset.create(
         repo_id=name,
-        fps=module.FPS,
-        features=_features(module, seen, (jobs[0].render or {}).get("size", 0)),
+        fps=simulators.fps,
+        features=_features(simulators, (jobs[0].render or {}).get("size", 0)),
         root=folder,
-        robot_type=module.ROBOT_TYPE,
+        robot_type=simulators.robot_type,
         use_videos=False,
     )
     described = []
@@ -655,7 +652,7 @@ def _write(
     dataset.finalize()
     if seen:
         shutil.rmtree(folder / "images", ignore_errors=True)  # LeRobot's, by now empty
-    label = privileged(jobs[0].env_type)
+    label = simulators.privileged
     info = {
         "format": FORMAT,
         **wanted,

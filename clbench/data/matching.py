@@ -6,7 +6,7 @@ import difflib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from clbench.envs.base import available_tasks, instruction, suite_of
+from clbench.envs.making import family
 from clbench.errors import UserError, nearest
 
 SHOWN = 8  # problems named in one message
@@ -37,9 +37,10 @@ def named_tasks(env_type: str, given: Mapping[str, str], texts: Mapping[int, str
         UserError: an instruction is not in the data, a task not in the simulator, or one of them is there twice.
     """
     found: dict[str, int] = {}
+    known = family(env_type).tasks()
     for text, task in given.items():
-        if task not in available_tasks(env_type):
-            raise UserError(f"{key}: {env_type} has no task '{task}'.{nearest(task, available_tasks(env_type))}")
+        if task not in known:
+            raise UserError(f"{key}: {env_type} has no task '{task}'.{nearest(task, known)}")
         indices = [i for i, t in texts.items() if plain(t) == plain(text)]
         if len(indices) != 1:
             what = "has no" if not indices else f"has {len(indices)} times the"
@@ -77,22 +78,23 @@ def match_tasks(
             simulator's tasks that the data may hold; all that is wrong in one message.
     """
     named = named or {}
+    simulators = family(env_type)
     there: dict[str, list[int]] = defaultdict(list)
     for index, text in texts.items():
         if index not in named.values():
             there[plain(text)].append(index)
     sharing: dict[str, list[str]] = defaultdict(list)
-    for name in available_tasks(env_type):
-        sharing[plain(instruction({"type": env_type, "task": name}))].append(name)
-    suites = {text: {suite_of(env_type, n) for n in names} for text, names in sharing.items()}
+    for name in simulators.tasks():
+        sharing[plain(simulators.instruction(name))].append(name)
+    suites = {text: {simulators.suite_of(n) for n in names} for text, names in sharing.items()}
     held = {next(iter(s)) for text, s in suites.items() if text in there and len(s) == 1}
     found: dict[str, int] = {}
     problems: list[str] = []
     for name in tasks:
-        said = instruction({"type": env_type, "task": name})
+        said = simulators.instruction(name)
         text = plain(said)
-        own = suite_of(env_type, name)
-        rivals = [n for n in sharing[text] if n != name and suite_of(env_type, n) in held | {own}]
+        own = simulators.suite_of(name)
+        rivals = [n for n in sharing[text] if n != name and simulators.suite_of(n) in held | {own}]
         indices = there.get(text, [])
         if name in named:
             if counts.get(named[name]):

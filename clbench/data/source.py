@@ -28,16 +28,8 @@ from clbench.data.lerobot_set import (
 )
 from clbench.data.matching import match_tasks, named_tasks
 from clbench.data.verify import check_made
-from clbench.envs.base import (
-    STATE_KEY,
-    action_size,
-    cameras,
-    gripper_opens,
-    hub_data,
-    instruction,
-    state_size,
-    steps_per_second,
-)
+from clbench.envs.base import STATE_KEY
+from clbench.envs.making import family, instruction
 from clbench.errors import UserError, nearest
 from clbench.paths import data_root, named_folder
 from clbench.terminal import tell
@@ -154,7 +146,7 @@ def _two_ways(env_type: str, stream: str, key: str) -> str:
     make = f"Make it with: clbench data make {stream}"
     if key != "dataset":
         return f"{make} — or give a base with policy.path=FOLDER"
-    known = hub_data(env_type)
+    known = family(env_type).hub_data
     return f"{make} — or take it from the hub: -- {key}.repo_id={known}" if known else make
 
 
@@ -287,7 +279,7 @@ def _foreign(
         **origin,
         "root": str(found.root),
         "fps": found.fps,
-        "simulator_steps_per_second": steps_per_second(env_type),
+        "simulator_steps_per_second": float(family(env_type).fps),
         "features": features,
         "features_unused": sorted(set(found.features) - set(features)),
         "tasks_unused": len(found.texts) - len(tasks),
@@ -306,7 +298,7 @@ def _foreign(
 
 def _drawn(found: LeRobotSet, features: dict[str, str], env_type: str) -> dict[str, Any] | None:
     """How the images of a set that clbench did not make were drawn: in full, at the size that they have."""
-    seen = [there for there, here in features.items() if here in cameras(env_type)]
+    seen = [there for there, here in features.items() if here in family(env_type).cameras]
     return {"fidelity": "full", "size": int(image_shape(found.features[seen[0]])[0])} if seen else None
 
 
@@ -327,7 +319,7 @@ def _check_actions(root: Path, env_type: str, names: Sequence[str], low: np.ndar
             f"'{env_type}' takes [-1, 1]: they are of another kind (poses, say, instead of displacements). Take "
             "another data set."
         )
-    opens = gripper_opens(env_type, names)
+    opens = family(env_type).gripper_command(names)
     if opens is not None and (opens < 0 <= low[-1] or high[-1] <= 0 < opens):
         raise UserError(
             f"the gripper of the data set in {root}, the last number of an action, goes from {low[-1]:.3g} to "
@@ -350,8 +342,9 @@ def _features(found: LeRobotSet, rename: dict[str, str], env_type: str, key: str
     if len(named) != len(found.features):
         twice = [n for n, k in Counter(rename.get(old, old) for old in found.features).items() if k > 1]
         raise UserError(f"{key}.rename: the data set in {found.root} would have two features {twice[0]}.")
-    numbers = {STATE_KEY: state_size(env_type), ACTION_KEY: action_size(env_type)}
-    wanted = [*cameras(env_type), *numbers]
+    simulators = family(env_type)
+    numbers = {STATE_KEY: simulators.state_dim, ACTION_KEY: simulators.action_dim}
+    wanted = [*simulators.cameras, *numbers]
     problems = []
     for name in wanted:
         if name not in named:

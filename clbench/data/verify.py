@@ -14,7 +14,8 @@ from pathlib import Path
 
 from clbench.data.info import INFO_FILE, DataInfo, fingerprint, fingerprint_with_images
 from clbench.data.lerobot_set import read_columns
-from clbench.envs.base import STATE_KEY, action_size, cameras, state_size
+from clbench.envs.base import STATE_KEY
+from clbench.envs.making import family
 from clbench.errors import UserError
 from clbench.io import sha256
 
@@ -72,7 +73,7 @@ def _other_files(info: DataInfo, files: dict[str, tuple[int, str]], full: bool) 
 
 def _other_contents(info: DataInfo, full: bool) -> str | None:
     tables = _tables(info.root)
-    seen = cameras(info.env_type)
+    seen = list(family(info.env_type).cameras)
     if not full and (seen or not tables or sum(p.stat().st_size for p in tables) > START_BYTES):
         return None
     if not tables:
@@ -90,10 +91,11 @@ def _tables(root: Path) -> list[Path]:
 
 def contents(root: Path, env_type: str, episodes: int) -> str:
     """The fingerprint of what a set's files hold."""
-    tables = _tables(root)
-    shapes = {STATE_KEY: (state_size(env_type),), ACTION_KEY: (action_size(env_type),)}
+    tables, simulators = _tables(root), family(env_type)
+    shapes = {STATE_KEY: (simulators.state_dim,), ACTION_KEY: (simulators.action_dim,)}
     columns = read_columns(tables, {**shapes, "episode_index": (), "task_index": ()})
-    return fingerprint_with_images(fingerprint(*columns.values()), _image_digests(tables, cameras(env_type), episodes))
+    images = _image_digests(tables, list(simulators.cameras), episodes)
+    return fingerprint_with_images(fingerprint(*columns.values()), images)
 
 
 def _image_digests(tables: Sequence[Path], seen: Sequence[str], episodes: int) -> list[str]:

@@ -1,46 +1,18 @@
-"""The simulator protocol, and the one place that knows which simulators exist.
+"""The simulator protocol, and what a family of simulators says of itself.
 
-Only the standard library and numpy are imported here, so that a worker under another interpreter can use it.
-A backend is a module of this package, named in `BACKENDS`, that offers
-
-    make(task: str) -> Simulator          a simulator for one task; with CAMERAS: make(task, render)
-    tasks() -> list[str]                  the names it knows, sorted; imports no simulator
-    instruction(task: str) -> str         the sentence a policy is given; imports no simulator
-    expert(task: str) -> Expert           optional: a scripted expert, a pure function of observations
-    expert_for(simulator) -> Expert       optional, instead: one for a single episode of this simulator, made after its
-                                          reset, which may remember and may look into the simulator (privileged)
-    NO_DEMONSTRATIONS: dict[str, str]     optional: tasks that its expert cannot do, and why
-    versions() -> dict[str, str]          the versions of the packages that decide its physics
-    FPS, ROBOT_TYPE, STATE_DIM, ACTION_DIM, MAX_STEPS
-    PYTHON_VARIABLE: str                  optional: the environment variable that may name another interpreter, one that
-                                          has the simulator (see remote.py); only make, expert_for and versions need it
-    GRIPPER_OPENS: float                  optional: the value of an action's last number that opens the gripper
-    GRIPPER_IDLE: frozenset[str]          optional: tasks that can be done without commanding it to open
-    suite_of(task: str) -> str            optional: the suite a task belongs to, where its tasks come in several
-    published_order(number: int, tasks: list[str]) -> list[str]
-                                          optional: the tasks of a suite in the order that its authors published under
-                                          that number; UserError where `tasks` are not such a suite in its first order
-    CAMERAS: dict[str, str]               optional: the camera images among its observations, uint8 (size, size, 3), and
-                                          what the simulator calls the cameras. `make` is told how to draw them:
-                                          {"fidelity": fast | full, "size": pixels}
-    NAMES: dict[str, list[str]]           optional: what data sets call the dimensions of state and action
-    TEST_STATES: int                      optional: how many initial states there are for test episodes, where their
-                                          seeds go through a fixed list; all other seeds draw other states
-    PRIVILEGED: str                       optional: what its observations hold that no robot would see; data sets,
-                                          manifests and reports carry it as a label
+Only the standard library and numpy are imported here, and nothing else of `envs`, so that a worker under another
+interpreter can use it. `making.py` finds families by their names and makes their simulators.
 """
 
 from __future__ import annotations
 
-import importlib
-import os
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from clbench.errors import UserError, nearest
+from clbench.errors import UserError
 
 # Episodes that evaluate a policy have seeds from here on; demonstrations have seeds below it. So no policy is
 # ever tested on an initial state that it was shown. Those that policies are chosen by come behind those of the test, so
@@ -53,15 +25,6 @@ SEEDS_PER_SPLIT = 1_000_000
 INTERPRETER = "simulator_"  # so begin the versions of another interpreter that has the simulators, and of its numpy
 
 STATE_KEY = "observation.state"  # LeRobot's name for the robot's (low-dimensional) state
-
-BACKENDS: dict[str, str] = {
-    "metaworld": "clbench.envs.metaworld",
-    "libero": "clbench.envs.libero.images",
-    "libero_state": "clbench.envs.libero.simulator",
-}
-
-# Hub data sets in LeRobot's format whose features are those of an environment type.
-HUB_DATA = {"libero": "HuggingFaceVLA/libero"}
 
 Observation = dict[str, np.ndarray]
 Expert = Callable[[Observation], np.ndarray]
@@ -76,18 +39,18 @@ class Step(NamedTuple):
 
 
 class Simulator(Protocol):
-    """One task in one simulator. `reset(seed)` alone decides an episode, whatever was done before it."""
+    """One task in one simulator. `reset(seed)` alone decides an episode, whatever was done before it.
+
+    A simulator with cameras may have a method `step_unseen(action)` besides: it is `step` without camera images in the
+    observation, and saves the time of drawing them.
+    """
 
     def reset(self, seed: int) -> Observation:
         """Start the episode that `seed` names and return its first observation."""
         ...
 
     def step(self, action: np.ndarray) -> Step:
-        """Apply `action` (ACTION_DIM,), clipped to [-1, 1]; ValueError for a wrong shape, NaN or inf."""
-        ...
-
-    def step_unseen(self, action: np.ndarray) -> Step:
-        """As `step`, without camera images in the observation, for who does not look. Optional; only saves time."""
+        """Apply `action` (action_dim,), clipped to [-1, 1]; ValueError for a wrong shape, NaN or inf."""
         ...
 
     def render(self, width: int, height: int) -> np.ndarray:
@@ -99,210 +62,107 @@ class Simulator(Protocol):
         ...
 
 
-def backend(env_type: str) -> ModuleType:
-    """Return the module behind an environment type; UserError for an unknown one."""
-    if env_type not in BACKENDS:
-        raise UserError(f"unknown environment type '{env_type}'.{nearest(env_type, BACKENDS)}")
-    return importlib.import_module(BACKENDS[env_type])
-
-
-def check_task(env_type: str, task: str) -> None:
-    """Raise UserError when `env_type` has no task of that name."""
-    known = backend(env_type).tasks()
-    if task not in known:
-        raise UserError(f"{env_type} has no task '{task}'.{nearest(task, known)}")
-
-
-def available_tasks(env_type: str) -> list[str]:
-    """Return the names of all tasks of an environment type, sorted, without importing its simulator."""
-    return list(backend(env_type).tasks())
-
-
-def make_simulator(spec: Mapping[str, Any]) -> Simulator:
-    """Build the simulator that `spec`, e.g. {"type": "metaworld", "task": "push-v3"}, describes.
-
-    It is in this process, or in a child of it where the user names another interpreter for its type (see remote.py).
-    A type with cameras also takes "render", {"fidelity": fast | full, "size": pixels}.
-
-    Raises UserError for a missing or unknown key, an unknown type, or an unknown task.
-    """
-    env_type, task = _split(spec)
-    variable = other_python(env_type)
-    if variable is not None:
-        from clbench.envs import remote
-
-        return remote.make(variable, dict(spec))
-    if cameras(env_type):
-        return backend(env_type).make(task, dict(spec.get("render", {})))
-    return backend(env_type).make(task)
-
-
-def other_python(env_type: str) -> str | None:
-    """Return the environment variable that names another interpreter for an environment type; None: it is this one."""
-    variable: str | None = getattr(backend(env_type), "PYTHON_VARIABLE", None)
-    return variable if variable is not None and os.environ.get(variable) else None
-
-
-def simulator_versions(env_type: str) -> dict[str, str]:
-    """Return the versions of the packages that decide an environment type's physics, from where its simulators are.
-
-    Raises UserError, naming the variable, where another interpreter is named that cannot have them.
-    """
-    variable = other_python(env_type)
-    if variable is not None:
-        from clbench.envs import remote
-
-        return remote.versions(variable, env_type)
-    found: dict[str, str] = backend(env_type).versions()
-    return found
-
-
-def physics_versions(env_type: str) -> dict[str, str]:
-    """As `simulator_versions`, the same wherever the simulators are: without what only another interpreter adds."""
-    return {k: v for k, v in simulator_versions(env_type).items() if not k.startswith(INTERPRETER)}
-
-
-def check_other_python(env_type: str) -> None:
-    """Raise UserError where another interpreter is named for an environment type that cannot have its simulators."""
-    if other_python(env_type) is not None:
-        simulator_versions(env_type)
-
-
-def check_this_python(env_type: str) -> None:
-    """Raise UserError where another interpreter is named: for programs that look into simulators, or measure them."""
-    variable = other_python(env_type)
-    if variable is not None:
-        raise UserError(
-            f"{variable} names another interpreter, into whose simulators this program cannot look. Unset it, and run "
-            "this where clbench and the simulator are both installed."
-        )
-
-
 def step_unseen(simulator: Simulator, action: np.ndarray) -> Step:
-    """`simulator.step` for who does not look at what it leads to: no camera image is drawn where one can do without."""
+    """Return `simulator.step(action)`, without camera images where the simulator can leave them out."""
     return getattr(simulator, "step_unseen", simulator.step)(action)  # type: ignore[no-any-return]
 
 
-def make_expert(spec: Mapping[str, Any]) -> Expert:
-    """Return the scripted expert of a task, a pure function from an observation to an action (not clipped).
+class SimulatorFamily:
+    """The simulators of one environment type, the `env.type` of a stream: a simulator for each of its tasks.
 
-    Raises UserError for a bad `spec` (as `make_simulator`) and where the type has no experts.
+    A subclass sets what differs from the defaults here, and offers `make`. It is registered under the name of its
+    environment type (see `clbench.registry`, axis "simulators"). Only `make`, `versions` and what they return may
+    import the simulator's own packages: names, instructions and sizes are asked for without them.
+
+    Attributes:
+        name: of the environment type; given when the family is made.
+        fps: control steps per simulated second; data sets record it as frames per second.
+        state_dim: numbers in `observation.state`, a float32 vector of shape (state_dim,).
+        action_dim: numbers in an action, a vector of shape (action_dim,) in [-1, 1].
+        max_steps: the longest episode that the simulators allow, in control steps.
+        robot_type: the robot's name in data sets.
+        instructions: task → the sentence that a policy is given; what `tasks` and `instruction` return.
+        needs: the distributions whose versions decide an episode, as a literal tuple: `clbench list` reads it from the
+            source.
+        install: a sentence on how these are installed.
+        python_variable: the environment variable that may name another interpreter which has the simulator (see
+            remote.py). None: simulators are always made in this process.
+        cameras: key of a camera image in the observations → what the simulator calls the camera. Images are uint8 of
+            shape (size, size, 3). Empty: there are none.
+        names: what data sets call the dimensions of the state and the action, by their keys.
+        gripper_opens: the value of an action's last number that opens the gripper; None: it does not say.
+        gripper_idle: tasks that can be done without commanding it to open.
+        test_states: how many initial states there are for test episodes, where their seeds go through a fixed list. All
+            other seeds draw other states. None: each seed has its own.
+        privileged: what the observations hold that no robot would see, in words: data sets, manifests and reports carry
+            it as a label. None: nothing.
+        hub_data: a data set of the Hugging Face hub, in LeRobot's format, with these observations. None: none known.
     """
-    env_type, task = _split(spec)
-    module = backend(env_type)
-    if not hasattr(module, "expert"):
-        raise UserError(f"environment type '{env_type}' has no scripted experts.")
-    return module.expert(task)
 
+    fps: int
+    state_dim: int
+    action_dim: int
+    max_steps: int
+    robot_type: str = "unknown"
+    instructions: Mapping[str, str] = {}
+    needs: tuple[str, ...] = ()
+    install: str = ""
+    python_variable: str | None = None
+    cameras: Mapping[str, str] = {}
+    names: Mapping[str, list[str]] = {}
+    gripper_opens: float | None = None
+    gripper_idle: frozenset[str] = frozenset()
+    test_states: int | None = None
+    privileged: str | None = None
+    hub_data: str | None = None
 
-def episode_expert(spec: Mapping[str, Any], simulator: Simulator) -> Expert:
-    """Return the scripted expert for the next episode of `simulator`; call it from that episode's first observation on.
+    def __init__(self, name: str) -> None:
+        self.name = name
+        lacking = [key for key in ("fps", "state_dim", "action_dim", "max_steps") if not hasattr(self, key)]
+        if lacking:
+            raise UserError(f"the simulator family {type(self).__name__} ('{name}') does not set {', '.join(lacking)}.")
 
-    Raises UserError for a bad `spec` (as `make_simulator`) and where the type has no experts.
-    """
-    from clbench.envs.remote import RemoteSimulator
+    def make(self, task: str, render: Mapping[str, Any]) -> Simulator:
+        """Return a new simulator of `task`, one of `tasks()`.
 
-    module = backend(_split(spec)[0])
-    if isinstance(simulator, RemoteSimulator):
-        return simulator.expert()
-    if not hasattr(module, "expert_for"):
-        return make_expert(spec)
-    made: list[Expert] = []
+        Args:
+            render: how the cameras draw, {"fidelity": fast | full, "size": pixels}; empty where there are none.
 
-    def act(observation: Observation) -> np.ndarray:
-        if not made:  # only now has the episode begun
-            made.append(module.expert_for(simulator))
-        return made[0](observation)
+        Raises:
+            UserError: what it needs is not installed.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define make(task, render).")
 
-    return act
+    def tasks(self) -> list[str]:
+        """Return the names of all tasks, sorted."""
+        return sorted(self.instructions)
 
+    def instruction(self, task: str) -> str:
+        """Return the sentence that a policy is given for `task`, one of `tasks()`."""
+        return self.instructions[task]
 
-def without_demonstrations(env_type: str) -> dict[str, str]:
-    """Return the tasks of an environment type that its expert cannot do, and why."""
-    return dict(getattr(backend(env_type), "NO_DEMONSTRATIONS", {}))
+    def versions(self) -> dict[str, str]:
+        """Return the versions of what decides an episode; UserError where something of it is not installed."""
+        try:
+            return {name: version(name) for name in self.needs}
+        except PackageNotFoundError as e:
+            raise UserError(f"'{self.name}' needs {e.name}, which is not installed. {self.install}".rstrip()) from e
 
+    def suite_of(self, task: str) -> str:
+        """Return the suite that a task belongs to, where the tasks come in several; else ""."""
+        return ""
 
-def privileged(env_type: str) -> str | None:
-    """Return what an environment type's observations hold that no robot would see, in words; None where nothing."""
-    return getattr(backend(env_type), "PRIVILEGED", None)
+    def published_order(self, number: int, tasks: Sequence[str]) -> list[str]:
+        """Return the tasks of a suite in the order that its authors published under that number.
 
-
-def count_test_states(env_type: str) -> int | None:
-    """Return how many initial states an environment type has for test episodes; None: each seed has its own."""
-    return getattr(backend(env_type), "TEST_STATES", None)
-
-
-def suite_of(env_type: str, task: str) -> str:
-    """Return the suite that a task belongs to; "" for simulators without suites."""
-    module = backend(env_type)
-    return str(module.suite_of(task)) if hasattr(module, "suite_of") else ""
-
-
-def published_order(env_type: str, number: int, tasks: Sequence[str]) -> list[str]:
-    """Return the tasks of a suite in the order that its authors published under that number.
-
-    Raises:
-        UserError: the type has no published orders, none of that number, or `tasks` are not a suite that has them.
-    """
-    module = backend(env_type)
-    if not hasattr(module, "published_order"):
+        Raises:
+            UserError: there are no published orders, none of that number, or `tasks` are not a suite that has them.
+        """
         raise UserError(
-            f"dataset.libero_order is for LIBERO's suites: '{env_type}' has no published task orders. Give an order of "
-            "your own with dataset.task_order instead."
+            f"dataset.libero_order is for LIBERO's suites: '{self.name}' has no published task orders. Give an order "
+            "of your own with dataset.task_order instead."
         )
-    return list(module.published_order(number, list(tasks)))
 
-
-def cameras(env_type: str) -> list[str]:
-    """Return the names of the camera images among an environment type's observations; empty where there are none."""
-    return list(getattr(backend(env_type), "CAMERAS", {}))
-
-
-def state_size(env_type: str) -> int:
-    """Return how many numbers the state of an environment type has."""
-    return int(backend(env_type).STATE_DIM)
-
-
-def action_size(env_type: str) -> int:
-    """Return how many numbers an action of an environment type has."""
-    return int(backend(env_type).ACTION_DIM)
-
-
-def gripper_opens(env_type: str, tasks: Sequence[str]) -> float | None:
-    """Return the value of an action's last number that opens the gripper; None where the type does not say it, or all
-    of the tasks can be done without."""
-    module = backend(env_type)
-    if set(tasks) <= getattr(module, "GRIPPER_IDLE", frozenset()):
-        return None
-    return getattr(module, "GRIPPER_OPENS", None)
-
-
-def steps_per_second(env_type: str) -> float:
-    """Return how many steps of an environment type are a simulated second."""
-    return float(backend(env_type).FPS)
-
-
-def hub_data(env_type: str) -> str | None:
-    """Return a hub data set that has demonstrations with the observations of an environment type; None: none known."""
-    return HUB_DATA.get(env_type)
-
-
-def instruction(spec: Mapping[str, Any]) -> str:
-    """Return the instruction of a task in words, without importing its simulator."""
-    env_type, task = _split(spec)
-    return backend(env_type).instruction(task)
-
-
-def _split(spec: Mapping[str, Any]) -> tuple[str, str]:
-    for key in spec:
-        if key not in ("type", "task", "render"):
-            raise UserError(f"unknown environment key '{key}'.{nearest(key, ('type', 'task', 'render'))}")
-    for key in ("type", "task"):
-        if key not in spec:
-            raise UserError(f"an environment needs '{key}', e.g. {{type: metaworld, task: push-v3}}.")
-    env_type, task = str(spec["type"]), str(spec["task"])
-    check_task(env_type, task)
-    render = spec.get("render", {})
-    if not isinstance(render, Mapping) or (render and not cameras(env_type)):
-        raise UserError(f"environment type '{env_type}' cannot be rendered as {render!r}.")
-    return env_type, task
+    def gripper_command(self, tasks: Sequence[str]) -> float | None:
+        """Return `gripper_opens`; None where all of `tasks` can be done without it."""
+        return None if set(tasks) <= self.gripper_idle else self.gripper_opens

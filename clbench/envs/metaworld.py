@@ -12,21 +12,15 @@ Action (4,) in [-1, 1]: hand displacement xyz (1 is a centimetre), gripper effor
 from __future__ import annotations
 
 import importlib
-import warnings
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from clbench.envs.base import STATE_KEY, Expert, Observation, Step, check_task
+from clbench.envs.base import STATE_KEY, Observation, SimulatorFamily, Step
 from clbench.errors import UserError
 
 INSTALL = "Install it with scripts/bootstrap.sh, or pip install -e '.[metaworld]' in the checkout."
-FPS = 80  # control steps per simulated second
-ROBOT_TYPE = "sawyer"
-STATE_DIM = 39
-ACTION_DIM = 4
-GRIPPER_OPENS = -1.0
 GRIPPER_IDLE = frozenset({  # tasks whose expert does not both open and close the gripper, which is open at the start
     "assembly-v3", "box-close-v3", "button-press-topdown-v3", "button-press-topdown-wall-v3", "button-press-v3",
     "coffee-button-v3", "dial-turn-v3", "disassemble-v3", "door-close-v3", "door-lock-v3", "door-open-v3",
@@ -36,7 +30,6 @@ GRIPPER_IDLE = frozenset({  # tasks whose expert does not both open and close th
     "plate-slide-back-v3", "plate-slide-side-v3", "plate-slide-v3", "push-back-v3", "push-v3", "push-wall-v3",
     "reach-v3", "reach-wall-v3", "soccer-v3", "window-close-v3", "window-open-v3",
 })  # fmt: skip
-MAX_STEPS = 500  # the environments refuse to go further without a reset
 
 # LeRobot's wording, except for push-back: there it reads as push does, and two tasks of a benchmark must
 # never share an instruction.
@@ -94,50 +87,27 @@ INSTRUCTIONS: dict[str, str] = {
 }
 
 
-def tasks() -> list[str]:
-    """Return the names of the fifty tasks, sorted."""
-    return sorted(INSTRUCTIONS)
+class Metaworld(SimulatorFamily):
+    """Meta-World's fifty v3 tasks on states, the goal observable."""
+
+    fps = 80
+    state_dim = 39
+    action_dim = 4
+    max_steps = 500  # the environments refuse to go further without a reset
+    robot_type = "sawyer"
+    instructions: Mapping[str, str] = INSTRUCTIONS
+    needs = ("metaworld", "mujoco", "gymnasium")
+    install = INSTALL
+    gripper_opens = -1.0
+    gripper_idle = GRIPPER_IDLE
+
+    def make(self, task: str, render: Mapping[str, Any]) -> MetaworldSimulator:
+        """Return a simulator of `task`; UserError where Meta-World cannot be imported."""
+        return MetaworldSimulator(task)
 
 
-def instruction(task: str) -> str:
-    """Return the instruction of `task`; UserError when there is no such task."""
-    check_task("metaworld", task)
-    return INSTRUCTIONS[task]
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that decide the physics; UserError where one is missing."""
-    try:
-        return {name: version(name) for name in ("metaworld", "mujoco", "gymnasium")}
-    except PackageNotFoundError as e:
-        raise UserError(f"Meta-World is not installed: there is no {e.name}. {INSTALL}") from e
-
-
-def make(task: str) -> MetaworldSimulator:
-    """Return a simulator for `task`; UserError when there is no such task."""
-    check_task("metaworld", task)
-    return MetaworldSimulator(task)
-
-
-def expert(task: str) -> Expert:
-    """Return the scripted expert of `task`: observation -> action (4,) float32, not clipped, no memory."""
-    check_task("metaworld", task)
-    policy = _import("metaworld.policies").ENV_POLICY_MAP[task]()
-
-    def act(observation: Observation) -> np.ndarray:
-        with warnings.catch_warnings():  # "Constant(s) may be too high": the actions are clipped anyway
-            warnings.simplefilter("ignore", UserWarning)
-            return np.asarray(policy.get_action(observation[STATE_KEY]), dtype=np.float32)
-
-    return act
-
-
-def expert_action(task: str, observation: Observation) -> np.ndarray:
-    """Return the expert's action (4,) float32 for one observation. In a loop, keep `expert(task)` instead."""
-    return expert(task)(observation)
-
-
-def _import(module: str) -> Any:
+def import_metaworld(module: str) -> Any:
+    """Import and return a module of Meta-World or MuJoCo; UserError where it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as e:
@@ -148,7 +118,7 @@ class MetaworldSimulator:
     """One Meta-World task as a `Simulator`; `success` is the task's own criterion at this very step."""
 
     def __init__(self, task: str) -> None:
-        env = _import("metaworld.env_dict").ALL_V3_ENVIRONMENTS[task]()
+        env = import_metaworld("metaworld.env_dict").ALL_V3_ENVIRONMENTS[task]()
         env._partially_observable = False
         del env.sawyer_observation_space  # step() clips to it; the constructor cached it with the goal hidden
         env._freeze_rand_vec = False
@@ -167,11 +137,11 @@ class MetaworldSimulator:
     def step(self, action: np.ndarray) -> Step:
         """Apply `action` (4,), clipped to [-1, 1].
 
-        Raises ValueError for a wrong shape, for NaN or infinity, and after `MAX_STEPS` steps without a reset.
+        Raises ValueError for a wrong shape, for NaN or infinity, and after `max_steps` steps without a reset.
         """
         action = np.asarray(action, dtype=np.float32)
-        if action.shape != (ACTION_DIM,):
-            raise ValueError(f"{self.task}: an action has shape ({ACTION_DIM},), not {action.shape}.")
+        if action.shape != (Metaworld.action_dim,):
+            raise ValueError(f"{self.task}: an action has shape ({Metaworld.action_dim},), not {action.shape}.")
         if not np.isfinite(action).all():
             raise ValueError(f"{self.task}: the action {action.tolist()} is not finite.")
         state, reward, _, _, info = self._env.step(np.clip(action, -1.0, 1.0))
@@ -183,7 +153,7 @@ class MetaworldSimulator:
         Needs OpenGL: without a display set MUJOCO_GL=egl before anything imports mujoco; UserError where it
         is missing. Shadows, reflections and multisampling are off: nine tenths of the time on a CPU.
         """
-        mujoco = _import("mujoco")
+        mujoco = import_metaworld("mujoco")
         model = self._env.model
         if self._renderer is None or (self._renderer.width, self._renderer.height) != (width, height):
             self._close_renderer()

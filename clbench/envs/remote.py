@@ -1,6 +1,6 @@
 """Simulators under another Python interpreter: they look like any other, and live in a child process.
 
-A backend may name an environment variable (`PYTHON_VARIABLE`); a user sets it to an interpreter that has the simulator,
+A family may name an environment variable (`python_variable`); a user sets it to an interpreter that has the simulator,
 e.g. LIBERO_PYTHON=/opt/conda/envs/libero/bin/python. Every process that makes such simulators then starts one child,
 which has all of them, and ends with it. Nothing of this process's packages reaches the child: its own, and clbench's
 folder, which is loaded from where this one was.
@@ -32,6 +32,7 @@ import numpy as np
 import clbench
 from clbench.envs import base, wire
 from clbench.errors import UserError
+from clbench.registry import target_of
 from clbench.stopping import how_ended
 
 OLDEST_PYTHON = (3, 10)
@@ -108,7 +109,6 @@ class Child:
         self._owner = os.getpid()
         self._process, self._ended = self._start(python)
         self.alive = True
-        self.ask("backends", names=dict(base.BACKENDS))
 
     def _start(self, python: str) -> tuple[subprocess.Popen[bytes], threading.Thread]:
         here, there = socket.socketpair()
@@ -177,11 +177,11 @@ class Child:
 
 
 class RemoteSimulator:
-    """A simulator of a `Child`, as a `Simulator`. `spec` goes there whole."""
+    """A simulator of a `Child`, as a `Simulator`. `asked`: see `Server.make`."""
 
-    def __init__(self, child: Child, spec: dict[str, Any]) -> None:
-        self._child, self._spec = child, spec
-        self._number: int | None = child.ask("make", spec=spec)
+    def __init__(self, child: Child, **asked: Any) -> None:
+        self._child = child
+        self._number: int | None = child.ask("make", **asked)
         self._drop = weakref.finalize(self, child.forgotten.append, self._number)
 
     def reset(self, seed: int) -> base.Observation:
@@ -202,15 +202,18 @@ class RemoteSimulator:
         image: np.ndarray = self._ask("render", width=width, height=height)
         return image
 
-    def expert(self) -> base.Expert:
+    def expert(self, experts: str) -> base.Expert:
         """Return the scripted expert for the next episode; it acts in the child, where it can look into the simulator.
 
-        Its first call starts it anew, so one is used at a time.
+        Its first call starts it anew, so one is used at a time. `experts`: "module:attribute" of the class whose
+        `expert(task, simulator)` returns it.
         """
         calls = itertools.count()
 
         def act(observation: base.Observation) -> np.ndarray:
-            action: np.ndarray = self._ask("expert", observation=observation, first=next(calls) == 0)
+            action: np.ndarray = self._ask(
+                "expert", experts=experts, observation=observation, first=next(calls) == 0
+            )
             return action
 
         return act
@@ -257,12 +260,20 @@ def shared_child(variable: str) -> Child:
         return child
 
 
-def make(variable: str, spec: dict[str, Any]) -> RemoteSimulator:
-    """Build a simulator under the interpreter that `variable` names."""
-    return RemoteSimulator(shared_child(variable), spec)
+def make(variable: str, family: base.SimulatorFamily, task: str, render: dict[str, Any]) -> RemoteSimulator:
+    """Build a simulator of a family under the interpreter that `variable` names."""
+    return RemoteSimulator(shared_child(variable), **_named(variable, family), task=task, render=render)
 
 
-def versions(variable: str, env_type: str) -> dict[str, str]:
+def _named(variable: str, family: base.SimulatorFamily) -> dict[str, str]:
+    """How the child finds a family. UserError for one that is in no module, e.g. of a notebook's cell."""
+    target = target_of(type(family))
+    if target.startswith("__main__:") or "<" in target:
+        raise UserError(f"{variable} names another interpreter, which cannot import {target}: put it into a module.")
+    return {"family": target, "name": family.name}
+
+
+def versions(variable: str, family: base.SimulatorFamily) -> dict[str, str]:
     """Return the versions that decide an episode there, with those of Python and numpy; leaves no process behind.
 
     Raises UserError when the interpreter cannot be used, or lacks the simulator.
@@ -271,7 +282,7 @@ def versions(variable: str, env_type: str) -> dict[str, str]:
     assert python is not None
     child = Child(python, variable)
     try:
-        found: dict[str, str] = child.ask("versions", env_type=env_type)
+        found: dict[str, str] = child.ask("versions", **_named(variable, family))
         return found
     finally:
         child.end()

@@ -1,7 +1,8 @@
 """The process that has the simulators, under an interpreter of its own; `remote.py` starts it and asks.
 
-Only the standard library, numpy and what the backends need are imported here, and the modules that are (`clbench.envs`,
-`errors`, `io`, `paths`, `stopping`, `launch`) are written for Python 3.10: ruff checks them for it.
+Only the standard library, numpy and what the simulators need are imported here, and the modules that are
+(`clbench.envs`, `data.experts`, `errors`, `io`, `paths`, `registry`, `stopping`, `launch`) are written for Python 3.10:
+ruff checks them for it. Families of simulators and experts are named by the other process as "module:attribute".
 
 A request is {"do": what, "forget": simulators that nobody has any more, ...}; see `Server` for what and the rest. An
 answer is {"result": value}, or {"error": type, "message": text, "trace": text, "user": whether it is a UserError}.
@@ -20,6 +21,7 @@ import numpy as np
 
 from clbench.envs import base, wire
 from clbench.errors import UserError
+from clbench.registry import import_target
 from clbench.stopping import belong_to
 
 
@@ -28,25 +30,21 @@ class Server:
 
     def __init__(self) -> None:
         self._simulators: dict[int, base.Simulator] = {}
-        self._specs: dict[int, dict[str, Any]] = {}
+        self._tasks: dict[int, str] = {}
         self._experts: dict[int, base.Expert] = {}
         self._made = 0
 
-    def backends(self, names: dict[str, str]) -> None:
-        """Know the same environment types as the other process."""
-        base.BACKENDS.clear()
-        base.BACKENDS.update(names)
-
-    def versions(self, env_type: str) -> dict[str, str]:
+    def versions(self, family: str, name: str) -> dict[str, str]:
         """The versions that decide an episode, this interpreter's and numpy's among them."""
         own = {f"{base.INTERPRETER}python": platform.python_version(), f"{base.INTERPRETER}numpy": np.__version__}
-        return base.simulator_versions(env_type) | own
+        found: dict[str, str] = import_target(family)(name).versions()
+        return found | own
 
-    def make(self, spec: dict[str, Any]) -> int:
-        """Build a simulator; returns the number it has from now on."""
-        simulator = base.make_simulator(spec)
+    def make(self, family: str, name: str, task: str, render: dict[str, Any]) -> int:
+        """Build a simulator of a family, which has the name of its environment type; returns its number from now on."""
+        simulator = import_target(family)(name).make(task, render)
         self._made += 1
-        self._simulators[self._made], self._specs[self._made] = simulator, spec
+        self._simulators[self._made], self._tasks[self._made] = simulator, task
         return self._made
 
     def reset(self, number: int, seed: int) -> base.Observation:
@@ -57,16 +55,16 @@ class Server:
 
     def step_unseen(self, number: int, action: np.ndarray) -> tuple[Any, ...]:
         """As `step`, by the simulator's own method of this name where it has one: it draws no pictures."""
-        simulator: Any = self._simulators[number]
-        return tuple(getattr(simulator, "step_unseen", simulator.step)(action))
+        return tuple(base.step_unseen(self._simulators[number], action))
 
     def render(self, number: int, width: int, height: int) -> np.ndarray:
         return self._simulators[number].render(width, height)
 
-    def expert(self, number: int, observation: base.Observation, first: bool) -> np.ndarray:
+    def expert(self, number: int, experts: str, observation: base.Observation, first: bool) -> np.ndarray:
         """The expert's action; `first`: that of a new episode expert, which forgets the one before."""
         if first:
-            self._experts[number] = base.episode_expert(self._specs[number], self._simulators[number])
+            made = import_target(experts)().expert(self._tasks[number], self._simulators[number])
+            self._experts[number] = made
         return self._experts[number](observation)
 
     def close(self, number: int) -> None:
@@ -75,7 +73,7 @@ class Server:
 
     def forget(self, number: int) -> None:
         """Drop a simulator as it is: it may have failed, so nothing of it is called."""
-        for kept in (self._simulators, self._specs, self._experts):
+        for kept in (self._simulators, self._tasks, self._experts):
             kept.pop(number, None)
 
 

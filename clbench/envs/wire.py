@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-PROTOCOL = 1  # changes with the messages: a process may have started before its files changed
+PROTOCOL = 2  # changes with the messages: a process may have started before its files changed
 _PREFIX = struct.Struct("<4sI")
 _MARK = b"clb\n"
 _MAX_HEAD = 64 * 1024 * 1024

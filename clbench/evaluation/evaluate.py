@@ -25,7 +25,7 @@ from clbench.checkpoints.run_folder import (
 from clbench.checkpoints.trusted import check_checkpoint, given
 from clbench.config.compose import read_config
 from clbench.config.schema import Config
-from clbench.envs.base import count_test_states, physics_versions, privileged
+from clbench.envs.making import family, physics_versions
 from clbench.errors import Interrupted, UserError
 from clbench.evaluation.crew import Cell, Crew
 from clbench.evaluation.records import (
@@ -160,7 +160,7 @@ def _evaluate(folder: Path, config: Config, output: Path | None, progress: bool,
 def about_run(manifest: dict[str, Any]) -> dict[str, Any]:
     """Whose matrix it is, from the run's manifest. One that is older than labels gets that of its environment type."""
     about = {key: manifest[key] for key in ABOUT if key in manifest}
-    return {"privileged": privileged(manifest["visits"][0]["env"]["type"]), **about}
+    return {"privileged": family(manifest["visits"][0]["env"]["type"]).privileged, **about}
 
 
 def _failed_cells(failed: list[tuple[Path, dict[str, Any]]]) -> str:
@@ -220,7 +220,7 @@ class _Run:
     def warn_of_repeats(self, env_types: Iterable[str], count: int) -> None:
         """Say once where `count` test episodes are more than there are initial states for them."""
         for env_type in sorted(env_types):
-            states = count_test_states(env_type) if self.config.eval.split == TEST else None
+            states = family(env_type).test_states if self.config.eval.split == TEST else None
             if states is not None and count > states and env_type not in self.warned:
                 self.warned.add(env_type)
                 tell(

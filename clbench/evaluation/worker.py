@@ -158,9 +158,9 @@ def _actors(job: Job, settings: Settings) -> Any:
 
     torch.set_num_threads(settings.threads)
     if job.policy is None:
-        from clbench.envs.base import backend
+        from clbench.envs.making import family
 
-        yield RandomActor(backend(job.episodes[0]["env"]["type"]).ACTION_DIM), nullcontext, job.episodes
+        yield RandomActor(family(job.episodes[0]["env"]["type"]).action_dim), nullcontext, job.episodes
         return
     from clbench.algorithms.build import build_algorithm
     from clbench.algorithms.hooks import CLAlgorithm

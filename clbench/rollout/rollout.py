@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clbench.envs.base import Observation, Simulator, make_simulator, step_unseen
+from clbench.envs.base import Observation, Simulator, step_unseen
+from clbench.envs.making import make_simulator
 from clbench.envs.remote import SimulatorDied
 from clbench.errors import UserError
 

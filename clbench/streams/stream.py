@@ -17,7 +17,7 @@ from typing import Any
 from clbench.config.schema import DatasetConfig, PretrainDataConfig, RenderConfig
 from clbench.data.matching import Unmatched
 from clbench.data.source import DataSource, Depth, open_data
-from clbench.envs.base import cameras, check_task, published_order
+from clbench.envs.making import check_task, family
 from clbench.envs.rendering import DEFAULT_FIDELITY, DEFAULT_SIZE
 from clbench.errors import UserError, nearest
 
@@ -132,7 +132,7 @@ def visit_order(config: DatasetConfig) -> list[str]:
             f"dataset.libero_order is for tasks that are each visited once: dataset.task_order has {len(order)} visits "
             f"of {len(set(order))} tasks."
         )
-    return [t for t in published_order(config.env.type, config.libero_order, tasks) if t in order]
+    return [t for t in family(config.env.type).published_order(config.libero_order, tasks) if t in order]
 
 
 def drawing(
@@ -142,7 +142,7 @@ def drawing(
 
     What `render` leaves open is as in `data`, what is known of the training data.
     """
-    if not cameras(env_type):
+    if not family(env_type).cameras:
         return None
     render, data = render or RenderConfig(), data or {}
     fidelity = render.fidelity or data.get("fidelity") or DEFAULT_FIDELITY
@@ -215,7 +215,7 @@ def check_images(config: DatasetConfig, render: RenderConfig, base: bool = True)
         UserError: a policy would learn from other images than those it is tested on, or was pretrained on others; a
             data set is missing or has not the tasks.
     """
-    if not cameras(config.env.type):
+    if not family(config.env.type).cameras:
         return
     sets = {stream_data: config.repo_id is not None}
     if base and config.pretrain is not None:
@@ -285,7 +285,7 @@ def pretraining_data(config: DatasetConfig, render: RenderConfig | None = None, 
     names = list(config.pretrain.tasks)
     make = shlex.quote(config.name)
     if config.repo_id:  # makes this set alone, and draws its images as those of the hub are
-        make = _base_of(config) + (" render.fidelity=full" if cameras(config.env.type) else "")
+        make = _base_of(config) + (" render.fidelity=full" if family(config.env.type).cameras else "")
     for name in names:
         check_task(config.env.type, name)
     data = _open(config, config.pretrain, names, make, "dataset.pretrain", depth)

@@ -50,7 +50,7 @@ from clbench.config.schema import (
 from clbench.data.frames import StreamFrames, all_names, described_feature
 from clbench.data.lerobot_set import BOOKKEEPING
 from clbench.data.source import DataSource, check_every_byte, fps_note
-from clbench.envs.base import cameras
+from clbench.envs.making import family
 from clbench.errors import Interrupted, UserError, shortage
 from clbench.io import read_json, write_json
 from clbench.lock import NO_LOCKS, holder, sign
@@ -137,7 +137,7 @@ def ensure_base(config: Config, backend: Backend, stop: Stop, progress: str = "a
         trusted.trust_also(folder, _unfinished(folder))
     whole = backend.agree(_is_whole(folder))
     if not whole:
-        fetched = trusted.fetched(config.policy, images=bool(cameras(config.dataset.env.type)))
+        fetched = trusted.fetched(config.policy, images=bool(family(config.dataset.env.type).cameras))
         if fetched is not None:
             say(backend, fetched)
     if not whole or backend.agree(_is_littered(folder)):
@@ -228,7 +228,7 @@ def _check_given(path: Path, config: Config) -> None:
             f"--model checkpoint, which leaves all to the checkpoint ({', '.join(ACTING)} may be overridden)."
         )
     drawn, wanted = _drawn(path), {"fidelity": config.render.fidelity, "size": config.render.size}
-    if drawn and cameras(config.dataset.env.type) and drawn != wanted and config.render.mismatch != "allow":
+    if drawn and family(config.dataset.env.type).cameras and drawn != wanted and config.render.mismatch != "allow":
         raise UserError(
             f"policy.path={path} learned from images drawn {drawn['fidelity']} at {drawn['size']} pixels, and this "
             f"stream's are drawn {wanted['fidelity']} at {wanted['size']}. Take another base, data drawn like the "

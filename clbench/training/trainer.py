@@ -30,7 +30,7 @@ from clbench.checkpoints.training_state import Position, StateKeeper
 from clbench.config.compose import to_yaml
 from clbench.config.schema import Config, LogConfig
 from clbench.data.source import check_every_byte, fps_note
-from clbench.envs.base import check_other_python
+from clbench.envs.making import check_other_python
 from clbench.errors import UserError
 from clbench.io import read_jsonl, remove_if_empty, write_text
 from clbench.lock import held

@@ -25,13 +25,14 @@ Lengths are metres, angles radians, positions in the world frame.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from clbench.data.experts.base import Experts
 from clbench.data.experts.libero_geometry import (
     DOWN,
     PALM_HALF_WIDTH,
@@ -48,6 +49,7 @@ from clbench.data.experts.libero_geometry import (
     thin_out,
     top_down,
 )
+from clbench.envs.base import Expert
 
 OPEN, CLOSED = -1.0, 1.0
 
@@ -723,3 +725,22 @@ class LiberoExpert:
         for turned in np.arange(0.1, 1.5, 0.1).tolist():
             yield from self._move(anchor, top_down(grasp.yaw + sign * turned), near=0.02, steps=6)
         return (yield from self._let_go(scene.hand_rotation, np.array([0.0, 0.0, 0.12])))
+
+
+_UNDER = "the scripted expert puts only things with a handle under a roof that has a floor of its own"
+
+
+class LiberoExperts(Experts):
+    """A scripted expert that looks into the simulator (privileged)."""
+
+    cannot: Mapping[str, str] = {  # of libero_90
+        "KITCHEN_SCENE7_open_the_microwave": "the scripted expert opens drawers, not doors",
+        "KITCHEN_SCENE9_put_the_frying_pan_under_the_cabinet_shelf": _UNDER,
+        "STUDY_SCENE4_pick_up_the_book_in_the_middle_and_place_it_on_the_cabinet_shelf": _UNDER,
+        "STUDY_SCENE4_pick_up_the_book_on_the_right_and_place_it_on_the_cabinet_shelf": _UNDER,
+        "STUDY_SCENE4_pick_up_the_book_on_the_right_and_place_it_under_the_cabinet_shelf": _UNDER,
+    }
+
+    def expert(self, task: str, simulator: Any) -> Expert:
+        """Return the expert for one episode of a `LiberoSimulator`."""
+        return LiberoExpert(simulator)

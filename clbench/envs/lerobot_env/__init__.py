@@ -22,8 +22,9 @@ from lerobot.envs.configs import EnvConfig
 from lerobot.envs.utils import freeze_after_episode_end
 from lerobot.utils.constants import ACTION, OBS_STATE
 
-from clbench.envs import metaworld
-from clbench.envs.base import STATE_KEY, Observation, Simulator, check_task, instruction, make_simulator
+from clbench.envs.base import STATE_KEY, Observation, Simulator
+from clbench.envs.making import check_task, instruction, make_simulator
+from clbench.envs.metaworld import Metaworld
 from clbench.errors import UserError
 
 
@@ -34,7 +35,7 @@ class SimulatorEnv(gym.Env):
     simulator is built at the first reset: in the worker process, and for no more tasks than are really run.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": metaworld.FPS}  # noqa: RUF012 (as Gymnasium has it)
+    metadata = {"render_modes": ["rgb_array"], "render_fps": Metaworld.fps}  # noqa: RUF012 (as Gymnasium has it)
 
     def __init__(self, env_type: str, task: str, episode_length: int, width: int, height: int) -> None:
         self.task = task
@@ -46,9 +47,9 @@ class SimulatorEnv(gym.Env):
         self._simulator: Simulator | None = None
         self._steps = 0
         self.observation_space = spaces.Dict(
-            {"agent_pos": spaces.Box(-np.inf, np.inf, (metaworld.STATE_DIM,), np.float32)}
+            {"agent_pos": spaces.Box(-np.inf, np.inf, (Metaworld.state_dim,), np.float32)}
         )
-        self.action_space = spaces.Box(-1.0, 1.0, (metaworld.ACTION_DIM,), np.float32)
+        self.action_space = spaces.Box(-1.0, 1.0, (Metaworld.action_dim,), np.float32)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -97,21 +98,21 @@ class ClbenchMetaworldEnv(EnvConfig):
     """Meta-World on states. `task` is one task, or several with commas between, numbered in that order."""
 
     task: str | None = "push-v3"
-    fps: int = metaworld.FPS
+    fps: int = Metaworld.fps
     episode_length: int = 200
     visualization_width: int = 256
     visualization_height: int = 256
     features: dict[str, PolicyFeature] = field(
         default_factory=lambda: {
-            ACTION: PolicyFeature(type=FeatureType.ACTION, shape=(metaworld.ACTION_DIM,)),
-            "agent_pos": PolicyFeature(type=FeatureType.STATE, shape=(metaworld.STATE_DIM,)),
+            ACTION: PolicyFeature(type=FeatureType.ACTION, shape=(Metaworld.action_dim,)),
+            "agent_pos": PolicyFeature(type=FeatureType.STATE, shape=(Metaworld.state_dim,)),
         }
     )
     features_map: dict[str, str] = field(default_factory=lambda: {ACTION: ACTION, "agent_pos": OBS_STATE})
 
     def __post_init__(self) -> None:
-        if not 1 <= self.episode_length <= metaworld.MAX_STEPS:
-            raise UserError(f"episode_length must be from 1 to {metaworld.MAX_STEPS}, not {self.episode_length}.")
+        if not 1 <= self.episode_length <= Metaworld.max_steps:
+            raise UserError(f"episode_length must be from 1 to {Metaworld.max_steps}, not {self.episode_length}.")
         if not self.task_names:
             raise UserError("env.task names no task. Example: --env.task=push-v3")
         for task in self.task_names:

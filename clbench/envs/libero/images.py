@@ -16,43 +16,42 @@ step's 25 substeps.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from clbench.envs.base import STATE_KEY, Observation, Step, check_task
+from clbench.envs.base import STATE_KEY, Observation, Step
 from clbench.envs.libero import assets
-from clbench.envs.libero import simulator as libero
+from clbench.envs.libero.simulator import ROBOT_DIM, LiberoSimulator, LiberoState
 from clbench.envs.rendering import check_render, gl_context, opengl_version
 
-ACTION_DIM, FPS, MAX_STEPS, ROBOT_TYPE = libero.ACTION_DIM, libero.FPS, libero.MAX_STEPS, libero.ROBOT_TYPE
-NO_DEMONSTRATIONS = libero.NO_DEMONSTRATIONS
-GRIPPER_OPENS, TEST_STATES, suite_of = libero.GRIPPER_OPENS, libero.TEST_STATES, libero.suite_of
-tasks, instruction, expert_for = libero.tasks, libero.instruction, libero.expert_for
-published_order = libero.published_order
-
-STATE_DIM = libero.ROBOT_DIM
-PYTHON_VARIABLE = libero.PYTHON_VARIABLE
-CAMERAS = {"observation.images.image": "agentview", "observation.images.image2": "robot0_eye_in_hand"}
 SENSING_SUBSTEP = 24
-NAMES = {STATE_KEY: ["state"], "action": ["actions"]}  # what the hub's sets call the dimensions
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of what decides physics and images; UserError where nothing can draw."""
-    return {"opengl": opengl_version()} | libero.versions() | {"libero_looks": assets.looks_digest()}
+class Libero(LiberoState):
+    """LIBERO's 130 tasks on camera images: two cameras and the robot's own state."""
+
+    state_dim = ROBOT_DIM
+    needs = ("hf-libero", "robosuite", "mujoco", "bddl")
+    cameras: Mapping[str, str] = {
+        "observation.images.image": "agentview",
+        "observation.images.image2": "robot0_eye_in_hand",
+    }
+    names: Mapping[str, list[str]] = {STATE_KEY: ["state"], "action": ["actions"]}  # as in the hub's sets
+    privileged = None
+    hub_data = "HuggingFaceVLA/libero"
+
+    def make(self, task: str, render: Mapping[str, Any]) -> LiberoImageSimulator:
+        """Return a simulator of `task`; UserError when there is no such package, no assets or no OpenGL."""
+        return LiberoImageSimulator(task, *check_render(render))
+
+    def versions(self) -> dict[str, str]:
+        """Return the versions of what decides physics and images; UserError where nothing can draw."""
+        return {"opengl": opengl_version()} | super().versions() | {"libero_looks": assets.looks_digest()}
 
 
-def make(task: str, render: dict[str, Any]) -> LiberoImageSimulator:
-    """Return a simulator for `task` whose images are drawn as `render` ({"fidelity", "size"}) says.
-
-    UserError when there is no such task, package, assets or OpenGL.
-    """
-    check_task("libero", task)
-    return LiberoImageSimulator(task, *check_render(render))
-
-
-class LiberoImageSimulator(libero.LiberoSimulator):
+class LiberoImageSimulator(LiberoSimulator):
     """One LIBERO task as a `Simulator` with two cameras."""
 
     def __init__(self, task: str, fidelity: str, size: int) -> None:
@@ -75,7 +74,8 @@ class LiberoImageSimulator(libero.LiberoSimulator):
     def _sense(self, force: bool = False) -> None:
         self._substeps += 1
         if self._substeps == SENSING_SUBSTEP:
-            images = {key: self._draw(self._cameras, name) for key, name in CAMERAS.items()} if self._looks else {}
+            cameras = Libero.cameras if self._looks else {}
+            images = {key: self._draw(self._cameras, name) for key, name in cameras.items()}
             self._sensed = images | {STATE_KEY: self._robot_state().astype(np.float32)}
 
     def _observation(self) -> Observation:

@@ -24,47 +24,24 @@ import contextlib
 import importlib
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 
-from clbench.envs.base import (
-    EVAL_SEED_BASE,
-    STATE_KEY,
-    VALIDATION_SEED_BASE,
-    Expert,
-    Observation,
-    Step,
-    check_task,
-)
+from clbench.envs.base import EVAL_SEED_BASE, STATE_KEY, VALIDATION_SEED_BASE, Observation, SimulatorFamily, Step
+from clbench.envs.libero import tasks as table
 from clbench.envs.libero.assets import INSTALL, digest, import_libero, package
-from clbench.envs.libero.tasks import published_order as published_order
-from clbench.envs.libero.tasks import suite_of, task_instruction, task_names
 from clbench.envs.rendering import DEFAULT_FIDELITY, Renderer
 from clbench.errors import UserError
 
-PYTHON_VARIABLE = "LIBERO_PYTHON"
 FPS = 20  # control steps per simulated second
-ROBOT_TYPE = "panda"
 OBJECT_SLOTS, FIXTURE_SLOTS, JOINT_SLOTS = 8, 3, 4  # the most that any of the 130 tasks has
 ROBOT_DIM = 8
 STATE_DIM = ROBOT_DIM + 7 * (OBJECT_SLOTS + FIXTURE_SLOTS) + JOINT_SLOTS
 ACTION_DIM = 7
-GRIPPER_OPENS = -1.0
-TEST_STATES = 50  # LIBERO's published ones, of every task
-PRIVILEGED = "object poses instead of camera images"
-_UNDER = "the scripted expert puts only things with a handle under a roof that has a floor of its own"
-NO_DEMONSTRATIONS = {  # of libero_90
-    "KITCHEN_SCENE7_open_the_microwave": "the scripted expert opens drawers, not doors",
-    "KITCHEN_SCENE9_put_the_frying_pan_under_the_cabinet_shelf": _UNDER,
-    "STUDY_SCENE4_pick_up_the_book_in_the_middle_and_place_it_on_the_cabinet_shelf": _UNDER,
-    "STUDY_SCENE4_pick_up_the_book_on_the_right_and_place_it_on_the_cabinet_shelf": _UNDER,
-    "STUDY_SCENE4_pick_up_the_book_on_the_right_and_place_it_under_the_cabinet_shelf": _UNDER,
-}
 PLACEMENTS = 100  # attempts to place a scene's objects
-MAX_STEPS = 1000  # LIBERO's own horizon; the suites' limits are in libero_tasks.MAX_STEPS
 
 SETTLE_STEPS = 10
 LONG_SETTLE_STEPS = 50
@@ -73,38 +50,48 @@ LONG_SETTLE_SCENES = ("LIVING_ROOM_SCENE1_", "LIVING_ROOM_SCENE2_", "LIVING_ROOM
 IDLE = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])  # hold still, gripper open
 
 
-def tasks() -> list[str]:
-    """Return the names of all 130 tasks, sorted; they are those of LIBERO's BDDL files."""
-    return task_names()
+class LiberoState(SimulatorFamily):
+    """LIBERO's 130 tasks on states: the robot's and the objects' poses (privileged)."""
 
+    fps = FPS
+    state_dim = STATE_DIM
+    action_dim = ACTION_DIM
+    max_steps = 1000  # LIBERO's own horizon; the suites' limits are in tasks.MAX_STEPS
+    robot_type = "panda"
+    needs = ("hf-libero", "robosuite", "mujoco", "bddl")
+    python_variable = "LIBERO_PYTHON"
+    gripper_opens = -1.0
+    test_states = 50  # LIBERO's published ones, of every task
+    privileged: str | None = "object poses instead of camera images"
 
-def instruction(task: str) -> str:
-    """Return the instruction of `task`; UserError when there is no such task."""
-    return task_instruction(task)
+    def make(self, task: str, render: Mapping[str, Any]) -> LiberoSimulator:
+        """Return a simulator of `task`; UserError when there is no such package, or no assets."""
+        return LiberoSimulator(task)
 
+    def tasks(self) -> list[str]:
+        """Return the names of all 130 tasks, sorted; they are those of LIBERO's BDDL files."""
+        return table.task_names()
 
-def versions() -> dict[str, str]:
-    """Return the versions of what decides the physics; "libero_assets" is a digest of the assets' physics files."""
-    package()
-    try:
-        found = {name: version(name) for name in ("hf-libero", "robosuite", "mujoco", "bddl")}
-    except PackageNotFoundError as e:
-        raise UserError(f"LIBERO is not installed as the package hf-libero: there is no {e.name}. {INSTALL}") from e
-    return found | {"libero_assets": digest()}
+    def instruction(self, task: str) -> str:
+        """Return the instruction of `task` as LIBERO words it."""
+        return table.task_instruction(task)
 
+    def versions(self) -> dict[str, str]:
+        """Return the versions of what decides the physics; "libero_assets" is a digest of the assets' physics files."""
+        package()
+        try:
+            found = {name: version(name) for name in self.needs}
+        except PackageNotFoundError as e:
+            raise UserError(f"LIBERO is not installed as the package hf-libero: there is no {e.name}. {INSTALL}") from e
+        return found | {"libero_assets": digest()}
 
-def make(task: str) -> LiberoSimulator:
-    """Return a simulator for `task`; UserError when there is no such task, package or assets."""
-    check_task("libero_state", task)
-    return LiberoSimulator(task)
+    def suite_of(self, task: str) -> str:
+        """Return the suite that a task belongs to."""
+        return table.suite_of(task)
 
-
-def expert_for(simulator: LiberoSimulator) -> Expert:
-    """Return a scripted expert for one episode of `simulator`; it looks at the simulator itself (privileged)."""
-    from clbench.data.experts.libero import LiberoExpert
-
-    expert: Expert = LiberoExpert(simulator)
-    return expert
+    def published_order(self, number: int, tasks: Sequence[str]) -> list[str]:
+        """Return the tasks of a suite of ten in LIBERO's task order of that number."""
+        return table.published_order(number, tasks)
 
 
 @contextlib.contextmanager
@@ -141,7 +128,7 @@ class LiberoSimulator:
     def __init__(self, task: str) -> None:
         envs = import_libero()
         self.task = task
-        self._suite = suite_of(task)
+        self._suite = table.suite_of(task)
         with _global_numpy_seed(0):
             self.env: Any = envs.env_wrapper.ControlEnv(
                 bddl_file_name=str(package() / "bddl_files" / self._suite / f"{task}.bddl"),
@@ -346,7 +333,7 @@ def load_initial_states(task: str) -> np.ndarray:
 
     They were saved by torch, as one array; it is read without, in half a second less.
     """
-    path = package() / "init_files" / suite_of(task) / f"{task}.pruned_init"
+    path = package() / "init_files" / table.suite_of(task) / f"{task}.pruned_init"
     if not path.is_file():
         raise UserError(f"{path} is missing: install hf-libero again.")
     with zipfile.ZipFile(path) as file:

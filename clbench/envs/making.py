@@ -1,0 +1,108 @@
+"""Families of simulators by their names, and simulators: in this process, or in a child under another interpreter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from clbench import registry
+from clbench.envs import remote
+from clbench.envs.base import INTERPRETER, Simulator, SimulatorFamily
+from clbench.errors import UserError, nearest
+
+_families: dict[str, SimulatorFamily] = {}
+
+
+def family(env_type: str) -> SimulatorFamily:
+    """Return the simulators behind an environment type.
+
+    Raises:
+        UserError: there is no such type, or what is registered under its name cannot be imported or is none.
+    """
+    registered = registry.load("simulators", env_type)
+    made = _families.get(env_type)
+    if made is None or type(made) is not registered:
+        if not (isinstance(registered, type) and issubclass(registered, SimulatorFamily)):
+            raise UserError(f"the environment type '{env_type}' is {registered!r}, not a subclass of SimulatorFamily.")
+        made = _families[env_type] = registered(env_type)
+    return made
+
+
+def check_task(env_type: str, task: str) -> None:
+    """Raise UserError when `env_type` has no task of that name."""
+    known = family(env_type).tasks()
+    if task not in known:
+        raise UserError(f"{env_type} has no task '{task}'.{nearest(task, known)}")
+
+
+def instruction(spec: Mapping[str, Any]) -> str:
+    """Return the instruction of a task in words, without importing its simulator."""
+    found, task = _split(spec)
+    return found.instruction(task)
+
+
+def make_simulator(spec: Mapping[str, Any]) -> Simulator:
+    """Build the simulator that `spec`, e.g. {"type": "metaworld", "task": "push-v3"}, describes.
+
+    It is in this process, or in a child of it where the user names another interpreter for its type (see remote.py).
+    A type with cameras also takes "render", {"fidelity": fast | full, "size": pixels}.
+
+    Raises UserError for a missing or unknown key, an unknown type, or an unknown task.
+    """
+    found, task = _split(spec)
+    render = dict(spec.get("render", {}))
+    variable = other_python(found.name)
+    return found.make(task, render) if variable is None else remote.make(variable, found, task, render)
+
+
+def other_python(env_type: str) -> str | None:
+    """Return the environment variable that names another interpreter for an environment type; None: it is this one."""
+    variable = family(env_type).python_variable
+    return variable if variable is not None and os.environ.get(variable) else None
+
+
+def simulator_versions(env_type: str) -> dict[str, str]:
+    """Return the versions of the packages that decide an environment type's physics, from where its simulators are.
+
+    Raises UserError, naming the variable, where another interpreter is named that cannot have them.
+    """
+    variable = other_python(env_type)
+    return family(env_type).versions() if variable is None else remote.versions(variable, family(env_type))
+
+
+def physics_versions(env_type: str) -> dict[str, str]:
+    """As `simulator_versions`, the same wherever the simulators are: without what only another interpreter adds."""
+    return {k: v for k, v in simulator_versions(env_type).items() if not k.startswith(INTERPRETER)}
+
+
+def check_other_python(env_type: str) -> None:
+    """Raise UserError where another interpreter is named for an environment type that cannot have its simulators."""
+    if other_python(env_type) is not None:
+        simulator_versions(env_type)
+
+
+def check_this_python(env_type: str) -> None:
+    """Raise UserError where another interpreter is named: for programs that look into simulators, or measure them."""
+    variable = other_python(env_type)
+    if variable is not None:
+        raise UserError(
+            f"{variable} names another interpreter, into whose simulators this program cannot look. Unset it, and run "
+            "this where clbench and the simulator are both installed."
+        )
+
+
+def _split(spec: Mapping[str, Any]) -> tuple[SimulatorFamily, str]:
+    """The family and the task that a checked `spec` names."""
+    for key in spec:
+        if key not in ("type", "task", "render"):
+            raise UserError(f"unknown environment key '{key}'.{nearest(key, ('type', 'task', 'render'))}")
+    for key in ("type", "task"):
+        if key not in spec:
+            raise UserError(f"an environment needs '{key}', e.g. {{type: metaworld, task: push-v3}}.")
+    env_type, task = str(spec["type"]), str(spec["task"])
+    check_task(env_type, task)
+    found, render = family(env_type), spec.get("render", {})
+    if not isinstance(render, Mapping) or (render and not found.cameras):
+        raise UserError(f"environment type '{env_type}' cannot be rendered as {render!r}.")
+    return found, task
