@@ -74,9 +74,9 @@ def test_an_installed_package_brings_simulators_and_demonstrations(
         model="dit_dec_tiny", algorithms=["seqfft"], dataset=str(installed / "points.yaml"), registered=["seqfft"]
     )
     stream = build_stream(config.dataset)
-    assert [visit.task.name for visit in stream.visits] == ["go-left", "go-right"]
-    assert [len(visit.task.episodes) for visit in stream.visits] == [3, 3]
-    assert stream.visits[0].task.instruction == instruction(SPEC) == "Move to the goal on the left"
+    assert [visit.task for visit in stream.visits] == ["go-left", "go-right"]
+    assert [len(visit.tasks[0].episodes) for visit in stream.visits] == [3, 3]
+    assert stream.columns[0].instruction == instruction(SPEC) == "Move to the goal on the left"
 
 
 def test_one_is_registered_for_this_process(code: Path) -> None:

@@ -98,9 +98,9 @@ def check_fits(config: Config) -> None:
     env = config.dataset.env
     if kind not in WANT_CAMERAS or env is None:  # without a simulator only the data tell
         return
-    from clbench.envs.base import cameras
+    from clbench.envs.making import family
 
-    if not cameras(env.type):
+    if not family(env.type).cameras:
         raise UserError(
             f"policy type '{kind}' wants camera images, and the stream '{config.dataset.name}' ({env.type}) has states "
             "alone. Take a stream with cameras (clbench list streams), or a policy for states: dit_dec_tiny, "

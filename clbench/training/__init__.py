@@ -1,1 +1,1 @@
-"""Training: trainer.py (a run), visits.py (visits → phases), loop.py (steps), backend.py (the only file that knows Accelerate), pretrain.py."""
+"""Training: trainer.py (a run), visits.py (visits → phases), loop.py (steps), pretrain.py (the base), backend.py."""
