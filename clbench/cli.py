@@ -108,7 +108,8 @@ def parser() -> argparse.ArgumentParser:
 
     sweep = _command(sub, "sweep", "train, evaluate and compare the runs of an experiment file; finished ones are kept")
     sweep.add_argument("experiment", help="a name under configs/experiments, or a YAML file")
-    sweep.add_argument("--dry-run", action="store_true", help="only say what is done and what is left")
+    sweep.add_argument("--dry-run", action="store_true", help="only print its units of work, done and left")
+    sweep.add_argument("--report", action="store_true", help="only draw the report of the runs that are finished")
     _trust(sweep)
     return p
 
@@ -645,7 +646,7 @@ def _doctor(args: argparse.Namespace, overrides: list[str]) -> int:
 def _sweep(args: argparse.Namespace, overrides: list[str]) -> int:
     from clbench.sweep import run_sweep
 
-    return run_sweep(args.experiment, dry_run=args.dry_run, trust=args.trust)
+    return run_sweep(args.experiment, dry_run=args.dry_run, trust=args.trust, report=args.report)
 
 
 if __name__ == "__main__":  # as launchers of ranks start it: first on the path is where that was

@@ -73,11 +73,6 @@ def items(axis: str) -> list[Item]:
     found = {name: _code_item(entry) for name, entry in registry.entries(axis).items()}
     if axis == "policies":
         found |= {kind: _policy_item(kind) for kind in policy_types.types() if kind not in found}
-    if axis == "simulators":
-        from clbench.envs import base
-
-        for name, module in getattr(base, "BACKENDS", {}).items():
-            found.setdefault(name, _code_item(registry.Entry(axis, name, module, "clbench")))
     return [found[name] for name in sorted(found)]
 
 

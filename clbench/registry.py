@@ -33,6 +33,7 @@ AXES: dict[str, str] = {
     "policies": "policy type",
     "simulators": "environment type",
     "experts": "scripted expert",
+    "executors": "executor",
 }
 
 OWN: dict[str, dict[str, str]] = {
@@ -61,6 +62,7 @@ OWN: dict[str, dict[str, str]] = {
         "libero": "clbench.data.experts.libero:LiberoExperts",
         "libero_state": "clbench.data.experts.libero:LiberoExperts",
     },
+    "executors": {"local": "clbench.work.local:LocalExecutor"},
 }
 ALGORITHMS = OWN["algorithms"]
 

@@ -7,41 +7,40 @@ seeds: [0, 1, 2]
 algorithms: [seqfft, er, clare]     # names, or {algo: er, label: er_lr3, overrides: [train.optimizer.lr=3e-4]}
 overrides: [eval.episodes=20]       # for all runs
 parallel: 2                         # runs at once, each with one thread
+executor: local                     # who runs the commands (clbench list executors)
+
+Its work is a graph of units (work/units.py), which `--dry-run` prints; an executor runs them.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
-import signal
-import tempfile
 import time
 import unicodedata
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 from clbench.config.compose import compose, load_yaml
 from clbench.config.dit import check_policy
 from clbench.config.folders import find, names
 from clbench.config.policy_types import check_fits
-from clbench.config.schema import Config
-from clbench.errors import RESUME_EXIT, UserError, nearest
+from clbench.config.schema import Config, base_origin
+from clbench.errors import UserError, nearest
 from clbench.evaluation.records import eval_folder
 from clbench.io import read_json
 from clbench.lock import held, taken_by
-from clbench.paths import results_root
+from clbench.paths import bases_root, data_root, results_root
 from clbench.patience import patience
-from clbench.processes import Child, server, start_command
-from clbench.registry import algorithm_names
-from clbench.slots import VARIABLE, Slots
+from clbench.registry import algorithm_names, load
 from clbench.stopping import Stop, stoppable
-from clbench.terminal import printable, show, tell
+from clbench.terminal import show, tell
+from clbench.work.local import KEPT, last_line
+from clbench.work.units import Unit, check
 
-KEPT = "What is done is kept: give the same command again."
-PROGRESS_SECONDS = 10.0
 LOCK_SECONDS = 60.0  # that another command of one of its runs is waited for
 
 
@@ -65,6 +64,7 @@ class Experiment:
     algorithms: list[str | Entry] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
     parallel: int = 1
+    executor: str = "local"
     smoke: bool = False
 
 
@@ -151,13 +151,18 @@ def finished(run: Run) -> bool:
     return covered and not changed_keys(folder, run.config, FREE_ON_RESUME)
 
 
-def run_sweep(name: str, dry_run: bool = False, trust: Sequence[str] = ()) -> int:
+def run_sweep(name: str, dry_run: bool = False, trust: Sequence[str] = (), report: bool = False) -> int:
     """Run what is left of an experiment; returns 1 when a run failed, after the others have finished.
 
-    `trust`: what --trust names. Its commands get that and, beside it, the experiment's own runs.
+    Args:
+        trust: what --trust names. Its commands get that and, beside it, the experiment's own runs.
+        report: only draw the report of the runs that are finished.
 
     Raises Interrupted when a signal asked to stop; the runs under way have saved.
     """
+    if report:
+        experiment, runs = load_experiment(name)
+        return draw_report(name, experiment, runs)
     with stoppable() as stop, ExitStack() as stack:
         return _run_sweep(name, dry_run, trust, stop, stack)
 
@@ -177,28 +182,89 @@ def _run_sweep(name: str, dry_run: bool, trust: Sequence[str], stop: Stop, stack
 
         for r in runs:  # what a configuration can show to be wrong, before anything heavy
             build_algorithm(r.config)
+    graph = units(experiment, runs, logs, trust, name)
     if dry_run:
-        for r in runs:
-            show(f"  {'left' if r in left else 'done'}  {r.run_id}")
+        for unit in graph:
+            done = any(unit.about == r.run_id for r in runs) and all(unit.about != r.run_id for r in left)
+            after = f", after {', '.join(unit.after)}" if unit.after else ""
+            show(f"  {'done' if done else 'left'}  {unit.name}{after}: {shlex.join(('clbench', *unit.arguments))}")
         return 0
     for stale in logs.glob(".slots-*"):  # of a sweep that was killed
         shutil.rmtree(stale)
-    failed: list[str] = []
-    if left:
-        show(f"runs → {results_root()}, their output → {logs}")
-        # The base is shared: it is made before runs race for it, with all cores.
-        base = _Job("pretrain", ("pretrain", *_axes(experiment), *_trusting(trust), "--", *experiment.overrides),
-                    logs / "pretrain.log")  # fmt: skip
-        _play([base], 1, logs, stop)
-        if base.status:
-            tell(f"failed: the base; see {base.log}")
-            return 1
-        _wait_for_locks(left, stop)
-        jobs = _jobs(left, logs, experiment.parallel, trust)
-        _play(jobs, experiment.parallel, logs, stop)
-        failed = list(dict.fromkeys(job.name for job in jobs if job.status))
-    for run_id in failed:
-        tell(f"failed: {run_id}; see {logs / run_id}.log")
+    if not left:
+        return draw_report(name, experiment, runs)
+    show(f"runs → {results_root()}, their output → {logs}")
+    _wait_for_locks(left, stop)
+    graph = units(experiment, left, logs, trust, name)
+    statuses = load("executors", experiment.executor)(experiment.parallel, logs).run(graph, stop)
+    for unit in graph:
+        if statuses[unit.name]:
+            tell(f"failed: {unit.about}; see {unit.log}")
+    if statuses["report"] == 0 and (said := last_line(graph[-1].log)):
+        show(said)
+    return 1 if any(status != 0 for status in statuses.values()) else 0
+
+
+def units(experiment: Experiment, runs: Sequence[Run], logs: Path, trust: Sequence[str], name: str) -> list[Unit]:
+    """The graph of an experiment: demonstrations where they are missing, the base, each run, the report.
+
+    The base is shared: it is made before runs race for it, with all cores. One seed of everything comes before the
+    next. Of a seed, trainings come first, the longest of them first; for the evaluations, which can be shared among
+    slots, fill what is left (slots.py).
+    """
+    found: list[Unit] = []
+    first: tuple[str, ...] = ()
+    axes, shared = _axes(experiment), experiment.overrides
+    if runs and _lacks_data(runs[0].config):
+        own = [o for o in shared if o.removeprefix("--").startswith(("dataset.", "render."))]
+        arguments = ("data", "make", experiment.dataset, *(("--", *own) if own else ()))
+        found.append(Unit("demonstrations", "demonstrations", arguments, logs / "data.log", data_root(),
+                          order=(-2,), cores=0, about="the demonstrations"))  # fmt: skip
+        first = ("demonstrations",)
+    found.append(Unit("base", "base", ("pretrain", *axes, *_trusting(trust), "--", *shared), logs / "pretrain.log",
+                      bases_root(), first, order=(-1,), cores=0, about="the base"))  # fmt: skip
+    seeds = list(dict.fromkeys(r.config.seed for r in runs))
+    workers = ("--workers", "1") if experiment.parallel > 1 else ()
+    for r in runs:
+        folder, log, seed = results_root() / r.run_id, logs / f"{r.run_id}.log", seeds.index(r.config.seed)
+        own_trust = [r.run_id] if folder.is_dir() else []
+        train, evaluate = f"train {r.run_id}", f"evaluate {r.run_id}"
+        found.append(Unit(train, "train", ("train", *_trusting(trust, *own_trust), *r.train), log, folder, ("base",),
+                          order=(seed, 0, -_steps(r.config)), about=r.run_id))  # fmt: skip
+        arguments = ("eval", *_trusting(trust, r.run_id), "--run-id", r.run_id, *workers)
+        found.append(Unit(evaluate, "evaluate", arguments, log, folder / "eval", (train,), order=(seed, 1),
+                          about=r.run_id))  # fmt: skip
+    last = tuple(u.name for u in found if u.kind == "evaluate")
+    found.append(Unit("report", "report", ("sweep", name, "--report"), logs / "report.log",
+                      results_root() / "reports" / experiment.name, last, anyway=True, about="the report"))  # fmt: skip
+    check(found)
+    return found
+
+
+def _lacks_data(config: Config) -> bool:
+    """Whether demonstrations have to be made, of the stream or of its base."""
+    from clbench.data.source import NoData
+    from clbench.streams.stream import pretraining_data, stream_data
+
+    try:
+        stream_data(config.dataset, config.render, "meta")
+        if base_origin(config) == "pretrained":
+            pretraining_data(config.dataset, config.render, "meta")
+    except NoData:
+        return True
+    except UserError:  # said by the command that needs it
+        return False
+    return False
+
+
+def _steps(config: Config) -> float:
+    """How long a training takes compared with others: its steps per task, those of an algorithm's own phases too."""
+    own = [v for k, v in config.algorithm.items() if k.endswith("steps") and isinstance(v, int)]
+    return config.train.steps + sum(own)
+
+
+def draw_report(name: str, experiment: Experiment, runs: Sequence[Run]) -> int:
+    """Draw the report of the runs that are finished; 0, also when none is."""
     done = [r.run_id for r in runs if finished(r)]
     if done:
         with patience("reading runs and drawing"):
@@ -211,7 +277,7 @@ def _run_sweep(name: str, dry_run: bool, trust: Sequence[str], stop: Stop, stack
                 split=runs[0].config.eval.split,
             )
         show(f"report of {len(done)} of {len(runs)} runs: {page}")
-    return 1 if failed else 0
+    return 0
 
 
 def _wait_for_locks(runs: Sequence[Run], stop: Stop) -> None:
@@ -230,117 +296,3 @@ def _wait_for_locks(runs: Sequence[Run], stop: Stop) -> None:
 
 def _trusting(names: Sequence[str], *more: str) -> tuple[str, ...]:
     return tuple(f"--trust={name}" for name in [*names, *more]) if names else ()
-
-
-@dataclass
-class _Job:
-    """One command of a sweep. It waits for `after`; `status` is its exit status once it has ended.
-
-    `order`: jobs with smaller ones are started first.
-    """
-
-    name: str
-    arguments: tuple[str, ...]
-    log: Path
-    after: _Job | None = None
-    order: tuple[float, ...] = ()
-    process: Child | None = None
-    status: int | None = None
-    began: float = 0.0
-    said: str = ""
-
-
-def _jobs(runs: Sequence[Run], logs: Path, parallel: int, trust: Sequence[str] = ()) -> list[_Job]:
-    """Each run's training and, after it, its evaluation.
-
-    One seed of everything comes before the next. Of a seed, trainings come first, the longest of them first; for the
-    evaluations, which can be shared among slots, fill what is left (slots.py).
-    """
-    found = []
-    seeds = list(dict.fromkeys(r.config.seed for r in runs))
-    workers = ("--workers", "1") if parallel > 1 else ()
-    for r in runs:
-        log, seed = logs / f"{r.run_id}.log", seeds.index(r.config.seed)
-        own = [r.run_id] if (results_root() / r.run_id).is_dir() else []
-        train = _Job(r.run_id, ("train", *_trusting(trust, *own), *r.train), log, order=(seed, 0, -_steps(r.config)))
-        arguments = ("eval", *_trusting(trust, r.run_id), "--run-id", r.run_id, *workers)
-        found += [train, _Job(r.run_id, arguments, log, train, (seed, 1))]
-    return found
-
-
-def _steps(config: Config) -> float:
-    """How long a training takes compared with others: its steps per task, those of an algorithm's own phases too."""
-    own = [v for k, v in config.algorithm.items() if k.endswith("steps") and isinstance(v, int)]
-    return config.train.steps + sum(own)
-
-
-def _play(jobs: Sequence[_Job], parallel: int, logs: Path, stop: Stop) -> None:
-    """Run all jobs, `parallel` of them at once; what comes after a failed one is left out.
-
-    Asked to stop, it asks the commands to, waits for them, and raises Interrupted.
-    """
-    server()
-    with tempfile.TemporaryDirectory(prefix=".slots-", dir=logs) as folder:
-        slots = Slots(Path(folder), parallel)
-        held = {id(slot): slot for slot in iter(slots.take, None)}
-        using: dict[int, tuple[_Job, IO[bytes] | None]] = {}
-        todo, asked, told = sorted(jobs, key=lambda j: j.order), time.monotonic(), False
-        while todo or using:
-            for n, (job, slot) in list(using.items()):
-                assert job.process is not None
-                job.status = job.process.poll()
-                if job.status is None:
-                    continue
-                del using[n]
-                if slot is not None:
-                    held[id(slot)] = slot
-                if job.status in (130, RESUME_EXIT):  # asked by someone else, or by the terminal
-                    stop.signal = stop.signal or signal.SIGTERM
-                _tell_end(job, jobs, stop)
-            if stop.signal is not None and not told:
-                for job, _ in using.values():
-                    assert job.process is not None
-                    job.process.terminate()
-                told, todo = True, []
-            todo = [j for j in todo if j.after is None or not j.after.status]  # 0 or None
-            ready = [j for j in todo if j.after is None or j.after.status == 0]
-            for job in ready[: parallel - len(using)]:
-                todo.remove(job)
-                slot = held.pop(next(iter(held))) if held else slots.take()
-                with job.log.open("a", encoding="utf-8") as log:
-                    job.process = start_command(job.arguments, log=log, env={VARIABLE: folder})
-                job.began = job.began or time.monotonic()
-                using[id(job)] = job, slot
-            if not any(j.after is None or j.after.status == 0 for j in todo):
-                for free in held.values():  # for the evaluations that are under way
-                    free.close()
-                held.clear()
-            if time.monotonic() - asked >= PROGRESS_SECONDS:
-                asked = time.monotonic()
-                _tell_progress([job for job, _ in using.values()])
-            time.sleep(0.1)
-        stop.check(KEPT)
-
-
-def _tell_end(job: _Job, jobs: Sequence[_Job], stop: Stop) -> None:
-    """Say that a run has ended: after its last command, or one that failed."""
-    last = not any(j.after is job for j in jobs)
-    if len(jobs) > 1 and stop.signal is None and (last or job.status):
-        first = job if job.after is None else job.after
-        minutes = (time.monotonic() - first.began) / 60
-        show(f"{'FAILED' if job.status else 'done'}: {job.name} in {minutes:.1f} min")
-
-
-def _tell_progress(jobs: Sequence[_Job]) -> None:
-    for job in jobs:
-        line = _last_line(job.log)
-        if line and line != job.said:
-            show(f"  {job.name}: {line}")
-            job.said = line
-
-
-def _last_line(log: Path) -> str:
-    with log.open("rb") as f:
-        f.seek(max(0, log.stat().st_size - 4096))
-        lines = f.read().decode("utf-8", "replace").replace("\r", "\n").split("\n")
-    return printable(next((line.strip() for line in reversed(lines) if line.strip()), ""))

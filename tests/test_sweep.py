@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from clbench import cli, sweep
+from clbench import cli, registry, sweep
 from clbench.config.compose import to_dict, to_yaml
 from clbench.config.schema import Config
 from clbench.errors import Interrupted, UserError
-from clbench.io import write_json, write_text
+from clbench.io import read_jsonl, write_json, write_text
 from clbench.lock import held
 from clbench.paths import results_root
+from clbench.processes import start_command
 from clbench.slots import Slots
 from clbench.stopping import Stop
+from clbench.testing import files
+from clbench.work import local
+from clbench.work.units import Statuses, Unit, admissible, check, leave_out
 
 
 def experiment(path: Path, text: str = "") -> str:
@@ -193,14 +199,15 @@ def test_its_commands_trust_what_the_sweep_does_and_its_own_runs(
         command.status = 0
         return command
 
-    monkeypatch.setattr(sweep, "start_command", start)
-    monkeypatch.setattr(sweep, "server", lambda: None)
+    monkeypatch.setattr(local, "start_command", start)
+    monkeypatch.setattr(local, "server", lambda: None)
+    monkeypatch.setattr(sweep, "_lacks_data", lambda _: False)
     assert sweep.run_sweep(str(file), trust=["smolvla"]) == 0
     own = ["smolvla", run.run_id]
-    assert commands == [("pretrain", ["smolvla"]), ("train", ["smolvla"]), ("eval", own)]
+    assert commands == [("pretrain", ["smolvla"]), ("train", ["smolvla"]), ("eval", own), ("sweep", [])]
     commands.clear()
     assert sweep.run_sweep(str(file), trust=["smolvla"]) == 0
-    assert commands[1:] == [("train", own), ("eval", own)]
+    assert commands[1:3] == [("train", own), ("eval", own)]
 
 
 class Command:
@@ -218,9 +225,10 @@ class Command:
 
 def play(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[[Command, list[Command]], int | None], **keys: object
-) -> tuple[list[str], list[sweep._Job]]:
-    """Play a sweep of commands that end as `run` says; returns them in the order of their start, and the jobs."""
-    _, runs = sweep.load_experiment(experiment(tmp_path, "parallel: 2"))
+) -> tuple[list[str], Statuses]:
+    """Play a sweep of commands that end as `run` says; returns them in the order of their start, and the statuses."""
+    asked, runs = sweep.load_experiment(experiment(tmp_path, "parallel: 2"))
+    monkeypatch.setattr(sweep, "_lacks_data", lambda _: False)
     started: list[Command] = []
 
     def start(arguments: tuple[str, ...], log: object, env: object) -> Command:
@@ -232,15 +240,17 @@ def play(
             if command.status is None:
                 command.status = run(command, started)
 
-    monkeypatch.setattr(sweep, "start_command", start)
-    monkeypatch.setattr(sweep, "server", lambda: None)
-    monkeypatch.setattr(sweep.time, "sleep", pause)
-    jobs = sweep._jobs(runs, tmp_path, 2)
-    sweep._play(jobs, 2, tmp_path, keys.get("stop") or Stop())  # type: ignore[arg-type]
-    return [named(c) for c in started], jobs
+    monkeypatch.setattr(local, "start_command", start)
+    monkeypatch.setattr(local, "server", lambda: None)
+    monkeypatch.setattr(local.time, "sleep", pause)
+    graph = sweep.units(asked, runs, tmp_path, (), "mine")
+    statuses = local.LocalExecutor(2, tmp_path).run(graph, keys.get("stop") or Stop())  # type: ignore[arg-type]
+    return [named(c) for c in started if c.arguments[0] in ("train", "eval")], statuses
 
 
 def named(command: Command) -> str:
+    if "--run-id" not in command.arguments:
+        return command.arguments[0]
     return command.arguments[0] + " " + command.arguments[command.arguments.index("--run-id") + 1]
 
 
@@ -251,30 +261,42 @@ def test_trainings_of_a_seed_come_before_its_evaluations(tmp_path: Path, monkeyp
         assert sum(c.status is None for c in started) <= 2
         return 0
 
-    order, jobs = play(tmp_path, monkeypatch, run)
-    assert len(order) == 8 and all(j.status == 0 for j in jobs)
+    order, statuses = play(tmp_path, monkeypatch, run)
+    assert len(order) == 8 and len(statuses) == 10 and set(statuses.values()) == {0}
     assert [o[-2:] for o in order] == ["s0"] * 4 + ["s1"] * 4
     assert [o.split()[0] for o in order[:4]] == ["train", "train", "eval", "eval"]
 
 
-def test_the_longest_training_is_started_first() -> None:
+def test_the_longest_training_is_started_first(monkeypatch: pytest.MonkeyPatch) -> None:
     short, long = Config(algorithm={"name": "a"}), Config(algorithm={"name": "b", "discriminator_steps": 400})
-    jobs = sweep._jobs([sweep.Run("short", (), short), sweep.Run("long", (), long)], Path(), 2)
-    assert [j.name for j in sorted(jobs, key=lambda j: j.order)][:2] == ["long", "short"]
+    monkeypatch.setattr(sweep, "_lacks_data", lambda _: False)
+    runs = [sweep.Run("short", (), short), sweep.Run("long", (), long)]
+    graph = sweep.units(sweep.Experiment("mine"), runs, Path(), (), "mine")
+    in_order = [u.name for u in sorted(graph, key=lambda u: u.order)]
+    assert [n for n in in_order if n.startswith("train")] == ["train long", "train short"]
 
 
 def test_what_comes_after_a_failed_training_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    order, jobs = play(tmp_path, monkeypatch, lambda c, _: 2 if named(c) == "train mine_seqfft_s0" else 0)
+    order, statuses = play(tmp_path, monkeypatch, lambda c, _: 2 if named(c) == "train mine_seqfft_s0" else 0)
     assert "eval mine_seqfft_s0" not in order and len(order) == 7
-    assert {j.name for j in jobs if j.status} == {"mine_seqfft_s0"}
+    assert [n for n, s in statuses.items() if s != 0] == ["train mine_seqfft_s0", "evaluate mine_seqfft_s0"]
+    assert statuses["evaluate mine_seqfft_s0"] is None and statuses["report"] == 0  # of what there is
+
+
+def test_without_a_base_nothing_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order, statuses = play(tmp_path, monkeypatch, lambda c, _: 2 if c.arguments[0] == "pretrain" else 0)
+    assert order == [] and statuses["base"] == 2 and statuses["report"] == 0
+    assert {s for n, s in statuses.items() if n not in ("base", "report")} == {None}
 
 
 def test_asked_to_stop_it_asks_its_commands_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stop, seen = Stop(), []
 
     def run(command: Command, started: list[Command]) -> int | None:
+        if command.arguments[0] == "pretrain":
+            return 0
         stop.signal = signal.SIGTERM
-        seen[:] = started
+        seen[:] = [c for c in started if c.arguments[0] != "pretrain"]
         return None
 
     with pytest.raises(Interrupted, match="What is done is kept"):
@@ -287,7 +309,8 @@ def test_slots_that_nothing_is_left_for_are_free(tmp_path: Path, monkeypatch: py
     free: list[bool] = []
 
     def run(command: Command, started: list[Command]) -> int | None:
-        if len(started) < 8 or sum(c.status is None for c in started) > 1:
+        runs = [c for c in started if "--run-id" in c.arguments]
+        if len(runs) < 8 or sum(c.status is None for c in started) > 1:
             return 0
         (folder,) = tmp_path.glob(".slots-*")
         slot = Slots(folder, 2).take()
@@ -297,3 +320,99 @@ def test_slots_that_nothing_is_left_for_are_free(tmp_path: Path, monkeypatch: py
     play(tmp_path, monkeypatch, run)
     assert free[-1]
     assert not list(tmp_path.glob(".slots-*"))
+
+
+# ---- units and executors ---------------------------------------------------------------------------
+
+
+def unit(name: str, *after: str, anyway: bool = False) -> Unit:
+    return Unit(name, "train", (), Path(), Path(), after, anyway)
+
+
+def test_graphs_that_cannot_be_run_are_refused() -> None:
+    for wrong, says in (
+        ([unit("a"), unit("a")], "two units are named alike"),
+        ([unit("a", "b")], "come after"),
+        ([unit("a", "c"), unit("b", "a"), unit("c", "b"), unit("d")], "wait for each other"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            check(wrong)
+    check([unit("b", "a"), unit("a"), unit("c", "a", "b", anyway=True)])
+
+
+def test_what_can_never_be_started_is_left_out() -> None:
+    graph = [unit("a"), unit("b", "a"), unit("c", "b"), unit("d"), unit("report", "c", "d", anyway=True)]
+    statuses: Statuses = {"a": 2}
+    left = leave_out(graph[1:], statuses)
+    assert statuses == {"a": 2, "b": None, "c": None} and [u.name for u in left] == ["d", "report"]
+    assert [u.name for u in admissible(left, statuses)] == ["d"]
+    assert [u.name for u in admissible(left[1:], {**statuses, "d": 0})] == ["report"]
+
+
+def test_the_graph_is_printed_and_is_plain_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CLBENCH_RESULTS_ROOT", str(tmp_path / "results"))
+    monkeypatch.setenv("CLBENCH_DATA_ROOT", str(tmp_path / "data"))
+    assert sweep.run_sweep(experiment(tmp_path), dry_run=True) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert lines[0] == "  left  demonstrations: clbench data make metaworld_quick"
+    assert lines[1].startswith("  left  base, after demonstrations: clbench pretrain --model dit_dec_tiny --dataset ")
+    assert lines[2].startswith("  left  train mine_seqfft_s0, after base: clbench train ")
+    run = "mine_seqfft_s0"
+    assert lines[3] == f"  left  evaluate {run}, after train {run}: clbench eval --run-id {run}"
+    assert lines[-1].startswith("  left  report, after evaluate mine_seqfft_s0, ") and len(lines) == 11
+    asked, runs = sweep.load_experiment(experiment(tmp_path))
+    graph = sweep.units(asked, runs, tmp_path, (), "mine")
+    assert json.loads(json.dumps([asdict(u) for u in graph], default=str))[0]["kind"] == "demonstrations"
+
+
+class Shuffled:
+    """A toy executor: one unit after the other, of those that can be started a random one."""
+
+    def __init__(self, parallel: int, folder: Path) -> None:
+        self.random = random.Random(7)
+
+    def run(self, units: Sequence[Unit], stop: Stop) -> Statuses:
+        statuses: Statuses = {}
+        todo = list(units)
+        while todo := leave_out(todo, statuses):
+            unit = self.random.choice(admissible(todo, statuses))
+            todo.remove(unit)
+            with unit.log.open("a") as log:
+                statuses[unit.name] = start_command(unit.arguments, log=log).wait()
+        return statuses
+
+
+@pytest.mark.slow
+def test_another_executor_leaves_the_same_bytes(
+    toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def swept(executor: str) -> Path:
+        folder = tmp_path / executor
+        for name in ("RESULTS", "CACHE"):
+            monkeypatch.setenv(f"CLBENCH_{name}_ROOT", str(folder / name.lower()))
+        folder.mkdir()
+        file = folder / "mine.yaml"
+        file.write_text(
+            "dataset: metaworld_quick\nalgorithms: [seqfft, er]\nseeds: [0, 1]\nparallel: 2\nsmoke: true\n"
+            f"executor: {executor}\noverrides:\n"
+            f"- dataset.tasks=[push-v3, hammer-v3]\n- dataset.data={toy_data}/stream\n"
+            f"- dataset.pretrain.tasks=[reach-v3, door-open-v3]\n- dataset.pretrain.data={toy_data}/pretrain\n"
+        )
+        for _ in range(2):  # the second time nothing is left
+            assert sweep.run_sweep(str(file)) == 0
+        return folder / "results"
+
+    registry.register("executors", "shuffled", Shuffled)
+    try:
+        one, other = swept("local"), swept("shuffled")
+    finally:
+        registry.register("executors", "shuffled", None)
+    runs = sorted(p.name for p in one.iterdir() if p.name.startswith("mine_"))
+    assert len(runs) == 4
+    for run in runs:
+        assert files(one / run / "checkpoints") == files(other / run / "checkpoints")
+        rows = [[{k: v for k, v in r.items() if k not in ("seconds", "time")} for r in read_jsonl(p)]
+                for root in (one, other) for p in sorted((root / run / "eval" / "cells").glob("*.jsonl"))]  # fmt: skip
+        assert len(rows) == 8 and rows[:4] == rows[4:]

@@ -1,0 +1,117 @@
+"""The executor of one machine: commands as processes of their own, `parallel` at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from clbench.errors import RESUME_EXIT
+from clbench.processes import Child, server, start_command
+from clbench.slots import VARIABLE, Slots
+from clbench.stopping import Stop
+from clbench.terminal import printable, show
+from clbench.work.units import Statuses, Unit, admissible, leave_out
+
+KEPT = "What is done is kept: give the same command again."
+PROGRESS_SECONDS = 10.0
+
+
+@dataclass
+class _Running:
+    """A unit whose command is under way."""
+
+    unit: Unit
+    process: Child
+    slot: IO[bytes] | None
+    said: str = ""
+
+
+class LocalExecutor:
+    """Runs commands on this machine.
+
+    Evaluations under way share the slots that nothing is left for (slots.py), so that no core is idle at the end.
+
+    Args:
+        parallel: commands at once.
+        folder: where the slots' files are while it runs.
+    """
+
+    def __init__(self, parallel: int, folder: Path) -> None:
+        self.parallel, self.folder = parallel, folder
+
+    def run(self, units: Sequence[Unit], stop: Stop) -> Statuses:
+        server()
+        began: dict[str, float] = {}
+        statuses: Statuses = {}
+        with tempfile.TemporaryDirectory(prefix=".slots-", dir=self.folder) as folder:
+            slots = Slots(Path(folder), self.parallel)
+            held = {id(slot): slot for slot in iter(slots.take, None)}
+            running: list[_Running] = []
+            todo, asked, told = sorted(units, key=lambda u: u.order), time.monotonic(), False
+            while todo or running:
+                for job in list(running):
+                    status = job.process.poll()
+                    if status is None:
+                        continue
+                    running.remove(job)
+                    statuses[job.unit.name] = status
+                    if job.slot is not None:
+                        held[id(job.slot)] = job.slot
+                    if status in (130, RESUME_EXIT):  # asked by someone else, or by the terminal
+                        stop.signal = stop.signal or signal.SIGTERM
+                    if stop.signal is None:
+                        _tell_end(job.unit, status, units, began)
+                if stop.signal is not None and not told:
+                    for job in running:
+                        job.process.terminate()
+                    told, todo = True, []
+                todo = leave_out(todo, statuses)
+                ready = admissible(todo, statuses)
+                for unit in ready[: self.parallel - len(running)]:
+                    todo.remove(unit)
+                    slot = held.pop(next(iter(held))) if held else slots.take()
+                    unit.log.parent.mkdir(parents=True, exist_ok=True)
+                    with unit.log.open("a", encoding="utf-8") as log:
+                        process = start_command(unit.arguments, log=log, env={VARIABLE: folder})
+                    began.setdefault(unit.about, time.monotonic())
+                    running.append(_Running(unit, process, slot))
+                if not admissible(todo, statuses):
+                    for free in held.values():  # for the evaluations that are under way
+                        free.close()
+                    held.clear()
+                if time.monotonic() - asked >= PROGRESS_SECONDS:
+                    asked = time.monotonic()
+                    _tell_progress(running)
+                time.sleep(0.1)
+            stop.check(KEPT)
+        return statuses
+
+
+def _tell_end(unit: Unit, status: int, units: Sequence[Unit], began: dict[str, float]) -> None:
+    """Say that a run has ended: after its last command, or one that failed."""
+    last = not any(u.about == unit.about and unit.name in u.after for u in units)
+    if unit.kind in ("train", "evaluate") and (last or status):
+        minutes = (time.monotonic() - began[unit.about]) / 60
+        show(f"{'FAILED' if status else 'done'}: {unit.about} in {minutes:.1f} min")
+
+
+def _tell_progress(running: Sequence[_Running]) -> None:
+    for job in running:
+        line = last_line(job.unit.log)
+        if line and line != job.said:
+            show(f"  {job.unit.about}: {line}")
+            job.said = line
+
+
+def last_line(log: Path) -> str:
+    """The last line with something in it of a command's output."""
+    with log.open("rb") as f:
+        f.seek(max(0, os.fstat(f.fileno()).st_size - 4096))
+        lines = f.read().decode("utf-8", "replace").replace("\r", "\n").split("\n")
+    return printable(next((line.strip() for line in reversed(lines) if line.strip()), ""))
