@@ -17,10 +17,8 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from importlib.metadata import EntryPoint, PackageNotFoundError, distribution, entry_points
 from pathlib import Path
 from typing import Any
@@ -225,12 +223,6 @@ def _check_axis(axis: str) -> None:
 
 
 def _points(axis: str) -> Sequence[EntryPoint]:
-    return _points_on(axis, tuple(sys.path))
-
-
-@cache
-def _points_on(axis: str, path: tuple[str, ...]) -> Sequence[EntryPoint]:
-    """The entry points of an axis. All that is installed is read for them, so they are kept as long as `path` is."""
     return list(entry_points(group=f"clbench.{axis}"))
 
 
