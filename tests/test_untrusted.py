@@ -1106,10 +1106,10 @@ def test_everything_is_printed_through_one_function() -> None:
 
 
 def test_a_sweep_shows_no_escape_sequences_of_its_runs(tmp_path: Path) -> None:
-    from clbench.sweep import _last_line
+    from clbench.work.local import last_line
 
     (tmp_path / "log").write_text(f"{STEER[:-1]}step 3\n", encoding="utf-8")
-    assert _last_line(tmp_path / "log").strip() == "]0;mine   2Jstep 3"
+    assert last_line(tmp_path / "log").strip() == "]0;mine   2Jstep 3"
 
 
 def no_steering(captured: Any) -> str:
