@@ -98,6 +98,6 @@ def _own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two small data sets: stream/ (three tasks) and pretrain/ (two)."""
-    from tests.toy import make_toy_root
+    from clbench.testing.toy import make_toy_root
 
     return make_toy_root(tmp_path_factory.mktemp("toy"))

@@ -32,9 +32,9 @@ PLACES = {"pretraining": ".training", "base": "/bases/", "checkpoint": "/checkpo
 
 def main() -> None:
     plan = json.loads(Path(sys.argv[1]).read_text())
-    import tests.toy  # noqa: F401 (imports are done before forking; nothing is computed here, so no thread runs)
+    import clbench.testing.toy  # noqa: F401 (imports are done before forking; nothing is computed here, so no thread runs)
+    from clbench.testing.same import assert_same_run
     from clbench.training import trainer  # noqa: F401
-    from tests.same import assert_same_run
 
     if any("zero2" in o for row in plan["runs"] for o in row["overrides"]):
         import deepspeed  # noqa: F401
@@ -149,8 +149,8 @@ class Run:
             os.dup2(output, 1)
             os.dup2(output, 2)
             calls = _count_calls(at_call, after)
+            from clbench.testing.toy import toy_config
             from clbench.training.trainer import train
-            from tests.toy import toy_config
 
             own = [f"output_dir={self.folder}", *self.overrides]
             if saving:

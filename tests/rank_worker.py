@@ -56,10 +56,10 @@ def main() -> None:
     calls = record_collectives()
     import torch
 
+    from clbench.testing.toy import toy_config
     from clbench.training.trainer import train
     from tests.learners import registered
     from tests.ranks import poisoned, stopped
-    from tests.toy import toy_config
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     recorded: dict[str, list[Call]] = {}

@@ -23,12 +23,12 @@ from clbench.io import read_json
 from clbench.launch import free_port
 from clbench.policies.view import PolicyView
 from clbench.stopping import Stop
+from clbench.testing.toy import toy_config
 from clbench.training.loop import PhaseRunner
 from clbench.training.trainer import train
 from tests.algorithm_cases import MEMORY, SMALL_CLARE, SMALL_MIR
 from tests.children import Process, run_module
 from tests.learners import registered
-from tests.toy import toy_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAIN = (

@@ -21,9 +21,6 @@ def test_every_registered_algorithm_has_a_case() -> None:
     assert set(ALGORITHMS) == {c.name for c in CASES if isinstance(c.name, str)}
 
 
-EVERY = pytest.mark.parametrize("every", [7, pytest.param(3, marks=pytest.mark.slow)])
-
-
 class _Tests(AlgorithmTests):
     @pytest.fixture(scope="class")
     def toy_root(self, toy_data: Path) -> Path:
@@ -33,18 +30,18 @@ class _Tests(AlgorithmTests):
     def _own_bases(self) -> None:
         """This suite's are temporary already (conftest.py), and shared."""
 
-
-class TestAlgorithms(_Tests):
-    cases = CASES
-
     @pytest.mark.slow_for(*VARIANTS)
-    @EVERY
+    @pytest.mark.parametrize("every", [7, pytest.param(3, marks=pytest.mark.slow)])
     def test_stopped_anywhere_and_resumed_equals_uninterrupted(
         self, case: Case, run: Path, toy_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
     ) -> None:
         super().test_stopped_anywhere_and_resumed_equals_uninterrupted(
             case, run, toy_root, tmp_path, monkeypatch, every
         )
+
+
+class TestAlgorithms(_Tests):
+    cases = CASES
 
 
 class TestOtherSources(_Tests):
@@ -59,14 +56,6 @@ class TestOtherSources(_Tests):
     test_eval_view_restores_the_policy = test_checkpoints_hold_no_pickle = None  # type: ignore[assignment]
     test_same_command_twice_gives_the_same_bytes = None  # type: ignore[assignment]
 
-    @EVERY
-    def test_stopped_anywhere_and_resumed_equals_uninterrupted(
-        self, case: Case, run: Path, toy_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
-    ) -> None:
-        super().test_stopped_anywhere_and_resumed_equals_uninterrupted(
-            case, run, toy_root, tmp_path, monkeypatch, every
-        )
-
     @pytest.fixture(scope="class", autouse=True)
     def _known(self) -> Iterator[None]:
         with learners.registered():
@@ -75,14 +64,6 @@ class TestOtherSources(_Tests):
 
 class TestTheReadmesAlgorithm(_Tests):
     cases = (Case("l2anchor", {"strength": 10.0}),)
-
-    @EVERY
-    def test_stopped_anywhere_and_resumed_equals_uninterrupted(
-        self, case: Case, run: Path, toy_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
-    ) -> None:
-        super().test_stopped_anywhere_and_resumed_equals_uninterrupted(
-            case, run, toy_root, tmp_path, monkeypatch, every
-        )
 
     @pytest.fixture(scope="class", autouse=True)
     def _known(self) -> Iterator[None]:

@@ -29,9 +29,9 @@ from clbench.algorithms.clare import CLARE, decide_expansion
 from clbench.checkpoints.policy_io import load_policy
 from clbench.checkpoints.run_folder import checkpoint_folder
 from clbench.io import read_json, read_jsonl
+from clbench.testing.toy import toy_config
 from clbench.training.trainer import train
 from tests.algorithm_cases import SMALL_CLARE
-from tests.toy import toy_config
 
 # As in the CLARE repository's README, with the layer of our DiT-Dec.
 README_JSON: dict[str, Any] = {

@@ -29,8 +29,8 @@ from clbench.errors import RESUME_EXIT
 from clbench.evaluation.records import CellFile, build_matrix
 from clbench.io import read_json, read_jsonl, write_json, write_text
 from clbench.rollout.rollout import Episode, SimulatorPool, Watch, run_episodes
+from clbench.testing.toy import STREAM, toy_config
 from tests.faulty_simulator import Noise, Simulator
-from tests.toy import STREAM, toy_config
 
 ROOT = Path(__file__).resolve().parents[1]
 TRIALS = 8

@@ -15,11 +15,15 @@ from clbench.algorithms.ewc import EWC
 from clbench.algorithms.state import restore_state
 from clbench.checkpoints.policy_io import load_policy
 from clbench.checkpoints.run_folder import checkpoint_folder
+from clbench.checkpoints.state import load_state
+from clbench.data.frames import SampleOrder, StreamFrames
 from clbench.io import read_jsonl
 from clbench.policies.view import PolicyView
+from clbench.seeding import generator
+from clbench.streams.stream import build_stream
+from clbench.testing.toy import toy_config
 from clbench.training.trainer import train
 from tests.test_policies import TYPES, build, raw_batch
-from tests.toy import toy_config
 
 
 class LinearGaussian(nn.Module):
@@ -163,3 +167,30 @@ def test_holds_what_matters_and_logs_its_penalty(toy_data: Path, tmp_path: Path)
 def test_impossible_settings_are_refused(keys: dict[str, Any], words: str, toy_data: Path) -> None:
     with pytest.raises(ValueError, match=words):
         build_algorithm(toy_config(toy_data, {"name": "ewc", **keys}))
+
+
+def test_the_fisher_is_of_the_task_that_was_just_learned(toy_data: Path, tmp_path: Path) -> None:
+    """After the second task, with one forgotten: the mean over its own samples of squared gradients, one at a time."""
+    config = toy_config(
+        toy_data, {"name": "ewc", "ewc_gamma": 0.0, "fisher_batches": 2}, f"output_dir={tmp_path}",
+        "dataset.task_order=[0,1]",
+    )  # fmt: skip
+    checkpoint = checkpoint_folder(train(config, "r"), 1)
+    fisher = load_state(checkpoint, "algorithm")["fisher"]
+    loaded = load_policy(checkpoint / "policy")
+    frames = StreamFrames([(task,) for task in build_stream(config.dataset).columns], loaded.policy.config)
+    view = PolicyView(loaded.policy, loaded.policy, loaded.preprocessor, nullcontext)
+    order, size = SampleOrder(frames.length(1), "ewc-fisher", 0, 1), config.train.batch_size
+    parameters = dict(loaded.policy.named_parameters())
+    want = {n: torch.zeros_like(p) for n, p in parameters.items()}
+    for i in range(2):
+        draw = view.draw(size, generator(0, 1, "", "ewc-fisher", i))
+        for row, index in enumerate(order.take(i * size, size).tolist()):
+            own = {name: value[row : row + 1] for name, value in draw.items()}
+            loss = view.per_sample(frames.fetch(torch.tensor([[1, index]])), own).sum()
+            found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            for name, g in zip(parameters, found, strict=True):
+                if g is not None:
+                    want[name] += g.square() / (2 * size)
+    for name, value in fisher.items():
+        assert torch.allclose(value, want[name], rtol=1e-3, atol=1e-9), name

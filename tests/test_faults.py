@@ -34,13 +34,13 @@ from clbench.policies.view import PolicyView
 from clbench.processes import start_command
 from clbench.registry import ALGORITHMS
 from clbench.stopping import Stop
+from clbench.testing.same import assert_same_run, files
+from clbench.testing.toy import STREAM, make_toy_data, toy_config
 from clbench.training.log import RunLog
 from clbench.training.trainer import train
 from tests.algorithm_cases import SMALL_MIR
 from tests.children import Process
-from tests.same import assert_same_run, files
 from tests.test_ranks import toy_arguments
-from tests.toy import STREAM, make_toy_data, toy_config
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = ("train.steps=6", "train.save_every_steps=2", "dataset.task_order=[0,1]")

@@ -14,7 +14,7 @@ from clbench.evaluation.crew import Crew
 from clbench.evaluation.worker import Job, Settings
 from clbench.seeding import seeded
 from clbench.stopping import Stop
-from tests.toy import toy_config
+from clbench.testing.toy import toy_config
 
 ROWS = 8
 # After the second row; 3 MB when measured (1177 to 1179 MB), and 263 MB before freed memory was given back.

@@ -12,7 +12,7 @@ import clbench.policies  # noqa: F401
 from clbench.checkpoints.policy_io import policy_config
 from clbench.data.frames import FrameTable, SampleOrder, StreamFrames, concat, load_batches, select
 from clbench.streams.stream import Task, build_stream
-from tests.toy import TASKS, make_toy_data, toy_config
+from clbench.testing.toy import TASKS, make_toy_data, toy_config
 
 POLICY = policy_config({"type": "dit_dec", "chunk_size": 4, "n_action_steps": 2}, "cpu")
 

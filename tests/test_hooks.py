@@ -23,8 +23,8 @@ from clbench.config.folders import SHIPPED
 from clbench.data.frames import Batch
 from clbench.io import read_jsonl
 from clbench.registry import ALGORITHMS, algorithm_class
+from clbench.testing.toy import toy_config
 from clbench.training.trainer import train
-from tests.toy import toy_config
 
 CALLS: list[tuple[Any, ...]] = []
 
@@ -225,7 +225,7 @@ def test_an_installed_plugin_package_is_found_by_name(toy_data: Path, tmp_path: 
         "from pathlib import Path\n"
         "from clbench.algorithms.build import build_algorithm\n"
         "from clbench.registry import algorithm_names\n"
-        "from tests.toy import toy_config\n"
+        "from clbench.testing.toy import toy_config\n"
         "a = build_algorithm(toy_config(Path(sys.argv[2]), {'name': ['er', 'halver'], 'factor': 0.25}))\n"
         "print('halver' in algorithm_names(), [type(p).__name__ for p in a.parts], a.parts[1].config.factor)\n"
     )

@@ -38,11 +38,11 @@ from clbench.errors import Interrupted, UserError
 from clbench.io import read_json, write_json
 from clbench.stopping import Stop
 from clbench.streams.stream import Task, TaskStream, build_stream, pretraining_tasks, stream_data
+from clbench.testing.same import assert_same_run
+from clbench.testing.toy import make_toy_data
 from clbench.training.pretrain import base_folder, base_key
 from clbench.training.trainer import train
 from tests.hub_sets import COMMIT, IMAGES, make_hub_set, served
-from tests.same import assert_same_run
-from tests.toy import make_toy_data
 
 ENV = "toy_cameras"
 STOVE, DRAWER, BOWL = "turn_on_the_stove", "open_the_middle_drawer_of_the_cabinet", "put_the_bowl_on_the_stove"

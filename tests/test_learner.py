@@ -26,11 +26,11 @@ from clbench.errors import UserError
 from clbench.policies.view import PolicyView
 from clbench.seeding import generator
 from clbench.streams.stream import build_stream
+from clbench.testing.toy import toy_config
 from clbench.training.loop import _shares
 from clbench.training.pretrain import new_policy
 from clbench.training.trainer import train
 from tests import learners
-from tests.toy import toy_config
 
 
 def context(toy_data: Path, kind: str = "dit_dec", k: int = 0) -> Context:

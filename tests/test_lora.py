@@ -18,9 +18,9 @@ from clbench.config.schema import LoraConfig
 from clbench.errors import UserError
 from clbench.io import read_json
 from clbench.policies.view import PolicyView
+from clbench.testing.toy import toy_config
 from clbench.training.trainer import train
 from tests.test_policies import TYPES, build, raw_batch
-from tests.toy import toy_config
 
 
 def losses(loaded: LoadedPolicy) -> torch.Tensor:

@@ -17,10 +17,10 @@ from clbench.data.frames import Batch, StreamFrames, select
 from clbench.io import read_jsonl
 from clbench.policies.view import PolicyView
 from clbench.streams.stream import build_stream
+from clbench.testing.toy import toy_config
 from clbench.training.trainer import train
 from tests.algorithm_cases import SMALL_MIR
 from tests.test_policies import build
-from tests.toy import toy_config
 
 
 def context(toy_data: Path, **algorithm: Any) -> tuple[MIR, Context]:

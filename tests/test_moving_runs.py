@@ -15,11 +15,11 @@ from clbench.checkpoints.run_folder import checkpoint_folder, finished_visits, r
 from clbench.cli import main
 from clbench.errors import UserError
 from clbench.io import read_json
+from clbench.testing.same import files
+from clbench.testing.toy import STREAM, make_toy_data, toy_config
 from clbench.training.pretrain import _drawn
 from clbench.training.trainer import train
 from tests.algorithm_cases import SMALL_CLARE
-from tests.same import files
-from tests.toy import STREAM, make_toy_data, toy_config
 
 ROOTS = ("DATA", "CACHE", "RESULTS", "MODEL")
 

@@ -18,8 +18,8 @@ from clbench.checkpoints.state import load_state
 from clbench.evaluation.evaluate import evaluate
 from clbench.io import read_json, read_jsonl
 from clbench.report import build_report
+from clbench.testing.toy import toy_config
 from clbench.training.trainer import train
-from tests.toy import toy_config
 
 
 def test_keeps_the_largest_free_weights() -> None:

@@ -97,9 +97,9 @@ def test_a_run_that_waits_for_anothers_base_says_for_whose(
     from clbench.errors import Interrupted
     from clbench.lock import sign
     from clbench.streams.stream import pretraining_tasks
+    from clbench.testing.toy import toy_config
     from clbench.training import pretrain
     from clbench.training.backend import Backend
-    from tests.toy import toy_config
 
     monkeypatch.setenv("CLBENCH_CACHE_ROOT", str(tmp_path))
     config = toy_config(toy_data, {"name": "seqfft"})

@@ -25,6 +25,7 @@ from clbench.errors import RankLost, UserError
 from clbench.io import read_json, read_jsonl
 from clbench.launch import check_port
 from clbench.processes import start_command
+from clbench.testing.toy import toy_config
 from clbench.training import backend
 from clbench.training.trainer import train
 from tests.ranks import (
@@ -37,7 +38,6 @@ from tests.ranks import (
     train_together,
     weights,
 )
-from tests.toy import toy_config
 
 TOLERANCE = {"er-bf16": 1e-4}  # bf16 rounds halves of a batch in its own way: 1e-5 when measured, weights move by 8e-3
 SHARED = pytest.mark.xdist_group("ranks")  # one process trains the runs once for all of these tests

@@ -392,8 +392,8 @@ def test_files_that_changed_meanwhile(other: str, monkeypatch: pytest.MonkeyPatc
 def test_it_is_said_before_anything_heavy_starts(
     other: str, tmp_path: Path, toy_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from clbench.testing.toy import toy_config
     from clbench.training import trainer
-    from tests.toy import toy_config
 
     monkeypatch.setenv("LACKS", "1")
     monkeypatch.setattr(remote_backend, "TASKS", ["hammer-v3", "push-v3", "window-close-v3"])

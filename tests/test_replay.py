@@ -13,8 +13,8 @@ from clbench.algorithms.hooks import Context, Plan
 from clbench.checkpoints.run_folder import checkpoint_folder
 from clbench.data.frames import Batch, TaskFrames, packed, unpacked
 from clbench.data.replay import ReplayMemory, ReservoirMemory
+from clbench.testing.toy import toy_config
 from clbench.training.trainer import train
-from tests.toy import toy_config
 
 
 def g(seed: int) -> torch.Generator:

@@ -19,8 +19,8 @@ from clbench.evaluation.records import CellFile, build_matrix
 from clbench.io import read_json, read_jsonl
 from clbench.rollout.actors import PolicyActor, RandomActor
 from clbench.rollout.rollout import Episode, SimulatorPool, run_episodes
+from clbench.testing.toy import toy_config
 from clbench.training.trainer import train
-from tests.toy import toy_config
 
 
 class Drift:

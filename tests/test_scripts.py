@@ -11,8 +11,8 @@ import pytest
 
 from clbench.io import read_json
 from clbench.registry import ALGORITHMS
+from clbench.testing.toy import toy_config
 from tests.readme import example
-from tests.toy import toy_config
 
 ROOT = Path(__file__).parent.parent
 

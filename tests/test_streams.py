@@ -10,7 +10,7 @@ import pytest
 from clbench.config.compose import compose
 from clbench.config.schema import DatasetConfig
 from clbench.streams.stream import build_stream, pretraining_tasks, visit_order
-from tests.toy import toy_config
+from clbench.testing.toy import toy_config
 
 
 def dataset(toy_data: Path, **changes: Any) -> DatasetConfig:

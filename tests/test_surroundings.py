@@ -19,7 +19,7 @@ from clbench.errors import UserError
 from clbench.streams.stream import build_stream
 from clbench.surroundings import settle
 from clbench.terminal import show
-from tests.toy import toy_config
+from clbench.testing.toy import toy_config
 
 CACHES = ("HF_HOME", "HF_DATASETS_CACHE", "HF_MODULES_CACHE", "MPLCONFIGDIR", "XDG_CACHE_HOME", "TORCH_HOME",
           "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "TRITON_CACHE_DIR", "XDG_CONFIG_HOME", "XDG_DATA_HOME")  # fmt: skip

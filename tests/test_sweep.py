@@ -17,6 +17,8 @@ from clbench import cli, registry, sweep
 from clbench.config.compose import to_dict, to_yaml
 from clbench.config.schema import Config
 from clbench.errors import Interrupted, UserError
+from clbench.execution import local
+from clbench.execution.units import Statuses, Unit, admissible, check, leave_out
 from clbench.io import read_jsonl, write_json, write_text
 from clbench.lock import held
 from clbench.paths import results_root
@@ -24,8 +26,6 @@ from clbench.processes import start_command
 from clbench.slots import Slots
 from clbench.stopping import Stop
 from clbench.testing import files
-from clbench.work import local
-from clbench.work.units import Statuses, Unit, admissible, check, leave_out
 
 
 def experiment(path: Path, text: str = "") -> str:

@@ -30,11 +30,11 @@ from clbench.registry import ALGORITHMS
 from clbench.seeding import generator
 from clbench.stopping import Stop
 from clbench.streams.stream import build_stream
+from clbench.testing.toy import STREAM, toy_config
 from clbench.training import pretrain
 from clbench.training.loop import schedule_factor
 from clbench.training.trainer import train
 from tests.algorithm_cases import SMALL_CLARE, SMALL_MIR
-from tests.toy import STREAM, toy_config
 
 
 def final(folder: Path) -> dict[str, torch.Tensor]:

@@ -852,9 +852,9 @@ def test_a_fresh_policy_of_a_trusted_type_is_built_and_what_it_fetches_said(
 ) -> None:
     from clbench.checkpoints.trusted import trusting
     from clbench.stopping import stoppable
+    from clbench.testing.toy import toy_config
     from clbench.training.backend import Backend
     from clbench.training.pretrain import ensure_base
-    from tests.toy import toy_config
 
     monkeypatch.setenv("CLBENCH_CACHE_ROOT", str(tmp_path))
     config = toy_config(toy_data, {"name": "seqfft"})
@@ -1106,7 +1106,7 @@ def test_everything_is_printed_through_one_function() -> None:
 
 
 def test_a_sweep_shows_no_escape_sequences_of_its_runs(tmp_path: Path) -> None:
-    from clbench.work.local import last_line
+    from clbench.execution.local import last_line
 
     (tmp_path / "log").write_text(f"{STEER[:-1]}step 3\n", encoding="utf-8")
     assert last_line(tmp_path / "log").strip() == "]0;mine   2Jstep 3"
