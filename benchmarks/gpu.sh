@@ -73,7 +73,7 @@ everything() {
     echo "commit: $(git rev-parse HEAD 2>/dev/null || echo unknown), device: $device"
     [[ $device == cpu ]] || nvidia-smi || true
     part "demonstrations" "$python" -m clbench.cli data make metaworld_quick
-    part "1/5 tests on the GPU (guess: 5 minutes)" "$python" -m pytest -m gpu -rs -s tests/test_gpu.py
+    part "1/5 tests on the GPU (under a minute with one GPU)" "$python" -m pytest -m gpu -rs -s tests/test_gpu.py
     part "2/5 a large policy in bf16: samples/s and peak memory (1 minute on an H200)" \
         "$python" benchmarks/ranks.py --device "$device" --only "1 rank" --precision bf16 "${one[@]}" "${large[@]}"
     part "3/5 clbench against lerobot-train (5 minutes on an H200)" \

@@ -60,7 +60,7 @@ OWN: dict[str, dict[str, str]] = {
         "libero": "clbench.data.experts.libero:LiberoExperts",
         "libero_state": "clbench.data.experts.libero:LiberoExperts",
     },
-    "executors": {"local": "clbench.work.local:LocalExecutor"},
+    "executors": {"local": "clbench.execution.local:LocalExecutor"},
 }
 ALGORITHMS = OWN["algorithms"]
 
@@ -95,7 +95,7 @@ class Description:
 
     @property
     def missing(self) -> tuple[str, ...]:
-        return tuple(name for name in self.needs if not _installed(name))
+        return tuple(name for name in self.needs if not installed(name))
 
 
 _registered: dict[tuple[str, str], Any] = {}
@@ -270,7 +270,8 @@ def _needs(node: ast.ClassDef | ast.FunctionDef) -> tuple[str, ...]:
     return ()
 
 
-def _installed(name: str) -> bool:
+def installed(name: str) -> bool:
+    """Whether a distribution of that name is installed."""
     try:
         distribution(name)
     except PackageNotFoundError:

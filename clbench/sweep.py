@@ -9,7 +9,7 @@ overrides: [eval.episodes=20]       # for all runs
 parallel: 2                         # runs at once, each with one thread
 executor: local                     # who runs the commands (clbench list executors)
 
-Its work is a graph of units (work/units.py), which `--dry-run` prints; an executor runs them.
+Its work is a graph of units (execution/units.py), which `--dry-run` prints; an executor runs them.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from clbench.config.policy_types import check_fits
 from clbench.config.schema import Config, base_origin
 from clbench.errors import UserError, nearest
 from clbench.evaluation.records import eval_folder
+from clbench.execution.local import KEPT, last_line
+from clbench.execution.units import Unit, check
 from clbench.io import read_json
 from clbench.lock import held, taken_by
 from clbench.paths import bases_root, data_root, results_root
@@ -38,8 +40,6 @@ from clbench.patience import patience
 from clbench.registry import algorithm_names, load
 from clbench.stopping import Stop, stoppable
 from clbench.terminal import show, tell
-from clbench.work.local import KEPT, last_line
-from clbench.work.units import Unit, check
 
 LOCK_SECONDS = 60.0  # that another command of one of its runs is waited for
 

@@ -37,7 +37,7 @@ class Source:
 
     def references(self, ctx: Context, phase: Phase, step: int) -> Tensor:
         """References (visit, index) of a step's global batch, (phase.batch_size, 2); the same on every rank."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define references, or batch with ahead = False.")
 
     def batch(self, ctx: Context, phase: Phase, step: int, rows: slice) -> Batch:
         """Rows `rows` of a step's global batch, raw, with the keys that `ctx.frames.fetch` gives.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import requires
 from typing import Any
 
 from packaging.requirements import Requirement
@@ -71,17 +71,9 @@ def missing(kind: str) -> tuple[str, ...]:
                 continue
             if wanted.name == "lerobot":
                 extras += wanted.extras - seen
-            elif not _installed(wanted.name):
+            elif not registry.installed(wanted.name):
                 found.append(wanted.name)
     return tuple(sorted(set(found)))
-
-
-def _installed(name: str) -> bool:
-    try:
-        version(name)
-    except PackageNotFoundError:
-        return False
-    return True
 
 
 def check_fits(config: Config) -> None:
@@ -95,12 +87,10 @@ def check_fits(config: Config) -> None:
             f"policy type '{kind}' needs {', '.join(lacking)}, which {'is' if len(lacking) == 1 else 'are'} not "
             f"installed: pip install 'lerobot[{EXTRAS[kind]}]'"
         )
-    env = config.dataset.env
-    if kind not in WANT_CAMERAS or env is None:  # without a simulator only the data tell
-        return
     from clbench.envs.making import family
 
-    if not family(env.type).cameras:
+    env = config.dataset.env
+    if kind in WANT_CAMERAS and not family(env.type).cameras:
         raise UserError(
             f"policy type '{kind}' wants camera images, and the stream '{config.dataset.name}' ({env.type}) has states "
             "alone. Take a stream with cameras (clbench list streams), or a policy for states: dit_dec_tiny, "

@@ -64,6 +64,7 @@ from clbench.tensor_files import tensor_shapes
 from clbench.terminal import tell
 from clbench.training.backend import Backend, autocast_precision, say
 from clbench.training.log import FILE as LOG_FILE
+from clbench.training.saving import same_on_all
 from clbench.training.visits import Trainer
 
 BASE_RECORD = "base.json"
@@ -373,8 +374,7 @@ def _pretrain(
     temporary = _unfinished(folder)
     keeper = StateKeeper(temporary, config.train.save_every_steps, config.train.save_every_minutes)
     position = _position(temporary, keeper) if backend.is_main else Position()
-    told = backend.tell([position.k, str(position.source or ""), position.phase, position.step])
-    position = Position(told[0], Path(told[1]) if told[1] else None, told[2], told[3])
+    position = same_on_all(position, backend)
     if backend.is_main and position == Position():
         shutil.rmtree(temporary, ignore_errors=True)
     visit = Visit(0, "pretraining", tuple(tasks))

@@ -8,12 +8,18 @@ from typing import Any
 
 import torch
 
-from clbench.checkpoints.training_state import StateKeeper
+from clbench.checkpoints.training_state import Position, StateKeeper
 from clbench.patience import patience
 from clbench.stopping import Stop
 from clbench.training.backend import Backend
 
 Moments = dict[str, Any] | None  # an optimizer's whole state; None without an optimizer
+
+
+def same_on_all(position: Position, backend: Backend) -> Position:
+    """Rank 0's position, on every rank."""
+    told = backend.tell([position.k, str(position.source or ""), position.phase, position.step])
+    return Position(told[0], Path(told[1]) if told[1] else None, told[2], told[3])
 
 
 def save_if_due(

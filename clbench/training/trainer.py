@@ -41,6 +41,7 @@ from clbench.streams.stream import TaskStream, build_stream
 from clbench.training import log as run_log
 from clbench.training.backend import Backend, ranks_together, say
 from clbench.training.pretrain import check_inputs, ensure_base, load_base
+from clbench.training.saving import same_on_all
 from clbench.training.visits import Trainer
 
 
@@ -87,8 +88,7 @@ def train(
         keeper = StateKeeper(folder, config.train.save_every_steps, config.train.save_every_minutes)
         with patience(f"checking what is in {folder}"):
             found = _position(folder, keeper) if backend.is_main else Position()
-        told = backend.tell([found.k, str(found.source or ""), found.phase, found.step])
-        position = Position(told[0], Path(told[1]) if told[1] else None, told[2], told[3])
+        position = same_on_all(found, backend)
         changed = {} if position == Position() else changes(folder, config, stream, allow_change)
         if backend.is_main and position != Position():
             check_every_byte(stream.columns[0].root, stream.data, config.dataset.name)

@@ -29,7 +29,7 @@ class Unit:
         after: names of the units that must have succeeded.
         anyway: units before it may also have failed: it works with what there is.
         order: of the units that can be started, those with smaller ones come first.
-        cores: how many it uses; 0 = all that the machine has.
+        cores: how many it uses; 0 = all that the machine has: nothing runs beside it.
         about: what it works on, for messages: several units of a run have one.
     """
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import IO
 
 from clbench.errors import RESUME_EXIT
+from clbench.execution.units import Statuses, Unit, admissible, leave_out
 from clbench.processes import Child, server, start_command
 from clbench.slots import VARIABLE, Slots
 from clbench.stopping import Stop
 from clbench.terminal import printable, show
-from clbench.work.units import Statuses, Unit, admissible, leave_out
 
 KEPT = "What is done is kept: give the same command again."
 PROGRESS_SECONDS = 10.0
@@ -72,8 +72,10 @@ class LocalExecutor:
                         job.process.terminate()
                     told, todo = True, []
                 todo = leave_out(todo, statuses)
-                ready = admissible(todo, statuses)
-                for unit in ready[: self.parallel - len(running)]:
+                for unit in admissible(todo, statuses):
+                    alone = unit.cores == 0 or any(job.unit.cores == 0 for job in running)
+                    if len(running) >= self.parallel or (alone and running):
+                        break
                     todo.remove(unit)
                     slot = held.pop(next(iter(held))) if held else slots.take()
                     unit.log.parent.mkdir(parents=True, exist_ok=True)
