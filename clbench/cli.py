@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shlex
 import sys
 import traceback
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clbench import __version__, patience
+from clbench.arguments import whole
 from clbench.errors import LOST_EXIT, RESUME_EXIT, Interrupted, RankLost, UserError, nearest, shortage
 from clbench.terminal import show, tell
 
@@ -23,13 +23,6 @@ if TYPE_CHECKING:
     from clbench.stopping import Stop
 
 OVERRIDES = "after --: overrides as key=value, e.g. -- train.steps=500 algorithm.expand_threshold=4"
-
-
-def whole(text: str) -> int:
-    """A whole number in decimal digits, for a flag."""
-    if re.fullmatch("[+-]?[0-9]{1,1000}", text) is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
-    return int(text)
 
 
 def parser() -> argparse.ArgumentParser:

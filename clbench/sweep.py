@@ -45,7 +45,7 @@ LOCK_SECONDS = 60.0  # that another command of one of its runs is waited for
 
 
 @dataclass
-class Entry:
+class Method:
     """One algorithm of an experiment, or a combination of several joined by commas. `label` names its runs."""
 
     algo: str = ""
@@ -61,7 +61,7 @@ class Experiment:
     model: str = "dit_dec_tiny"
     dataset: str = "metaworld_quick"
     seeds: list[int] = field(default_factory=lambda: [0])
-    algorithms: list[str | Entry] = field(default_factory=list)
+    algorithms: list[str | Method] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
     parallel: int = 1
     executor: str = "local"
@@ -69,7 +69,7 @@ class Experiment:
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """One run of an experiment."""
 
     run_id: str
@@ -77,7 +77,7 @@ class Run:
     config: Config
 
 
-def load_experiment(name: str) -> tuple[Experiment, list[Run]]:
+def load_experiment(name: str) -> tuple[Experiment, list[PlannedRun]]:
     """Read an experiment file and list its runs; raises UserError for unknown keys and names."""
     from clbench.checkpoints.run_folder import results_folder
 
@@ -91,7 +91,7 @@ def load_experiment(name: str) -> tuple[Experiment, list[Run]]:
         raise UserError(f"{path}: parallel must be at least 1, is {experiment.parallel}.")
     experiment.name = experiment.name or path.stem
     results_folder(experiment.name, None)  # its logs and its report go to folders of that name
-    entries = [Entry(e) if isinstance(e, str) else Entry(**e) for e in experiment.algorithms]  # type: ignore[arg-type]
+    entries = [Method(e) if isinstance(e, str) else Method(**e) for e in experiment.algorithms]  # type: ignore[arg-type]
     if not all(e.algo for e in entries):
         raise UserError(f"{path}: an algorithm is a name or {{algo, label, overrides}}; one has no algo.")
     runs = []
@@ -111,7 +111,7 @@ def load_experiment(name: str) -> tuple[Experiment, list[Run]]:
                 smoke=experiment.smoke,
                 source=str(path),
             )
-            runs.append(Run(run_id, (*_axes(experiment), *own, "--", *overrides), config))
+            runs.append(PlannedRun(run_id, (*_axes(experiment), *own, "--", *overrides), config))
     folders = [unicodedata.normalize("NFC", run.run_id).casefold() for run in runs]  # as some file systems tell them
     for run, folder in zip(runs, folders, strict=True):
         if folders.count(folder) > 1:
@@ -131,7 +131,7 @@ def _overrides(experiment: Experiment) -> tuple[str, ...]:
     return (*threads, *experiment.overrides)
 
 
-def finished(run: Run) -> bool:
+def finished(run: PlannedRun) -> bool:
     """Whether a run is trained and evaluated with exactly the settings that the experiment asks for."""
     from clbench.checkpoints.changes import FREE_ON_RESUME, changed_keys
     from clbench.checkpoints.run_folder import finished_visits, read_manifest
@@ -205,7 +205,9 @@ def _run_sweep(name: str, dry_run: bool, trust: Sequence[str], stop: Stop, stack
     return 1 if any(status != 0 for status in statuses.values()) else 0
 
 
-def units(experiment: Experiment, runs: Sequence[Run], logs: Path, trust: Sequence[str], name: str) -> list[Unit]:
+def units(
+    experiment: Experiment, runs: Sequence[PlannedRun], logs: Path, trust: Sequence[str], name: str
+) -> list[Unit]:
     """The graph of an experiment: demonstrations where they are missing, the base, each run, the report.
 
     The base is shared: it is made before runs race for it, with all cores. One seed of everything comes before the
@@ -263,7 +265,7 @@ def _steps(config: Config) -> float:
     return config.train.steps + sum(own)
 
 
-def draw_report(name: str, experiment: Experiment, runs: Sequence[Run]) -> int:
+def draw_report(name: str, experiment: Experiment, runs: Sequence[PlannedRun]) -> int:
     """Draw the report of the runs that are finished; 0, also when none is."""
     done = [r.run_id for r in runs if finished(r)]
     if done:
@@ -280,7 +282,7 @@ def draw_report(name: str, experiment: Experiment, runs: Sequence[Run]) -> int:
     return 0
 
 
-def _wait_for_locks(runs: Sequence[Run], stop: Stop) -> None:
+def _wait_for_locks(runs: Sequence[PlannedRun], stop: Stop) -> None:
     """Wait for commands of an earlier sweep that was killed: they save and end. After LOCK_SECONDS a run fails."""
     until, said = time.monotonic() + LOCK_SECONDS, False
     for run in runs:

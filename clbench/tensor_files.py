@@ -1,10 +1,15 @@
-"""Reading safetensors files, which can hold tensors and nothing else. Their sizes are checked against the file's."""
+"""Reading safetensors files, which can hold tensors and nothing else; their sizes are checked against the file's.
+
+`tensor_bytes` counts the bytes of tensors in memory.
+"""
 
 from __future__ import annotations
 
 import errno
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -29,6 +34,14 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as e:
         raise _damaged(path, e) from e
+
+
+def tensor_bytes(state: Any) -> int:
+    """Bytes of all tensors in `state`."""
+    if torch.is_tensor(state):
+        return state.numel() * state.element_size()
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+    return sum(map(tensor_bytes, values))
 
 
 def _check_regular(path: Path) -> None:

@@ -20,8 +20,8 @@ import pytest
 from clbench.cli import main
 from clbench.config.compose import available, compose
 from clbench.data.experts.libero import LiberoExperts
-from clbench.data.make import Job
-from clbench.data.make import _check as check_jobs
+from clbench.data.make import TaskPlan
+from clbench.data.make import _check as check_plans
 from clbench.envs.base import EVAL_SEED_BASE, STATE_KEY, VALIDATION_SEED_BASE, Simulator
 from clbench.envs.libero import assets as libero_assets
 from clbench.envs.libero import simulator as libero
@@ -88,22 +88,23 @@ def test_the_streams_are_the_suites(name: str) -> None:
     assert {libero_tasks.suite_of(task) for task in d.pretrain.tasks} == {"libero_90"}
     for tasks, make in ((d.tasks, d.make), (d.pretrain.tasks, d.pretrain.make)):
         assert tasks is not d.tasks or tasks == visit_order(d)
-        jobs = [Job(d.env.type, t, 0, make.demos_per_task, 0.1, 10, make.max_steps, 20) for t in tasks]
-        check_jobs(jobs, 2, libero.LiberoState.max_steps)
+        jobs = [TaskPlan(d.env.type, t, 0, make.demos_per_task, 0.1, 10, make.max_steps, 20) for t in tasks]
+        check_plans(jobs, 2, libero.LiberoState.max_steps)
 
 
 def test_two_tasks_with_one_instruction_do_not_fit_into_a_set() -> None:
     same = ["KITCHEN_SCENE3_turn_on_the_stove", "KITCHEN_SCENE9_turn_on_the_stove"]
     with pytest.raises(UserError, match="have the same instruction"):
-        check_jobs([Job("libero_state", task, 0, 1, 0.1, 10, 100, 0) for task in same], 1, libero.LiberoState.max_steps)
+        plans = [TaskPlan("libero_state", task, 0, 1, 0.1, 10, 100, 0) for task in same]
+        check_plans(plans, 1, libero.LiberoState.max_steps)
 
 
 def test_what_the_expert_cannot_do_is_said_before_anything_starts() -> None:
     assert set(LiberoExperts.cannot) <= set(libero_tasks.suite_tasks("libero_90"))
     task = "STUDY_SCENE4_pick_up_the_book_on_the_right_and_place_it_under_the_cabinet_shelf"
-    jobs = [Job("libero_state", name, 0, 1, 0.1, 10, 280, 0) for name in (SOUP, task)]
+    jobs = [TaskPlan("libero_state", name, 0, 1, 0.1, 10, 280, 0) for name in (SOUP, task)]
     with pytest.raises(UserError, match=f"no demonstrations can be made of {task}: .*roof.* Leave it out"):
-        check_jobs(jobs, 1, 1000)
+        check_plans(jobs, 1, 1000)
 
 
 def test_libero_long_is_another_name() -> None:

@@ -21,8 +21,8 @@ from clbench.config.compose import compose
 from clbench.config.schema import Config, DatasetConfig, RenderConfig
 from clbench.data.episode_images import EpisodeImages, read_images
 from clbench.data.info import fingerprint_with_images, load_info
-from clbench.data.make import Job
-from clbench.data.make import _check as check_jobs
+from clbench.data.make import TaskPlan
+from clbench.data.make import _check as check_plans
 from clbench.envs import rendering
 from clbench.envs.base import EVAL_SEED_BASE, STATE_KEY, Step, step_unseen
 from clbench.envs.libero import assets as libero_assets
@@ -77,7 +77,8 @@ def test_libero_90_and_libero_long() -> None:
 def test_scenes_that_share_an_instruction_fit_into_a_set_with_cameras() -> None:
     same = [STOVE, "KITCHEN_SCENE9_turn_on_the_stove"]
     render = {"fidelity": "fast", "size": 64}
-    check_jobs([Job("libero", task, 0, 1, 0.1, 10, 100, 0, render) for task in same], 1, libero.LiberoState.max_steps)
+    plans = [TaskPlan("libero", task, 0, 1, 0.1, 10, 100, 0, render) for task in same]
+    check_plans(plans, 1, libero.LiberoState.max_steps)
 
 
 @has_package

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from clbench.checkpoints.trusted import BUILT, RISKS
+from clbench.config.policy_types import BUILT, RISKS
 
 NAMES = {
     "HfApi", "HfFileSystem", "Popen", "__import__", "cached_file", "check_call", "check_file_exists_on_hf_hub",

@@ -17,7 +17,7 @@ from clbench.errors import UserError
 from clbench.io import read_json
 from clbench.testing.same import files
 from clbench.testing.toy import STREAM, make_toy_data, toy_config
-from clbench.training.pretrain import _drawn
+from clbench.training.pretrain import _images_learned_from
 from clbench.training.trainer import train
 from tests.algorithm_cases import SMALL_CLARE
 
@@ -115,7 +115,7 @@ def test_a_base_that_is_another_runs_checkpoint_is_found_beside_the_run(home: Pa
 
 
 def test_a_given_base_may_be_anywhere(home: Path, tmp_path: Path) -> None:
-    assert _drawn(Path("/ckpt")) is None  # which has no three folders above it
+    assert _images_learned_from(Path("/ckpt")) is None  # which has no three folders above it
     shutil.copytree(checkpoint_folder(home / "results" / "seqfft", 1) / "policy", tmp_path / "given")
     section = {"name": "clare", **SMALL_CLARE, "target_modules": r".*obs_encoder\.layers\.\d+\.ffn"}
     config = toy_config(home / "data", section, "train.steps=2", "dataset.task_order=[0,1]")

@@ -23,7 +23,7 @@ import pytest
 
 from clbench import registry
 from clbench.data.experts.base import episode_expert
-from clbench.data.make import Job, collect_task, make_dataset
+from clbench.data.make import TaskPlan, collect_task, make_dataset
 from clbench.doctor import simulators as doctor_simulators
 from clbench.envs import base, remote, wire
 from clbench.envs.base import STATE_KEY, Simulator
@@ -153,7 +153,7 @@ def test_simulators_that_nobody_has_are_dropped(other: str) -> None:
 
 def test_experts_act_where_the_simulator_is(other: str) -> None:
     """What data making does, to the last bit, although the expert looks into the simulator and remembers."""
-    job = Job("fake", "plain", 0, 3, 0.1, 2, 60, 4)
+    job = TaskPlan("fake", "plain", 0, 3, 0.1, 2, 60, 4)
     found = collect_task(job)
     del os.environ[VARIABLE]
     want = collect_task(job)

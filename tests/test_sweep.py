@@ -77,7 +77,7 @@ def test_test_and_validation_episodes_are_no_one_experiment(tmp_path: Path) -> N
         sweep.run_sweep(str(path), dry_run=True)
 
 
-def leave(run: sweep.Run, config: Config) -> Path:
+def leave(run: sweep.PlannedRun, config: Config) -> Path:
     """What a run that trained and evaluated one task leaves, as far as it is looked at; `config` is written down."""
     folder = results_root() / run.run_id
     write_text(folder / "config.yaml", to_yaml(config))
@@ -270,7 +270,7 @@ def test_trainings_of_a_seed_come_before_its_evaluations(tmp_path: Path, monkeyp
 def test_the_longest_training_is_started_first(monkeypatch: pytest.MonkeyPatch) -> None:
     short, long = Config(algorithm={"name": "a"}), Config(algorithm={"name": "b", "discriminator_steps": 400})
     monkeypatch.setattr(sweep, "_lacks_data", lambda _: False)
-    runs = [sweep.Run("short", (), short), sweep.Run("long", (), long)]
+    runs = [sweep.PlannedRun("short", (), short), sweep.PlannedRun("long", (), long)]
     graph = sweep.units(sweep.Experiment("mine"), runs, Path(), (), "mine")
     in_order = [u.name for u in sorted(graph, key=lambda u: u.order)]
     assert [n for n in in_order if n.startswith("train")] == ["train long", "train short"]

@@ -33,6 +33,7 @@ from clbench.checkpoints.run_folder import (
 from clbench.checkpoints.state import load_state, save_state
 from clbench.checkpoints.training_state import StateKeeper
 from clbench.config.compose import compose, compose_files, load_yaml, override, to_yaml
+from clbench.config.policy_types import BUILT
 from clbench.errors import UserError
 from clbench.evaluation import crew
 from clbench.evaluation.evaluate import run_config
@@ -789,7 +790,7 @@ def test_types_that_are_built_make_steps_without_loaders_and_null_settings() -> 
 
     loaders = {place.rsplit(":")[1].split(".")[0] for place in GUARDS}
     weights = set()
-    for kind, null in trusted.BUILT.items():
+    for kind, null in BUILT.items():
         config = PreTrainedConfig.get_choice_class(kind)()
         config.input_features = {"observation.state": PolicyFeature(FeatureType.STATE, (39,))}
         config.output_features = {"action": PolicyFeature(FeatureType.ACTION, (4,))}
@@ -1143,7 +1144,7 @@ def test_names_do_not_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureF
 def test_notes_of_an_evaluation_and_progress_do_not_steer_the_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    crew._say(f"the simulator raised {STEER}")
+    crew._note(f"the simulator raised {STEER}")
     monkeypatch.setattr(Progress, "SECONDS", 0.0)
     for mode in ("bar", "lines"):
         progress = Progress(f"task 1 of 3 {STEER[:-1]}", 2, mode)

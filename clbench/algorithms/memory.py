@@ -40,11 +40,11 @@ import torch
 from torch import Tensor
 
 from clbench.algorithms.context import Context
-from clbench.checkpoints.state import tensor_bytes
 from clbench.data.frames import Batch, packed
 from clbench.data.replay import ReplayMemory, ReservoirMemory
 from clbench.errors import UserError
 from clbench.seeding import generator
+from clbench.tensor_files import tensor_bytes
 
 SELECTIONS = ("per_task", "reservoir")
 STORAGES = ("reference", "copy")

@@ -36,11 +36,11 @@ from torch import Tensor, nn
 
 from clbench.algorithms.context import Context
 from clbench.algorithms.sources import Source
-from clbench.checkpoints.state import tensor_bytes
 from clbench.config.schema import OptimizerConfig
 from clbench.data.frames import Batch
 from clbench.errors import UserError
 from clbench.streams.stream import TaskStream
+from clbench.tensor_files import tensor_bytes
 
 
 class GradientView(Protocol):

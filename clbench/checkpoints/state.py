@@ -61,14 +61,6 @@ def _digest(tree: Any, tensors: Path) -> str:
     return digest.hexdigest()
 
 
-def tensor_bytes(state: Any) -> int:
-    """Bytes of all tensors in `state`."""
-    if torch.is_tensor(state):
-        return state.numel() * state.element_size()
-    values = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
-    return sum(map(tensor_bytes, values))
-
-
 def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if torch.is_tensor(value):
         if path in tensors:

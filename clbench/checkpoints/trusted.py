@@ -25,42 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clbench.config.policy_types import BUILT, RISKS
 from clbench.errors import UserError, nearest
 from clbench.io import read_json
 from clbench.paths import model_root, named_folder, results_root
-
-# Built from any file, as long as these settings are null.
-BUILT: dict[str, tuple[str, ...]] = {
-    "dit_dec": (),
-    "dit_encdec": (),
-    "act": (),
-    "diffusion": (),
-    "gaussian_actor": ("vision_encoder_name",),
-    "tdmpc": (),
-    "vqbet": (),
-}
-
-CODE = "runs Python files of the model that its settings name"
-HUB = "fetches models or tokenizers from a hub that no configuration has to name"
-
-# LeRobot's other types, and why they are not built without the user's word.
-RISKS: dict[str, str] = {
-    "eo1": HUB,
-    "evo1": HUB,
-    "fastwam": HUB,
-    "gaussian_actor": CODE,
-    "groot": CODE,
-    "lingbot_va": HUB,
-    "molmoact2": HUB,
-    "multi_task_dit": HUB,
-    "pi0": HUB,
-    "pi05": HUB,
-    "pi0_fast": CODE,
-    "smolvla": HUB,
-    "vla_jepa": HUB,
-    "wall_x": CODE,
-    "xvla": HUB,
-}
 
 # torchvision fetches what this setting of these types names. A checkpoint has all weights itself.
 BACKBONE_TYPES = ("act", "diffusion", "vqbet")

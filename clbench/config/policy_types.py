@@ -9,12 +9,44 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from clbench import registry
-from clbench.checkpoints.trusted import BUILT, RISKS
 from clbench.config import folders
 from clbench.config.schema import Config
 from clbench.errors import UserError, nearest
 from clbench.io import read_json
 from clbench.paths import model_root, named_folder
+
+# Built from any file, as long as these settings are null.
+BUILT: dict[str, tuple[str, ...]] = {
+    "dit_dec": (),
+    "dit_encdec": (),
+    "act": (),
+    "diffusion": (),
+    "gaussian_actor": ("vision_encoder_name",),
+    "tdmpc": (),
+    "vqbet": (),
+}
+
+CODE = "runs Python files of the model that its settings name"
+HUB = "fetches models or tokenizers from a hub that no configuration has to name"
+
+# LeRobot's other types, and why they are not built without the user's word.
+RISKS: dict[str, str] = {
+    "eo1": HUB,
+    "evo1": HUB,
+    "fastwam": HUB,
+    "gaussian_actor": CODE,
+    "groot": CODE,
+    "lingbot_va": HUB,
+    "molmoact2": HUB,
+    "multi_task_dit": HUB,
+    "pi0": HUB,
+    "pi05": HUB,
+    "pi0_fast": CODE,
+    "smolvla": HUB,
+    "vla_jepa": HUB,
+    "wall_x": CODE,
+    "xvla": HUB,
+}
 
 # LeRobot's types that cannot be made, or cannot run, without camera images (their validate_features and forward).
 WANT_CAMERAS = frozenset(

@@ -27,11 +27,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from clbench.data.lerobot_set import BOOKKEEPING, image_shape, read_columns
+from clbench.data.task import Task
 from clbench.errors import UserError
 from clbench.io import read_json
 from clbench.seeding import generator
 from clbench.stopping import belong_to, how_ended
-from clbench.streams.stream import Task
 from clbench.terminal import tell
 
 Batch = dict[str, Any]

@@ -85,7 +85,7 @@ def fetch_description(repo_id: str, revision: str | None = None, folder: Path | 
     """
     wanted = revision or FORMAT
     kept = folder or cache_folder()
-    _say(f"fetching the description (meta/) of {repo_id}, revision {wanted}, from the hub into {kept}")
+    tell(f"fetching the description (meta/) of {repo_id}, revision {wanted}, from the hub into {kept}")
     if folder is None:
         root = Path(_snapshot(repo_id, wanted, wanted, allow_patterns=META, cache_dir=cache_folder()))
         commit = root.name
@@ -119,16 +119,12 @@ def size_of(copy: HubCopy, files: Sequence[str], in_cache: bool) -> int:
 def fetch_files(copy: HubCopy, files: Sequence[str], in_cache: bool) -> None:
     """Fetch these files of the copy's own commit, saying first how much that is and where it goes. Raises UserError."""
     size = size_of(copy, files, in_cache)
-    _say(f"fetching {len(files)} files ({size / 1e6:.1f} MB) of {copy.repo_id} from the hub into {copy.root}")
+    tell(f"fetching {len(files)} files ({size / 1e6:.1f} MB) of {copy.repo_id} from the hub into {copy.root}")
     _snapshot(copy.repo_id, copy.revision, copy.commit, allow_patterns=list(files), **_place(copy, in_cache))
 
 
 def _place(copy: HubCopy, in_cache: bool) -> dict[str, Any]:
     return {"cache_dir": cache_folder()} if in_cache else {"local_dir": copy.root}
-
-
-def _say(line: str) -> None:
-    tell(line)
 
 
 def _commit(repo_id: str, revision: str) -> str:

@@ -69,7 +69,7 @@ _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 @dataclass(frozen=True)
-class Job:
+class TaskPlan:
     """What one worker needs to collect one task.
 
     `render`: how cameras draw, `images`: how the paths of their files begin; None where there are no cameras.
@@ -185,28 +185,28 @@ def run_episode(
     return np.stack(states), np.stack(labels), success
 
 
-def collect_task(job: Job) -> Collected:
-    """Collect one task's demonstrations and measure its expert; a pure function of `job`.
+def collect_task(plan: TaskPlan) -> Collected:
+    """Collect one task's demonstrations and measure its expert; a pure function of `plan`.
 
     Raises UserError when too few attempts succeed.
     """
-    simulator = make_simulator(job.spec)
+    simulator = make_simulator(plan.spec)
 
     def attempt(
         role: str, i: int, tail_steps: int, noise: float, see: Callable[[Observation], None] | None = None
     ) -> tuple[np.ndarray, np.ndarray, bool]:
-        seed = episode_seed(job.seed, job.env_type, job.task, role, i)
-        rng = np.random.default_rng((job.seed, seed))
-        expert = episode_expert(job.spec, simulator)
-        return run_episode(simulator, expert, seed, job.max_steps, tail_steps, noise, rng, see)
+        seed = episode_seed(plan.seed, plan.env_type, plan.task, role, i)
+        rng = np.random.default_rng((plan.seed, seed))
+        expert = episode_expert(plan.spec, simulator)
+        return run_episode(simulator, expert, seed, plan.max_steps, tail_steps, noise, rng, see)
 
     def demonstrate(i: int, number: int) -> Recorded | None:
         """Attempt i, kept as demonstration `number` when it succeeds."""
-        if job.images is None:
-            states, labels, success = attempt("demo", i, job.tail_steps, job.action_noise)
+        if plan.images is None:
+            states, labels, success = attempt("demo", i, plan.tail_steps, plan.action_noise)
             return Recorded(states, labels) if success else None
-        images = EpisodeImages(Path(f"{job.images}-{number:06d}.zip"), list(family(job.env_type).cameras))
-        states, labels, success = attempt("demo", i, job.tail_steps, job.action_noise, images.add)
+        images = EpisodeImages(Path(f"{plan.images}-{number:06d}.zip"), list(family(plan.env_type).cameras))
+        states, labels, success = attempt("demo", i, plan.tail_steps, plan.action_noise, images.add)
         if not success:
             images.discard()
             return None
@@ -215,19 +215,19 @@ def collect_task(job: Job) -> Collected:
     try:
         episodes: list[Recorded] = []
         attempts = 0
-        while len(episodes) < job.demos:
-            if attempts == ATTEMPTS_PER_DEMO * job.demos:
+        while len(episodes) < plan.demos:
+            if attempts == ATTEMPTS_PER_DEMO * plan.demos:
                 raise UserError(
-                    f"the expert of '{job.task}' succeeded in {len(episodes)} of {attempts} attempts "
-                    f"({len(episodes) / attempts:.0%}), too few for {job.demos} demonstrations. "
-                    f"Raise max_steps (now {job.max_steps}), lower action_noise (now {job.action_noise}), "
+                    f"the expert of '{plan.task}' succeeded in {len(episodes)} of {attempts} attempts "
+                    f"({len(episodes) / attempts:.0%}), too few for {plan.demos} demonstrations. "
+                    f"Raise max_steps (now {plan.max_steps}), lower action_noise (now {plan.action_noise}), "
                     "or leave the task out."
                 )
             recorded = demonstrate(attempts, len(episodes))
             attempts += 1
             if recorded is not None:
                 episodes.append(recorded)
-        successes = sum(attempt("ceiling", i, 0, 0.0)[2] for i in range(job.ceiling_episodes))
+        successes = sum(attempt("ceiling", i, 0, 0.0)[2] for i in range(plan.ceiling_episodes))
     finally:
         simulator.close()
     return Collected(episodes, attempts, successes)
@@ -280,11 +280,13 @@ def make_dataset(
         drawn = dict(zip(("fidelity", "size"), check_render(render or {}), strict=True))
     elif render is not None:
         raise UserError(f"environment type '{env_type}' has no cameras to render.")
-    jobs = [
-        Job(env_type, task, seed, demos_per_task, float(action_noise), tail_steps, max_steps, ceiling_episodes, drawn)
+    plans = [
+        TaskPlan(
+            env_type, task, seed, demos_per_task, float(action_noise), tail_steps, max_steps, ceiling_episodes, drawn
+        )
         for task in tasks
     ]
-    _check(jobs, workers, simulators.max_steps)
+    _check(plans, workers, simulators.max_steps)
     wanted = {
         "name": name,
         "env_type": env_type,
@@ -302,56 +304,56 @@ def make_dataset(
         return root
     with _working_folder(root) as folder:
         if _is_made(root, wanted, force):
-            _say(progress, f"{root} already holds '{name}' with these parameters; nothing to do.")
+            _tell(progress, f"{root} already holds '{name}' with these parameters; nothing to do.")
             return root
         check_other_python(env_type)
         if drawn is not None:
             simulator_versions(env_type)  # says at once when images cannot be drawn here
             (folder / "images").mkdir()
-            jobs = [replace(job, images=str(folder / "images" / f"{k:04d}")) for k, job in enumerate(jobs)]
+            plans = [replace(plan, images=str(folder / "images" / f"{k:04d}")) for k, plan in enumerate(plans)]
         new = folder / "dataset"
-        with _collecting(jobs, workers, progress) as collected, _quiet_libraries():
-            _write(new, name, simulators, jobs, collected, wanted)
+        with _collecting(plans, workers, progress) as collected, _quiet_libraries():
+            _write(new, name, simulators, plans, collected, wanted)
         with _quiet_libraries(), patience("reading back what was written"):
             info = _verify(new)
         if root.exists():
             os.replace(root, folder / "replaced")
         os.replace(new, root)
-    _say(progress, f"{root}: {len(jobs)} tasks, {info.episodes} episodes, {info.frames} frames.")
+    _tell(progress, f"{root}: {len(plans)} tasks, {info.episodes} episodes, {info.frames} frames.")
     return root
 
 
-def _check(jobs: list[Job], workers: int, longest: int) -> None:
-    if not jobs:
+def _check(plans: list[TaskPlan], workers: int, longest: int) -> None:
+    if not plans:
         raise UserError("a data set needs at least one task.")
-    names = [job.task for job in jobs]
+    names = [plan.task for plan in plans]
     repeated = sorted({task for task in names if names.count(task) > 1})
     if repeated:
         raise UserError(f"tasks named more than once: {', '.join(repeated)}.")
-    for job in jobs:
-        check_task(job.env_type, job.task)
-    cannot = demonstrable(jobs[0].env_type, names)[1]
+    for plan in plans:
+        check_task(plan.env_type, plan.task)
+    cannot = demonstrable(plans[0].env_type, names)[1]
     if cannot:
         raise UserError(_impossible(cannot))
     said: dict[str, str] = {}
-    for job in jobs:
-        first = said.setdefault(instruction({"type": job.env_type, "task": job.task}), job.task)
-        if first != job.task and not family(job.env_type).cameras:  # a camera shows which of the scenes it is
-            raise UserError(f"{first} and {job.task} have the same instruction: a data set can hold only one of them.")
-    job = jobs[0]
+    for plan in plans:
+        first = said.setdefault(instruction({"type": plan.env_type, "task": plan.task}), plan.task)
+        if first != plan.task and not family(plan.env_type).cameras:  # a camera shows which of the scenes it is
+            raise UserError(f"{first} and {plan.task} have the same instruction: a data set can hold only one of them.")
+    plan = plans[0]
     limits = (
-        ("demos_per_task", job.demos, 1, _SEEDS_PER_ROLE // ATTEMPTS_PER_DEMO),
-        ("seed", job.seed, 0, 2**63 - 1),
-        ("tail_steps", job.tail_steps, 0, longest),
-        ("max_steps", job.max_steps, 1, longest),
-        ("ceiling_episodes", job.ceiling_episodes, 0, _SEEDS_PER_ROLE),
+        ("demos_per_task", plan.demos, 1, _SEEDS_PER_ROLE // ATTEMPTS_PER_DEMO),
+        ("seed", plan.seed, 0, 2**63 - 1),
+        ("tail_steps", plan.tail_steps, 0, longest),
+        ("max_steps", plan.max_steps, 1, longest),
+        ("ceiling_episodes", plan.ceiling_episodes, 0, _SEEDS_PER_ROLE),
         ("workers", workers, 1, 1024),
     )
     for key, value, low, high in limits:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise UserError(f"{key} must be a whole number from {low} to {high}, not {value!r}.")
-    if not (math.isfinite(job.action_noise) and job.action_noise >= 0):
-        raise UserError(f"action_noise must be 0 or more, not {job.action_noise!r}.")
+    if not (math.isfinite(plan.action_noise) and plan.action_noise >= 0):
+        raise UserError(f"action_noise must be 0 or more, not {plan.action_noise!r}.")
 
 
 def _is_made(root: Path, wanted: dict[str, Any], force: bool) -> bool:
@@ -424,13 +426,13 @@ def _lock(folder: Path) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def _collecting(jobs: list[Job], workers: int, progress: bool) -> Iterator[Iterator[Collected]]:
-    """Have worker processes collect all jobs; yields the results in the order of `jobs`, each as it comes.
+def _collecting(plans: list[TaskPlan], workers: int, progress: bool) -> Iterator[Iterator[Collected]]:
+    """Have worker processes collect all plans; yields the results in the order of `plans`, each as it comes.
 
     Each process has a pipe, and a thread that asks it. ProcessPoolExecutor would leave named semaphores in /dev/shm
     when all of a make's processes are killed together, and not say how a process ended.
     """
-    count = min(workers, len(jobs))
+    count = min(workers, len(plans))
     idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
     crew: list[_Worker] = []
     threads = ThreadPoolExecutor(count)
@@ -440,8 +442,8 @@ def _collecting(jobs: list[Job], workers: int, progress: bool) -> Iterator[Itera
             while len(crew) < count:
                 crew.append(_start_worker())
                 idle.put(crew[-1])
-        futures = [threads.submit(_collect, idle, job) for job in jobs]
-        with _reporting(jobs, futures, progress):
+        futures = [threads.submit(_collect, idle, plan) for plan in plans]
+        with _reporting(plans, futures, progress):
             yield _in_order(futures)
     finally:
         for w in crew:  # idle, unless this was ended by an exception
@@ -468,29 +470,29 @@ def _start_worker() -> _Worker:
 
 
 def _work(descriptors: list[int]) -> None:
-    """In a worker: collect the jobs that come through a pipe, until killed; it leaves signals to its parent."""
+    """In a worker: collect the plans that come through a pipe, until killed; it leaves signals to its parent."""
     belong_to(os.getppid())
     pipe: Connection[Any, Any] = Connection(descriptors[0])
     while True:
-        job = pipe.recv()
+        plan = pipe.recv()
         try:
-            pipe.send((collect_task(job), None, ""))
+            pipe.send((collect_task(plan), None, ""))
         except UserError as e:
             pipe.send((None, str(e), ""))
         except Exception as e:  # noqa: BLE001 (the parent raises it)
             pipe.send((None, shortage(e) or "", traceback.format_exc()))
 
 
-def _collect(idle: queue.SimpleQueue[_Worker], job: Job) -> Collected:
+def _collect(idle: queue.SimpleQueue[_Worker], plan: TaskPlan) -> Collected:
     """In a thread of the parent: have the next idle process collect one task."""
     w = idle.get()
     try:
-        w.pipe.send(job)
+        w.pipe.send(plan)
         collected, message, trace = w.pipe.recv()
     except (EOFError, OSError) as e:
         w.process.wait(END_S)
         raise UserError(
-            f"a process that made the demonstrations of {job.task} {how_ended(w.process.returncode)}. Nothing was "
+            f"a process that made the demonstrations of {plan.task} {how_ended(w.process.returncode)}. Nothing was "
             "written. Give the command again, with --workers 1 if memory is short."
         ) from e
     finally:
@@ -530,15 +532,15 @@ def _one_thread() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _reporting(jobs: list[Job], futures: list[Future[Collected]], progress: bool) -> Iterator[None]:
+def _reporting(plans: list[TaskPlan], futures: list[Future[Collected]], progress: bool) -> Iterator[None]:
     """Report tasks as they end: a bar on a terminal, a line each elsewhere."""
     from tqdm import tqdm
 
     on_terminal = progress and sys.stderr.isatty()
     done = 0
-    with tqdm(total=len(jobs), unit="task", desc="demonstrations", disable=not on_terminal) as bar:
+    with tqdm(total=len(plans), unit="task", desc="demonstrations", disable=not on_terminal) as bar:
 
-        def ended(job: Job, future: Future[Collected]) -> None:
+        def ended(plan: TaskPlan, future: Future[Collected]) -> None:
             nonlocal done
             if future.cancelled() or future.exception() is not None:
                 return
@@ -547,21 +549,21 @@ def _reporting(jobs: list[Job], futures: list[Future[Collected]], progress: bool
             bar.update()
             if not on_terminal:
                 frames = sum(len(e.states) for e in result.episodes)
-                _say(
+                _tell(
                     progress,
-                    f"[{done}/{len(jobs)}] {job.task}: {len(result.episodes)} of {result.attempts} attempts "
-                    f"kept, {frames} frames; without noise {result.ceiling_successes}/{job.ceiling_episodes}",
+                    f"[{done}/{len(plans)}] {plan.task}: {len(result.episodes)} of {result.attempts} attempts "
+                    f"kept, {frames} frames; without noise {result.ceiling_successes}/{plan.ceiling_episodes}",
                 )
 
         def far(line: str) -> None:
             if on_terminal:
                 bar.refresh()
             else:
-                _say(progress, line)
+                _tell(progress, line)
 
-        for job, future in zip(jobs, futures, strict=True):
-            future.add_done_callback(partial(ended, job))
-        with patience("making demonstrations", lambda: f"{done} of {len(jobs)} tasks are collected", say=far):
+        for plan, future in zip(plans, futures, strict=True):
+            future.add_done_callback(partial(ended, plan))
+        with patience("making demonstrations", lambda: f"{done} of {len(plans)} tasks are collected", say=far):
             yield
 
 
@@ -597,7 +599,7 @@ def _write(
     folder: Path,
     name: str,
     simulators: SimulatorFamily,
-    jobs: list[Job],
+    plans: list[TaskPlan],
     collected: Iterator[Collected],
     wanted: dict[str, Any],
 ) -> None:
@@ -608,7 +610,7 @@ def _write(
     dataset = LeRobotDataset.create(
         repo_id=name,
         fps=simulators.fps,
-        features=_features(simulators, (jobs[0].render or {}).get("size", 0)),
+        features=_features(simulators, (plans[0].render or {}).get("size", 0)),
         root=folder,
         robot_type=simulators.robot_type,
         use_videos=False,
@@ -617,8 +619,8 @@ def _write(
     marks = _Fingerprint()
     numbers: dict[str, int] = {}  # of the instructions: LeRobot's task_index
     episode = 0
-    for job, result in zip(jobs, collected, strict=True):
-        sentence = instruction(job.spec)
+    for plan, result in zip(plans, collected, strict=True):
+        sentence = instruction(plan.spec)
         task_index = numbers.setdefault(sentence, len(numbers))
         for recorded in result.episodes:
             length = len(recorded.states)
@@ -632,10 +634,10 @@ def _write(
             marks.add(recorded, task_index)
             if path is not None:
                 path.unlink()
-        measured = job.ceiling_episodes
+        measured = plan.ceiling_episodes
         described.append(
             {
-                "name": job.task,
+                "name": plan.task,
                 "instruction": sentence,
                 "task_index": task_index,
                 "episodes": list(range(episode, episode + len(result.episodes))),
@@ -659,7 +661,7 @@ def _write(
         **({"privileged": label} if label else {}),
         "tasks": described,
         "fingerprint": marks.value(),
-        "versions": simulator_versions(jobs[0].env_type) | {"numpy": version("numpy"), "lerobot": version("lerobot")},
+        "versions": simulator_versions(plans[0].env_type) | {"numpy": version("numpy"), "lerobot": version("lerobot")},
     }
     info["files"] = file_sums(folder)
     write_json(folder / INFO_FILE, info | {"seal": seal(info)})
@@ -713,6 +715,6 @@ def _verify(folder: Path) -> DataInfo:
     return info
 
 
-def _say(progress: bool, line: str) -> None:
+def _tell(progress: bool, line: str) -> None:
     if progress:
         tell(line)

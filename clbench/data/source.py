@@ -287,7 +287,7 @@ def _foreign(
         **({"instructions": dict(settings.instructions)} if settings.instructions else {}),
         **_left_out(left_out),
     }
-    drawn = _drawn(found, features, env_type)
+    drawn = _size_of_images(found, features, env_type)
     if not fetched:
         return DataSource(found.root, tasks, "", features, described, drawn)
     low = {there: here for there, here in features.items() if here in (STATE_KEY, ACTION_KEY)}
@@ -296,7 +296,7 @@ def _foreign(
     return DataSource(found.root, tasks, fingerprint, features, described | {"fingerprint": fingerprint}, drawn)
 
 
-def _drawn(found: LeRobotSet, features: dict[str, str], env_type: str) -> dict[str, Any] | None:
+def _size_of_images(found: LeRobotSet, features: dict[str, str], env_type: str) -> dict[str, Any] | None:
     """How the images of a set that clbench did not make were drawn: in full, at the size that they have."""
     seen = [there for there, here in features.items() if here in family(env_type).cameras]
     return {"fidelity": "full", "size": int(image_shape(found.features[seen[0]])[0])} if seen else None

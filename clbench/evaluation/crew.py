@@ -175,9 +175,9 @@ class Crew:
         tries = self.tries[k, j]
         where = f"k={k} j={j} episode {episode['episode']}"
         if tries <= self.retries:
-            _say(f"{where}: {reason}; playing it again (retry {tries} of {self.retries})")
+            _note(f"{where}: {reason}; playing it again (retry {tries} of {self.retries})")
         elif (k, j) not in self.failed:
-            _say(f"{where}: {reason}; giving this cell up")
+            _note(f"{where}: {reason}; giving this cell up")
             self.failed[k, j] = {
                 "k": k,
                 "j": j,
@@ -220,7 +220,7 @@ class Crew:
                     f"an evaluation process {how}. Finished episodes are kept: run the same command again, with "
                     "--workers 1 if memory is short."
                 )
-            _say(f"an evaluation process {how}; starting another one")
+            _note(f"an evaluation process {how}; starting another one")
         self._done(w)
         self._close(w)
 
@@ -259,5 +259,5 @@ def _start(settings: Settings, slot: IO[bytes] | None = None) -> _Worker:
     return _Worker(process, here, beat, slot=slot)
 
 
-def _say(text: str) -> None:
+def _note(text: str) -> None:
     tqdm.write(printable(f"note: {text}"), file=sys.stderr)  # beside the progress bar

@@ -135,7 +135,7 @@ def _evaluate(folder: Path, config: Config, output: Path | None, progress: bool,
         columns = manifest["visits"]
         if not columns:
             raise UserError(f"run {folder.name} has no visits in its manifest.json: there is nothing to evaluate.")
-        run = _Run(folder, manifest, config, rows, progress, stop)
+        run = _Evaluation(folder, manifest, config, rows, progress, stop)
         cells = wanted_cells(manifest["mode"], e.cells, rows, len(columns))
         extra = [(BASE, j) for j in range(len(columns))] if e.base_row else []
         extra += [(RANDOM, j) for j in range(len(columns))] if e.random_row else []
@@ -197,7 +197,7 @@ def heldout_columns(manifest: dict[str, Any], config: Config) -> list[dict[str, 
 
 
 @dataclass
-class _Run:
+class _Evaluation:
     """A run under evaluation. `fill` plays what a matrix lacks; `failed` collects (its folder, the cell) given up;
     `versions` has those of the simulators that were needed so far, `warned` those whose initial states come again."""
 

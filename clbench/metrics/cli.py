@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clbench.cli import whole
+from clbench.arguments import whole
 from clbench.errors import UserError
 from clbench.evaluation.records import TEST
 from clbench.metrics.compute import compute_metrics, wilson

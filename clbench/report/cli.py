@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from clbench.cli import whole
+from clbench.arguments import whole
 from clbench.evaluation.records import TEST, VALIDATION
 from clbench.metrics.cli import default_run
 from clbench.report.build import build_report

@@ -11,45 +11,15 @@ import shlex
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from clbench.config.schema import DatasetConfig, PretrainDataConfig, RenderConfig
 from clbench.data.matching import Unmatched
 from clbench.data.source import DataSource, Depth, open_data
+from clbench.data.task import Task
 from clbench.envs.making import check_task, family
 from clbench.envs.rendering import DEFAULT_FIDELITY, DEFAULT_SIZE
 from clbench.errors import UserError, nearest
-
-
-@dataclass(frozen=True)
-class Task:
-    """One task: its text, its demonstrations (episodes of a LeRobot data set) and its simulator.
-
-    Attributes:
-        name: unique within a stream, e.g. "push-v3".
-        instruction: what the policy reads.
-        root: the LeRobot data set's folder.
-        episodes: indices of this task's episodes in it.
-        env: simulator spec, {"type": ..., "task": ...}.
-        max_steps: an episode not solved after this many steps has failed.
-        expert_success: the scripted expert's own success rate in [0, 1], the demonstrations' ceiling.
-        features: of the data set → names in clbench; the others are not used. None = all, as they are named.
-        task_index, text: the task in the data set and its instruction there.
-        frames: of all the data set's episodes of this task.
-    """
-
-    name: str
-    instruction: str
-    root: Path
-    episodes: tuple[int, ...]
-    env: dict[str, Any]
-    max_steps: int
-    expert_success: float | None = None
-    features: dict[str, str] | None = None
-    task_index: int | None = None
-    text: str | None = None
-    frames: int | None = None
 
 
 @dataclass(frozen=True)
@@ -155,7 +125,7 @@ def _check_drawing(env_type: str, data: DataSource, render: RenderConfig | None)
     if wanted is None or found is None or found == wanted or (render is not None and render.mismatch == "allow"):
         return
     raise UserError(
-        f"the images in {data.root} were drawn {_drawn(found)}, but the simulator would draw them "
+        f"the images in {data.root} were drawn {_in_words(found)}, but the simulator would draw them "
         f"{wanted['fidelity']} at {wanted['size']}: a policy would be tested on other images than "
         f"it learned from. Set render.fidelity={found['fidelity']} render.size={found['size']}, make the data "
         "again (clbench data make NAME --force), or state render.mismatch=allow."
@@ -232,13 +202,13 @@ def check_images(config: DatasetConfig, render: RenderConfig, base: bool = True)
         f"render.size={wanted['size']} makes it, for the training to be given that name as well)"
     )  # fmt: skip
     raise UserError(
-        f"the images of the base's tasks in {pretrain.root} were drawn {_drawn(pretrain.render)}, those of the stream "
-        f"in {data.root} {_drawn(wanted)}: a policy would be pretrained on other images than it learns from. Take a "
-        f"set for the base that was drawn like the stream's{make}, or state render.mismatch=allow."
+        f"the images of the base's tasks in {pretrain.root} were drawn {_in_words(pretrain.render)}, those of the "
+        f"stream in {data.root} {_in_words(wanted)}: a policy would be pretrained on other images than it learns from. "
+        f"Take a set for the base that was drawn like the stream's{make}, or state render.mismatch=allow."
     )
 
 
-def _drawn(render: Mapping[str, Any]) -> str:
+def _in_words(render: Mapping[str, Any]) -> str:
     return f"{render['fidelity']} at {render['size']} pixels"
 
 

@@ -34,7 +34,7 @@ from clbench.checkpoints import trusted
 from clbench.checkpoints.base import identity
 from clbench.checkpoints.policy_io import LoadedPolicy, load_policy, pick_device, policy_config, save_policy
 from clbench.checkpoints.run_folder import checkpoint_folder, versions
-from clbench.checkpoints.state import load_state, tensor_bytes
+from clbench.checkpoints.state import load_state
 from clbench.checkpoints.training_state import Position, StateKeeper
 from clbench.checkpoints.whole import DESCRIPTION, damage, write_whole
 from clbench.config.schema import (
@@ -60,7 +60,7 @@ from clbench.redaction import redact, secrets_of
 from clbench.seeding import seeded
 from clbench.stopping import Stop
 from clbench.streams.stream import Task, TaskStream, Visit, pretraining_tasks, stream_tasks
-from clbench.tensor_files import tensor_shapes
+from clbench.tensor_files import tensor_bytes, tensor_shapes
 from clbench.terminal import tell
 from clbench.training.backend import Backend, autocast_precision, say
 from clbench.training.log import FILE as LOG_FILE
@@ -228,7 +228,7 @@ def _check_given(path: Path, config: Config) -> None:
             f"policy.path={path} has {key} {stored.get(key)!r}, the configuration says {value!r}. Use "
             f"--model checkpoint, which leaves all to the checkpoint ({', '.join(ACTING)} may be overridden)."
         )
-    drawn, wanted = _drawn(path), {"fidelity": config.render.fidelity, "size": config.render.size}
+    drawn, wanted = _images_learned_from(path), {"fidelity": config.render.fidelity, "size": config.render.size}
     if drawn and family(config.dataset.env.type).cameras and drawn != wanted and config.render.mismatch != "allow":
         raise UserError(
             f"policy.path={path} learned from images drawn {drawn['fidelity']} at {drawn['size']} pixels, and this "
@@ -237,7 +237,7 @@ def _check_given(path: Path, config: Config) -> None:
         )
 
 
-def _drawn(path: Path) -> dict[str, Any] | None:
+def _images_learned_from(path: Path) -> dict[str, Any] | None:
     """How the images that a checkpoint learned from were drawn; None where it had none, or clbench did not make it."""
     records = [path / BASE_RECORD]
     if path.resolve().parent.parent.name == "checkpoints":  # RUN/checkpoints/K/policy

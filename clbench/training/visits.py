@@ -15,7 +15,7 @@ from clbench.algorithms.state import restore_state
 from clbench.checkpoints.base import write_adapter_base
 from clbench.checkpoints.policy_io import LoadedPolicy, load_policy, pick_device, save_policy
 from clbench.checkpoints.run_folder import checkpoint_folder, save_checkpoint
-from clbench.checkpoints.state import load_state, save_state, tensor_bytes
+from clbench.checkpoints.state import load_state, save_state
 from clbench.checkpoints.training_state import Position, StateKeeper
 from clbench.checkpoints.whole import DESCRIPTION
 from clbench.config.compose import to_dict
@@ -28,6 +28,7 @@ from clbench.policies.view import PolicyView
 from clbench.seeding import seed_everything, seeded
 from clbench.stopping import Stop
 from clbench.streams.stream import TaskStream
+from clbench.tensor_files import tensor_bytes
 from clbench.training import log as run_log
 from clbench.training.backend import Backend, count
 from clbench.training.loop import PhaseRunner, Resumed
