@@ -69,12 +69,24 @@ def test_carried_adapter_is_an_ordinary_peft_checkpoint(toy_data: Path, tmp_path
     assert want.keys() == have.keys() and all(torch.equal(want[n], v) for n, v in have.items())
 
 
-def test_every_task_of_seqlora_has_its_own_adapter_merged(toy_data: Path, tmp_path: Path) -> None:
-    """The change of one task has the adapter's rank, in every targeted layer."""
+def test_every_task_of_seqlora_has_its_own_adapter_merged(
+    toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The change of one task has the adapter's rank, in every targeted layer, and starts from numbers of its own."""
     config = toy_config(
         toy_data, {"name": "seqlora"}, f"output_dir={tmp_path}", "lora.rank=1", "train.optimizer.lr=1e-2"
     )
+    first: list[torch.Tensor] = []
+    inject = lora.inject
+
+    def seen(policy: torch.nn.Module, settings: LoraConfig) -> None:
+        inject(policy, settings)
+        first.append(next(p.detach().clone() for n, p in policy.named_parameters() if ".lora_A." in n))
+
+    monkeypatch.setattr(lora, "inject", seen)
     folder = train(config, "r")
+    assert len(first) == 3 and all(a.any() for a in first)
+    assert not any(torch.equal(first[i], first[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
     a, b = (load_policy(checkpoint_folder(folder, k) / "policy").policy.state_dict() for k in (0, 1))
     name = "model.velocity_net.cond_proj.weight"
     values = torch.linalg.svdvals((b[name] - a[name]).double())

@@ -93,6 +93,48 @@ def test_three_tasks_by_hand() -> None:
         assert weight.tolist() == [pytest.approx(after[k])]
 
 
+class Gradients:
+    """The gradients of a module without ranks, as `after_backward` gets them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.parameters = dict(module.named_parameters())
+
+    def names(self) -> list[str]:
+        return list(self.parameters)
+
+    def get(self, name: str) -> torch.Tensor | None:
+        return self.parameters[name].grad
+
+    def set(self, name: str, value: torch.Tensor) -> None:
+        self.parameters[name].grad = value
+
+
+def test_frozen_weights_count_in_no_gradient() -> None:
+    """Neither in the norm that is clipped nor in moments: both are of gradients that are zero there."""
+    policy = nn.Sequential(nn.Linear(4, 1))
+    packnet = PackNet(PackNet.Config(prune_ratio=0.5))
+    visits = [SimpleNamespace(k=k, task=f"t{k}") for k in range(2)]
+    ctx: Any = SimpleNamespace(
+        policy=policy, k=0, visit=visits[0], stream=SimpleNamespace(visits=visits), log=lambda *a, **k: None
+    )
+    packnet.bind(ctx)
+    packnet._hold_owned(ctx)
+    with torch.no_grad():
+        policy[0].weight.copy_(torch.tensor([[4.0, -3.0, 2.0, 1.0]]))
+    packnet._prune(ctx)
+    policy(torch.tensor([[1.0, 2.0, 3.0, 4.0]])).sum().backward()
+    packnet.after_backward(policy, Gradients(policy))
+    assert policy[0].weight.grad.tolist() == [[1.0, 2.0, 0.0, 0.0]]  # retrained: what this task keeps
+    packnet._release(ctx)
+    packnet.on_task_end(ctx)
+    ctx.k, ctx.visit = 1, visits[1]
+    packnet._hold_owned(ctx)
+    policy.zero_grad()
+    policy(torch.tensor([[1.0, 2.0, 3.0, 4.0]])).sum().backward()
+    packnet.after_backward(policy, Gradients(policy))
+    assert policy[0].weight.grad.tolist() == [[0.0, 0.0, 3.0, 4.0]]
+
+
 def test_equal_capacity_gives_every_task_the_same_share(toy_data: Path, tmp_path: Path) -> None:
     config = toy_config(toy_data, {"name": "packnet", "capacity": "equal"}, f"output_dir={tmp_path}")
     folder = train(config, "r")
