@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import re
+import sys
+import types
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import nn
 
 from clbench import registry
 from clbench.registry import ALGORITHMS
 from clbench.testing import AlgorithmTests, Case
 from tests import learners
 from tests.algorithm_cases import CASES
+from tests.conftest import ROOT
 from tests.readme import example
 
 VARIANTS = [c.label for c in CASES if c.label != c.name]  # of settings, and combinations
@@ -70,3 +77,35 @@ class TestTheReadmesAlgorithm(_Tests):
         registry.register("algorithms", "l2anchor", example().L2Anchor)
         yield
         registry.register("algorithms", "l2anchor", None)
+
+
+def test_the_pages_test_of_the_mathematics_passes_and_notices_faults(tmp_path: Path) -> None:
+    """docs/add_an_algorithm.md's, for README's algorithm as it is, and with two faults in it."""
+    page = (ROOT / "docs" / "add_an_algorithm.md").read_text(encoding="utf-8")
+    (source,) = re.findall(r"```python\n(# test_l2anchor\.py.*?)```", page, flags=re.DOTALL)
+    right = example().L2Anchor
+
+    class Doubled(right):  # type: ignore[misc, valid-type]
+        def compute_penalty(self, model: nn.Module) -> Any:
+            penalty = super().compute_penalty(model)
+            return None if penalty is None else 2 * penalty
+
+    class Forgetful(right):  # type: ignore[misc, valid-type]
+        def compute_penalty(self, model: nn.Module) -> None:
+            return None
+
+    for number, method in enumerate((right, Doubled, Forgetful)):
+        module = types.ModuleType("my_package.l2anchor")
+        module.L2Anchor = method  # type: ignore[attr-defined]
+        names: dict[str, Any] = {}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, "my_package", types.ModuleType("my_package"))
+            patch.setitem(sys.modules, "my_package.l2anchor", module)
+            exec(compile(source, "add_an_algorithm.md", "exec"), names)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        try:
+            with nullcontext() if method is right else pytest.raises(AssertionError, match="not close"):
+                names["test_l2anchor_is_a_plain_loop"](folder)
+        finally:
+            registry.register("algorithms", "l2anchor", None)

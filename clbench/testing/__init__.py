@@ -2,7 +2,18 @@
 
 from clbench.testing.algorithms import AlgorithmTests
 from clbench.testing.cases import Case
+from clbench.testing.plain import PLAIN_SGD, PlainRun
 from clbench.testing.same import assert_same_run, files
 from clbench.testing.toy import make_toy_data, make_toy_root, toy_config
 
-__all__ = ["AlgorithmTests", "Case", "assert_same_run", "files", "make_toy_data", "make_toy_root", "toy_config"]
+__all__ = [
+    "PLAIN_SGD",
+    "AlgorithmTests",
+    "Case",
+    "PlainRun",
+    "assert_same_run",
+    "files",
+    "make_toy_data",
+    "make_toy_root",
+    "toy_config",
+]
