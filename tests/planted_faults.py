@@ -44,6 +44,7 @@ PACKNET = ("tests/test_packnet.py",)
 CLARE = ("tests/test_clare.py",)
 LORA = ("tests/test_lora.py",)
 TRAINER = ("tests/test_trainer.py",)
+REFERENCES = ("tests/test_references.py",)
 RANKS = ("tests/test_ranks.py", "-k", "one_process_trains and ddp")
 
 FAULTS = [
@@ -117,7 +118,7 @@ FAULTS = [
           "                loss = loss * ctx.world_size * parts / samples", TRAINER),
     Fault("multitask", "it takes one task's steps for all of them", "algorithms/multitask.py",
           "steps=per_task * len(ctx.stream.columns)", "steps=per_task",
-          ("tests/test_streams.py", "tests/test_trainer.py")),
+          REFERENCES),
     Fault("multitask", "a task that comes back counts twice", "streams/stream.py",
           "tuple({t.name: t for t in _union_episodes(self.columns)}.values())", "tuple(_union_episodes(self.columns))",
           ("tests/test_streams.py",)),
@@ -126,10 +127,16 @@ FAULTS = [
           ("tests/test_streams.py",)),
     Fault("singletask", "visits go on from each other", "training/visits.py",
           '                if self.stream.mode == "singletask" and k != start.k:', "                if False:",
-          TRAINER),
+          REFERENCES),
     Fault("singletask", "a resumed visit starts from its checkpoint", "training/visits.py",
           'fresh = source is None or (self.stream.mode == "singletask" and not within)', "fresh = source is None",
           _table("singletask")),
     Fault("singletask", "the transform leaves the sequence as it is", "algorithms/singletask.py",
-          "return stream.independent()", "return stream", TRAINER),
+          "return stream.independent()", "return stream", REFERENCES),
 ]  # fmt: skip
+
+
+def table() -> str:
+    """The faults as a table, for docs/REPRODUCIBILITY.md."""
+    rows = [f"| {f.method} | {f.what} | `clbench/{f.file}` |" for f in FAULTS]
+    return "\n".join(["| method | planted fault | in |", "|---|---|---|", *rows]) + "\n"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from clbench.registry import ALGORITHMS
-from tests.planted_faults import FAULTS, Fault
+from tests.planted_faults import FAULTS, Fault, table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,6 +27,11 @@ def test_the_text_that_a_fault_replaces_is_there_once(fault: Fault) -> None:
 def test_every_method_has_three() -> None:
     counts = Counter(f.method for f in FAULTS)
     assert set(counts) == set(ALGORITHMS) and min(counts.values()) >= 3
+
+
+def test_the_page_lists_them() -> None:
+    page = (ROOT / "docs" / "REPRODUCIBILITY.md").read_text(encoding="utf-8")
+    assert table() in page, "put the output of tests/planted_faults.table() into docs/REPRODUCIBILITY.md"
 
 
 @pytest.mark.slow
