@@ -534,7 +534,9 @@ def _print_data(title: str, data: DataSource, stream: str) -> None:
     if data.features is not None:
         show("  features " + ", ".join(k if k == v else f"{k} as {v}" for k, v in data.features.items())
              + (f"; not used: {', '.join(d['features_unused'])}" if d["features_unused"] else ""))  # fmt: skip
-        show(f"  it says {d['fps']:g} frames a second; the simulator makes {d['simulator_steps_per_second']:g} steps")
+        steps = d.get("simulator_steps_per_second")
+        plays = "there is no simulator" if steps is None else f"the simulator makes {steps:g} steps"
+        show(f"  it says {d['fps']:g} frames a second; {plays}")
     for t in data.tasks.values():
         show(f"  task {t.task_index:3} {len(t.episodes):5} episodes {t.frames:7} frames  {t.name}: {t.text}")
     left_out = d.get("episodes_excluded", [])
@@ -568,7 +570,7 @@ def _stream_on_states(name: str) -> str:
     if name not in known:
         raise UserError(f"there is no stream '{name}_state'.{nearest(f'{name}_state', known)}")
     config, _ = compose(model="dit_dec_tiny", algorithms=["seqfft"], dataset=name, registered=["seqfft"])
-    if family(config.dataset.env.type).cameras:
+    if family(config.dataset.env_type).cameras:
         raise UserError(f"the stream '{name}' is on camera images and has no variant on states.")
     return name
 
@@ -587,6 +589,11 @@ def _make_data(args: argparse.Namespace, overrides: list[str]) -> int:
         overrides=overrides,
     )
     d = config.dataset
+    if d.env is None:
+        raise UserError(
+            f"the stream '{d.name}' has no simulator (dataset.env: null), so no demonstrations can be made for it: "
+            "dataset.data names a data set that is there already, or dataset.repo_id one of the hub."
+        )
     parts: list[DatasetConfig | PretrainDataConfig] = [d] if d.pretrain is None else [d, d.pretrain]
     sets: list[partial[Path]] = []
     for part in parts:  # what is left out, and refused, shows before anything is made

@@ -104,7 +104,10 @@ def _needs_of_file(axis: str, path: Path) -> str:
         kind = load_yaml(path).get("policy", {}).get("type")
         return _needs_of_policy(str(kind)) if kind is not None else ""
     if axis == "streams":
-        env = load_yaml(path).get("dataset", {}).get("env") or {}
+        dataset = load_yaml(path).get("dataset", {})
+        if "env" in dataset and dataset["env"] is None:
+            return "no simulator: is trained on, not evaluated"
+        env = dataset.get("env") or {}
         simulators = registry.entries("simulators")
         return _code_item(simulators[env["type"]]).needs if env.get("type") in simulators else ""
     return ""

@@ -41,6 +41,7 @@ from clbench.registry import algorithm_names, load
 from clbench.stopping import Stop, stoppable
 from clbench.terminal import show, tell
 
+NO_SIMULATOR = "the stream has no simulator (dataset.env: null)"
 LOCK_SECONDS = 60.0  # that another command of one of its runs is waited for
 
 
@@ -132,16 +133,19 @@ def _overrides(experiment: Experiment) -> tuple[str, ...]:
 
 
 def finished(run: PlannedRun) -> bool:
-    """Whether a run is trained and evaluated with exactly the settings that the experiment asks for."""
+    """Whether a run is trained, and evaluated where it has a simulator, with the experiment's settings."""
     from clbench.checkpoints.changes import FREE_ON_RESUME, changed_keys
     from clbench.checkpoints.run_folder import finished_visits, read_manifest
 
     folder = results_root() / run.run_id
     complete = eval_folder(folder, run.config.eval.split) / "complete.json"
-    if not (folder / "manifest.json").is_file() or not complete.is_file():
+    played = run.config.dataset.env is not None
+    if not (folder / "manifest.json").is_file() or (played and not complete.is_file()):
         return False
     if finished_visits(folder) != len(read_manifest(folder)["checkpoints"]):
         return False
+    if not played:
+        return not changed_keys(folder, run.config, FREE_ON_RESUME)
     done, asked = read_json(complete), run.config.eval
     if not isinstance(done, dict) or not isinstance(done.get("views", []), list):
         raise UserError(f"{complete} is damaged: it does not say what was evaluated. Remove it and evaluate again.")
@@ -174,6 +178,8 @@ def _run_sweep(name: str, dry_run: bool, trust: Sequence[str], stop: Stop, stack
         stack.enter_context(held(logs, "sweep"))  # two of one experiment would train the same runs
     left = [r for r in runs if not finished(r)]
     show(f"experiment {experiment.name}: {len(runs) - len(left)} of {len(runs)} runs are finished")
+    if runs and runs[0].config.dataset.env is None:
+        show(f"{NO_SIMULATOR}: runs are trained, and not evaluated")
     for r in runs:
         check_policy(r.config.policy)
         check_fits(r.config)
@@ -200,7 +206,7 @@ def _run_sweep(name: str, dry_run: bool, trust: Sequence[str], stop: Stop, stack
     for unit in graph:
         if statuses[unit.name]:
             tell(f"failed: {unit.about}; see {unit.log}")
-    if statuses["report"] == 0 and (said := last_line(graph[-1].log)):
+    if statuses.get("report") == 0 and (said := last_line(graph[-1].log)):
         show(said)
     return 1 if any(status != 0 for status in statuses.values()) else 0
 
@@ -233,10 +239,15 @@ def units(
         train, evaluate = f"train {r.run_id}", f"evaluate {r.run_id}"
         found.append(Unit(train, "train", ("train", *_trusting(trust, *own_trust), *r.train), log, folder, ("base",),
                           order=(seed, 0, -_steps(r.config)), about=r.run_id))  # fmt: skip
+        if r.config.dataset.env is None:
+            continue
         arguments = ("eval", *_trusting(trust, r.run_id), "--run-id", r.run_id, *workers)
         found.append(Unit(evaluate, "evaluate", arguments, log, folder / "eval", (train,), order=(seed, 1),
                           about=r.run_id))  # fmt: skip
     last = tuple(u.name for u in found if u.kind == "evaluate")
+    if not last:  # there is nothing to draw
+        check(found)
+        return found
     found.append(Unit("report", "report", ("sweep", name, "--report"), logs / "report.log",
                       results_root() / "reports" / experiment.name, last, anyway=True, about="the report"))  # fmt: skip
     check(found)
@@ -267,6 +278,9 @@ def _steps(config: Config) -> float:
 
 def draw_report(name: str, experiment: Experiment, runs: Sequence[PlannedRun]) -> int:
     """Draw the report of the runs that are finished; 0, also when none is."""
+    if runs and runs[0].config.dataset.env is None:
+        show(f"{NO_SIMULATOR}: there is no report")
+        return 0
     done = [r.run_id for r in runs if finished(r)]
     if done:
         with patience("reading runs and drawing"):

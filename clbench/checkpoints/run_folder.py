@@ -194,7 +194,7 @@ def write_description(
     if config.algorithm.get("peft_cfg_path"):
         _keep(Path(config.algorithm["peft_cfg_path"]), folder / PEFT_COPY)
     algorithm = config.algorithm["name"]
-    env_type = config.dataset.env.type
+    env_type = config.dataset.env_type
     elsewhere = simulator_versions(env_type) if other_python(env_type) else {}
     earlier = before.get("sessions", []) if isinstance(before, dict) else []
     write_text(folder / "config.yaml", to_yaml(config))
@@ -213,7 +213,7 @@ def write_description(
             "policy": config.model,
             "dataset": stream.name,
             "privileged": family(env_type).privileged,
-            "render": stream.columns[0].env.get("render"),
+            "render": (stream.columns[0].env or {}).get("render"),
             "seed": config.seed,
             "mode": stream.mode,
             "visits": describe_columns(stream.columns),
@@ -249,7 +249,7 @@ def describe_columns(tasks: Sequence[Task]) -> list[dict[str, Any]]:
             "data": str(t.root),
             "episodes": len(t.episodes),
             "data_task": {"index": t.task_index, "instruction": t.text, "frames": t.frames},
-            "env": {**t.env, "max_steps": t.max_steps},
+            "env": None if t.env is None else {**t.env, "max_steps": t.max_steps},
             "expert_success": t.expert_success,
         }
         for j, t in enumerate(tasks)
@@ -362,8 +362,12 @@ def _are_columns(value: Any) -> bool:
     if not isinstance(value, list) or len(value) > MAX_VISITS:
         return False
     for c in value:
-        env = c.get("env") if isinstance(c, dict) else None
-        if not isinstance(env, dict) or not all(isinstance(c.get(n), str) for n in ("task", "instruction")):
+        if not isinstance(c, dict) or not all(isinstance(c.get(n), str) for n in ("task", "instruction")):
+            return False
+        env = c.get("env", False)
+        if env is None:  # a stream without a simulator
+            continue
+        if not isinstance(env, dict):
             return False
         steps = env.get("max_steps")
         if not all(isinstance(env.get(n), str) for n in ("type", "task")) or type(steps) is not int:

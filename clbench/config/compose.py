@@ -281,7 +281,15 @@ def check_values(c: Config) -> None:
     need(c.lora.rank >= 1, f"lora.rank must be at least 1, is {c.lora.rank}")
     need(c.lora.alpha >= 1, f"lora.alpha must be at least 1, is {c.lora.alpha}")
     need(0 <= c.lora.dropout < 1, f"lora.dropout must be in [0, 1), is {c.lora.dropout}")
-    need(d.env.max_steps >= 1, "dataset.env.max_steps must be at least 1")
+    need(d.env is None or d.env.max_steps >= 1, "dataset.env.max_steps must be at least 1")
+    need(
+        d.env is not None or (c.render.fidelity is None and c.render.size is None),
+        "render.fidelity and render.size say how a simulator draws, and the stream has none (dataset.env: null)",
+    )
+    need(
+        d.env is not None or e.heldout_episodes == 0,
+        "eval.heldout_episodes are played in a simulator, and the stream has none (dataset.env: null)",
+    )
     need(0 <= c.seed < 2**31, f"seed must be in [0, 2^31), is {c.seed}")
     makes = [("dataset.make", d.make)]
     problems += _data_problems("dataset", d)

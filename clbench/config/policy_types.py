@@ -121,8 +121,8 @@ def check_fits(config: Config) -> None:
         )
     from clbench.envs.making import family
 
-    env = config.dataset.env
-    if kind in WANT_CAMERAS and not family(env.type).cameras:
+    env = config.dataset.env  # without one only the data tell
+    if kind in WANT_CAMERAS and env is not None and not family(env.type).cameras:
         raise UserError(
             f"policy type '{kind}' wants camera images, and the stream '{config.dataset.name}' ({env.type}) has states "
             "alone. Take a stream with cameras (clbench list streams), or a policy for states: dit_dec_tiny, "

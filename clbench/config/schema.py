@@ -163,9 +163,10 @@ class DatasetConfig:
         revision: its branch, tag or commit; null = the tag of LeRobot's data format.
         rename: feature names of a data set that clbench did not make → names that the simulator uses.
         instructions: instructions of a data set that clbench did not make → the simulator's tasks that they are of,
-            where the wording differs from the simulator's.
+            where the wording differs from the simulator's; without a simulator, short names of the tasks.
         exclude_episodes: indices of episodes of the data set that are left out.
-        tasks: the stream's tasks, in order.
+        env: the simulator; null = the stream has none: it is trained on, and there is nothing to evaluate it in.
+        tasks: the stream's tasks, in order. Without a simulator: as the data set or `instructions` name them.
         task_order: null, or names or indices into `tasks`; may leave out, reorder and repeat tasks.
         libero_order: null, or which of LIBERO's published task orders, 0 to 20, a suite of ten is visited in;
             `tasks` must be that suite's, in its order 0.
@@ -183,7 +184,7 @@ class DatasetConfig:
     rename: dict[str, str] = field(default_factory=dict)
     instructions: dict[str, str] = field(default_factory=dict)
     exclude_episodes: list[int] = field(default_factory=list)
-    env: EnvConfig = field(default_factory=EnvConfig)
+    env: Optional[EnvConfig] = field(default_factory=EnvConfig)  # noqa: UP045
     tasks: list[str] = MISSING
     task_order: Optional[list[Any]] = None  # noqa: UP045
     libero_order: Optional[int] = None  # noqa: UP045
@@ -191,6 +192,11 @@ class DatasetConfig:
     make: MakeConfig = field(default_factory=MakeConfig)
     pretrain: Optional[PretrainDataConfig] = None  # noqa: UP045
     recipes: Optional[str] = None  # noqa: UP045
+
+    @property
+    def env_type(self) -> Optional[str]:  # noqa: UP045
+        """The simulator's environment type; None: the stream has no simulator."""
+        return None if self.env is None else self.env.type
 
 
 @dataclass

@@ -25,10 +25,11 @@ class Unmatched(UserError):
         self.tasks = frozenset(tasks)
 
 
-def named_tasks(env_type: str, given: Mapping[str, str], texts: Mapping[int, str], key: str) -> dict[str, int]:
+def named_tasks(env_type: str | None, given: Mapping[str, str], texts: Mapping[int, str], key: str) -> dict[str, int]:
     """Return the task index of the data for each task that a configuration gives an instruction of the data for.
 
     Args:
+        env_type: the simulator's; None: there is none, and a task may have any name.
         given: instruction of the data → task of the simulator.
         texts: task index → instruction, all that the data set has.
         key: where `given` stands in the configuration.
@@ -39,7 +40,7 @@ def named_tasks(env_type: str, given: Mapping[str, str], texts: Mapping[int, str
     found: dict[str, int] = {}
     known = family(env_type).tasks()
     for text, task in given.items():
-        if task not in known:
+        if env_type is not None and task not in known:
             raise UserError(f"{key}: {env_type} has no task '{task}'.{nearest(task, known)}")
         indices = [i for i, t in texts.items() if plain(t) == plain(text)]
         if len(indices) != 1:
@@ -53,7 +54,7 @@ def named_tasks(env_type: str, given: Mapping[str, str], texts: Mapping[int, str
 
 
 def match_tasks(
-    env_type: str,
+    env_type: str | None,
     tasks: Sequence[str],
     texts: Mapping[int, str],
     counts: Mapping[int, int],
@@ -61,6 +62,8 @@ def match_tasks(
     key: str = "dataset.instructions",
 ) -> dict[str, int]:
     """Return the task index of the data for each of `tasks`.
+
+    Without a simulator a task that is not `named` has its instruction as its name.
 
     A text that several scenes of the simulator share says nothing of the scene. Which scenes a set could hold is told
     by its suites: those of the wanted tasks, and every other suite of which the set has an instruction that no other
@@ -91,7 +94,7 @@ def match_tasks(
     found: dict[str, int] = {}
     problems: list[str] = []
     for name in tasks:
-        said = simulators.instruction(name)
+        said = name if env_type is None else simulators.instruction(name)
         text = plain(said)
         own = simulators.suite_of(name)
         rivals = [n for n in sharing[text] if n != name and simulators.suite_of(n) in held | {own}]

@@ -35,6 +35,7 @@ from clbench.paths import data_root, named_folder
 from clbench.terminal import tell
 
 ACTION_KEY = "action"
+IMAGES = "observation.images."
 Depth = Literal["all", "size", "meta"]
 ROUNDING = 1e-3  # an action so little outside of [-1, 1] is only rounded
 
@@ -102,7 +103,7 @@ def data_folder(data: str) -> Path:
 
 def open_data(
     settings: DataSettings,
-    env_type: str,
+    env_type: str | None,
     names: Sequence[str],
     *,
     stream: str,
@@ -112,6 +113,7 @@ def open_data(
     """Open a data set for some of the simulator's tasks.
 
     Args:
+        env_type: the simulator's; None: there is none, and what the data set has decides.
         names: the tasks.
         stream: the stream's name, quoted for a shell, for messages: `clbench data make STREAM` makes its data.
         key: where `settings` stand in the configuration, for messages.
@@ -142,7 +144,9 @@ def open_data(
     return _foreign(found, features, settings, env_type, names, key, origin, lambda _: depth != "meta", _remedy(root))
 
 
-def _two_ways(env_type: str, stream: str, key: str) -> str:
+def _two_ways(env_type: str | None, stream: str, key: str) -> str:
+    if env_type is None:
+        return f"Give the folder of a LeRobot data set ({key}.data), or one of the hub ({key}.repo_id)."
     make = f"Make it with: clbench data make {stream}"
     if key != "dataset":
         return f"{make} — or give a base with policy.path=FOLDER"
@@ -210,7 +214,7 @@ def _episodes(tasks: dict[str, TaskData]) -> int:
     return sum(len(t.episodes) for t in tasks.values())
 
 
-def _from_hub(settings: DataSettings, env_type: str, names: Sequence[str], key: str, depth: Depth) -> DataSource:
+def _from_hub(settings: DataSettings, env_type: str | None, names: Sequence[str], key: str, depth: Depth) -> DataSource:
     assert settings.repo_id is not None
     folder = data_folder(settings.data).absolute() if "/" in settings.data else None  # a name is that of a made set
     if folder is not None and (folder / INFO_FILE).exists():
@@ -242,7 +246,7 @@ def _foreign(
     found: LeRobotSet,
     features: dict[str, str],
     settings: DataSettings,
-    env_type: str,
+    env_type: str | None,
     names: Sequence[str],
     key: str,
     origin: dict[str, Any],
@@ -268,7 +272,7 @@ def _foreign(
                 f"({', '.join(mixed[0].texts)}): clbench's tasks are whole episodes. Leave out all such episodes "
                 f"({key}.exclude_episodes), or take another data set."
             )
-        said = instruction({"type": env_type, "task": name})
+        said = text if env_type is None else instruction({"type": env_type, "task": name})
         episodes = of_task[text]
         tasks[name] = TaskData(
             name, said, index, text, tuple(e.index for e in episodes), sum(e.frames for e in episodes)
@@ -279,7 +283,7 @@ def _foreign(
         **origin,
         "root": str(found.root),
         "fps": found.fps,
-        "simulator_steps_per_second": float(family(env_type).fps),
+        **({} if env_type is None else {"simulator_steps_per_second": float(family(env_type).fps)}),
         "features": features,
         "features_unused": sorted(set(found.features) - set(features)),
         "tasks_unused": len(found.texts) - len(tasks),
@@ -296,7 +300,7 @@ def _foreign(
     return DataSource(found.root, tasks, fingerprint, features, described | {"fingerprint": fingerprint}, drawn)
 
 
-def _size_of_images(found: LeRobotSet, features: dict[str, str], env_type: str) -> dict[str, Any] | None:
+def _size_of_images(found: LeRobotSet, features: dict[str, str], env_type: str | None) -> dict[str, Any] | None:
     """How the images of a set that clbench did not make were drawn: in full, at the size that they have."""
     seen = [there for there, here in features.items() if here in family(env_type).cameras]
     return {"fidelity": "full", "size": int(image_shape(found.features[seen[0]])[0])} if seen else None
@@ -305,14 +309,16 @@ def _size_of_images(found: LeRobotSet, features: dict[str, str], env_type: str) 
 def fps_note(data: dict[str, Any]) -> str | None:
     """What to know of a data set, by its description, whose frames are not as far apart as the simulator's steps."""
     fps, steps = data.get("fps"), data.get("simulator_steps_per_second")
-    if fps is None or fps == steps:
+    if fps is None or steps in (None, fps):  # None: there is no simulator
         return None
     return (f"note: the data set in {data['root']} says {fps:g} frames a second, and the simulator makes {steps:g} "
             "steps: each frame is taken for one step.")  # fmt: skip
 
 
-def _check_actions(root: Path, env_type: str, names: Sequence[str], low: np.ndarray, high: np.ndarray) -> None:
+def _check_actions(root: Path, env_type: str | None, names: Sequence[str], low: np.ndarray, high: np.ndarray) -> None:
     """Raise UserError where the simulator could not execute the actions (A,), from `low` to `high`, as they are."""
+    if env_type is None:
+        return
     if low.min() < -1 - ROUNDING or high.max() > 1 + ROUNDING:
         raise UserError(
             f"the actions of the data set in {root} go from {low.min():.3g} to {high.max():.3g}, and the simulator "
@@ -328,8 +334,10 @@ def _check_actions(root: Path, env_type: str, names: Sequence[str], low: np.ndar
         )
 
 
-def _features(found: LeRobotSet, rename: dict[str, str], env_type: str, key: str) -> dict[str, str]:
+def _features(found: LeRobotSet, rename: dict[str, str], env_type: str | None, key: str) -> dict[str, str]:
     """Which features are used, and as what: exactly the simulator's observations, and the action.
+
+    Without a simulator: the action, the state and all camera images that the data set has.
 
     Raises:
         UserError: one is missing or of another kind than the simulator's.
@@ -342,6 +350,8 @@ def _features(found: LeRobotSet, rename: dict[str, str], env_type: str, key: str
     if len(named) != len(found.features):
         twice = [n for n, k in Counter(rename.get(old, old) for old in found.features).items() if k > 1]
         raise UserError(f"{key}.rename: the data set in {found.root} would have two features {twice[0]}.")
+    if env_type is None:
+        return _own_features(found, named, key)
     simulators = family(env_type)
     numbers = {STATE_KEY: simulators.state_dim, ACTION_KEY: simulators.action_dim}
     wanted = [*simulators.cameras, *numbers]
@@ -370,3 +380,36 @@ def _features(found: LeRobotSet, rename: dict[str, str], env_type: str, key: str
             f"'{key}.rename={{observation.images.wrist_image: observation.images.image2}}'."
         )
     return {named[name]: name for name in wanted}
+
+
+def _own_features(found: LeRobotSet, named: Mapping[str, str], key: str) -> dict[str, str]:
+    """What a policy can learn from without a simulator: action (A,), state (S,), images (H, W, 3).
+
+    Args:
+        named: name in clbench → feature of the set.
+
+    Raises:
+        UserError: there is no action, or nothing to see.
+    """
+    vectors = [
+        name
+        for name in (STATE_KEY, ACTION_KEY)
+        if name in named
+        and found.features[named[name]]["dtype"] in ("float32", "float64")
+        and len(found.features[named[name]]["shape"]) == 1
+    ]
+    images = [
+        name
+        for name, there in named.items()
+        if name.startswith(IMAGES) and found.features[there]["dtype"] in ("image", "video")
+        and image_shape(found.features[there])[2:] == (3,)
+    ]  # fmt: skip
+    seen = [*(n for n in vectors if n == STATE_KEY), *images]
+    if ACTION_KEY not in vectors or not seen:
+        has = ", ".join(f"{n} {f['dtype']} {tuple(f['shape'])}" for n, f in found.features.items())
+        raise UserError(
+            f"the data set in {found.root} has no {'observations' if ACTION_KEY in vectors else 'actions'}: a policy "
+            f"learns from {ACTION_KEY} (float32, one dimension) and from {STATE_KEY} (the same) or {IMAGES}* (images "
+            f"with 3 channels). It has {has}. Where only a name differs, give it with {key}.rename={{OLD: NEW}}."
+        )
+    return {named[name]: name for name in [*seen, ACTION_KEY]}

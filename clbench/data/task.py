@@ -16,8 +16,8 @@ class Task:
         instruction: what the policy reads.
         root: the LeRobot data set's folder.
         episodes: indices of this task's episodes in it.
-        env: simulator spec, {"type": ..., "task": ...}.
-        max_steps: an episode not solved after this many steps has failed.
+        env: simulator spec, {"type": ..., "task": ...}; None without a simulator.
+        max_steps: an episode not solved after this many steps has failed; 0 without a simulator.
         expert_success: the scripted expert's own success rate in [0, 1], the demonstrations' ceiling.
         features: of the data set → names in clbench; the others are not used. None = all, as they are named.
         task_index, text: the task in the data set and its instruction there.
@@ -28,7 +28,7 @@ class Task:
     instruction: str
     root: Path
     episodes: tuple[int, ...]
-    env: dict[str, Any]
+    env: dict[str, Any] | None
     max_steps: int
     expert_success: float | None = None
     features: dict[str, str] | None = None

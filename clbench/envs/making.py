@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clbench import registry
@@ -14,12 +14,32 @@ from clbench.errors import UserError, nearest
 _families: dict[str, SimulatorFamily] = {}
 
 
-def family(env_type: str) -> SimulatorFamily:
-    """Return the simulators behind an environment type.
+class NoSimulator(SimulatorFamily):
+    """What a stream without a simulator has in its place: no cameras of its own, no rules for data, nothing to make."""
+
+    fps = state_dim = action_dim = max_steps = 0
+
+    def make(self, task: str, render: Mapping[str, Any]) -> Simulator:
+        raise UserError(f"the stream has no simulator (dataset.env: null): '{task}' cannot be played.")
+
+    def published_order(self, number: int, tasks: Sequence[str]) -> list[str]:
+        raise UserError(
+            "dataset.libero_order is for LIBERO's suites, and this stream has no simulator (dataset.env: null). Give "
+            "an order of your own with dataset.task_order instead."
+        )
+
+
+NO_SIMULATOR = NoSimulator("none")
+
+
+def family(env_type: str | None) -> SimulatorFamily:
+    """Return the simulators behind an environment type; `NO_SIMULATOR` for None.
 
     Raises:
         UserError: there is no such type, or what is registered under its name cannot be imported or is none.
     """
+    if env_type is None:
+        return NO_SIMULATOR
     registered = registry.load("simulators", env_type)
     made = _families.get(env_type)
     if made is None or type(made) is not registered:
@@ -29,8 +49,10 @@ def family(env_type: str) -> SimulatorFamily:
     return made
 
 
-def check_task(env_type: str, task: str) -> None:
-    """Raise UserError when `env_type` has no task of that name."""
+def check_task(env_type: str | None, task: str) -> None:
+    """Raise UserError when `env_type` has no task of that name. Without a simulator the data decide (matching.py)."""
+    if env_type is None:
+        return
     known = family(env_type).tasks()
     if task not in known:
         raise UserError(f"{env_type} has no task '{task}'.{nearest(task, known)}")
@@ -56,13 +78,13 @@ def make_simulator(spec: Mapping[str, Any]) -> Simulator:
     return found.make(task, render) if variable is None else remote.make(variable, found, task, render)
 
 
-def other_python(env_type: str) -> str | None:
+def other_python(env_type: str | None) -> str | None:
     """Return the environment variable that names another interpreter for an environment type; None: it is this one."""
     variable = family(env_type).python_variable
     return variable if variable is not None and os.environ.get(variable) else None
 
 
-def simulator_versions(env_type: str) -> dict[str, str]:
+def simulator_versions(env_type: str | None) -> dict[str, str]:
     """Return the versions of the packages that decide an environment type's physics, from where its simulators are.
 
     Raises UserError, naming the variable, where another interpreter is named that cannot have them.
@@ -76,7 +98,7 @@ def physics_versions(env_type: str) -> dict[str, str]:
     return {k: v for k, v in simulator_versions(env_type).items() if not k.startswith(INTERPRETER)}
 
 
-def check_other_python(env_type: str) -> None:
+def check_other_python(env_type: str | None) -> None:
     """Raise UserError where another interpreter is named for an environment type that cannot have its simulators."""
     if other_python(env_type) is not None:
         simulator_versions(env_type)

@@ -117,6 +117,11 @@ def evaluate(folder: Path, config: Config, output: Path | None = None, progress:
 def _evaluate(folder: Path, config: Config, output: Path | None, progress: bool, stop: Stop) -> dict[str, Any]:
     manifest = read_manifest(folder)
     e = config.eval
+    if any(v.get("env") is None for v in manifest["visits"]):
+        raise UserError(
+            f"run {folder.name} learned a stream without a simulator (dataset.env: null): there is nothing to play its "
+            "policies in, so its success cannot be measured."
+        )
     with patience("looking at the run"):
         views = _view_overrides(config)
     heldout = heldout_columns(manifest, config) if e.heldout_episodes else []

@@ -102,11 +102,11 @@ def visit_order(config: DatasetConfig) -> list[str]:
             f"dataset.libero_order is for tasks that are each visited once: dataset.task_order has {len(order)} visits "
             f"of {len(set(order))} tasks."
         )
-    return [t for t in family(config.env.type).published_order(config.libero_order, tasks) if t in order]
+    return [t for t in family(config.env_type).published_order(config.libero_order, tasks) if t in order]
 
 
 def drawing(
-    env_type: str, render: RenderConfig | None = None, data: Mapping[str, Any] | None = None
+    env_type: str | None, render: RenderConfig | None = None, data: Mapping[str, Any] | None = None
 ) -> dict[str, Any] | None:
     """Return how a simulator is to draw camera images, {"fidelity", "size"}; None for one without cameras.
 
@@ -119,7 +119,7 @@ def drawing(
     return {"fidelity": fidelity, "size": render.size or data.get("size") or DEFAULT_SIZE}
 
 
-def _check_drawing(env_type: str, data: DataSource, render: RenderConfig | None) -> None:
+def _check_drawing(env_type: str | None, data: DataSource, render: RenderConfig | None) -> None:
     """Raise UserError when a policy would learn from other images than those it is tested on."""
     wanted, found = drawing(env_type, render, data.render), data.render
     if wanted is None or found is None or found == wanted or (render is not None and render.mismatch == "allow"):
@@ -169,7 +169,7 @@ def checked_order(config: DatasetConfig) -> list[str]:
     """The task names in visiting order; UserError for an impossible order and for tasks that the simulator lacks."""
     order = visit_order(config)
     for name in order:
-        check_task(config.env.type, name)
+        check_task(config.env_type, name)
     return order
 
 
@@ -185,14 +185,14 @@ def check_images(config: DatasetConfig, render: RenderConfig, base: bool = True)
         UserError: a policy would learn from other images than those it is tested on, or was pretrained on others; a
             data set is missing or has not the tasks.
     """
-    if not family(config.env.type).cameras:
+    if not family(config.env_type).cameras:
         return
     sets = {stream_data: config.repo_id is not None}
     if base and config.pretrain is not None:
         sets[pretraining_data] = config.pretrain.repo_id is not None
     found = {opened: opened(config, render, "meta") for opened in sorted(sets, key=sets.__getitem__)}  # the hub's last
     data, pretrain = found[stream_data], found.get(pretraining_data)
-    wanted = drawing(config.env.type, render, data.render)
+    wanted = drawing(config.env_type, render, data.render)
     if pretrain is None or pretrain.render in (None, wanted) or render.mismatch == "allow":
         return
     assert wanted is not None and pretrain.render is not None
@@ -231,7 +231,7 @@ def _open(
 ) -> DataSource:
     """`open_data`, which says how to go without the tasks that the data has not."""
     try:
-        return open_data(part, stream.env.type, names, stream=make, key=key, depth=depth)
+        return open_data(part, stream.env_type, names, stream=make, key=key, depth=depth)
     except Unmatched as e:
         if set(names) <= e.tasks:
             raise
@@ -242,7 +242,7 @@ def stream_data(config: DatasetConfig, render: RenderConfig | None = None, depth
     """The stream's data set, with the tasks that it visits. `depth`: see `open_data`."""
     names = list(dict.fromkeys(checked_order(config)))
     data = _open(config, config, names, shlex.quote(config.name), "dataset", depth)
-    _check_drawing(config.env.type, data, render)
+    _check_drawing(config.env_type, data, render)
     return data
 
 
@@ -255,31 +255,35 @@ def pretraining_data(config: DatasetConfig, render: RenderConfig | None = None, 
     names = list(config.pretrain.tasks)
     make = shlex.quote(config.name)
     if config.repo_id:  # makes this set alone, and draws its images as those of the hub are
-        make = _base_of(config) + (" render.fidelity=full" if family(config.env.type).cameras else "")
+        make = _base_of(config) + (" render.fidelity=full" if family(config.env_type).cameras else "")
     for name in names:
-        check_task(config.env.type, name)
+        check_task(config.env_type, name)
     data = _open(config, config.pretrain, names, make, "dataset.pretrain", depth)
-    _check_drawing(config.env.type, data, render)
+    _check_drawing(config.env_type, data, render)
     return data
 
 
 def make_task(config: DatasetConfig, data: DataSource, name: str, render: RenderConfig | None = None) -> Task:
     """Build one Task from what its data set says of it."""
     entry = data.tasks[name]
-    drawn = drawing(config.env.type, render, data.render)
+    drawn = drawing(config.env_type, render, data.render)
     return Task(
         name=name,
         instruction=entry.instruction,
         root=data.root,
         episodes=entry.episodes,
-        env={"type": config.env.type, "task": name, **({"render": drawn} if drawn else {})},
-        max_steps=config.env.max_steps,
+        env=None if config.env is None else {"type": config.env.type, "task": name, **_render(drawn)},
+        max_steps=0 if config.env is None else config.env.max_steps,
         expert_success=entry.expert_success,
         features=data.features,
         task_index=entry.task_index,
         text=entry.text,
         frames=entry.frames,
     )
+
+
+def _render(drawn: dict[str, Any] | None) -> dict[str, Any]:
+    return {"render": drawn} if drawn else {}
 
 
 def pretraining_tasks(config: DatasetConfig, render: RenderConfig | None = None) -> tuple[list[Task], DataSource]:

@@ -138,7 +138,8 @@ def ensure_base(config: Config, backend: Backend, stop: Stop, progress: str = "a
         trusted.trust_also(folder, _unfinished(folder))
     whole = backend.agree(_is_whole(folder))
     if not whole:
-        fetched = trusted.fetched(config.policy, images=bool(family(config.dataset.env.type).cameras))
+        images = config.dataset.env is None or bool(family(config.dataset.env_type).cameras)
+        fetched = trusted.fetched(config.policy, images=images)
         if fetched is not None:
             say(backend, fetched)
     if not whole or backend.agree(_is_littered(folder)):
@@ -229,7 +230,7 @@ def _check_given(path: Path, config: Config) -> None:
             f"--model checkpoint, which leaves all to the checkpoint ({', '.join(ACTING)} may be overridden)."
         )
     drawn, wanted = _images_learned_from(path), {"fidelity": config.render.fidelity, "size": config.render.size}
-    if drawn and family(config.dataset.env.type).cameras and drawn != wanted and config.render.mismatch != "allow":
+    if drawn and family(config.dataset.env_type).cameras and drawn != wanted and config.render.mismatch != "allow":
         raise UserError(
             f"policy.path={path} learned from images drawn {drawn['fidelity']} at {drawn['size']} pixels, and this "
             f"stream's are drawn {wanted['fidelity']} at {wanted['size']}. Take another base, data drawn like the "
@@ -455,7 +456,7 @@ def _describe(
         **base_key(config, data),
         "seconds": seconds,
         "parameters": parameters,
-        "render": tasks[0].env.get("render"),
+        "render": (tasks[0].env or {}).get("render"),
         "versions": versions(),
     }
     write_json(base / BASE_RECORD, redact(described, secrets_of(asdict(config))))

@@ -70,14 +70,14 @@ def train(
     algorithm = build_algorithm(config)
     sequential = "stream" not in algorithm.claims
     stream = algorithm.transform_stream(build_stream(config.dataset, sequential=sequential, render=config.render))
-    drawn = stream.columns[0].env.get("render")
+    drawn = (stream.columns[0].env or {}).get("render")
     if drawn is not None:  # the base's images, too, are to be like that
         config = replace(config, render=replace(config.render, **drawn))
     backend = Backend(config.train)
     folder, new = results_folder(run_id, config.output_dir), False
     with ExitStack() as stack:
         if backend.is_main:
-            check_other_python(config.dataset.env.type)
+            check_other_python(config.dataset.env_type)
             new = not new_run_folder(run_id, config.output_dir, resume)[1]
             if new:
                 stack.callback(remove_if_empty, folder)
