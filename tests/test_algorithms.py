@@ -29,6 +29,13 @@ def test_every_registered_algorithm_has_a_case() -> None:
 
 
 class _Tests(AlgorithmTests):
+    """The table, with what variants of settings and combinations repeat left to the slow tests."""
+
+    test_learns = pytest.mark.slow_for(*VARIANTS)(AlgorithmTests.test_learns)
+    test_resumed_equals_uninterrupted = pytest.mark.slow_for(*VARIANTS)(
+        AlgorithmTests.test_resumed_equals_uninterrupted
+    )
+
     @pytest.fixture(scope="class")
     def toy_root(self, toy_data: Path) -> Path:
         return toy_data
@@ -37,7 +44,7 @@ class _Tests(AlgorithmTests):
     def _own_bases(self) -> None:
         """This suite's are temporary already (conftest.py), and shared."""
 
-    @pytest.mark.slow_for(*VARIANTS)
+    @pytest.mark.slow_for(*VARIANTS, "rehearsal", "weighted")
     @pytest.mark.parametrize("every", [7, pytest.param(3, marks=pytest.mark.slow)])
     def test_stopped_anywhere_and_resumed_equals_uninterrupted(
         self, case: Case, run: Path, toy_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int

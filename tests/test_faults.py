@@ -43,6 +43,7 @@ from tests.children import Process
 from tests.test_ranks import toy_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
+SLOW = pytest.mark.slow
 STEPS = ("train.steps=6", "train.save_every_steps=2", "dataset.task_order=[0,1]")
 
 
@@ -213,9 +214,11 @@ def test_a_state_made_elsewhere_by_hand_is_refused(tmp_path: Path) -> None:
     ("section", "own"),
     [
         ({"name": "seqfft"}, ["train.optimizer_across_tasks=carried"]),
-        ({"name": "multitask"}, ["lora.enabled=true", "lora.dropout=0.3", "lora.rank=2"]),
+        pytest.param({"name": "multitask"}, ["lora.enabled=true", "lora.dropout=0.3", "lora.rank=2"], marks=SLOW),
         ({"name": "mir", **SMALL_MIR, "mir_refresh_interval": 3}, ["train.gradient_accumulation=2"]),
-        ({"name": "ewc", "ewc_lambda": 10.0, "fisher_batches": 2}, ["train.mixed_precision=bf16"]),
+        pytest.param(
+            {"name": "ewc", "ewc_lambda": 10.0, "fisher_batches": 2}, ["train.mixed_precision=bf16"], marks=SLOW
+        ),
     ],
     ids=["carried", "dropout", "accumulation", "bf16"],
 )
