@@ -29,6 +29,9 @@ GIVEN = {
     "experiments": "clbench sweep NAME",
     "policies": "--model NAME, with the type's own defaults; policy.type in a preset",
     "simulators": "dataset.env.type in a stream",
+    "metrics": "printed by clbench metrics and clbench report",
+    "loggers": "log.NAME=true for clbench's own, log.loggers={NAME: {}} for others",
+    "executors": "executor: NAME in an experiment",
 }
 FILES = {"models": "models", "streams": "datasets", "experiments": "experiments"}  # axis → kind of files
 ALIASES = {"model": "models", "algorithm": "algorithms", "algos": "algorithms", "datasets": "streams",
@@ -69,7 +72,10 @@ def listing(axis: str | None = None) -> Iterator[str]:
 def items(axis: str) -> list[Item]:
     """Every name of an axis, sorted."""
     if axis in FILES:
-        return [_file_item(axis, name, folder, path) for name, (folder, path) in folders.files(FILES[axis]).items()]
+        found = {name: _file_item(axis, name, *at) for name, at in folders.files(FILES[axis]).items()}
+        in_code = registry.entries(axis) if axis in registry.AXES else {}
+        found = {name: _code_item(entry) for name, entry in in_code.items()} | found  # the user's file counts
+        return [found[name] for name in sorted(found)]
     found = {name: _code_item(entry) for name, entry in registry.entries(axis).items()}
     if axis == "policies":
         found |= {kind: _policy_item(kind) for kind in policy_types.types() if kind not in found}

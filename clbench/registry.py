@@ -31,6 +31,9 @@ AXES: dict[str, str] = {
     "policies": "policy type",
     "simulators": "environment type",
     "experts": "scripted expert",
+    "streams": "stream",
+    "metrics": "metric",
+    "loggers": "logger",
     "executors": "executor",
 }
 
@@ -59,6 +62,32 @@ OWN: dict[str, dict[str, str]] = {
         "metaworld": "clbench.data.experts.metaworld:MetaworldExperts",
         "libero": "clbench.data.experts.libero:LiberoExperts",
         "libero_state": "clbench.data.experts.libero:LiberoExperts",
+    },
+    "streams": {},  # as code; most are files (config/folders.py)
+    "metrics": {
+        name: f"clbench.metrics.definitions:{name}"
+        for name in (
+            "auc_clare",
+            "fwt_clare",
+            "nbt_clare",
+            "fwt_libero",
+            "nbt_libero",
+            "auc_libero",
+            "asr",
+            "bwt_gem",
+            "fwt_gem",
+            "forgetting",
+            "nbt_final",
+            "zero_shot",
+            "zero_shot_heldout",
+            "intransigence",
+            "ft_cw",
+        )
+    },
+    "loggers": {
+        "tensorboard": "clbench.training.loggers:TensorBoard",
+        "wandb": "clbench.training.loggers:Wandb",
+        "trackio": "clbench.training.loggers:Trackio",
     },
     "executors": {"local": "clbench.execution.local:LocalExecutor"},
 }

@@ -235,7 +235,6 @@ def test_unknown_flags(capsys: pytest.CaptureFixture[str], argv: list[str]) -> N
         "train=5",
         "policy=5",
         "algorithm=er",
-        "dataset.env=null",
         "train.steps=${nowhere}",
         "algorithm.name={a: b}",
     ],

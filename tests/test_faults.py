@@ -528,21 +528,19 @@ def test_a_loader_that_dies_is_replaced(tmp_path: Path, capfd: pytest.CaptureFix
 def test_a_logger_that_is_down_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import clbench.training.log as module
+    from clbench.training import loggers
 
     def down(*_: Any) -> None:
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr(module, "_Wandb", down)
+    monkeypatch.setattr(loggers.Wandb, "__init__", down)
     log = RunLog(tmp_path, LogConfig(wandb=WandbConfig(enabled=True)), "r")
     log.event("step", loss=1.0)
     log.close()
     assert capsys.readouterr().err.count("wandb cannot be reached (no route to host); going on without it") == 1
     assert read_jsonl(tmp_path / "log.jsonl")[0]["loss"] == 1.0
 
-    class Closing(module._Sink):
-        name = "wandb"
-
+    class Closing(loggers.Logger):
         def __init__(self, *_: Any) -> None:
             pass
 
@@ -551,7 +549,7 @@ def test_a_logger_that_is_down_is_left_out(
 
         close = down  # type: ignore[assignment]
 
-    monkeypatch.setattr(module, "_Wandb", Closing)
+    monkeypatch.setattr(loggers, "Wandb", Closing)
     RunLog(tmp_path, LogConfig(wandb=WandbConfig(enabled=True)), "r").close()
     assert "wandb could not be closed (no route to host)" in capsys.readouterr().err
 

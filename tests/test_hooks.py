@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -181,59 +177,6 @@ def test_algorithm_files_show_the_real_defaults(name: str) -> None:
 
 def test_every_algorithm_has_its_file() -> None:
     assert set(available("algorithms")) == set(ALGORITHMS)
-
-
-PLUGIN = '''
-from dataclasses import dataclass
-from clbench.algorithms.hooks import CLAlgorithm
-
-class Halver(CLAlgorithm):
-    """Halve every gradient."""
-    name = "halver"
-    claims = frozenset({"gradient_edits"})
-
-    @dataclass
-    class Config:
-        factor: float = 0.5
-
-    def after_backward(self, model, grads):
-        for name in grads.names():
-            if (g := grads.get(name)) is not None:
-                grads.set(name, self.config.factor * g)
-'''
-
-
-def test_an_installed_plugin_package_is_found_by_name(toy_data: Path, tmp_path: Path) -> None:
-    """A tiny distribution is built as a wheel, installed into a folder, and used by name in another process."""
-    source, site = tmp_path / "source", tmp_path / "site"
-    source.mkdir()
-    (source / "clbench_halver.py").write_text(PLUGIN)
-    (source / "pyproject.toml").write_text(
-        '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'
-        '[project]\nname = "clbench-halver"\nversion = "1.0"\n'
-        '[project.entry-points."clbench.algorithms"]\nhalver = "clbench_halver:Halver"\n'
-        '[tool.setuptools]\npy-modules = ["clbench_halver"]\n'
-    )
-    build = "import sys; from setuptools import build_meta as b; print(b.build_wheel(sys.argv[1]))"
-    made = subprocess.run(
-        [sys.executable, "-c", build, str(tmp_path)], capture_output=True, text=True, check=True, cwd=source
-    )
-    wheel = made.stdout.split()[-1]
-    zipfile.ZipFile(tmp_path / wheel).extractall(site)
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from pathlib import Path\n"
-        "from clbench.algorithms.build import build_algorithm\n"
-        "from clbench.registry import algorithm_names\n"
-        "from clbench.testing.toy import toy_config\n"
-        "a = build_algorithm(toy_config(Path(sys.argv[2]), {'name': ['er', 'halver'], 'factor': 0.25}))\n"
-        "print('halver' in algorithm_names(), [type(p).__name__ for p in a.parts], a.parts[1].config.factor)\n"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code, str(site), str(toy_data)],
-        capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent, env=dict(os.environ),
-    )  # fmt: skip
-    assert run.stdout.strip() == "True ['ER', 'Halver'] 0.25", run.stderr
 
 
 def test_a_plugin_must_not_take_a_used_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,14 +16,15 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
 
-from clbench.config import folders, policy_types, recipes
+from clbench import registry
+from clbench.config import folders, policy_types, recipes, streams_in_code
 from clbench.config.files import INVALID, load_yaml, one_line
 from clbench.config.reading import clip, overlay, plain, read_overrides
 from clbench.config.schema import Config, DatasetConfig, PretrainDataConfig, base_origin
@@ -45,7 +46,7 @@ def find(kind: str, name: str, known: Iterable[str] = ()) -> Path | None:
     """Return the YAML of `name` (of a kind, or a path), None if only the registry knows it."""
     if name.endswith((".yaml", ".yml")):
         return Path(name)
-    path = folders.find(kind, name)
+    path = folders.find(kind, name) if kind != "datasets" else streams_in_code.find(name)[0]
     if path is not None:
         return path
     if name in set(known):
@@ -72,16 +73,21 @@ def compose(
     None = the command line.
     """
     dataset = DATASET_ALIASES.get(dataset, dataset)
-    files = [folders.shipped("base.yaml")]
+    files: list[Path | Described] = [folders.shipped("base.yaml")]
     for kind, names, known in (
         ("models", [model], policy_types.types()),
-        ("datasets", [dataset], ()),
+        ("datasets", [dataset], streams()),
         ("algorithms", algorithms, registered),
     ):
-        files += [p for p in (find(kind, n, known) for n in names) if p is not None]
+        for name in names:
+            path = find(kind, name, known)
+            if path is not None:
+                files.append(path)
+            elif kind == "datasets":
+                files.append(Described(name))
     applied = recipes.apply(_preset(model, overrides, source), algorithms, _streams(dataset))
     head: dict[str, Any] = {"model": Path(model).stem, "algorithm": {"name": _name(algorithms)}}
-    lines = [folders.shown(f) for f in files]
+    lines = [str(f) if isinstance(f, Described) else folders.shown(f) for f in files]
     if find("models", model, policy_types.types()) is None:
         head["policy"] = {"type": model}
         lines.insert(1, f"policy type {model} with its own defaults")
@@ -89,10 +95,28 @@ def compose(
     return config, [*lines, *(a.line for a in applied)]
 
 
+@dataclass(frozen=True)
+class Described:
+    """A stream that code describes, among the files of a configuration."""
+
+    name: str
+
+    def keys(self) -> dict[str, Any]:
+        return streams_in_code.described(self.name)
+
+    def __str__(self) -> str:
+        return f"{registry.entries('streams')[self.name].origin}: stream {self.name}"
+
+
+def streams() -> list[str]:
+    """Names of the streams that code describes."""
+    return registry.names("streams")
+
+
 def _streams(dataset: str) -> list[str]:
     """What recipes know a stream by: its file's name, then the family that the file names (`dataset.recipes`)."""
-    path = find("datasets", dataset)
-    section = load_yaml(path).get("dataset") if path is not None else None
+    path = find("datasets", dataset, streams())
+    section = (load_yaml(path) if path is not None else streams_in_code.described(dataset)).get("dataset")
     family = section.get("recipes") if isinstance(section, dict) else None
     return [Path(dataset).stem, *([family] if family else [])]
 
@@ -119,14 +143,14 @@ def _name(algorithms: Sequence[str]) -> str | list[str]:
 
 
 def _merge(
-    files: Sequence[Path],
+    files: Sequence[Path | Described],
     above: Sequence[dict[str, Any]],
     overrides: Sequence[str],
     smoke: bool,
     source: str | None = None,
 ) -> Config:
     layer: dict[str, Any] = {}
-    for part in [*map(load_yaml, files), *above]:
+    for part in [*(f.keys() if isinstance(f, Described) else load_yaml(f) for f in files), *above]:
         layer = overlay(layer, part)
     if smoke:
         section = layer.get("algorithm")

@@ -33,6 +33,16 @@ def load_yaml(path: Path | str, schema: type = Config) -> dict[str, Any]:
     return _load(Path(path), lambda text, source: read_yaml(text, schema, source))
 
 
+def load_text(text: str, source: str) -> dict[str, Any]:
+    """Read the text of a YAML mapping that comes from `source`. Raises as `load_yaml`."""
+    try:
+        return read_yaml(text, Config, source)
+    except UserError:
+        raise
+    except INVALID as e:
+        raise UserError(f"{source} is not valid YAML: {one_line(e)}") from e
+
+
 def load_sections(path: Path, schema: type, reserved: dict[str, Any]) -> dict[str, Any]:
     """Read one YAML mapping of names to sections, each with the keys of a dataclass; `reserved`: keys that are no such
     names, with their types. Raises as `load_yaml`."""

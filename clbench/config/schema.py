@@ -283,11 +283,16 @@ class WandbConfig:
 
 @dataclass
 class LogConfig:
-    """log.jsonl is always written; these are beside it. `project` is the project's name with each of them."""
+    """log.jsonl is always written; these are beside it. `project` is the project's name with each of them.
+
+    Attributes:
+        loggers: those of plugins: name (clbench list loggers) → its settings.
+    """
 
     tensorboard: bool = False
     wandb: WandbConfig = field(default_factory=WandbConfig)
     trackio: bool = False
+    loggers: dict[str, Any] = field(default_factory=dict)
     project: str = "clbench"
     progress: str = "auto"  # auto | bar | lines | quiet
 

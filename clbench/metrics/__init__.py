@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from clbench.metrics.compute import aggregate, bootstrap_draws, compute_metrics, wilson
-from clbench.metrics.definitions import METRICS, Metric, Missing
+from clbench.metrics.definitions import METRICS, Metric, Missing, all_metrics, metric
 from clbench.metrics.record import Curve, Record, load_record
 
 __all__ = [
@@ -13,8 +13,10 @@ __all__ = [
     "Missing",
     "Record",
     "aggregate",
+    "all_metrics",
     "bootstrap_draws",
     "compute_metrics",
     "load_record",
+    "metric",
     "wilson",
 ]

@@ -15,7 +15,7 @@ from clbench.arguments import whole
 from clbench.errors import UserError
 from clbench.evaluation.records import TEST
 from clbench.metrics.compute import compute_metrics, wilson
-from clbench.metrics.definitions import METRICS
+from clbench.metrics.definitions import all_metrics
 from clbench.metrics.record import CRITERIA, Record, load_record
 from clbench.paths import results_root
 from clbench.terminal import show, tell
@@ -91,8 +91,9 @@ def format_text(record: Record, metrics: dict[str, dict[str, Any]], title: str) 
     """The matrix, an aligned table of metrics, and what to know about them."""
     lines = [f"{title}: {_facts(record)}", "", *_matrix_lines(record), ""]
     rows = [("metric", "value", "95 % interval", "better", "definition (source)")]
+    known = all_metrics()
     for name, m in metrics.items():
-        better = "higher" if METRICS[name].higher_is_better else "lower"
+        better = "higher" if known[name].higher_is_better else "lower"
         about = f"{m['definition']} ({m['source']})"
         if m["value"] is None:
             rows.append((name, "-", "-", better, f"missing: {m['missing']} | {about}"))

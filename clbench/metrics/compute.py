@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from clbench import registry
 from clbench.errors import UserError
-from clbench.metrics.definitions import METRICS, FloatArray, Missing
+from clbench.metrics.definitions import METRICS, FloatArray, Metric, Missing, all_metrics
 from clbench.metrics.record import BASE_ROW, Curve, Record
 
 Z_95 = 1.959963984540054
-FINAL_ROW_METRICS = {"asr", "zero_shot_heldout"}  # all that a jointly trained policy has
-DIAGONAL_METRICS = {"fwt_clare", "fwt_libero", "intransigence"}  # all that independent policies have
 MAX_BOOTSTRAP = 100_000
 
 Inputs = dict[str, "FloatArray | str"]  # a string is the reason why the input is absent
@@ -48,7 +47,7 @@ def compute_metrics(
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """Return every metric of METRICS by name.
+    """Return every metric by name, plugins' included.
 
     A metric is {"value", "low", "high", "definition", "source"}; `low` and `high` bound 95 % of the bootstrap
     over episodes and are None, with the reason under "no_interval", where there are no episode records. One
@@ -66,14 +65,14 @@ def compute_metrics(
     inputs = _gather(record, joint, single, assume_zero_base)
     drawn = _resample(record, joint, inputs, bootstrap, seed)
     result: dict[str, dict[str, Any]] = {}
-    for name, metric in METRICS.items():
+    for name, metric in all_metrics().items():
         entry: dict[str, Any] = {"value": None}
         try:
-            entry["value"] = _evaluate(record, name, inputs)
+            entry["value"] = _evaluate(record, name, metric, inputs)
         except Missing as reason:
             entry["missing"] = str(reason)
         else:
-            low_high, no_interval = _interval(name, drawn)
+            low_high, no_interval = _interval(name, metric, drawn)
             entry["low"], entry["high"] = low_high
             if no_interval:
                 entry["no_interval"] = no_interval
@@ -98,12 +97,12 @@ def bootstrap_draws(
     inputs = _gather(record, joint, None, assume_zero_base)
     drawn = _resample(record, joint, inputs, bootstrap, seed)
     draws: dict[str, FloatArray] = {}
-    for name in METRICS:
+    for name, metric in all_metrics().items():
         try:
-            _evaluate(record, name, inputs)
+            _evaluate(record, name, metric, inputs)
         except Missing:
             continue
-        values = _draws_of(name, drawn)
+        values = _draws_of(name, metric, drawn)
         if not isinstance(values, str):
             draws[name] = values
     return draws
@@ -126,7 +125,7 @@ def aggregate(
         raise ValueError("no runs to aggregate")
     rng = np.random.default_rng(seed)
     result: dict[str, dict[str, Any]] = {}
-    for name, metric in METRICS.items():
+    for name, metric in all_metrics().items():
         entries = [m[name] for m in metrics]
         have = [i for i, e in enumerate(entries) if e["value"] is not None]
         about = {"definition": entries[have[0] if have else 0]["definition"], "source": metric.source}
@@ -223,19 +222,35 @@ def _curves(record: Record, columns: list[int], prefix: str) -> tuple[FloatArray
     return curves[0].fractions, np.stack([c.success for c in curves])
 
 
-def _evaluate(record: Record, name: str, inputs: Inputs) -> float:
+def _evaluate(record: Record, name: str, metric: Metric, inputs: Inputs) -> float:
     """One metric's value; raises Missing."""
-    if record.one_row and name not in FINAL_ROW_METRICS:
+    if record.one_row and metric.of != "final row":
         raise Missing("one policy was trained on all tasks at once: there is no sequence of checkpoints")
-    if record.mode == "singletask" and name not in DIAGONAL_METRICS:
+    if record.mode == "singletask" and metric.of != "diagonal":
         raise Missing("one independent policy per task: there is no sequence of checkpoints")
     arguments = []
-    for key in METRICS[name].inputs:
+    for key in metric.inputs:
         value = inputs[key]
         if isinstance(value, str):
             raise Missing(value)
         arguments.append(value)
-    return float(METRICS[name].function(*arguments))
+    return float(_computed(name, metric, arguments))
+
+
+def _computed(name: str, metric: Metric, arguments: Sequence[Any]) -> Any:
+    """The metric's function of its arguments. A plugin's that fails leaves the others standing: it is missing."""
+    if name in METRICS:
+        return metric(*arguments)
+    try:
+        return metric(*arguments)
+    except Missing:
+        raise
+    except Exception as e:
+        raise Missing(f"it failed, which {_package(name)} has to mend: {type(e).__name__}: {e}") from e
+
+
+def _package(name: str) -> str:
+    return registry.entries("metrics")[name].origin
 
 
 def _remark(record: Record, name: str, assume_zero_base: bool) -> str:
@@ -334,16 +349,16 @@ def _resampled_rows(
     return drawn
 
 
-def _draws_of(name: str, drawn: Inputs) -> FloatArray | str:
+def _draws_of(name: str, metric: Metric, drawn: Inputs) -> FloatArray | str:
     """(B,) draws of one metric, or why there are none."""
     arguments = []
-    for key in METRICS[name].inputs:
+    for key in metric.inputs:
         value = drawn[key]
         if isinstance(value, str):
             return value
         arguments.append(value)
     with np.errstate(invalid="ignore"):  # inf - inf in the draws that are left out
-        values = np.atleast_1d(METRICS[name].function(*arguments))
+        values = np.atleast_1d(_computed(name, metric, arguments))
     return values[np.isfinite(values)]
 
 
@@ -352,8 +367,8 @@ def _percentiles(values: FloatArray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _interval(name: str, drawn: Inputs) -> tuple[tuple[float | None, float | None], str | None]:
-    values = _draws_of(name, drawn)
+def _interval(name: str, metric: Metric, drawn: Inputs) -> tuple[tuple[float | None, float | None], str | None]:
+    values = _draws_of(name, metric, drawn)
     if isinstance(values, str):
         return (None, None), values
     if len(values) < 2:

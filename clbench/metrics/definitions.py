@@ -16,12 +16,77 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from clbench import registry
+from clbench.errors import UserError
+
 FloatArray = npt.NDArray[np.float64]
 LIBERO_POINTS = 11  # learning curves at 0, 0.1, …, 1 of a task's training
 
 
 class Missing(Exception):
     """The record lacks what a metric needs; the message says what."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric: a function of arrays, and how to print it. Calling it calls the function.
+
+    Attributes:
+        function: of its inputs, each a float64 array; returns a number, or (...) where `success` has leading axes.
+            Raises Missing where it cannot be computed.
+        inputs: names of INPUTS, in the order of the function's parameters.
+        definition: the equation, in a line of plain text.
+        source: the paper.
+        of: what of a matrix it is of: "final row" is all that a jointly trained policy has, "diagonal" all that
+            independent policies have.
+    """
+
+    function: Callable[..., Any]
+    inputs: tuple[str, ...]
+    definition: str
+    source: str
+    higher_is_better: bool
+    of: str = "matrix"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "__doc__", self.function.__doc__)
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.function(*inputs)
+
+
+# What a metric may ask for, N tasks: name → shape and meaning.
+INPUTS = {
+    "success": "(..., N, N), row k after visit k, column j task j",
+    "final": "(..., N), the last row",
+    "base": "(..., N), the base before the stream",
+    "heldout": "(..., M), the last checkpoint on tasks outside the stream",
+    "joint": "(..., N), a multitask run",
+    "curves": "(N, E), success at E points of each task's own training",
+    "fractions": "(E,), those points, from 0 to 1",
+    "single": "(N, E), the curves of single-task runs",
+}
+OF = ("matrix", "final row", "diagonal")
+
+
+def metric(
+    inputs: tuple[str, ...], definition: str, source: str, *, higher_is_better: bool, of: str = "matrix"
+) -> Callable[[Callable[..., Any]], Metric]:
+    """Make a metric of a function: see `Metric`. A plugin names it in the entry point group `clbench.metrics`.
+
+    Raises:
+        ValueError: an input that is not among INPUTS, or an `of` that is not among OF.
+    """
+    unknown = [name for name in inputs if name not in INPUTS]
+    if unknown or of not in OF:
+        wrong = unknown[0] if unknown else of
+        raise ValueError(f"a metric takes {', '.join(INPUTS)}, of {' | '.join(OF)}; not {wrong}.")
+    return lambda function: Metric(function, inputs, definition, source, higher_is_better, of)
+
+
+_CLARE, _LIBERO = "CLARE, arXiv 2601.09512", "LIBERO, arXiv 2306.03310"
+_GEM, _CHAUDHRY = "Lopez-Paz & Ranzato 2017 (GEM)", "Chaudhry et al. 2018"
+_HU, _CW = "Hu et al. 2026, arXiv 2603.11653", "Continual World, arXiv 2105.10919"
 
 
 # ---------------------------------------------------------------------------------------------- checks
@@ -83,6 +148,10 @@ def _need_curves(curves: FloatArray) -> None:
 # --------------------------------------------------------------------------------------------- metrics
 
 
+@metric(
+    ("success",), "mean over tasks n of mean R[m][n], m >= n", _CLARE,
+    higher_is_better=True,
+)  # fmt: skip
 def auc_clare(success: FloatArray) -> Any:
     """1/N Σ_n mean_{m≥n} R[m, n]: success on each task since it was learned. CLARE, 2601.09512."""
     n = _tasks(success)
@@ -90,6 +159,10 @@ def auc_clare(success: FloatArray) -> Any:
     return np.mean([success[..., j:, j].mean(axis=-1) for j in range(n)], axis=0)
 
 
+@metric(
+    ("success",), "mean R[n][n] (diagonal: ability to learn, not transfer)", _CLARE,
+    higher_is_better=True, of="diagonal",
+)  # fmt: skip
 def fwt_clare(success: FloatArray) -> Any:
     """1/N Σ_n R[n, n]: success when a task has just been learned; no transfer. CLARE, 2601.09512."""
     n = _tasks(success)
@@ -97,6 +170,10 @@ def fwt_clare(success: FloatArray) -> Any:
     return np.mean([success[..., j, j] for j in range(n)], axis=0)
 
 
+@metric(
+    ("success",), "mean over n < N-1 of mean (R[n][n] - R[m][n]), m > n", _CLARE,
+    higher_is_better=False,
+)  # fmt: skip
 def nbt_clare(success: FloatArray) -> Any:
     """1/(N−1) Σ_{n<N−1} mean_{m>n} (R[n, n] − R[m, n]): loss since learning. CLARE, 2601.09512."""
     n = _tasks(success, at_least=2)
@@ -105,6 +182,10 @@ def nbt_clare(success: FloatArray) -> Any:
     return np.mean([of_task.mean(axis=-1) for of_task in lost], axis=0)  # exactly 0 where nothing is lost
 
 
+@metric(
+    ("success",), "nbt_clare * (N-1)/N (the last task counts as 0)", _LIBERO,
+    higher_is_better=False,
+)  # fmt: skip
 def nbt_libero(success: FloatArray) -> Any:
     """`nbt_clare`·(N−1)/N: the last task counts as a loss of 0. LIBERO, arXiv 2306.03310.
 
@@ -115,11 +196,19 @@ def nbt_libero(success: FloatArray) -> Any:
     return nbt_clare(success) * (n - 1) / n
 
 
+@metric(
+    ("curves", "fractions"), "mean of each task's 11-point learning curve, held at its best", _LIBERO,
+    higher_is_better=True, of="diagonal",
+)  # fmt: skip
 def fwt_libero(curves: FloatArray, fractions: FloatArray) -> Any:
     """Mean of each task's learning curve at 11 equal steps, held at its best. LIBERO, 2306.03310."""
     return np.mean(_curve_means(curves, fractions))
 
 
+@metric(
+    ("success", "curves", "fractions"), "mean over k of (curve mean of k + sum R[m][k], m > k) / (N-k)", _LIBERO,
+    higher_is_better=True,
+)  # fmt: skip
 def auc_libero(success: FloatArray, curves: FloatArray, fractions: FloatArray) -> Any:
     """Mean over k of (FWT_k + Σ_{m>k} R[m, k])/(N−k), FWT_k the mean of k's curve. LIBERO, 2306.03310."""
     n = _tasks(success)
@@ -128,12 +217,20 @@ def auc_libero(success: FloatArray, curves: FloatArray, fractions: FloatArray) -
     return np.mean([(means[k] + success[..., k + 1 :, k].sum(axis=-1)) / (n - k) for k in range(n)], axis=0)
 
 
+@metric(
+    ("final",), "mean of the last row (ACC in GEM)", 'AlphaBrain; ' + _GEM,
+    higher_is_better=True, of="final row",
+)  # fmt: skip
 def asr(final: FloatArray) -> Any:
     """mean_j R[N−1, j]: success of the last checkpoint over all tasks ("ACC" in Lopez-Paz & Ranzato 2017)."""
     _need(final, np.ones(final.shape[-1], dtype=bool), "final success")
     return final.mean(axis=-1)
 
 
+@metric(
+    ("success",), "mean (R[N-1][j] - R[j][j]), j < N-1; negative = forgetting", _GEM,
+    higher_is_better=True,
+)  # fmt: skip
 def bwt_gem(success: FloatArray) -> Any:
     """1/(N−1) Σ_{j<N−1} (R[N−1, j] − R[j, j]); negative = forgetting. Lopez-Paz & Ranzato 2017 (GEM)."""
     n = _tasks(success, at_least=2)
@@ -141,11 +238,19 @@ def bwt_gem(success: FloatArray) -> Any:
     return np.mean([success[..., -1, j] - success[..., j, j] for j in range(n - 1)], axis=0)
 
 
+@metric(
+    ("success",), "-bwt_gem (loss at the last checkpoint)", _HU,
+    higher_is_better=False,
+)  # fmt: skip
 def nbt_final(success: FloatArray) -> Any:
     """−`bwt_gem`: the loss seen by the last checkpoint alone. NBT in Hu et al. 2026, arXiv 2603.11653."""
     return -bwt_gem(success)
 
 
+@metric(
+    ("success", "base"), "mean over j >= 1 of (R[j-1][j] - base[j])", _GEM,
+    higher_is_better=True,
+)  # fmt: skip
 def fwt_gem(success: FloatArray, base: FloatArray) -> Any:
     """1/(N−1) Σ_{j≥1} (R[j−1, j] − b[j]), b = success before any learning. Lopez-Paz & Ranzato 2017 (GEM).
 
@@ -159,6 +264,10 @@ def fwt_gem(success: FloatArray, base: FloatArray) -> Any:
     return np.mean([success[..., j - 1, j] - base[..., j] for j in range(1, n)], axis=0)
 
 
+@metric(
+    ("success",), "mean over j < N-1 of (max R[l][j] - R[N-1][j]), evaluated l < N-1", _CHAUDHRY,
+    higher_is_better=False,
+)  # fmt: skip
 def forgetting(success: FloatArray) -> Any:
     """1/(N−1) Σ_{j<N−1} (max_{l<N−1} R[l, j] − R[N−1, j]), over evaluated cells. Chaudhry et al. 2018."""
     n = _tasks(success, at_least=2)
@@ -172,6 +281,10 @@ def forgetting(success: FloatArray) -> Any:
     return (np.nanmax(earlier, axis=-2) - success[..., -1, :-1]).mean(axis=-1)
 
 
+@metric(
+    ("success",), "mean R[k][j], j > k (tasks not yet learned)", _HU,
+    higher_is_better=True,
+)  # fmt: skip
 def zero_shot(success: FloatArray) -> Any:
     """Mean of R[k, j] over j > k: success on tasks not yet learned. Hu et al. 2026, arXiv 2603.11653."""
     n = _tasks(success, at_least=2)
@@ -180,12 +293,20 @@ def zero_shot(success: FloatArray) -> Any:
     return success[..., used].mean(axis=-1)
 
 
+@metric(
+    ("heldout",), "mean last-checkpoint success on tasks outside the stream", _HU,
+    higher_is_better=True, of="final row",
+)  # fmt: skip
 def zero_shot_heldout(heldout: FloatArray) -> Any:
     """Mean success of the last checkpoint on tasks outside the stream. Hu et al. 2026, arXiv 2603.11653."""
     _need(heldout, np.ones(heldout.shape[-1], dtype=bool), "held-out success")
     return heldout.mean(axis=-1)
 
 
+@metric(
+    ("success", "joint"), "mean (R_joint[k] - R[k][k])", _CHAUDHRY,
+    higher_is_better=False, of="diagonal",
+)  # fmt: skip
 def intransigence(success: FloatArray, joint: FloatArray) -> Any:
     """mean_k (R_joint[k] − R[k, k]): the cost of learning in sequence. Chaudhry et al. 2018."""
     n = _tasks(success)
@@ -194,6 +315,10 @@ def intransigence(success: FloatArray, joint: FloatArray) -> Any:
     return np.mean([joint[..., k] - success[..., k, k] for k in range(n)], axis=0)
 
 
+@metric(
+    ("curves", "fractions", "single"), "mean (A[k] - A1[k]) / (1 - A1[k]), areas under curves", _CW,
+    higher_is_better=True,
+)  # fmt: skip
 def ft_cw(curves: FloatArray, fractions: FloatArray, single: FloatArray) -> Any:
     """mean_k (A_k − A_k^single)/(1 − A_k^single), A = area under a curve. Continual World, 2105.10919."""
     if fractions.size < 2 or not np.isclose(fractions[0], 0.0) or not np.isclose(fractions[-1], 1.0):
@@ -207,44 +332,22 @@ def ft_cw(curves: FloatArray, fractions: FloatArray, single: FloatArray) -> Any:
     return np.mean((area - area_single) / (1.0 - area_single))
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A metric's function, the names of the inputs it takes in order, and how to print it."""
-
-    function: Callable[..., Any]
-    inputs: tuple[str, ...]
-    definition: str
-    source: str
-    higher_is_better: bool
+METRICS: dict[str, Metric] = {name: globals()[name] for name in registry.OWN["metrics"]}
 
 
-_CLARE, _LIBERO = "CLARE, arXiv 2601.09512", "LIBERO, arXiv 2306.03310"
-_GEM, _CHAUDHRY = "Lopez-Paz & Ranzato 2017 (GEM)", "Chaudhry et al. 2018"
-_HU, _CW = "Hu et al. 2026, arXiv 2603.11653", "Continual World, arXiv 2105.10919"
-_S, _C = ("success",), ("curves", "fractions")
+def all_metrics() -> dict[str, Metric]:
+    """clbench's own metrics, and those of plugins, by name.
 
-METRICS: dict[str, Metric] = {
-    "auc_clare": Metric(auc_clare, _S, "mean over tasks n of mean R[m][n], m >= n", _CLARE, True),
-    "fwt_clare": Metric(fwt_clare, _S, "mean R[n][n] (diagonal: ability to learn, not transfer)", _CLARE, True),
-    "nbt_clare": Metric(nbt_clare, _S, "mean over n < N-1 of mean (R[n][n] - R[m][n]), m > n", _CLARE, False),
-    "fwt_libero": Metric(
-        fwt_libero, _C, "mean of each task's 11-point learning curve, held at its best", _LIBERO, True
-    ),
-    "nbt_libero": Metric(nbt_libero, _S, "nbt_clare * (N-1)/N (the last task counts as 0)", _LIBERO, False),
-    "auc_libero": Metric(
-        auc_libero, (*_S, *_C), "mean over k of (curve mean of k + sum R[m][k], m > k) / (N-k)", _LIBERO, True
-    ),
-    "asr": Metric(asr, ("final",), "mean of the last row (ACC in GEM)", "AlphaBrain; " + _GEM, True),
-    "bwt_gem": Metric(bwt_gem, _S, "mean (R[N-1][j] - R[j][j]), j < N-1; negative = forgetting", _GEM, True),
-    "fwt_gem": Metric(fwt_gem, (*_S, "base"), "mean over j >= 1 of (R[j-1][j] - base[j])", _GEM, True),
-    "forgetting": Metric(
-        forgetting, _S, "mean over j < N-1 of (max R[l][j] - R[N-1][j]), evaluated l < N-1", _CHAUDHRY, False
-    ),
-    "nbt_final": Metric(nbt_final, _S, "-bwt_gem (loss at the last checkpoint)", _HU, False),
-    "zero_shot": Metric(zero_shot, _S, "mean R[k][j], j > k (tasks not yet learned)", _HU, True),
-    "zero_shot_heldout": Metric(
-        zero_shot_heldout, ("heldout",), "mean last-checkpoint success on tasks outside the stream", _HU, True
-    ),
-    "intransigence": Metric(intransigence, (*_S, "joint"), "mean (R_joint[k] - R[k][k])", _CHAUDHRY, False),
-    "ft_cw": Metric(ft_cw, (*_C, "single"), "mean (A[k] - A1[k]) / (1 - A1[k]), areas under curves", _CW, True),
-}
+    Raises:
+        UserError: a plugin's cannot be imported, or is no metric.
+    """
+    found = dict(METRICS)
+    for name, entry in registry.entries("metrics").items():
+        if name not in METRICS:
+            found[name] = registry.load("metrics", name)
+            if not isinstance(found[name], Metric):
+                raise UserError(
+                    f"the metric '{name}' of {entry.origin} ({entry.target}) is no metric: make it one with "
+                    "@clbench.metrics.metric(inputs, definition, source, higher_is_better=…)."
+                )
+    return found

@@ -11,7 +11,7 @@ from typing import Any
 
 from clbench.metrics import wilson
 from clbench.metrics.cli import NOT_COMPARABLE, evaluated_counts, width_notes
-from clbench.metrics.definitions import METRICS
+from clbench.metrics.definitions import all_metrics
 from clbench.report import tables
 from clbench.report.runs import Group, Run
 from clbench.report.tables import escape_html
@@ -120,7 +120,7 @@ def _image(image: Image) -> str:
 def _metrics_table(groups: Sequence[Group]) -> str:
     head = ["metric", *(g.label for g in groups), "better", "definition", "source"]
     body = []
-    for name, metric in METRICS.items():
+    for name, metric in all_metrics().items():
         entries = [g.metrics[name] for g in groups]
         definition = entries[0]["definition"]
         better = "higher" if metric.higher_is_better else "lower"

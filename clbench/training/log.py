@@ -1,40 +1,58 @@
-"""The run's log: log.jsonl always, TensorBoard / W&B / trackio when asked.
+"""The run's log: log.jsonl always, and the loggers that are asked for (loggers.py).
 
-W&B puts links to the user's cache among its files, so they are kept beside the runs' folders and not in them:
-.loggers/wandb, or where $WANDB_DIR says. The run's folder has loggers.json, under which id each service knows the run.
+The run's folder has loggers.json, under which id each service knows the run.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
-import re
 import secrets
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from clbench.config.schema import LogConfig
-from clbench.errors import UserError
+from clbench import registry
+from clbench.config.schema import LogConfig, WandbConfig
+from clbench.errors import UserError, nearest
 from clbench.io import read_json, read_jsonl, write_json, write_jsonl
 from clbench.redaction import redact, secrets_of
 from clbench.terminal import tell
+from clbench.training.loggers import LoggedRun, Logger
 
 FILE = "log.jsonl"
 IDS = "loggers.json"  # logger → the run's id there
-LOGGERS = ("tensorboard", "wandb", "trackio")
 
 
-def wanted_loggers(config: LogConfig) -> list[str]:
-    """Which loggers beside log.jsonl are asked for; UserError where one's package is not installed."""
-    wanted = [n for n in LOGGERS if (config.wandb.enabled if n == "wandb" else getattr(config, n))]
+def wanted_loggers(config: LogConfig) -> dict[str, dict[str, Any]]:
+    """Which loggers beside log.jsonl are asked for, with their settings. Nothing is imported.
+
+    Raises:
+        UserError: there is no logger of that name, or a package that it needs is not installed.
+    """
+    own = registry.OWN["loggers"]
+    wanted = {n: asdict(config.wandb) if n == "wandb" else {} for n in own if _is_on(getattr(config, n))}
+    known = registry.entries("loggers")
+    for name, settings in config.loggers.items():
+        if name in own:
+            raise UserError(f"log.loggers.{name}: clbench's own loggers have keys of their own: log.{name}.")
+        if name not in known:
+            raise UserError(f"log.loggers names '{name}'.{nearest(name, known)}")
+        if not (settings is None or isinstance(settings, dict)):
+            raise UserError(f"log.loggers.{name} must be the logger's settings, as in {{{name}: {{}}}}.")
+        wanted[name] = settings or {}
     for name in wanted:
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"log.{name} needs the package `{name}` (extra: loggers).")
+        for package in registry.describe(known[name]).missing:
+            extra = " (extra: loggers)" if name in own else ""
+            raise UserError(f"log.{name if name in own else f'loggers.{name}'} needs the package `{package}`{extra}.")
     return wanted
+
+
+def _is_on(setting: Any) -> bool:
+    return bool(setting.enabled if isinstance(setting, WandbConfig) else setting)
 
 
 class RunLog:
@@ -46,7 +64,7 @@ class RunLog:
     ) -> None:
         self.enabled = enabled
         self._secrets = secrets_of()
-        self._sinks: list[_Sink] = []
+        self._loggers: dict[str, Logger] = {}
         self._file: Any = None
         self._steps = 0
         if not enabled:
@@ -56,11 +74,12 @@ class RunLog:
             self._file = (folder / FILE).open("ab", buffering=0)
         except OSError as e:
             raise UserError(f"cannot write into {folder}: {e.strerror}.") from e
-        makers: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}
-        for name in wanted_loggers(config):
-            identity = "" if name == "tensorboard" else _identity(folder, name, run_id)
+        for name, settings in wanted_loggers(config).items():
+            made = registry.load("loggers", name)
+            identity = _identity(folder, name, run_id) if made.wants_identity else ""
             try:
-                self._sinks.append(makers[name](folder, config, run_id, identity, about or {}))
+                run = LoggedRun(folder, run_id, identity, config.project, settings, about or {})
+                self._loggers[name] = made(run)
             except Exception as e:  # noqa: BLE001 (a logger that is down must not keep a run from starting)
                 tell(f"warning: {name} cannot be reached ({e}); going on without it.")
 
@@ -73,20 +92,20 @@ class RunLog:
         if event == "step":
             self._steps += 1
             numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and k not in ("time", "total")}
-            for sink in list(self._sinks):
-                self._try(sink, lambda s: s.write(numbers, int(fields.get("total", self._steps))))
+            for name in list(self._loggers):
+                self._try(name, lambda s: s.write(numbers, int(fields.get("total", self._steps))))
 
     def checkpoint(self, k: int, folder: Path) -> None:
         """Visit k's checkpoint is in `folder`: loggers that were asked to keep it get it."""
-        for sink in list(self._sinks):
-            self._try(sink, lambda s: s.checkpoint(k, folder))
+        for name in list(self._loggers):
+            self._try(name, lambda s: s.checkpoint(k, folder))
 
-    def _try(self, sink: _Sink, use: Callable[[_Sink], None]) -> None:
+    def _try(self, name: str, use: Callable[[Logger], None]) -> None:
         try:
-            use(sink)
+            use(self._loggers[name])
         except Exception as e:  # noqa: BLE001 (a logger that is down must not end the run)
-            tell(f"warning: {sink.name} failed ({e}); going on without it.")
-            self._sinks.remove(sink)
+            tell(f"warning: {name} failed ({e}); going on without it.")
+            del self._loggers[name]
 
     def _write(self, line: bytes) -> None:
         try:
@@ -125,11 +144,11 @@ class RunLog:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-        for sink in self._sinks:
+        for name, logger in self._loggers.items():
             try:
-                sink.close()
+                logger.close()
             except Exception as e:  # noqa: BLE001 (a logger that is down must not end the run)
-                tell(f"warning: {sink.name} could not be closed ({e}).")
+                tell(f"warning: {name} could not be closed ({e}).")
 
 
 def _plain(value: Any) -> Any:
@@ -139,19 +158,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-class _Sink:
-    name = ""
-
-    def write(self, numbers: dict[str, Any], step: int) -> None:
-        raise NotImplementedError
-
-    def checkpoint(self, k: int, folder: Path) -> None:
-        """Keep a copy of visit k's checkpoint, where that was asked for."""
-
-    def close(self) -> None:
-        """Flush what is pending."""
 
 
 def _identity(folder: Path, name: str, run_id: str) -> str:
@@ -165,68 +171,3 @@ def _identity(folder: Path, name: str, run_id: str) -> str:
         known[name] = run_id if name == "wandb" and (folder / "wandb").is_dir() else secrets.token_hex(8)
         write_json(path, known)
     return str(known[name])
-
-
-class _TensorBoard(_Sink):
-    name = "tensorboard"
-
-    def __init__(self, folder: Path, config: LogConfig, run_id: str, identity: str, about: dict[str, Any]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
-
-    def write(self, numbers: dict[str, Any], step: int) -> None:
-        for key, value in numbers.items():
-            self._writer.add_scalar(key, value, step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _Wandb(_Sink):
-    name = "wandb"
-
-    def __init__(self, folder: Path, config: LogConfig, run_id: str, identity: str, about: dict[str, Any]) -> None:
-        import wandb
-
-        settings, place = config.wandb, None
-        if not os.environ.get("WANDB_DIR"):
-            place = folder.resolve().parent / ".loggers"
-            place.mkdir(exist_ok=True)
-        self._run = wandb.init(
-            project=settings.project or config.project, entity=settings.entity, group=settings.group,
-            tags=list(settings.tags) or None, name=run_id, id=identity, resume="allow", config=about,
-            allow_val_change=True, dir=None if place is None else str(place),
-        )  # fmt: skip
-        self._artifact = wandb.Artifact if settings.artifacts else None
-        self._run_id = run_id
-
-    def write(self, numbers: dict[str, Any], step: int) -> None:
-        self._run.log(numbers, step=step)
-
-    def checkpoint(self, k: int, folder: Path) -> None:
-        if self._artifact is not None:
-            name = re.sub(r"[^\w.-]", "_", f"{self._run_id}-{folder.name}", flags=re.ASCII)[:128]
-            artifact = self._artifact(name, type="model", metadata={"run_id": self._run_id, "k": k})
-            artifact.add_dir(str(folder))
-            self._run.log_artifact(artifact)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-class _Trackio(_Sink):
-    name = "trackio"
-
-    def __init__(self, folder: Path, config: LogConfig, run_id: str, identity: str, about: dict[str, Any]) -> None:
-        import trackio  # type: ignore[import-not-found]
-
-        self._trackio = trackio
-        # It tells a project's runs apart by their names alone.
-        trackio.init(project=config.project, name=f"{run_id}-{identity}", resume="allow", config=about)
-
-    def write(self, numbers: dict[str, Any], step: int) -> None:
-        self._trackio.log(numbers)
-
-    def close(self) -> None:
-        self._trackio.finish()

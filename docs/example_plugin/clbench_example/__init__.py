@@ -1,0 +1,1 @@
+"""An example of what a plugin package can bring to clbench."""
