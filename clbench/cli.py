@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clbench import __version__, patience
-from clbench.arguments import whole
+from clbench.arguments import numbers, whole
 from clbench.errors import LOST_EXIT, RESUME_EXIT, Interrupted, RankLost, UserError, nearest, shortage
 from clbench.terminal import show, tell
 
@@ -59,6 +59,8 @@ def parser() -> argparse.ArgumentParser:
     ev.add_argument("--trials", type=whole, help="episodes per cell (default: the run's eval.episodes)")
     ev.add_argument("--cells", choices=("full", "lower", "last", "diagonal"), help="which cells (default: full)")
     ev.add_argument("--last-only", action="store_true", help="the last checkpoint only, as --cells last")
+    ev.add_argument("--rows", metavar="K,K", help="a share: the cells of these checkpoints alone, counted from 0; the "
+                    "command without it writes the matrix")  # fmt: skip
     ev.add_argument("--base", action="store_true", help="also evaluate the base before the stream")
     ev.add_argument("--random", action="store_true", help="also evaluate uniformly random actions")
     ev.add_argument("--workers", type=whole, help="processes (default: one a core, at most 2)")
@@ -438,7 +440,7 @@ def _pretrain(args: argparse.Namespace, overrides: list[str]) -> int:
 def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     from clbench.checkpoints.run_folder import run_folder
     from clbench.config.compose import override
-    from clbench.evaluation.evaluate import CellsFailed, evaluate, run_config
+    from clbench.evaluation.evaluate import CellsFailed, evaluate, evaluate_share, run_config
     from clbench.evaluation.records import eval_folder
 
     folder = run_folder(args.run_id)
@@ -459,6 +461,10 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     config = override(run_config(folder), overrides)
     patience.quiet = config.log.progress == "quiet"
     output = Path(args.output_base) / folder.name if args.output_base else None
+    if args.rows is not None:
+        played = evaluate_share(folder, config, numbers(args.rows), output, progress=config.log.progress != "quiet")
+        show(f"{played} episodes played of rows {args.rows}; the matrix is written by the command without --rows")
+        return 0
     try:
         matrix = evaluate(folder, config, output, progress=config.log.progress != "quiet")
     except CellsFailed as e:

@@ -7,6 +7,8 @@
 #   --trials N       episodes per cell (default: the run's eval.episodes, 20; use 50 for a paper)
 #   --cells C        full (T×T, the default), lower (k >= j), last (final row), diagonal
 #   --last-only      the same as --cells last
+#   --rows K,K       a share of the work: these checkpoints' cells alone, counted from 0. Several shares may run at once, on
+#                    machines that see the same folder; the command without --rows then writes the matrix
 #   --base           also evaluate the base before the stream (needed for fwt_gem)
 #   --random         also evaluate uniformly random actions
 #   --workers N      processes (default: one a core, at most 2)

@@ -63,15 +63,18 @@ def undisturbed(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Files:
     return files(out)
 
 
-def start(run: Path, out: Path, *overrides: str, faults: dict[str, str] | None = None) -> subprocess.Popen[str]:
+def start(
+    run: Path, out: Path, *overrides: str, faults: dict[str, str] | None = None, rows: str | None = None
+) -> subprocess.Popen[str]:
     """Start an evaluation of `run` into `out` whose simulators fail as `faults` says (for what, see the module)."""
     folder = out / "faults"
     folder.mkdir(exist_ok=True)
     for name, what in (faults or {}).items():
         (folder / name).write_text(what)
     command = [sys.executable, "-m", "tests.faulty_simulator", "eval", "--run-id", str(run), "--output-base", str(out)]
+    share = ["--rows", rows] if rows is not None else []
     return subprocess.Popen(
-        [*command, "--", "log.progress=quiet", *overrides],
+        [*command, *share, "--", "log.progress=quiet", *overrides],
         cwd=ROOT,
         env={**os.environ, "FAULTS": str(folder), "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
@@ -326,6 +329,32 @@ def test_an_ignored_signal_stays_ignored() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_shares_played_at_once_leave_what_one_evaluation_leaves(run: Path, tmp_path: Path) -> None:
+    """Two shares side by side, one of them disturbed; the command without --rows has nothing left to play."""
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    alone.mkdir()
+    shared.mkdir()
+    full = ("eval.cells=full", "eval.workers=1")
+    assert finish(start(run, alone, *full)).returncode == 0
+    hang = start(run, shared, *full, faults={"hammer-v3-0": "hang 1"}, rows="2")
+    wait_for(lambda: (shared / "faults" / "hammer-v3-0").read_text() == "hang 0", "the simulator to hang")
+    refused = [finish(start(run, shared, *full)), finish(start(run, shared, *full, rows="1,2"))]
+    for done in refused:
+        assert done.returncode == 2 and "in use by another evaluation-of-row-2" in done.stderr, done.stderr
+    os.killpg(hang.pid, signal.SIGTERM)
+    assert finish(hang).returncode == RESUME_EXIT
+    (shared / "faults" / "hammer-v3-0").unlink()
+    both = [start(run, shared, *full, rows=rows) for rows in ("0,1", "2")]
+    for done in map(finish, both):
+        assert done.returncode == 0 and "written by the command without --rows" in done.stdout, done.stderr
+    assert not (evaluation(shared) / "matrix.json").exists()
+    done = finish(start(run, shared, *full))
+    assert done.returncode == 0 and "evaluating" not in done.stderr
+    assert files(shared) == files(alone)
+    done = finish(start(run, shared, *full, rows="3"))
+    assert done.returncode == 2 and "has no checkpoint 3 yet: it has 3, counted from 0" in done.stderr
 
 
 def test_a_full_disk(run: Path, tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ ABOUT = ("run_id", "algorithm", "algorithm_config", "lora", "policy", "dataset",
          "data_fingerprint", "versions", "git_revision")  # fmt: skip
 
 
+SETTINGS_S = 30.0  # that another share may take to write down what it plays with
 SETTINGS = "settings.json"  # one per matrix: views and held-out tasks have their own
 
 
@@ -114,14 +116,55 @@ def evaluate(folder: Path, config: Config, output: Path | None = None, progress:
         return _evaluate(folder, config, output, progress, stop)
 
 
-def _evaluate(folder: Path, config: Config, output: Path | None, progress: bool, stop: Stop) -> dict[str, Any]:
+def evaluate_share(
+    folder: Path, config: Config, shares: Sequence[int], output: Path | None = None, progress: bool = True
+) -> int:
+    """Play the missing episodes of some checkpoints' rows alone; returns how many were played.
+
+    Shares with different rows may run at once, in processes that share no memory. They write episodes and what these
+    were played with; the matrix, and what else is about all of a run, is left to `evaluate`, which finds the episodes
+    there. It does not run beside a share.
+
+    Raises:
+        UserError: as `evaluate`; a row that there is no checkpoint for; a cell was given up.
+        Interrupted: SIGINT or SIGTERM; finished episodes are kept.
+    """
+    manifest, e = _playable(folder), config.eval
+    rows = finished_visits(folder)
+    absent = [k for k in shares if k >= rows]
+    if absent:
+        raise UserError(f"run {folder.name} has no checkpoint {absent[0]} yet: it has {rows}, counted from 0.")
+    out = eval_folder(output or folder, e.split)
+    columns = manifest["visits"]
+    cells = [(k, j) for k, j in wanted_cells(manifest["mode"], e.cells, rows, len(columns)) if k in shares]
+    with stoppable() as stop, ExitStack() as stack:
+        for k in sorted(shares):
+            stack.enter_context(held(eval_folder(output or folder), _row_lock(k)))
+        run = _Evaluation(folder, manifest, config, rows, progress, stop, share=True)
+        played = run.play(out, columns, cells, e.episodes)
+        for _, about in played.failed.items():
+            raise UserError(_failed_cells([(out, about)]))
+    return played.count
+
+
+def _row_lock(k: int) -> str:
+    return f"evaluation-of-row-{k}"
+
+
+def _playable(folder: Path) -> dict[str, Any]:
+    """The run's manifest; UserError for a run whose stream has no simulator."""
     manifest = read_manifest(folder)
-    e = config.eval
     if any(v.get("env") is None for v in manifest["visits"]):
         raise UserError(
             f"run {folder.name} learned a stream without a simulator (dataset.env: null): there is nothing to play its "
             "policies in, so its success cannot be measured."
         )
+    return manifest
+
+
+def _evaluate(folder: Path, config: Config, output: Path | None, progress: bool, stop: Stop) -> dict[str, Any]:
+    manifest = _playable(folder)
+    e = config.eval
     with patience("looking at the run"):
         views = _view_overrides(config)
     heldout = heldout_columns(manifest, config) if e.heldout_episodes else []
@@ -134,7 +177,10 @@ def _evaluate(folder: Path, config: Config, output: Path | None, progress: bool,
         tell(
             f"warning: run {folder.name} has {rows} of {len(manifest['checkpoints'])} checkpoints; evaluating those.",
         )
-    with held(whole, "evaluation"):  # of both splits: what it clears away may be the other's
+    with ExitStack() as stack:
+        stack.enter_context(held(whole, "evaluation"))  # of both splits: what it clears away may be the other's
+        for k in range(rows):
+            stack.enter_context(held(whole, _row_lock(k)))  # no share is at work
         for left in whole.rglob(".*.tmp"):  # of an evaluation that was killed while it wrote a file
             left.unlink()
         columns = manifest["visits"]
@@ -204,7 +250,8 @@ def heldout_columns(manifest: dict[str, Any], config: Config) -> list[dict[str, 
 @dataclass
 class _Evaluation:
     """A run under evaluation. `fill` plays what a matrix lacks; `failed` collects (its folder, the cell) given up;
-    `versions` has those of the simulators that were needed so far, `warned` those whose initial states come again."""
+    `versions` has those of the simulators that were needed so far, `warned` those whose initial states come again;
+    `share`: other processes play other rows meanwhile."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -215,6 +262,7 @@ class _Evaluation:
     failed: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
     versions: dict[str, dict[str, str]] = field(default_factory=dict)
     warned: set[str] = field(default_factory=set)
+    share: bool = False
 
     def simulators(self, env_types: Iterable[str]) -> dict[str, dict[str, str]]:
         """Environment type → versions of its simulator, asked for once; UserError where it cannot be used."""
@@ -247,16 +295,50 @@ class _Evaluation:
 
         `first_id`: task_id of column 0; tasks outside the stream come after all of its columns.
         """
+        names = [c["task"] for c in columns]
+        given_up_before = read_failures(out, names)
+        played = self.play(out, columns, cells, count, first_id)
+        files, failed = played.files, played.failed
+        first = _first_columns(columns)
+        for k, j in cells:
+            source = first[columns[j]["task"]]
+            if source != j and (k, source) in files:
+                files[k, j].rows = {n: {**r, "j": j} for n, r in files[k, source].rows.items()}
+                if (k, source) in failed:
+                    failed[k, j] = {**failed[k, source], "j": j}
+            files[k, j].sort()
+        given_up = {**{c: f for c, f in given_up_before.items() if c not in files}, **failed}
+        write_failures(out, given_up)
+        self.failed += [(out, failed[cell]) for cell in sorted(failed)]
+        e = self.config.eval
+        about = about_run(self.manifest) | {EPISODE_SEEDS: RULE}
+        seeds = EpisodeSeeds(RULE, e.split, e.seed)
+        matrix = build_matrix(out, names, shown, failed=given_up, split=e.split, about=about, seeds=seeds)
+        if played.count:
+            _add_summary(out, played.seconds, played.count, self.workers)
+        return matrix
+
+    @property
+    def workers(self) -> int:
+        return self.config.eval.workers or max(1, min(2, os.cpu_count() or 1))
+
+    def play(
+        self,
+        out: Path,
+        columns: list[dict[str, Any]],
+        cells: list[tuple[int, int]],
+        count: int,
+        first_id: int = 0,
+    ) -> _Played:
+        """Play the missing ones of `count` episodes of every cell (k, j), whose records go to `out`; see `fill`."""
         e = self.config.eval
         max_steps = [c["env"]["max_steps"] for c in columns]
         limits = {"steps_after_success": e.steps_after_success, "max_steps": max_steps}
         seeds = EpisodeSeeds(RULE, e.split, e.seed)
         asked = {**limits, "seed": e.seed, "split": e.split, EPISODE_SEEDS: RULE}
-        settings = _check_settings(out, self.folder, self.rows, asked)
-        names = [c["task"] for c in columns]
-        given_up_before = read_failures(out, names)
+        _check_settings(out, self.folder, self.rows, asked)
         files = {(k, j): CellFile(out, k, j, seeds) for k, j in cells}
-        first = {c["task"]: i for i, c in reversed(list(enumerate(columns)))}  # a repeated task's first column
+        first = _first_columns(columns)
         missing: dict[int, list[dict[str, Any]]] = {}
         for k, j in cells:
             source = first[columns[j]["task"]] if (k, first[columns[j]["task"]]) in files else j
@@ -285,7 +367,7 @@ class _Evaluation:
                     f"{here} is damaged ({reason}). Put the file back from a copy, or remove the checkpoints from "
                     f"{here.name} on and make them again: clbench train --resume {as_argument(self.folder)}"
                 )
-        workers = e.workers or max(1, min(2, os.cpu_count() or 1))
+        workers = self.workers
         slots = Slots.shared()
         at_most = max(workers, 0 if slots is None else slots.count)
         jobs = _jobs(missing, self.folder, self.manifest, at_most)
@@ -297,9 +379,12 @@ class _Evaluation:
         env_types = {e["env"]["type"] for job in jobs for e in job.episodes}
         with patience("loading simulators"):
             versions = self.simulators(env_types)
-        write_json(out / SETTINGS, settings)  # nothing is written before all is known to be in order
+        with _alone(out, self.stop):  # nothing is written before all is known to be in order
+            write_json(out / SETTINGS, _check_settings(out, self.folder, self.rows, asked))
+            if total:
+                _check_simulators(out, versions)
+        played = _Played(files, failed)
         if total:
-            _check_simulators(out, versions)
             self.warn_of_repeats(env_types, count)
             tell(f"evaluating {total} episodes in {workers} processes → {out}")
             server()  # before the progress bar, which has a thread
@@ -309,24 +394,43 @@ class _Evaluation:
             try:
                 _play(jobs, how, workers, files, failed, total, self.progress, self.stop)
             except Interrupted:
-                _add_summary(out, time.monotonic() - started, _episodes(files) - before, workers)
+                if not self.share:
+                    _add_summary(out, time.monotonic() - started, _episodes(files) - before, workers)
                 raise
-            seconds, played = time.monotonic() - started, _episodes(files) - before
-        for k, j in cells:
-            source = first[columns[j]["task"]]
-            if source != j and (k, source) in files:
-                files[k, j].rows = {n: {**r, "j": j} for n, r in files[k, source].rows.items()}
-                if (k, source) in failed:
-                    failed[k, j] = {**failed[k, source], "j": j}
-            files[k, j].sort()
-        given_up = {**{c: f for c, f in given_up_before.items() if c not in files}, **failed}
-        write_failures(out, given_up)
-        self.failed += [(out, failed[cell]) for cell in sorted(failed)]
-        about = about_run(self.manifest) | {EPISODE_SEEDS: RULE}
-        matrix = build_matrix(out, names, shown, failed=given_up, split=e.split, about=about, seeds=seeds)
-        if total:
-            _add_summary(out, seconds, played, workers)
-        return matrix
+            played.seconds, played.count = time.monotonic() - started, _episodes(files) - before
+        return played
+
+
+@dataclass
+class _Played:
+    """What came of playing: the cells' records, those that were given up, the time, how many episodes were played."""
+
+    files: dict[Cell, CellFile]
+    failed: dict[Cell, dict[str, Any]]
+    seconds: float = 0.0
+    count: int = 0
+
+
+@contextmanager
+def _alone(out: Path, stop: Stop) -> Iterator[None]:
+    """Be the only one that writes down what episodes in `out` are played with; waits for a share that does so."""
+    until = time.monotonic() + SETTINGS_S
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(held(out, "settings"))
+                break
+            except UserError:
+                if time.monotonic() > until:
+                    raise
+            stop.check("Nothing was played.")
+            time.sleep(0.05)
+        yield
+
+
+def _first_columns(columns: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Task → its first column."""
+    return {c["task"]: i for i, c in reversed(list(enumerate(columns)))}
 
 
 def _episodes(files: dict[Cell, CellFile]) -> int:
