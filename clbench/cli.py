@@ -134,7 +134,7 @@ def _trust(p: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. 0: done; 2: the user can mend it (one message); 75: stopped in good order; 130: interrupted."""
+    """Entry point. 0: done; 2: the user can mend it (one message); 75: stopped cleanly; 130: interrupted."""
     from clbench.env_file import load_env_file
     from clbench.processes import no_threads
     from clbench.surroundings import settle
@@ -565,7 +565,7 @@ def _assets(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _stream_on_states(name: str) -> str:
-    """The stream of that name whose observations are states alone."""
+    """The stream of that name whose observations are states only."""
     from clbench.config.compose import DATASET_ALIASES, available, compose
     from clbench.envs.making import family
 

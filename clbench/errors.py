@@ -7,7 +7,7 @@ import errno
 import re
 from collections.abc import Iterable
 
-# The exit status of a command that a signal stopped in good order: run again, it continues. This is EX_TEMPFAIL of
+# The exit status of a command that a signal stopped cleanly: run again, it continues. This is EX_TEMPFAIL of
 # sysexits.h, on which schedulers can requeue.
 RESUME_EXIT = 75
 

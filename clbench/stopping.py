@@ -1,4 +1,4 @@
-"""Stopping in good order: the first SIGINT or SIGTERM is noted, for the work to end where it loses nothing."""
+"""Stopping cleanly: the first SIGINT or SIGTERM is noted, for the work to end where it loses nothing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Stop:
         if self.signal is None:
             self.signal, self._since = signal.Signals(number), now
             if os.environ.get("RANK", "0") == "0":  # no print(): this may have come in the middle of one
-                os.write(2, f"{self.signal.name}: stopping in good order; again to stop at once.\n".encode())
+                os.write(2, f"{self.signal.name}: stopping cleanly; again to stop at once.\n".encode())
         elif now - self._since > SAME_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)

@@ -217,7 +217,7 @@ def units(
     """The graph of an experiment: demonstrations where they are missing, the base, each run, the report.
 
     The base is shared: it is made before runs race for it, with all cores. One seed of everything comes before the
-    next. Of a seed, trainings come first, the longest of them first; for the evaluations, which can be shared among
+    next. Of a seed, training runs come first, the longest of them first; for the evaluations, which can be shared among
     slots, fill what is left (slots.py).
     """
     found: list[Unit] = []
@@ -271,7 +271,7 @@ def _lacks_data(config: Config) -> bool:
 
 
 def _steps(config: Config) -> float:
-    """How long a training takes compared with others: its steps per task, those of an algorithm's own phases too."""
+    """How long a training run takes compared with others: steps per task, those of its algorithm's own phases too."""
     own = [v for k, v in config.algorithm.items() if k.endswith("steps") and isinstance(v, int)]
     return config.train.steps + sum(own)
 

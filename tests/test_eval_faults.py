@@ -291,7 +291,7 @@ def test_two_evaluations_and_a_signal(
     assert done.returncode == RESUME_EXIT and time.monotonic() - began < 10
     assert "evaluating" in done.stderr.splitlines()[0]
     said, line = done.stderr.splitlines()[1:]
-    assert said.startswith(f"{number.name}: stopping in good order")
+    assert said.startswith(f"{number.name}: stopping cleanly")
     assert f"stopped by {number.name}. Finished episodes are kept" in line
     assert ended(workers)
     assert not list(evaluation(tmp_path).glob(".*"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from clbench.config.compose import compose
-from clbench.evaluation.crew import Crew
+from clbench.evaluation.pool import WorkerPool
 from clbench.evaluation.worker import Job, Settings
 from clbench.seeding import seeded
 from clbench.stopping import Stop
@@ -61,7 +61,7 @@ def test_memory_and_open_files_stay_flat_over_ten_tasks_and_many_rows(toy_data: 
         assert worker.process.pid is not None
         rows[row["k"]] = usage(worker.process.pid)
 
-    crew = Crew(jobs, Settings(config, 4, 0, "cpu", threads=1), 1, record, Stop())
+    crew = WorkerPool(jobs, Settings(config, 4, 0, "cpu", threads=1), 1, record, Stop())
     crew.play()
     for k, (megabytes, files) in rows.items():
         print(f"row {k:2}: {megabytes:7.1f} MB resident, {files} open files")  # pytest -s

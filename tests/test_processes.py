@@ -187,7 +187,7 @@ if __name__ == "__main__":
 
 
 def test_all_end_with_what_asked_for_them(tmp_path: Path) -> None:
-    """Killed, it takes its workers with it; commands are asked to stop, so that trainings save."""
+    """Killed, it takes its workers with it; commands are asked to stop, so that training runs save."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as process:

@@ -35,7 +35,7 @@ from clbench.checkpoints.training_state import StateKeeper
 from clbench.config.compose import compose, compose_files, load_yaml, override, to_yaml
 from clbench.config.policy_types import BUILT
 from clbench.errors import UserError
-from clbench.evaluation import crew
+from clbench.evaluation import pool
 from clbench.evaluation.evaluate import run_config
 from clbench.evaluation.records import CellFile
 from clbench.io import read_json, read_jsonl, read_text, write_json, write_text
@@ -1144,7 +1144,7 @@ def test_names_do_not_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureF
 def test_notes_of_an_evaluation_and_progress_do_not_steer_the_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    crew._note(f"the simulator raised {STEER}")
+    pool._note(f"the simulator raised {STEER}")
     monkeypatch.setattr(Progress, "SECONDS", 0.0)
     for mode in ("bar", "lines"):
         progress = Progress(f"task 1 of 3 {STEER[:-1]}", 2, mode)

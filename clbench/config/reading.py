@@ -266,7 +266,7 @@ def _hint(parts: Sequence[str], schema: type, text: str, place: _Place) -> Any:
 
 
 def _override(text: str, hint: Any, key: str, place: _Place) -> Any:
-    """The value of an override. A text is taken as it was typed; quotes around the whole of it are taken off."""
+    """The value of an override. A text is taken as it was typed; quotes around all of it are removed."""
     kind, _ = _without_none(hint)
     if yaml.reader.Reader.NON_PRINTABLE.search(text):
         raise UserError(f"{place.source}: {key} has a character that no text may hold.")

@@ -434,22 +434,22 @@ def _collecting(plans: list[TaskPlan], workers: int, progress: bool) -> Iterator
     """
     count = min(workers, len(plans))
     idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-    crew: list[_Worker] = []
+    started: list[_Worker] = []
     threads = ThreadPoolExecutor(count)
     try:
         with _one_thread():
             server(SIMULATOR_ONLY)  # before pipes are opened
-            while len(crew) < count:
-                crew.append(_start_worker())
-                idle.put(crew[-1])
+            while len(started) < count:
+                started.append(_start_worker())
+                idle.put(started[-1])
         futures = [threads.submit(_collect, idle, plan) for plan in plans]
         with _reporting(plans, futures, progress):
             yield _in_order(futures)
     finally:
-        for w in crew:  # idle, unless this was ended by an exception
+        for w in started:  # idle, unless this was ended by an exception
             w.process.kill()
         threads.shutdown(wait=True, cancel_futures=True)
-        for w in crew:
+        for w in started:
             w.process.wait()
             w.pipe.close()
 

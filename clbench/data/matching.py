@@ -65,8 +65,8 @@ def match_tasks(
 
     Without a simulator a task that is not `named` has its instruction as its name.
 
-    A text that several scenes of the simulator share says nothing of the scene. Which scenes a set could hold is told
-    by its suites: those of the wanted tasks, and every other suite of which the set has an instruction that no other
+    A text that several scenes of the simulator share says nothing of the scene. Its suites decide which scenes a set
+    could hold: those of the wanted tasks, and every other suite of which the set has an instruction that no other
     suite has.
 
     Args:

@@ -5,7 +5,7 @@ e.g. LIBERO_PYTHON=/opt/conda/envs/libero/bin/python. Every process that makes s
 which has all of them, and ends with it. Nothing of this process's packages reaches the child: its own, and clbench's
 folder, which is loaded from where this one was.
 
-An episode is the same as in one process, bit for bit, if the versions are. What goes wrong is told as follows:
+An episode is the same as in one process, bit for bit, if the versions are. What goes wrong is reported as follows:
     UserError, ValueError, NotImplementedError     as they were raised there
     RemoteError                                    any other exception, its traceback in a note
     SimulatorDied                                  the child has ended; all its simulators are lost, others can be made

@@ -28,7 +28,7 @@ from clbench.config.compose import read_config
 from clbench.config.schema import Config
 from clbench.envs.making import family, physics_versions
 from clbench.errors import Interrupted, UserError
-from clbench.evaluation.crew import Cell, Crew
+from clbench.evaluation.pool import Cell, WorkerPool
 from clbench.evaluation.records import (
     BASE,
     EARLIER,
@@ -541,13 +541,13 @@ def _play(
             bar.refresh()
 
     bar.set_postfix_str("starting simulators", refresh=progress)
-    crew = Crew(jobs, settings, workers, record, stop)
+    pool = WorkerPool(jobs, settings, workers, record, stop)
     try:
         with patience("evaluating", say=draw):
-            crew.play()
+            pool.play()
     finally:
         bar.close()
-        failed |= crew.failed
+        failed |= pool.failed
 
 
 def _add_summary(out: Path, seconds: float, episodes: int, workers: int) -> None:

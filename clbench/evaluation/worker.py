@@ -1,7 +1,7 @@
 """An evaluation process: takes rows of the matrix, plays their episodes, sends back records.
 
 A simulator that raises costs one try of its episode. One that takes the process with it, or never returns, is named in
-shared memory, where the parent (crew.py) finds it.
+shared memory, where the parent (pool.py) finds it.
 """
 
 from __future__ import annotations

@@ -505,7 +505,7 @@ def _from_pairs(lines: list[tuple[str, str, str]], where: str, comma: bool) -> t
     if len(tasks) > MAX_TASKS:
         raise UserError(f"{where} has more than {MAX_TASKS} tasks.")
     if not visits:
-        raise UserError(f"{where} is not a matrix: nothing in it was evaluated after a training.")
+        raise UserError(f"{where} is not a matrix: nothing in it was evaluated after a task was trained.")
     last = max(tasks.index(k) for k in visits)
     names = [spelled[t] for t in tasks]
     rows = ["base", *tasks[: last + 1]]

@@ -51,7 +51,7 @@ class Run:
 
     @property
     def algorithm(self) -> str:
-        """Its name; with whether it is told the task at test time, where that is a choice."""
+        """Its name; with whether it is given the task's identity at test time, where that is a choice."""
         value = self.manifest.get("algorithm") or self.path.name
         name = "+".join(map(str, value)) if isinstance(value, list) else str(value)
         settings = self.manifest.get("algorithm_config")

@@ -219,7 +219,7 @@ def _base_of(config: DatasetConfig) -> str:
 
 
 def without(stream: DatasetConfig, part: DatasetConfig | PretrainDataConfig, tasks: Collection[str]) -> str:
-    """Return the override with which a training does without some tasks of the stream, or of its base (`part`)."""
+    """Return the override with which a training run does without some tasks of the stream, or of its base (`part`)."""
     if part is not stream:
         return f"dataset.pretrain.tasks=[{','.join(t for t in part.tasks if t not in tasks)}]"
     visits = [str(stream.tasks.index(t)) for t in visit_order(stream) if t not in tasks]

@@ -486,7 +486,7 @@ def _zero2_engine(policy: nn.Module, optimizer: torch.optim.Optimizer, ranks: in
     """A DeepSpeed engine over the parameters of `optimizer`.
 
     Bucket sizes and the like are in configs/accelerate/zero2.json. Micro-batches are split by the training loop, so the
-    engine is told of one; clipping is set at each step.
+    engine gets one; clipping is set at each step.
     """
     import deepspeed
 

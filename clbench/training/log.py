@@ -56,7 +56,7 @@ def _is_on(setting: Any) -> bool:
 
 
 class RunLog:
-    """Appends one JSON object per event. Numbers of "step" events also go to the optional loggers, which are told the
+    """Appends one JSON object per event. Numbers of "step" events also go to the optional loggers, which get the
     configuration `about`."""
 
     def __init__(

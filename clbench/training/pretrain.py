@@ -111,7 +111,7 @@ def base_folder(config: Config, data: DataSource) -> Path:
 def ensure_base(config: Config, backend: Backend, stop: Stop, progress: str = "auto") -> tuple[Path, dict[str, Any]]:
     """Return the base's folder, training it first when it is not there; and its description for the manifest.
 
-    A pretraining that was stopped or killed goes on from its newest state.
+    A pretraining run that was stopped or killed goes on from its newest state.
     """
     trusted.check_start(config.policy)
     if config.policy.get("path"):
@@ -179,12 +179,12 @@ def _unfinished(folder: Path) -> Path:
 
 
 def _is_littered(folder: Path) -> bool:
-    """Whether there is something to clear away of a pretraining that was killed as it had made the base."""
+    """Whether there is something to clear away of a pretraining run that was killed after it had made the base."""
     return _unfinished(folder).is_dir() and os.access(folder.parent, os.W_OK)
 
 
 def _progress(temporary: Path, steps: int) -> str:
-    """How far another run's pretraining is, by its log."""
+    """How far another run's pretraining has come, by its log."""
     try:
         with (temporary / LOG_FILE).open("rb") as f:
             f.seek(max(0, f.seek(0, os.SEEK_END) - 4096))
@@ -463,7 +463,7 @@ def _describe(
 
 
 def _as_run(config: Config, progress: str) -> Config:
-    """The configuration of a pretraining: the run's, with what `pretrain` says in the place of `train`."""
+    """The configuration of a pretraining run: the run's, with what `pretrain` says in the place of `train`."""
     p, t = config.pretrain, config.train
     train = TrainConfig(
         steps=p.steps, batch_size=p.batch_size, optimizer=p.optimizer, log_every=p.log_every,
@@ -474,7 +474,7 @@ def _as_run(config: Config, progress: str) -> Config:
 
 
 def _position(temporary: Path, keeper: StateKeeper) -> Position:
-    """Where a pretraining stands: at its newest whole state, or done."""
+    """Where a pretraining run stands: at its newest whole state, or done."""
     done = checkpoint_folder(temporary, 0)
     if (done / DESCRIPTION).is_file() and damage(done) is None:
         return Position(1, done)

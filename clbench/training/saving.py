@@ -13,7 +13,7 @@ from clbench.patience import patience
 from clbench.stopping import Stop
 from clbench.training.backend import Backend
 
-Moments = dict[str, Any] | None  # an optimizer's whole state; None without an optimizer
+OptimizerState = dict[str, Any] | None  # an optimizer's whole state; None without an optimizer
 
 
 def same_on_all(position: Position, backend: Backend) -> Position:
@@ -29,8 +29,8 @@ def save_if_due(
     place: tuple[int, str, int],
     total_steps: int,
     optimizer: torch.optim.Optimizer | None,
-    fill: Callable[[Path, Moments], dict[str, Any]],
-    size: Callable[[Moments], int],
+    fill: Callable[[Path, OptimizerState], dict[str, Any]],
+    size: Callable[[OptimizerState], int],
 ) -> bool:
     """Save when a state is due or a stop was asked for; returns whether to stop, the same on every rank.
 

@@ -32,7 +32,7 @@ from clbench.tensor_files import tensor_bytes
 from clbench.training import log as run_log
 from clbench.training.backend import Backend, count
 from clbench.training.loop import PhaseRunner, Resumed
-from clbench.training.saving import Moments, save_if_due
+from clbench.training.saving import OptimizerState, save_if_due
 
 Start = Callable[[], tuple[LoadedPolicy, StreamFrames | None]]  # the policy to start from, and frames if it read them
 
@@ -229,7 +229,7 @@ class Trainer:
     def _after_step(self, phase: Phase, step: int, optimizer: torch.optim.Optimizer | None) -> None:
         self.total_steps = self.runner.total_steps
 
-        def fill(folder: Path, moments: Moments) -> dict[str, Any]:
+        def fill(folder: Path, moments: OptimizerState) -> dict[str, Any]:
             carried = self.runner.carried
             counters = {
                 "trained": max(self.trained, count(self.runner.trained.values())),

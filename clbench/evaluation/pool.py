@@ -55,7 +55,7 @@ class _Worker:
         return self.job.episodes[number - 1], CALLS[self.beat[CALL]]
 
 
-class Crew:
+class WorkerPool:
     """Plays jobs. `record` gets every finished episode's row; `failed` has the cells that were given up, and why.
 
     Args:
@@ -75,7 +75,7 @@ class Crew:
         self.settings, self.workers, self.record, self.stop = settings, workers, record, stop
         self.retries, self.timeout_s = int(e.retries), float(e.step_timeout_s)
         self.todo = deque(jobs)
-        self.crew: list[_Worker] = []
+        self.running: list[_Worker] = []
         self.tries: Counter[Cell] = Counter()
         self.failed: dict[Cell, dict[str, Any]] = {}
         self.slots = Slots.shared()
@@ -90,23 +90,23 @@ class Crew:
         """
         before = time.monotonic()
         try:
-            while self.todo or any(w.job for w in self.crew):
+            while self.todo or any(w.job for w in self.running):
                 self.stop.check("Finished episodes are kept: run the same command again to continue.")
                 self._share_out()
-                for pipe in wait([w.pipe for w in self.crew], timeout=POLL_S):
-                    self._read(next(w for w in self.crew if w.pipe is pipe))
+                for pipe in wait([w.pipe for w in self.running], timeout=POLL_S):
+                    self._read(next(w for w in self.running if w.pipe is pipe))
                 now = time.monotonic()
                 self._look_after(min(now - before, 2 * POLL_S))  # more: this process was suspended, as were they
                 before = now
         except Interrupted:
-            for w in self.crew:
+            for w in self.running:
                 self._read(w)  # what they have finished meanwhile
             raise
         finally:
             self._end()
 
     def _share_out(self) -> None:
-        for w in self.crew:
+        for w in self.running:
             while w.ready and self.todo:
                 job = self.todo.popleft()
                 episodes = tuple(e for e in job.episodes if (job.k, e["j"]) not in self.failed)
@@ -114,18 +114,18 @@ class Crew:
                     w.ready, w.job = False, replace(job, episodes=episodes)
                     w.left = {(e["j"], e["episode"]): e for e in episodes}
                     self._send(w, w.job)
-        for w in list(self.crew):
+        for w in list(self.running):
             if w.ready and w.slot is not None:  # nothing is left for it
-                self.crew.remove(w)
+                self.running.remove(w)
                 self._send(w, None)
                 self._close(w)
-        busy = sum(w.job is not None for w in self.crew)
-        for _ in range(len(self.todo) + busy - len(self.crew)):
-            own = sum(w.slot is None for w in self.crew) < self.workers
+        busy = sum(w.job is not None for w in self.running)
+        for _ in range(len(self.todo) + busy - len(self.running)):
+            own = sum(w.slot is None for w in self.running) < self.workers
             slot = self.slots.take() if self.slots is not None and not own else None
             if not own and slot is None:
                 break
-            self.crew.append(_start(self.settings, slot))
+            self.running.append(_start(self.settings, slot))
 
     def _send(self, w: _Worker, job: Job | None) -> None:
         try:
@@ -190,7 +190,7 @@ class Crew:
 
     def _look_after(self, passed_s: float) -> None:
         """Replace processes that have ended, or have been in one call of a simulator for too long."""
-        for w in list(self.crew):
+        for w in list(self.running):
             if w.process.poll() is not None:
                 self._read(w)
                 self._lose(w, how_ended(w.process.returncode))
@@ -209,7 +209,7 @@ class Crew:
 
     def _lose(self, w: _Worker, how: str) -> None:
         """A process is gone: blame the simulator it was in, if any."""
-        self.crew.remove(w)
+        self.running.remove(w)
         call = w.call()
         if call is not None and w.job is not None:
             self._failed(w.job.k, call[0], f"the simulator's {call[1]} {how}")
@@ -232,15 +232,15 @@ class Crew:
 
     def _end(self) -> None:
         """End all processes; those that do not do so by themselves are killed."""
-        for w in self.crew:
+        for w in self.running:
             if w.ready:
                 self._send(w, None)
         deadline = time.monotonic() + END_S
-        for w in self.crew:
+        for w in self.running:
             if w.ready:
                 w.process.wait(deadline - time.monotonic())
             w.process.kill()
-        for w in self.crew:
+        for w in self.running:
             w.process.wait(END_S)
             self._close(w)
 
