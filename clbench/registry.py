@@ -43,6 +43,7 @@ OWN: dict[str, dict[str, str]] = {
         "seqlora": "clbench.algorithms.seqlora:SeqLoRA",
         "er": "clbench.algorithms.er:ER",
         "mir": "clbench.algorithms.mir:MIR",
+        "agem": "clbench.algorithms.agem:AGEM",
         "ewc": "clbench.algorithms.ewc:EWC",
         "packnet": "clbench.algorithms.packnet:PackNet",
         "clare": "clbench.algorithms.clare:CLARE",

@@ -24,6 +24,7 @@ CASES = [
     Case("seqlora", trains=LORA_TARGETS, overrides=("lora.rank=2", "train.optimizer.lr=1e-2")),
     Case("er", MEMORY, stores_exemplars=True),
     Case("mir", {**SMALL_MIR, "mir_refresh_interval": 2}, stores_exemplars=True),
+    Case("agem", {"buffer_size_per_task": 10, "reference_batch_size": 6}, stores_exemplars=True),
     Case("ewc", {"ewc_lambda": 10.0, "fisher_batches": 2}),
     Case("packnet", {"prune_ratio": 0.5}),
     Case("clare", SMALL_CLARE, trains=CLARE_PARTS, adds_parameters=True, keeps_old=True),

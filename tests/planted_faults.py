@@ -39,6 +39,7 @@ def _table(method: str) -> tuple[str, ...]:
 
 REPLAY = ("tests/test_replay.py", "tests/test_learner.py")
 MIR = ("tests/test_mir.py",)
+AGEM = ("tests/test_agem.py",)
 EWC = ("tests/test_ewc.py",)
 PACKNET = ("tests/test_packnet.py",)
 CLARE = ("tests/test_clare.py",)
@@ -73,6 +74,15 @@ FAULTS = [
           "                self.collective.sum(list(found.values()))\n"
           "            return {n: g / self.world_size for n, g in found.items()}",
           "            return found", RANKS),
+    Fault("agem", "the projection has the wrong sign", "algorithms/agem.py",
+          "return product / norm if product < 0", "return -product / norm if product < 0", AGEM),
+    Fault("agem", "gradients that agree are projected, too", "algorithms/agem.py",
+          "if product < 0 else 0.0", "if product else 0.0", AGEM),
+    Fault("agem", "the reference is the current samples' gradient", "algorithms/agem.py",
+          "parameters, refs=refs)", "parameters)", AGEM),
+    Fault("agem", "every step has the same reference batch", "algorithms/agem.py",
+          'ctx.generator("agem-reference", ctx.step)', 'ctx.generator("agem-reference")',
+          ("tests/test_agem.py",)),
     Fault("ewc", "the batch's gradient is squared, not each sample's", "policies/view.py",
           "total[name] += g.float().square().sum(0)", "total[name] += g.float().sum(0).square()", EWC),
     Fault("ewc", "the online anchor stays at the first task", "algorithms/ewc.py",

@@ -43,6 +43,7 @@ RUNS: list[ParityRun] = [
     ("er", {"name": "er", **MEMORY}, HALVES),
     ("er-append", {"name": "er", **MEMORY, "mode": "append"}, ()),
     ("mir", {"name": "mir", **SMALL_MIR, "mir_refresh_interval": 2}, HALVES),
+    ("agem", {"name": "agem", "buffer_size_per_task": 10, "reference_batch_size": 6}, HALVES),
     ("ewc", {"name": "ewc", "ewc_lambda": 10.0, "fisher_batches": 2}, HALVES),
     ("packnet", {"name": "packnet", "prune_ratio": 0.5}, HALVES),
     ("clare", {"name": "clare", **SMALL_CLARE}, ()),

@@ -60,6 +60,10 @@ class PlainRun:
             batch = self.frames.fetch(torch.stack([torch.full_like(index, k), index], 1))
             yield batch, view.draw(size, generator(self.config.seed, k, phase, "draw", step))
 
+    def draw(self, n: int, gen: torch.Generator) -> dict[str, Tensor]:
+        """Noise and timesteps for n samples, from `gen`, as `ctx.draw` gives them."""
+        return self._view(self._loaded.policy).draw(n, gen)
+
     def losses(self, policy: nn.Module, batch: Batch, draw: dict[str, Tensor]) -> Tensor:
         """The policy's loss of each sample, (B,), with a graph behind it."""
         return self._view(policy).per_sample(batch, draw)
