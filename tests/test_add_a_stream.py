@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +28,25 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
 
 
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data set that the page's program records."""
+    folder = tmp_path_factory.mktemp("lab")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        exec(compile(blocks("python")[0], "record.py", "exec"), {})
+    return folder / "my_lab"
+
+
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with the page's two streams, and the recording made."""
+def here(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with the page's two streams and the recording."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "configs" / "datasets"
     folder.mkdir(parents=True)
     for text in blocks("yaml"):
         (folder / f"{yaml.safe_load(text)['dataset']['name']}.yaml").write_text(text)
-    (tmp_path / "record.py").write_text(blocks("python")[0])
-    subprocess.run([sys.executable, "record.py"], check=True, capture_output=True, cwd=tmp_path)
+    shutil.copytree(recorded, tmp_path / "my_lab")
     return tmp_path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -243,28 +244,91 @@ def test_wilson() -> None:
         wilson(3, 0)
 
 
-def test_perfectly_paired_rows_give_zero_width_to_differences_only() -> None:
+def width(m: dict[str, Any]) -> float:
+    return float(m["high"] - m["low"])
+
+
+def test_perfectly_paired_rows_make_differences_narrow_but_not_certain() -> None:
     column = np.random.default_rng(0).integers(0, 2, size=(1, 4, 20))
     metrics = compute_metrics(with_episodes(np.repeat(column, 4, axis=0)))
-    for name in ("nbt_clare", "nbt_libero", "bwt_gem", "nbt_final", "forgetting"):
-        assert (metrics[name]["low"], metrics[name]["high"]) == (pytest.approx(0), pytest.approx(0)), name
-    assert metrics["asr"]["high"] - metrics["asr"]["low"] > 0.1
+    for name in ("nbt_clare", "nbt_libero", "bwt_gem", "nbt_final"):
+        assert metrics[name]["low"] < 0 < metrics[name]["high"] and metrics[name]["value"] == pytest.approx(0), name
+        assert 0 < width(metrics[name]) < 0.5 * width(metrics["asr"]), name
+    assert width(metrics["asr"]) > 0.1
+
+
+def test_no_interval_has_width_zero() -> None:
+    """60 failures of 60, and 60 successes: Jeffreys' bound of a rate that never failed in 60 is 0.959."""
+    for outcome in (0.0, 1.0):
+        metrics = compute_metrics(with_episodes(np.full((2, 2, 60), outcome)), bootstrap=4000)
+        assert all(width(m) > 0 for m in metrics.values() if m.get("low") is not None)
+        one = metrics["fwt_clare"]
+        assert one["value"] == outcome and one["low"] <= outcome <= one["high"]
+        far = one["low"] if outcome else 1 - one["high"]
+        assert 0.959 < far < 0.99  # the mean of two cells is known better than one
+
+
+def test_forgetting_is_not_seen_where_nothing_is_forgotten() -> None:
+    """0.9 everywhere, 10 × 10: the maximum of noisy cells says 0.08; chosen and judged by other episodes it is gone."""
+    rng = np.random.default_rng(0)
+    found = [compute_metrics(with_episodes((rng.random((10, 10, 10)) < 0.9).astype(float)), bootstrap=200)
+             for _ in range(40)]  # fmt: skip
+    assert 0.07 < np.mean([m["forgetting"]["value"] for m in found]) < 0.1
+    assert all(m["forgetting"]["low"] is None for m in found)
+    assert "forgetting_corrected" in found[0]["forgetting"]["no_interval"]
+    corrected = [m["forgetting_corrected"] for m in found]
+    assert abs(np.mean([m["value"] for m in corrected])) < 0.02
+    assert np.mean([m["low"] <= 0 <= m["high"] for m in corrected]) >= 0.9
+
+
+def test_forgetting_corrected_by_hand() -> None:
+    """Two tasks, four episodes: even ones are 0 and 2. Task 0: R[0] = 1 0 1 1, R[1] = 0 0 1 0."""
+    outcomes = np.array([[[1, 0, 1, 1], [0, 0, 0, 0]], [[0, 0, 1, 0], [1, 1, 1, 1]]], dtype=float)
+    m = compute_metrics(with_episodes(outcomes))
+    assert m["forgetting_corrected"]["value"] == pytest.approx(((1 - 0.5) + (0.5 - 0)) / 2)
+    assert m["forgetting"]["value"] == pytest.approx(0.75 - 0.25)
+    assert "no halves" in compute_metrics(record(EXAMPLE))["forgetting_corrected"]["missing"]
+
+
+def test_a_revisited_task_is_not_a_new_one() -> None:
+    """A B C A B C, everything is remembered, nothing transfers: nothing is seen of tasks that were not learned."""
+    tasks = ["A", "B", "C", "A", "B", "C"]
+    matrix = [[1.0 if t in tasks[: k + 1] else 0.0 for t in tasks] for k in range(6)]
+    m = compute_metrics(record(matrix, tasks=tasks, base=np.zeros(6)))
+    assert m["zero_shot"]["value"] == 0.0 and m["fwt_gem"]["value"] == 0.0
+    for name in ("asr", "nbt_clare", "bwt_gem"):
+        assert m[name]["definition"].endswith("[a task counts once per visit]")
+    assert m["asr_tasks"]["value"] == 1.0 and m["nbt_clare_tasks"]["value"] == 0.0
+    once = compute_metrics(record(EXAMPLE))
+    assert once["asr_tasks"]["missing"].startswith("every task is visited once")
+    assert "per visit" not in once["asr"]["definition"]
+    with_one = compute_metrics(record([[1.0, 1.0], [1.0, 1.0]], tasks=["A", "A"]))
+    assert "one task" in with_one["zero_shot"]["missing"]
+
+
+def test_each_task_once() -> None:
+    """A twice and B once: B weighs as much as both visits of A."""
+    matrix = [[0.8, 0.0, 0.8], [0.6, 1.0, 0.6], [0.7, 0.4, 0.7]]
+    m = compute_metrics(record(matrix, tasks=["A", "B", "A"]))
+    assert m["asr"]["value"] == pytest.approx((0.7 + 0.4 + 0.7) / 3)
+    assert m["asr_tasks"]["value"] == pytest.approx((0.7 + 0.4) / 2)
+    assert m["bwt_gem_tasks"]["value"] == pytest.approx(((0.7 - 0.8) + (0.4 - 1.0)) / 2)
+    assert m["nbt_clare_tasks"]["value"] == pytest.approx(((0.8 - 0.65) + (1.0 - 0.4)) / 2)
 
 
 def test_a_task_visited_twice_resamples_its_episodes_once() -> None:
     outcomes = np.random.default_rng(0).integers(0, 2, size=(1, 2, 20))
     twice = with_episodes(np.repeat(np.concatenate([outcomes[:, :1]] * 2, axis=1), 2, axis=0), tasks=["a", "a"])
-    m = compute_metrics(twice)["zero_shot"]
-    plain = compute_metrics(twice)["fwt_clare"]
-    assert (m["low"], m["high"]) == (plain["low"], plain["high"])  # the two columns never differ
+    m = compute_metrics(twice)
+    assert (m["asr"]["low"], m["asr"]["high"]) == (m["asr_tasks"]["low"], m["asr_tasks"]["high"])  # never differ
 
 
 def test_interval_agrees_with_theory_and_is_reproducible() -> None:
     rng = np.random.default_rng(3)
     one = with_episodes((rng.random((3, 3, 50)) < 0.5).astype(float))
     m = compute_metrics(one, bootstrap=4000)["asr"]
-    cells = one.success[-1]
-    expected = 2 * 1.96 * math.sqrt((cells * (1 - cells) / 50).sum()) / 3
+    by_seed = np.mean([[one.outcomes[2, j][100 + s] for s in range(50)] for j in range(3)], axis=0)
+    expected = 2 * 1.96 * by_seed.std(ddof=1) / math.sqrt(50)  # a seed is the same in all tasks
     assert m["high"] - m["low"] == pytest.approx(expected, rel=0.08)
     assert m["low"] < m["value"] < m["high"]
     assert compute_metrics(one, bootstrap=4000)["asr"] == m
@@ -279,7 +343,7 @@ def test_base_and_joint_are_paired_with_the_rows() -> None:
     metrics = compute_metrics(ours, joint=joint)
     for name in ("fwt_gem", "intransigence"):
         assert metrics[name]["value"] == pytest.approx(0)
-        assert (metrics[name]["low"], metrics[name]["high"]) == (pytest.approx(0), pytest.approx(0)), name
+        assert 0 < width(metrics[name]) < 0.5 * width(metrics["asr"]), name
 
 
 def test_no_interval_says_why() -> None:
@@ -309,12 +373,12 @@ def test_aggregate_over_seeds() -> None:
     total = aggregate(metrics, [bootstrap_draws(r) for r in runs])
     values = [m["asr"]["value"] for m in metrics]
     assert total["asr"]["value"] == pytest.approx(np.mean(values)) and total["asr"]["n"] == 3
-    assert total["asr"]["se"] == pytest.approx(np.std(values, ddof=1) / math.sqrt(3))
+    assert total["asr"]["sd"] == pytest.approx(np.std(values, ddof=1))
     # between seeds the rates differ by far more than within one, so the interval must be wider
     assert total["asr"]["high"] - total["asr"]["low"] > metrics[1]["asr"]["high"] - metrics[1]["asr"]["low"]
     assert total["ft_cw"] == {k: total["ft_cw"][k] for k in ("value", "missing", "n", "definition", "source")}
     alone = aggregate(metrics[:1])["asr"]
-    assert alone["se"] is None and alone["low"] == metrics[0]["asr"]["low"]
+    assert alone["sd"] is None and alone["low"] == metrics[0]["asr"]["low"]
 
 
 def test_aggregate_counts_runs_that_lack_a_metric() -> None:

@@ -16,6 +16,7 @@ from clbench.errors import UserError
 from clbench.evaluation.records import TEST
 from clbench.metrics.compute import compute_metrics, wilson
 from clbench.metrics.definitions import all_metrics
+from clbench.metrics.paired import compare, lines
 from clbench.metrics.record import CRITERIA, Record, load_record
 from clbench.paths import results_root
 from clbench.terminal import show, tell
@@ -29,7 +30,8 @@ NOT_COMPARABLE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `clbench metrics`."""
-    parser.add_argument("path", metavar="PATH", help="a run, its eval folder, or a matrix as JSON, CSV, .npy or .npz")
+    parser.add_argument("path", metavar="PATH", nargs="+", help="a run, its eval folder, or a matrix as JSON, CSV, "
+                        ".npy or .npz; several runs: their paired differences")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--joint", metavar="RUN", help="multitask run on the same tasks, for intransigence")
     parser.add_argument("--single", metavar="RUN", help="single-task run on the same tasks, for ft_cw")
@@ -38,14 +40,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--bootstrap", type=whole, default=1000, metavar="N", help="resamplings (0: none)")
     parser.add_argument(
-        "--at-end", action="store_true", help="count success in the last state, not success at any time"
+        "--at-end", action="store_true", help="count success at the end of an episode, which goes on for "
+        "eval.steps_after_success steps after the first success, instead of success at any time"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the metrics of `args.path`; raises UserError."""
     criterion = CRITERIA[1] if args.at_end else None
-    record = load_record(default_run(args.path), criterion=criterion)
+    if len(args.path) > 1:
+        return _compare(args, criterion)
+    record = load_record(default_run(args.path[0]), criterion=criterion)
     metrics = compute_metrics(
         record,
         joint=load_record(default_run(args.joint), criterion=criterion) if args.joint else None,
@@ -56,7 +61,27 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         show(*json.dumps({"about": record.about, "metrics": metrics}, indent=1, allow_nan=False).split("\n"))
     else:
-        show(*format_text(record, metrics, str(args.path)))
+        show(*format_text(record, metrics, str(args.path[0])))
+    return 0
+
+
+def _compare(args: argparse.Namespace, criterion: str | None) -> int:
+    """Print the paired differences of several runs."""
+    if args.joint or args.single or args.assume_zero_base:
+        raise UserError("--joint, --single and --assume-zero-base are for one run; several are compared in pairs.")
+    if args.bootstrap < 2:
+        raise UserError("a comparison needs draws: --bootstrap 2 or more.")
+    runs = {Path(path).name: [load_record(default_run(path), criterion=criterion)] for path in args.path}
+    if len(runs) < len(args.path):
+        raise UserError("two of the runs have one name: a comparison tells them apart by it.")
+    found = compare(runs, bootstrap=args.bootstrap)
+    if args.json:
+        rows = [{**vars(d), "verdict": d.verdict} for d in found]
+        show(*json.dumps({"differences": rows}, indent=1, allow_nan=False).split("\n"))
+    elif found:
+        show(*lines(found, runs))
+    else:
+        raise UserError("the runs have no metric with an interval in common: episode records are needed.")
     return 0
 
 
@@ -124,9 +149,8 @@ def width_notes(record: Record, metrics: dict[str, dict[str, Any]]) -> list[str]
     notes += [f"some or all intervals are left out: {r}" for r in sorted(reasons)]
     if any(m.get("low") is not None for m in metrics.values()):
         notes.append(
-            "intervals resample the episodes of this run, the same ones in every row; they leave out the "
-            "spread between training seeds, and a cell at exactly 0 or 1 adds no width, so with few episodes "
-            "they are too narrow"
+            "intervals are about the success rates of these very checkpoints: they weigh the episodes of this run "
+            "anew, the same ones in every row, and leave out the spread between training seeds"
         )
     return notes
 

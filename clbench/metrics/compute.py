@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from clbench import registry
 from clbench.errors import UserError
@@ -16,6 +15,9 @@ from clbench.metrics.definitions import METRICS, FloatArray, Metric, Missing, al
 from clbench.metrics.record import BASE_ROW, Curve, Record
 
 Z_95 = 1.959963984540054
+HALVES = ("even", "odd")
+PER_VISIT = ("auc_clare", "fwt_clare", "nbt_clare", "nbt_libero", "asr", "bwt_gem", "nbt_final", "forgetting",
+             "forgetting_corrected")  # fmt: skip
 MAX_BOOTSTRAP = 100_000
 
 Inputs = dict[str, "FloatArray | str"]  # a string is the reason why the input is absent
@@ -72,7 +74,7 @@ def compute_metrics(
         except Missing as reason:
             entry["missing"] = str(reason)
         else:
-            low_high, no_interval = _interval(name, metric, drawn)
+            low_high, no_interval = _interval(name, metric, drawn, entry["value"])
             entry["low"], entry["high"] = low_high
             if no_interval:
                 entry["no_interval"] = no_interval
@@ -99,10 +101,10 @@ def bootstrap_draws(
     draws: dict[str, FloatArray] = {}
     for name, metric in all_metrics().items():
         try:
-            _evaluate(record, name, metric, inputs)
+            value = _evaluate(record, name, metric, inputs)
         except Missing:
             continue
-        values = _draws_of(name, metric, drawn)
+        values = _centred(name, metric, drawn, value)
         if not isinstance(values, str):
             draws[name] = values
     return draws
@@ -114,12 +116,14 @@ def aggregate(
     *,
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """Mean and standard error of every metric over runs that differ in their seed alone.
+    """Mean of every metric over runs that differ in their seed alone, with its interval.
 
-    Each entry is {"value": mean, "se": s/√n or None for n = 1, "n", "low", "high", "definition", "source"},
+    Each entry is {"value": mean, "sd": standard deviation over the runs or None for n = 1, "n", "low", "high",
+    "definition", "source"},
     or {"value": None, "missing", "n": 0, …}. A metric missing in some runs is averaged over the others;
     "missing_in" says in how many. The interval resamples runs and then episodes, from the runs'
-    `bootstrap_draws`; for one run it is that run's own.
+    `bootstrap_draws`; for one run it is that run's own. What resampling runs shows of their spread is widened by
+    √(n/(n−1)).
     """
     if not metrics:
         raise ValueError("no runs to aggregate")
@@ -135,19 +139,32 @@ def aggregate(
         values = np.array([entries[i]["value"] for i in have], dtype=float)
         n = len(values)
         entry: dict[str, Any] = {"value": float(values.mean()), "n": n, "low": None, "high": None}
-        entry["se"] = float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else None
+        entry["sd"] = float(values.std(ddof=1)) if n > 1 else None
         if n == 1:
             entry["low"], entry["high"] = entries[have[0]].get("low"), entries[have[0]].get("high")
         elif draws is not None and all(name in draws[i] for i in have):
             length = min(len(draws[i][name]) for i in have)
             if length > 1:
                 table = np.stack([draws[i][name][:length] for i in have])  # (n, B)
-                chosen = rng.integers(n, size=(n, length))  # resample the runs
-                entry["low"], entry["high"] = _percentiles(np.take_along_axis(table, chosen, axis=0).mean(axis=0))
+                entry["low"], entry["high"] = _percentiles(over_runs(values, table, rng)[1])
         if n < len(entries):
             entry["missing_in"] = len(entries) - n
         result[name] = entry | about
     return result
+
+
+def over_runs(values: FloatArray, table: FloatArray, rng: np.random.Generator) -> tuple[float, FloatArray]:
+    """The mean of n runs' values (n,), and (B,) draws of it from theirs, (n, B): runs first, then episodes.
+
+    Drawing n runs with replacement shows (n − 1)/n of their variance: that part is widened by √(n/(n−1)).
+    """
+    n = len(values)
+    if n == 1:
+        return float(values[0]), table[0]
+    chosen = rng.integers(n, size=table.shape)
+    drawn = np.take_along_axis(table, chosen, axis=0).mean(axis=0)
+    drawn += (math.sqrt(n / (n - 1)) - 1) * (values[chosen].mean(axis=0) - values.mean())
+    return float(values.mean()), drawn
 
 
 # ---------------------------------------------------------------------------------------------- inputs
@@ -157,6 +174,8 @@ def _gather(record: Record, joint: Record | None, single: Record | None, assume_
     """The metrics' inputs by name; a string says why one is absent."""
     n = len(record.tasks)
     inputs: Inputs = {"success": record.success, "final": _final_row(record)}
+    inputs["task"] = np.array([record.tasks.index(t) for t in record.tasks])
+    inputs["even"], inputs["odd"] = (_half(record, part) for part in range(len(HALVES)))
     if record.base is not None:
         inputs["base"] = record.base
     elif assume_zero_base:
@@ -186,6 +205,20 @@ def _gather(record: Record, joint: Record | None, single: Record | None, assume_
             raise UserError(f"--joint {joint.source}: expected the single row of a multitask run, got {what}.")
         inputs["joint"] = joint.success[-1, _columns(record, joint, "--joint")]
     return inputs
+
+
+def _half(record: Record, part: int) -> FloatArray | str:
+    """(K, N) rates over every second episode of a cell, by their seeds, from the first (0) or the second (1) on."""
+    rates = np.full(record.success.shape, np.nan)
+    for i, k in enumerate(record.rows):
+        for j in range(len(record.tasks)):
+            if math.isnan(record.success[i, j]):
+                continue
+            outcomes = record.outcomes.get((k, j), {})
+            if len(outcomes) < 2:
+                return f"fewer than two episodes recorded at k={k} j={j}: no halves to choose and to judge by"
+            rates[i, j] = np.mean([outcomes[s] for s in sorted(outcomes)[part::2]])
+    return rates
 
 
 def _final_row(record: Record) -> FloatArray | str:
@@ -255,6 +288,8 @@ def _package(name: str) -> str:
 
 def _remark(record: Record, name: str, assume_zero_base: bool) -> str:
     """What the definition must add for this record."""
+    if name in PER_VISIT and len(set(record.tasks)) < len(record.tasks):
+        return " [a task counts once per visit]"
     if name == "fwt_gem" and record.base is None and assume_zero_base:
         return " [base assumed 0]"
     if name == "forgetting" and record.success.shape[0] == record.success.shape[1]:
@@ -270,8 +305,10 @@ def _remark(record: Record, name: str, assume_zero_base: bool) -> str:
 def _resample(record: Record, joint: Record | None, inputs: Inputs, bootstrap: int, seed: int) -> Inputs:
     """The inputs with a leading axis of B draws; a string says why an input has none.
 
-    A draw gives every episode seed of a task a weight (a multinomial of as many episodes). The weights serve
-    all rows of that task's column, the base and the joint run too: an episode starts alike in each.
+    A Bayesian bootstrap (Rubin 1981) with Jeffreys' prior: a draw gives every episode seed a weight from Exp(1), and
+    every cell half a success and half a failure, on average, of its own; so a cell's rate has the posterior
+    Beta(s + ½, f + ½) of s successes and f failures, which is never of width 0. A seed has one weight in all rows and
+    all tasks, the base and the joint run: an episode starts alike in each row, and tasks that share seeds may, too.
     """
     if not 0 <= bootstrap <= MAX_BOOTSTRAP:
         raise UserError(f"--bootstrap {bootstrap}: expected a number from 0 (no intervals) to {MAX_BOOTSTRAP}.")
@@ -279,74 +316,72 @@ def _resample(record: Record, joint: Record | None, inputs: Inputs, bootstrap: i
     if bootstrap == 0:
         return drawn
     drawn["curves"] = drawn["single"] = "learning curves keep no episode records"
-    if not isinstance(inputs["fractions"], str):
-        drawn["fractions"] = inputs["fractions"]
+    for name in ("fractions", "task"):  # known, not measured
+        if not isinstance(inputs[name], str):
+            drawn[name] = inputs[name]
 
-    records = [record] + ([joint] if joint is not None else [])
-    weights = _episode_weights(records, bootstrap, seed)
-    drawn["success"] = drawn["final"] = success = _resampled_rows(record, record.rows, record.success, weights)
+    draws = _Draws(bootstrap, seed)
+    drawn["success"] = drawn["final"] = success = draws.rows(record, record.rows, record.success)
     if not isinstance(success, str):
         drawn["final"] = success[:, -1]
+    for part, name in enumerate(HALVES):
+        drawn[name] = inputs[name] if isinstance(inputs[name], str) else draws.rows(
+            record, record.rows, record.success, part
+        )  # fmt: skip
     if record.base is None:
         drawn["base"] = inputs["base"]  # absent, or assumed 0 and then not random
     else:
-        base = _resampled_rows(record, [BASE_ROW], record.base[None], weights)
+        base = draws.rows(record, [BASE_ROW], record.base[None])
         drawn["base"] = base if isinstance(base, str) else base[:, 0]
     if joint is not None:
-        rows = _resampled_rows(joint, joint.rows, joint.success, weights)
+        rows = draws.rows(joint, joint.rows, joint.success)
         where = _columns(record, joint, "--joint")
         drawn["joint"] = rows if isinstance(rows, str) else rows[:, -1, where]
     if record.heldout is not None:
         held = record.heldout
-        rows = _resampled_rows(held, held.rows, held.success, _episode_weights([held], bootstrap, seed))
+        rows = draws.rows(held, held.rows, held.success)
         drawn["heldout"] = rows if isinstance(rows, str) else rows[:, -1]
     return drawn
 
 
-def _episode_weights(
-    records: Sequence[Record], bootstrap: int, seed: int
-) -> dict[str, tuple[dict[int, int], npt.NDArray[np.int64]]]:
-    """{task: ({episode seed: column}, weights (B, S))}; a task visited twice has one set of episodes."""
-    seeds: dict[str, set[int]] = {}
-    for record in records:
-        for (_, j), outcomes in record.outcomes.items():
-            seeds.setdefault(record.tasks[j], set()).update(outcomes)
-    weights = {}
-    for task, known in seeds.items():
-        rng = np.random.default_rng([seed, zlib.crc32(task.encode())])
-        column = {s: i for i, s in enumerate(sorted(known))}
-        weights[task] = (
-            column,
-            rng.multinomial(len(column), np.full(len(column), 1 / len(column)), size=bootstrap),
-        )
-    return weights
+class _Draws:
+    """B draws of rates. Those of runs whose episodes have the same seeds are paired: draw b weighs a seed alike."""
 
+    def __init__(self, bootstrap: int, seed: int) -> None:
+        self.bootstrap, self.seed = bootstrap, seed
+        self._weights: dict[int, FloatArray] = {}
 
-def _resampled_rows(
-    record: Record,
-    rows: Sequence[int],
-    rates: FloatArray,
-    weights: Mapping[str, tuple[dict[int, int], npt.NDArray[np.int64]]],
-) -> FloatArray | str:
-    """(B, len(rows), N) resampled rates, NaN where not evaluated, or why there are none."""
-    bootstrap = len(next(iter(weights.values()))[1]) if weights else 0
-    drawn = np.full((bootstrap, *rates.shape), np.nan)
-    for i, k in enumerate(rows):
-        for j, task in enumerate(record.tasks):
-            if np.isnan(rates[i, j]):
-                continue
-            outcomes = record.outcomes.get((k, j))
-            if outcomes is None:
-                return "no episode records" if not record.outcomes else f"no episode records of k={k} j={j}"
-            if len(outcomes) < 2:
-                return f"one episode at k={k} j={j}: nothing to resample"
-            column, weight = weights[task]
-            chosen = weight[:, [column[s] for s in outcomes]]
-            total = chosen.sum(axis=1)
-            hits = chosen @ np.fromiter(outcomes.values(), dtype=float)
-            # A cell with few of its column's seeds may come out empty: that draw is left out.
-            drawn[:, i, j] = np.divide(hits, total, out=np.full(bootstrap, np.inf), where=total > 0)
-    return drawn
+    def _of(self, episode_seed: int) -> FloatArray:
+        """(B,) the weights of an episode seed."""
+        if episode_seed not in self._weights:
+            rng = np.random.default_rng([self.seed, episode_seed])
+            self._weights[episode_seed] = rng.exponential(size=self.bootstrap)
+        return self._weights[episode_seed]
+
+    def rows(self, record: Record, rows: Sequence[int], rates: FloatArray, part: int | None = None) -> FloatArray | str:
+        """(B, len(rows), N) drawn rates, NaN where not evaluated, or why there are none. `part`: of a half, 0 or 1."""
+        drawn = np.full((self.bootstrap, *rates.shape), np.nan)
+        run = zlib.crc32(f"{record.source}{record.manifest.get('run_id')}".encode())
+        for i, k in enumerate(rows):
+            for j in range(len(record.tasks)):
+                if np.isnan(rates[i, j]):
+                    continue
+                outcomes = record.outcomes.get((k, j))
+                if outcomes is None:
+                    return "no episode records" if not record.outcomes else f"no episode records of k={k} j={j}"
+                if len(outcomes) < 2:
+                    return f"one episode at k={k} j={j}: nothing to resample"
+                seeds = sorted(outcomes)[slice(part, None, 1 if part is None else 2)]
+                weight = np.stack([self._of(s) for s in seeds], axis=1)  # (B, S)
+                first = record.tasks.index(record.tasks[j])  # a repeated task's columns have the same episodes
+                rng = np.random.default_rng([self.seed, run, k + 1, first, 2 if part is None else part])
+                success, failure = rng.gamma(0.5, size=(2, self.bootstrap))
+                hits = weight @ np.array([outcomes[s] for s in seeds], dtype=float)
+                rate = (hits + success) / (weight.sum(axis=1) + success + failure)
+                # The posterior's variance is p(1 − p)/(S + 2), and p(1 − p) of S episodes (S − 1)/S of the true one.
+                wider = math.sqrt((len(seeds) + 2) / max(1, len(seeds) - 1))
+                drawn[:, i, j] = rate.mean() + wider * (rate - rate.mean())
+        return drawn
 
 
 def _draws_of(name: str, metric: Metric, drawn: Inputs) -> FloatArray | str:
@@ -357,9 +392,7 @@ def _draws_of(name: str, metric: Metric, drawn: Inputs) -> FloatArray | str:
         if isinstance(value, str):
             return value
         arguments.append(value)
-    with np.errstate(invalid="ignore"):  # inf - inf in the draws that are left out
-        values = np.atleast_1d(_computed(name, metric, arguments))
-    return values[np.isfinite(values)]
+    return np.atleast_1d(_computed(name, metric, arguments))
 
 
 def _percentiles(values: FloatArray) -> tuple[float, float]:
@@ -367,10 +400,21 @@ def _percentiles(values: FloatArray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _interval(name: str, metric: Metric, drawn: Inputs) -> tuple[tuple[float | None, float | None], str | None]:
+def _interval(
+    name: str, metric: Metric, drawn: Inputs, value: float
+) -> tuple[tuple[float | None, float | None], str | None]:
+    """The bounds, or why there are none."""
+    values = _centred(name, metric, drawn, value)
+    return ((None, None), values) if isinstance(values, str) else (_percentiles(values), None)
+
+
+def _centred(name: str, metric: Metric, drawn: Inputs, value: float) -> FloatArray | str:
+    """(B,) draws of one metric, moved to have `value` as their mean, or why there are none.
+
+    The prior pulls every cell towards ½; over many cells that would add up. So draws tell how far the value may be off,
+    and not where it is.
+    """
+    if metric.no_interval is not None:
+        return metric.no_interval
     values = _draws_of(name, metric, drawn)
-    if isinstance(values, str):
-        return (None, None), values
-    if len(values) < 2:
-        return (None, None), "too few draws had an episode in every cell"
-    return _percentiles(values), None
+    return values if isinstance(values, str) else (values - values.mean() + value).clip(*metric.bounds)

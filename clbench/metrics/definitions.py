@@ -20,6 +20,7 @@ from clbench import registry
 from clbench.errors import UserError
 
 FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
 LIBERO_POINTS = 11  # learning curves at 0, 0.1, …, 1 of a task's training
 
 
@@ -39,6 +40,8 @@ class Metric:
         source: the paper.
         of: what of a matrix it is of: "final row" is all that a jointly trained policy has, "diagonal" all that
             independent policies have.
+        no_interval: why its value has no interval; None = it has one.
+        bounds: the least and the greatest value that it can have.
     """
 
     function: Callable[..., Any]
@@ -47,6 +50,8 @@ class Metric:
     source: str
     higher_is_better: bool
     of: str = "matrix"
+    no_interval: str | None = None
+    bounds: tuple[float, float] = (-np.inf, np.inf)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "__doc__", self.function.__doc__)
@@ -58,6 +63,9 @@ class Metric:
 # What a metric may ask for, N tasks: name → shape and meaning.
 INPUTS = {
     "success": "(..., N, N), row k after visit k, column j task j",
+    "task": "(N,), which task a column is of: columns of one task have one number",
+    "even": "(..., N, N), as success, of every second episode of a cell",
+    "odd": "(..., N, N), of the other episodes",
     "final": "(..., N), the last row",
     "base": "(..., N), the base before the stream",
     "heldout": "(..., M), the last checkpoint on tasks outside the stream",
@@ -67,10 +75,18 @@ INPUTS = {
     "single": "(N, E), the curves of single-task runs",
 }
 OF = ("matrix", "final row", "diagonal")
+RATE, DIFFERENCE = (0.0, 1.0), (-1.0, 1.0)
 
 
 def metric(
-    inputs: tuple[str, ...], definition: str, source: str, *, higher_is_better: bool, of: str = "matrix"
+    inputs: tuple[str, ...],
+    definition: str,
+    source: str,
+    *,
+    higher_is_better: bool,
+    of: str = "matrix",
+    no_interval: str | None = None,
+    bounds: tuple[float, float] = (-np.inf, np.inf),
 ) -> Callable[[Callable[..., Any]], Metric]:
     """Make a metric of a function: see `Metric`. A plugin names it in the entry point group `clbench.metrics`.
 
@@ -81,10 +97,11 @@ def metric(
     if unknown or of not in OF:
         wrong = unknown[0] if unknown else of
         raise ValueError(f"a metric takes {', '.join(INPUTS)}, of {' | '.join(OF)}; not {wrong}.")
-    return lambda function: Metric(function, inputs, definition, source, higher_is_better, of)
+    return lambda function: Metric(function, inputs, definition, source, higher_is_better, of, no_interval, bounds)
 
 
 _CLARE, _LIBERO = "CLARE, arXiv 2601.09512", "LIBERO, arXiv 2306.03310"
+_BIASED = "forgetting takes a maximum of noisy rates, which is biased upwards: see forgetting_corrected"
 _GEM, _CHAUDHRY = "Lopez-Paz & Ranzato 2017 (GEM)", "Chaudhry et al. 2018"
 _HU, _CW = "Hu et al. 2026, arXiv 2603.11653", "Continual World, arXiv 2105.10919"
 
@@ -114,6 +131,21 @@ def _need(cells: FloatArray, used: npt.NDArray[np.bool_], prefix: str = "success
     first = "; ".join(" ".join(f"{a}={i}" for a, i in zip(axes, index, strict=True)) for index in where[:3])
     more = f" and {len(where) - 3} more" if len(where) > 3 else ""
     raise Missing(f"{prefix} not evaluated at {first}{more}")
+
+
+def _first_visits(task: IntArray) -> npt.NDArray[np.bool_]:
+    """(N,) whether a column is the first of its task."""
+    return np.array([t not in task[:j] for j, t in enumerate(task)])
+
+
+def _by_task(terms: dict[int, FloatArray], task: IntArray) -> Any:
+    """The mean over tasks of the mean over their columns. `terms`: column → (...)."""
+    if _first_visits(task).all():
+        raise Missing("every task is visited once: it is the same as the one without _tasks")
+    of: dict[int, list[FloatArray]] = {}
+    for j, term in terms.items():
+        of.setdefault(int(task[j]), []).append(term)
+    return np.mean([np.mean(found, axis=0) for found in of.values()], axis=0)
 
 
 def _lower(n: int) -> npt.NDArray[np.bool_]:
@@ -150,7 +182,7 @@ def _need_curves(curves: FloatArray) -> None:
 
 @metric(
     ("success",), "mean over tasks n of mean R[m][n], m >= n", _CLARE,
-    higher_is_better=True,
+    higher_is_better=True, bounds=RATE,
 )  # fmt: skip
 def auc_clare(success: FloatArray) -> Any:
     """1/N Σ_n mean_{m≥n} R[m, n]: success on each task since it was learned. CLARE, 2601.09512."""
@@ -161,7 +193,7 @@ def auc_clare(success: FloatArray) -> Any:
 
 @metric(
     ("success",), "mean R[n][n] (diagonal: ability to learn, not transfer)", _CLARE,
-    higher_is_better=True, of="diagonal",
+    higher_is_better=True, bounds=RATE, of="diagonal",
 )  # fmt: skip
 def fwt_clare(success: FloatArray) -> Any:
     """1/N Σ_n R[n, n]: success when a task has just been learned; no transfer. CLARE, 2601.09512."""
@@ -172,7 +204,7 @@ def fwt_clare(success: FloatArray) -> Any:
 
 @metric(
     ("success",), "mean over n < N-1 of mean (R[n][n] - R[m][n]), m > n", _CLARE,
-    higher_is_better=False,
+    higher_is_better=False, bounds=DIFFERENCE,
 )  # fmt: skip
 def nbt_clare(success: FloatArray) -> Any:
     """1/(N−1) Σ_{n<N−1} mean_{m>n} (R[n, n] − R[m, n]): loss since learning. CLARE, 2601.09512."""
@@ -184,7 +216,7 @@ def nbt_clare(success: FloatArray) -> Any:
 
 @metric(
     ("success",), "nbt_clare * (N-1)/N (the last task counts as 0)", _LIBERO,
-    higher_is_better=False,
+    higher_is_better=False, bounds=DIFFERENCE,
 )  # fmt: skip
 def nbt_libero(success: FloatArray) -> Any:
     """`nbt_clare`·(N−1)/N: the last task counts as a loss of 0. LIBERO, arXiv 2306.03310.
@@ -198,7 +230,7 @@ def nbt_libero(success: FloatArray) -> Any:
 
 @metric(
     ("curves", "fractions"), "mean of each task's 11-point learning curve, held at its best", _LIBERO,
-    higher_is_better=True, of="diagonal",
+    higher_is_better=True, bounds=RATE, of="diagonal",
 )  # fmt: skip
 def fwt_libero(curves: FloatArray, fractions: FloatArray) -> Any:
     """Mean of each task's learning curve at 11 equal steps, held at its best. LIBERO, 2306.03310."""
@@ -207,7 +239,7 @@ def fwt_libero(curves: FloatArray, fractions: FloatArray) -> Any:
 
 @metric(
     ("success", "curves", "fractions"), "mean over k of (curve mean of k + sum R[m][k], m > k) / (N-k)", _LIBERO,
-    higher_is_better=True,
+    higher_is_better=True, bounds=RATE,
 )  # fmt: skip
 def auc_libero(success: FloatArray, curves: FloatArray, fractions: FloatArray) -> Any:
     """Mean over k of (FWT_k + Σ_{m>k} R[m, k])/(N−k), FWT_k the mean of k's curve. LIBERO, 2306.03310."""
@@ -219,7 +251,7 @@ def auc_libero(success: FloatArray, curves: FloatArray, fractions: FloatArray) -
 
 @metric(
     ("final",), "mean of the last row (ACC in GEM)", 'AlphaBrain; ' + _GEM,
-    higher_is_better=True, of="final row",
+    higher_is_better=True, bounds=RATE, of="final row",
 )  # fmt: skip
 def asr(final: FloatArray) -> Any:
     """mean_j R[N−1, j]: success of the last checkpoint over all tasks ("ACC" in Lopez-Paz & Ranzato 2017)."""
@@ -229,7 +261,7 @@ def asr(final: FloatArray) -> Any:
 
 @metric(
     ("success",), "mean (R[N-1][j] - R[j][j]), j < N-1; negative = forgetting", _GEM,
-    higher_is_better=True,
+    higher_is_better=True, bounds=DIFFERENCE,
 )  # fmt: skip
 def bwt_gem(success: FloatArray) -> Any:
     """1/(N−1) Σ_{j<N−1} (R[N−1, j] − R[j, j]); negative = forgetting. Lopez-Paz & Ranzato 2017 (GEM)."""
@@ -239,8 +271,41 @@ def bwt_gem(success: FloatArray) -> Any:
 
 
 @metric(
+    ("success", "task"), "nbt_clare, each task once: the mean over tasks of the mean over their visits", _CLARE,
+    higher_is_better=False, bounds=DIFFERENCE,
+)  # fmt: skip
+def nbt_clare_tasks(success: FloatArray, task: IntArray) -> Any:
+    """mean_t mean_{n<N−1 of t} mean_{m>n} (R[n, n] − R[m, n]): `nbt_clare` with each task counted once."""
+    n = _tasks(success, at_least=2)
+    _need(success, _lower(n))
+    lost = {j: (success[..., j, j, None] - success[..., j + 1 :, j]).mean(axis=-1) for j in range(n - 1)}
+    return _by_task(lost, task)
+
+
+@metric(
+    ("success", "task"), "bwt_gem, each task once: the mean over tasks of the mean over their visits", _GEM,
+    higher_is_better=True, bounds=DIFFERENCE,
+)  # fmt: skip
+def bwt_gem_tasks(success: FloatArray, task: IntArray) -> Any:
+    """mean_t mean_{j<N−1 of t} (R[N−1, j] − R[j, j]): `bwt_gem` with each task counted once."""
+    n = _tasks(success, at_least=2)
+    _need(success, _last_and_diagonal(n))
+    return _by_task({j: success[..., -1, j] - success[..., j, j] for j in range(n - 1)}, task)
+
+
+@metric(
+    ("final", "task"), "asr, each task once", "AlphaBrain; " + _GEM,
+    higher_is_better=True, bounds=RATE, of="final row",
+)  # fmt: skip
+def asr_tasks(final: FloatArray, task: IntArray) -> Any:
+    """mean_t R[N−1, t]: `asr` with each task counted once."""
+    _need(final, np.ones(final.shape[-1], dtype=bool), "final success")
+    return _by_task({j: final[..., j] for j in range(final.shape[-1])}, task)
+
+
+@metric(
     ("success",), "-bwt_gem (loss at the last checkpoint)", _HU,
-    higher_is_better=False,
+    higher_is_better=False, bounds=DIFFERENCE,
 )  # fmt: skip
 def nbt_final(success: FloatArray) -> Any:
     """−`bwt_gem`: the loss seen by the last checkpoint alone. NBT in Hu et al. 2026, arXiv 2603.11653."""
@@ -248,25 +313,28 @@ def nbt_final(success: FloatArray) -> Any:
 
 
 @metric(
-    ("success", "base"), "mean over j >= 1 of (R[j-1][j] - base[j])", _GEM,
-    higher_is_better=True,
+    ("success", "base", "task"), "mean over first visits j >= 1 of (R[j-1][j] - base[j])", _GEM,
+    higher_is_better=True, bounds=DIFFERENCE,
 )  # fmt: skip
-def fwt_gem(success: FloatArray, base: FloatArray) -> Any:
-    """1/(N−1) Σ_{j≥1} (R[j−1, j] − b[j]), b = success before any learning. Lopez-Paz & Ranzato 2017 (GEM).
+def fwt_gem(success: FloatArray, base: FloatArray, task: IntArray) -> Any:
+    """Mean over j ≥ 1 of R[j−1, j] − b[j], b = success before any learning. Lopez-Paz & Ranzato 2017 (GEM).
 
-    Deviation: b is the pretrained base's success; GEM starts from a random initialisation.
+    Deviations: b is the pretrained base's success; GEM starts from a random initialisation. A column whose task was
+    visited before has been learned, and does not count; GEM's streams visit each task once.
     """
     n = _tasks(success, at_least=2)
-    _need(success, np.eye(n, k=1, dtype=bool))
-    used = np.ones(n, dtype=bool)
+    used = _first_visits(task)
     used[0] = False
+    if not used.any():
+        raise Missing("the stream has one task: nothing is learned before another")
+    _need(success, np.eye(n, k=1, dtype=bool) & used)
     _need(base, used, "base success")
-    return np.mean([success[..., j - 1, j] - base[..., j] for j in range(1, n)], axis=0)
+    return np.mean([success[..., j - 1, j] - base[..., j] for j in np.flatnonzero(used)], axis=0)
 
 
 @metric(
     ("success",), "mean over j < N-1 of (max R[l][j] - R[N-1][j]), evaluated l < N-1", _CHAUDHRY,
-    higher_is_better=False,
+    higher_is_better=False, bounds=DIFFERENCE, no_interval=_BIASED,
 )  # fmt: skip
 def forgetting(success: FloatArray) -> Any:
     """1/(N−1) Σ_{j<N−1} (max_{l<N−1} R[l, j] − R[N−1, j]), over evaluated cells. Chaudhry et al. 2018."""
@@ -282,20 +350,49 @@ def forgetting(success: FloatArray) -> Any:
 
 
 @metric(
-    ("success",), "mean R[k][j], j > k (tasks not yet learned)", _HU,
-    higher_is_better=True,
+    ("even", "odd"), "forgetting, with the best l chosen by half of the episodes and judged by the other half",
+    "after " + _CHAUDHRY, higher_is_better=False, bounds=DIFFERENCE,
 )  # fmt: skip
-def zero_shot(success: FloatArray) -> Any:
-    """Mean of R[k, j] over j > k: success on tasks not yet learned. Hu et al. 2026, arXiv 2603.11653."""
+def forgetting_corrected(even: FloatArray, odd: FloatArray) -> Any:
+    """mean_{j<N−1} ½ Σ_{(A,B)} (A[l*, j] − A[N−1, j]), l* = argmax_{l<N−1} B[l, j], over both halves as A, B the other.
+
+    What chooses the best checkpoint does not judge it, so there is no bias upwards: 0 on average where nothing is
+    forgotten. Where several checkpoints are nearly equal the chosen one may not be the best; the bias is then
+    downwards, by less than their differences.
+    """
+    n = _tasks(even, at_least=2)
+    forgetting(even), forgetting(odd)  # raises Missing where the cells are not there
+    return np.mean([_lost_since(chosen, judged, n) for chosen, judged in ((even, odd), (odd, even))], axis=0)
+
+
+def _lost_since(chosen: FloatArray, judged: FloatArray, n: int) -> Any:
+    """Mean over tasks of what `judged` lost since the checkpoint that is best in `chosen`; both (..., N, N)."""
+    earlier = chosen[..., :-1, :-1]
+    best = np.argmax(np.where(np.isnan(earlier), -np.inf, earlier), axis=-2)[..., None, :]  # (..., 1, N-1)
+    then = np.take_along_axis(judged[..., :-1, :-1], best, axis=-2)[..., 0, :]
+    return (then - judged[..., -1, :-1]).mean(axis=-1)
+
+
+@metric(
+    ("success", "task"), "mean R[k][j] over tasks that were not yet visited", _HU,
+    higher_is_better=True, bounds=RATE,
+)  # fmt: skip
+def zero_shot(success: FloatArray, task: IntArray) -> Any:
+    """Mean of R[k, j] where j's task was not visited up to k. Hu et al. 2026, arXiv 2603.11653.
+
+    Where every task is visited once these are the cells j > k.
+    """
     n = _tasks(success, at_least=2)
-    used = np.triu(np.ones((n, n), dtype=bool), k=1)
+    used = np.array([[task[j] not in task[: k + 1] for j in range(n)] for k in range(n)])
+    if not used.any():
+        raise Missing("the stream has one task: there is none that was not visited")
     _need(success, used)
     return success[..., used].mean(axis=-1)
 
 
 @metric(
     ("heldout",), "mean last-checkpoint success on tasks outside the stream", _HU,
-    higher_is_better=True, of="final row",
+    higher_is_better=True, bounds=RATE, of="final row",
 )  # fmt: skip
 def zero_shot_heldout(heldout: FloatArray) -> Any:
     """Mean success of the last checkpoint on tasks outside the stream. Hu et al. 2026, arXiv 2603.11653."""
@@ -304,11 +401,14 @@ def zero_shot_heldout(heldout: FloatArray) -> Any:
 
 
 @metric(
-    ("success", "joint"), "mean (R_joint[k] - R[k][k])", _CHAUDHRY,
-    higher_is_better=False, of="diagonal",
+    ("success", "joint"), "mean (R_joint[k] - R[k][k]), joint on all tasks", "after " + _CHAUDHRY,
+    higher_is_better=False, bounds=DIFFERENCE, of="diagonal",
 )  # fmt: skip
 def intransigence(success: FloatArray, joint: FloatArray) -> Any:
-    """mean_k (R_joint[k] − R[k, k]): the cost of learning in sequence. Chaudhry et al. 2018."""
+    """mean_k (R_joint[k] − R[k, k]): the cost of learning in sequence. After Chaudhry et al. 2018.
+
+    Deviation: one joint run on all N tasks is the reference of every k; Chaudhry's is joint training on tasks 1…k.
+    """
     n = _tasks(success)
     _need(success, np.eye(n, dtype=bool))
     _need(joint, np.ones(n, dtype=bool), "the joint run's success")

@@ -146,10 +146,10 @@ def _full(m: dict[str, Any], reason: bool) -> str:
     if m["value"] is None:
         return f"missing: {m['missing']}" if reason else tables.NONE
     text = f"{m['value']:z.3f}"
-    if m.get("se") is not None:
-        text += f" ± {m['se']:.3f}"
     if m.get("low") is not None:
         text += f" [{m['low']:z.3f}, {m['high']:z.3f}]"
+    if m.get("sd") is not None:
+        text += f", spread over seeds {m['sd']:.3f}"
     return text + (f" (n={m['n']})" if m.get("missing_in") else "")
 
 

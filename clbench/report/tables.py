@@ -16,8 +16,9 @@ METRIC_COLUMNS = {"AUC": "auc_clare", "FWT": "fwt_clare", "NBT": "nbt_clare", "A
 COST_COLUMNS = ("added params", "exemplars", "state", "train min", "eval min", "peak memory")
 CAPTION = (
     "AUC, FWT and NBT as in CLARE (FWT is the diagonal), not as in LIBERO, ASR: mean of the last row, BWT as in GEM; "
-    "mean ± standard error over seeds, or the 95 % bootstrap interval of one seed. Pretraining tasks: the base's own, "
-    "before → after the stream. State: what the method itself keeps (anchors, masks, references)."
+    "95 % intervals: of one seed about these very checkpoints, of several about the method over training seeds, with "
+    "base and demonstrations as they are. Pretraining tasks: the base's own, before → after the stream. State: "
+    "what the method itself keeps (anchors, masks, references)."
 )
 
 
@@ -70,13 +71,11 @@ def rows(groups: Sequence[Group]) -> list[list[str]]:
 
 
 def metric_text(m: dict[str, Any]) -> str:
-    """mean ± s.e., or value [low, high], or –; (n) after a mean that lacks some seeds."""
+    """value [low, high], or –; (n) after a mean that lacks some seeds."""
     if m["value"] is None:
         return NONE
     text = f"{m['value']:z.3f}"
-    if m.get("se") is not None:
-        text += f" ± {m['se']:.3f}"
-    elif m.get("low") is not None:
+    if m.get("low") is not None:
         text += f" [{m['low']:z.2f}, {m['high']:z.2f}]"
     return text + (f" (n={m['n']})" if m.get("missing_in") else "")
 
