@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 
 from clbench import processes, registry
-from clbench.envs.base import EVAL_SEED_BASE, STATE_KEY, Observation, SimulatorFamily, Step
+from clbench.envs.base import SEEDS_PER_SPLIT, STATE_KEY, Observation, SimulatorFamily, Step
 from clbench.envs.metaworld import INSTRUCTIONS
 from clbench.errors import UserError
 from clbench.evaluation import worker
+from clbench.evaluation.seeds import RULE, EpisodeSeeds
 
 STEP_S = 0.002
 
@@ -54,7 +55,8 @@ class Simulator:
         self._fail("make", "make")
 
     def reset(self, seed: int) -> Observation:
-        self.episode, self.steps = seed - EVAL_SEED_BASE, 0
+        first = EpisodeSeeds(RULE, "test", 0, self.task).of(0)
+        self.episode, self.steps = (seed - first) % SEEDS_PER_SPLIT, 0
         self._fail(str(self.episode), "reset")
         self.x = np.random.default_rng([seed, len(self.task)]).normal(size=39).astype(np.float32)
         return {STATE_KEY: self.x.copy()}

@@ -18,6 +18,7 @@ import pytest
 from clbench.checkpoints.run_folder import save_checkpoint
 from clbench.cli import main
 from clbench.evaluation.records import CellFile
+from clbench.evaluation.seeds import RULE, EpisodeSeeds
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "compute_cl_matrix_metrics.py"
@@ -448,7 +449,8 @@ def test_eval_writes_and_prints_whose_matrix_it_is(
     out = tmp_path / "out"
     for j in range(3):
         cell = CellFile(out / "mine/eval", 2, j)
-        cell.append({"k": 2, "j": j, "episode": 0, "seed": 1_000_000, "success_once": True, "success_at_end": True})
+        seed = EpisodeSeeds(RULE, "test", 0, manifest["visits"][j]["task"]).of(0)
+        cell.append({"k": 2, "j": j, "episode": 0, "seed": seed, "success_once": True, "success_at_end": True})
     assert main(["eval", "--run-id", "mine", "--trials", "1", "--last-only", "--output-base", str(out)]) == 0
     label = "object poses instead of camera images"
     assert f"privileged observations: {label}\n" in capsys.readouterr().out

@@ -27,6 +27,7 @@ from clbench.config.compose import to_yaml
 from clbench.envs.base import EVAL_SEED_BASE, Step
 from clbench.errors import RESUME_EXIT
 from clbench.evaluation.records import CellFile, build_matrix
+from clbench.evaluation.seeds import RULE, EpisodeSeeds
 from clbench.io import read_json, read_jsonl, write_json, write_text
 from clbench.rollout.rollout import Episode, SimulatorPool, Watch, run_episodes
 from clbench.testing.toy import STREAM, toy_config
@@ -93,6 +94,10 @@ def in_child(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest
         program.chmod(0o755)
         monkeypatch.setenv("FAULTY_PYTHON", str(program))
     return request.param == "child"
+
+
+def seed_of(task: str, episode: int = 0, split: str = "test", seed: int = 0) -> int:
+    return EpisodeSeeds(RULE, split, seed, task).of(episode)
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
@@ -222,7 +227,7 @@ def test_a_cell_that_fails_again_and_again_is_named_and_tried_again(
     (message,) = [line for line in done.stderr.splitlines() if line.startswith("clbench:")]
     assert "2 cells could not be evaluated" in message and "tries it again" in message and a in message
     first, second = read_json(evaluation(out) / "failures.json")
-    assert first == {"k": 2, "j": 0, "task": a, "episode": 0, "seed": 1_000_000, "attempts": 2,
+    assert first == {"k": 2, "j": 0, "task": a, "episode": 0, "seed": seed_of(a), "attempts": 2,
                      "reason": "the simulator raised RuntimeError: the physics blew up"}  # fmt: skip
     assert (second["j"], second["episode"], second["attempts"]) == (1, 1, 2) and "reset did not" in second["reason"]
     matrix = read_json(evaluation(out) / "matrix.json")
@@ -357,6 +362,25 @@ def test_shares_played_at_once_leave_what_one_evaluation_leaves(run: Path, tmp_p
     assert done.returncode == 2 and "has no checkpoint 3 yet: it has 3, counted from 0" in done.stderr
 
 
+def test_episodes_of_the_earlier_rule_go_on_with_it(run: Path, undisturbed: Files, tmp_path: Path) -> None:
+    """Results of versions whose tasks shared their episodes' seeds are continued with these, and say so."""
+    assert finish(start(run, tmp_path)).returncode == 0
+    settings = evaluation(tmp_path) / "settings.json"
+    seeds = {j: read_jsonl(evaluation(tmp_path) / f"cells/k02_j{j:02d}.jsonl")[0]["seed"] for j in range(3)}
+    assert seeds == {j: seed_of(task) for j, task in enumerate(STREAM)} and len(set(seeds.values())) == 3
+    assert read_json(settings)["episode_seeds"] == "by_task"
+    before = read_json(settings)
+    del before["episode_seeds"]
+    write_json(settings, before)
+    for cell in (evaluation(tmp_path) / "cells").glob("*.jsonl"):
+        cell.unlink()
+    assert finish(start(run, tmp_path)).returncode == 0
+    for j in range(3):
+        rows = read_jsonl(evaluation(tmp_path) / f"cells/k02_j{j:02d}.jsonl")
+        assert [r["seed"] for r in rows] == [EVAL_SEED_BASE + i for i in range(TRIALS)]
+    assert read_json(evaluation(tmp_path) / "matrix.json")["run"]["episode_seeds"] == "consecutive"
+
+
 def test_a_full_disk(run: Path, tmp_path: Path) -> None:
     cells = evaluation(tmp_path) / "cells"
     cells.mkdir(parents=True)
@@ -389,7 +413,8 @@ def test_validation_has_episodes_and_a_folder_of_its_own(
     done = finish(start(run, tmp_path, "eval.split=validation", "eval.episodes=3", "eval.seed=5"))
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
     assert "\nvalidation episodes\n" in done.stdout and f"matrix: {validation / 'matrix.json'}" in done.stdout
-    assert [r["seed"] for r in read_jsonl(validation / "cells/k02_j01.jsonl")] == [2_000_005, 2_000_006, 2_000_007]
+    validation_seeds = [seed_of(STREAM[1], i, "validation", 5) for i in range(3)]
+    assert [r["seed"] for r in read_jsonl(validation / "cells/k02_j01.jsonl")] == validation_seeds
     before = files(tmp_path)
     assert all(name.startswith("validation/") for name in before)
     assert main(["metrics", str(tmp_path / "r")]) == 2
@@ -400,7 +425,7 @@ def test_validation_has_episodes_and_a_folder_of_its_own(
     assert done.stderr.count("warning: ") == done.stderr.count("3 episodes a cell, and metaworld has 2 initial") == 1
     after = files(tmp_path)
     assert {name: text for name, text in after.items() if name.startswith("validation/")} == before
-    assert read_jsonl(evaluation(tmp_path) / "cells/k02_j01.jsonl")[0]["seed"] == EVAL_SEED_BASE
+    assert read_jsonl(evaluation(tmp_path) / "cells/k02_j01.jsonl")[0]["seed"] == seed_of(STREAM[1])
 
     for folder, said in ((tmp_path / "r", False), (validation, True)):
         assert main(["metrics", str(folder), "--bootstrap", "0"]) == 0
@@ -492,7 +517,7 @@ class Collect(Watch):
 
 def outcomes(simulator: type[Simulator], watch: Watch | None, stateful: bool = False) -> dict[tuple[Any, ...], float]:
     pool = SimulatorPool(lambda spec: simulator(spec["task"]))
-    todo = [Episode((t, i), EVAL_SEED_BASE + i, {"task": t}, t, 15) for t in ("a", "bb") for i in range(6)]
+    todo = [Episode((t, i), seed_of(t, i), {"task": t}, t, 15) for t in ("a", "bb") for i in range(6)]
     return {o.episode.key: o.total_reward for o in run_episodes(Noise(stateful), todo, pool, 3, 0, watch)}
 
 

@@ -13,9 +13,10 @@ import torch
 
 from clbench.checkpoints.policy_io import load_policy
 from clbench.checkpoints.run_folder import checkpoint_folder
-from clbench.envs.base import EVAL_SEED_BASE, Step
+from clbench.envs.base import Step
 from clbench.evaluation.evaluate import evaluate, wanted_cells
 from clbench.evaluation.records import CellFile, build_matrix
+from clbench.evaluation.seeds import RULE, EpisodeSeeds
 from clbench.io import read_json, read_jsonl
 from clbench.rollout.actors import PolicyActor, RandomActor
 from clbench.rollout.rollout import Episode, SimulatorPool, run_episodes
@@ -191,7 +192,8 @@ def test_evaluation_in_the_real_simulator_continues_and_repeats_nothing(
     assert len(matrix["base"]) == len(matrix["random"]) == 3
     cell = tmp_path / "eval" / "cells" / "k01_j02.jsonl"
     (record,) = read_jsonl(cell)
-    assert record["seed"] == EVAL_SEED_BASE and (record["k"], record["j"], record["episode"]) == (1, 2, 0)
+    assert (record["k"], record["j"], record["episode"]) == (1, 2, 0)
+    assert record["seed"] == EpisodeSeeds(RULE, "test", 0, matrix["tasks"][2]).of(0)
     assert record["length"] == 20 or record["success_once"]
 
     more = dataclasses.replace(

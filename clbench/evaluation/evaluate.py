@@ -42,6 +42,7 @@ from clbench.evaluation.records import (
     cell_name,
     eval_folder,
     read_failures,
+    read_seeds,
     read_simulators,
     write_failures,
 )
@@ -311,8 +312,9 @@ class _Evaluation:
         write_failures(out, given_up)
         self.failed += [(out, failed[cell]) for cell in sorted(failed)]
         e = self.config.eval
-        about = about_run(self.manifest) | {EPISODE_SEEDS: RULE}
-        seeds = EpisodeSeeds(RULE, e.split, e.seed)
+        rule = _rule(out)
+        about = about_run(self.manifest) | {EPISODE_SEEDS: rule}
+        seeds = EpisodeSeeds(rule, e.split, e.seed)
         matrix = build_matrix(out, names, shown, failed=given_up, split=e.split, about=about, seeds=seeds)
         if played.count:
             _add_summary(out, played.seconds, played.count, self.workers)
@@ -334,10 +336,10 @@ class _Evaluation:
         e = self.config.eval
         max_steps = [c["env"]["max_steps"] for c in columns]
         limits = {"steps_after_success": e.steps_after_success, "max_steps": max_steps}
-        seeds = EpisodeSeeds(RULE, e.split, e.seed)
-        asked = {**limits, "seed": e.seed, "split": e.split, EPISODE_SEEDS: RULE}
+        seeds = EpisodeSeeds(_rule(out), e.split, e.seed)
+        asked = {**limits, "seed": e.seed, "split": e.split, EPISODE_SEEDS: seeds.rule}
         _check_settings(out, self.folder, self.rows, asked)
-        files = {(k, j): CellFile(out, k, j, seeds) for k, j in cells}
+        files = {(k, j): CellFile(out, k, j, seeds.for_task(columns[j]["task"])) for k, j in cells}
         first = _first_columns(columns)
         missing: dict[int, list[dict[str, Any]]] = {}
         for k, j in cells:
@@ -352,7 +354,7 @@ class _Evaluation:
                             "j": j,
                             "task_id": first_id + j,
                             "episode": episode,
-                            "seed": seeds.of(episode),
+                            "seed": seeds.for_task(columns[j]["task"]).of(episode),
                             "env": env,
                             "instruction": columns[j]["instruction"],
                             "max_steps": columns[j]["env"]["max_steps"],
@@ -426,6 +428,12 @@ def _alone(out: Path, stop: Stop) -> Iterator[None]:
             stop.check("Nothing was played.")
             time.sleep(0.05)
         yield
+
+
+def _rule(out: Path) -> str:
+    """The rule of the seeds of the episodes in `out`: what is there goes on with its own."""
+    there = read_seeds(out)
+    return RULE if there is None else there.rule
 
 
 def _first_columns(columns: Sequence[dict[str, Any]]) -> dict[str, int]:

@@ -211,7 +211,7 @@ def build_matrix(
     """
 
     def rate(k: int, j: int) -> tuple[float | None, int]:
-        found = CellFile(folder, k, j, seeds).rows.values()
+        found = CellFile(folder, k, j, None if seeds is None else seeds.for_task(tasks[j])).rows.values()
         if (k, j) in failed:
             return None, len(found)
         values = [bool(r[criterion]) for r in counted(found)]

@@ -380,7 +380,7 @@ def read_cell(
                 raise UserError(f"{path} holds more than {MAX_EPISODES} episodes.")
             if not all(isinstance(e, dict) for e in episodes):
                 raise UserError(f"{path} holds lines that are not JSON objects.")
-            check_cell(path, episodes, k, i, seeds)
+            check_cell(path, episodes, k, i, None if seeds is None else seeds.for_task(tasks[i]))
             return episodes
     return []
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from clbench.errors import UserError
 from clbench.evaluation.records import TEST
 from clbench.io import write_bytes, write_json, write_text
+from clbench.metrics.paired import Difference, compare
 from clbench.redaction import redact_command, secrets_of
 from clbench.report import figures, tables
 from clbench.report.page import Image, by_name, page
@@ -77,8 +78,22 @@ def build_report(
     write_text(folder / "table.md", tables.to_markdown(head, body, labels))
     if command is None:
         command = shlex.join(redact_command([Path(sys.argv[0]).name, *by_name(sys.argv[1:])], secrets_of()))
-    write_text(folder / "index.html", page(title, loaded, groups, drawn, matrices, absent, notes, command))
+    paired, why = _paired(groups, bootstrap)
+    notes += [] if why is None else [why]
+    html = page(title, loaded, groups, drawn, matrices, absent, notes, command, paired)
+    write_text(folder / "index.html", html)
     return folder / "index.html"
+
+
+def _paired(groups: Sequence[Group], bootstrap: int) -> tuple[list[Difference] | None, str | None]:
+    """The differences of the methods that learned in sequence; None, with the reason if there is one to tell."""
+    methods = {g.label: [r.record for r in g.runs] for g in groups if not (g.multitask or g.singletask)}
+    if len(methods) < 2 or bootstrap < 2:
+        return None, None
+    try:
+        return compare(methods, bootstrap=bootstrap) or None, None
+    except UserError as e:
+        return None, f"methods are not compared in pairs: {e}"
 
 
 def _beside(path: Path, folder: Path) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from clbench.metrics import wilson
 from clbench.metrics.cli import NOT_COMPARABLE, evaluated_counts, width_notes
 from clbench.metrics.definitions import all_metrics
+from clbench.metrics.paired import Difference
 from clbench.report import tables
 from clbench.report.runs import Group, Run
 from clbench.report.tables import escape_html
@@ -43,6 +44,7 @@ def page(
     absent: Sequence[str],
     notes: Sequence[str],
     command: str,
+    paired: Sequence[Difference] | None = None,
 ) -> str:
     """The whole page: table and pictures, definitions with intervals, how wide they are, provenance."""
     body = [
@@ -54,6 +56,7 @@ def page(
         "<h2>Success</h2>" if matrices else "",
         f'<div class="{"grid" if len(matrices) > 1 else ""}">{"".join(map(_image, matrices))}</div>',
         *map(_image, figures),
+        *([] if paired is None else ["<h2>Differences, paired by episode</h2>", _differences(paired)]),
         _list("Left out, for want of records", absent),
         "<h2>Every metric with its definition</h2>",
         _paragraph(NOT_COMPARABLE),
@@ -74,6 +77,21 @@ def page(
         + "\n".join(b for b in body if b)
         + "\n</body></html>\n"
     )
+
+
+def _differences(found: Sequence[Difference]) -> str:
+    """What methods differ in, over the episodes that both played."""
+    head = ["metric", "first − second", "difference", "95 % interval", "p (Holm)", "", "training seeds"]
+    rows = [
+        [d.metric, f"{d.first} − {d.second}", f"{d.value:+.3f}", f"[{d.low:+.3f}, {d.high:+.3f}]", f"{d.holm:.3f}",
+         d.verdict, str(d.n)]
+        for d in found
+    ]  # fmt: skip
+    about = (
+        "Intervals of differences, from draws that weigh an episode alike in both; p by a normal approximation, after "
+        "Holm's correction over the pairs of a metric. That two intervals of the table above overlap says nothing."
+    )
+    return f'<p class="note">{escape_html(about)}</p><div class="wide">{tables.to_html(head, rows)}</div>'
 
 
 def _subtitle(runs: Sequence[Run]) -> str:
