@@ -23,6 +23,7 @@ from clbench.config.schema import Config, base_origin
 from clbench.envs.making import family, other_python, simulator_versions
 from clbench.errors import UserError, nearest
 from clbench.io import OF_A_RUN, read_json, refuse_links, write_json, write_text
+from clbench.numerics import NUMERICS
 from clbench.paths import INSTALLED, PROJECT_ROOT, data_root, model_root, named_folder, results_root
 from clbench.redaction import redact, redact_command, secrets_of
 from clbench.streams.stream import Task, TaskStream, pretraining_tasks
@@ -223,6 +224,7 @@ def write_description(
             **outside,
             "base": base,
             "versions": versions() | elsewhere,
+            "numerics": _numerics(before) if goes_on else NUMERICS,
             "git_revision": git_revision(),
             "command": session["command"],
             "sessions": [*earlier, {**session, "time": round(time.time(), 3), "git_revision": git_revision()}],
@@ -231,6 +233,15 @@ def write_description(
         secrets,
     )
     write_json(folder / "manifest.json", described)
+
+
+def _numerics(before: dict[str, Any]) -> int | str | None:
+    """The version of the numbers of a run that goes on; of one that an earlier version began, both."""
+    began = before.get("numerics")
+    if began in (None, NUMERICS):
+        return began
+    tell(f"warning: this run was begun by a version with other numerics ({began}; this one has {NUMERICS}).")
+    return f"{began}, then {NUMERICS}" if isinstance(began, int) else str(began)
 
 
 def _keep(file: Path, copy: Path) -> None:

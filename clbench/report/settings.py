@@ -63,6 +63,8 @@ def deciding(run: Run) -> dict[str, Any]:
         found["data"] = manifest["data_fingerprint"]
     if "privileged" in manifest:
         found["privileged"] = manifest["privileged"]
+    if manifest.get("numerics") is not None:
+        found["numerics"] = manifest["numerics"]
     found["changed at --resume"] = _changed(manifest)
     found |= _evaluated(run.record, "eval.episodes", "dataset.env.max_steps")
     if run.record.heldout is not None:
