@@ -85,7 +85,7 @@ def start(
     )
 
 
-@pytest.fixture(params=["here", "child"])
+@pytest.fixture(params=["here", pytest.param("child", marks=pytest.mark.slow)])
 def in_child(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether simulators have a process of their own (see clbench/envs/remote.py), under the same interpreter."""
     if request.param == "child":

@@ -213,7 +213,7 @@ def test_a_state_made_elsewhere_by_hand_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "own"),
     [
-        ({"name": "seqfft"}, ["train.optimizer_across_tasks=carried"]),
+        pytest.param({"name": "seqfft"}, ["train.optimizer_across_tasks=carried"], marks=SLOW),
         pytest.param({"name": "multitask"}, ["lora.enabled=true", "lora.dropout=0.3", "lora.rank=2"], marks=SLOW),
         ({"name": "mir", **SMALL_MIR, "mir_refresh_interval": 3}, ["train.gradient_accumulation=2"]),
         pytest.param(

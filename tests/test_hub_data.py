@@ -397,6 +397,7 @@ def test_a_folder_of_ones_own(image_set: Path, online: Callable[[str], None], tm
             build_stream(hub_goals(data=str(made)))
 
 
+@pytest.mark.slow
 def test_videos_of_the_hub_in_a_folder(video_set: Path, online: Callable[[str], None], tmp_path: Path) -> None:
     rename = {"observation.images.wrist_image": IMAGES[1]}
     with served({REPO: video_set}) as (url, _):

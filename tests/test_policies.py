@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 import tempfile
 from contextlib import nullcontext
 from dataclasses import replace
@@ -232,9 +230,7 @@ def test_words_are_hashed_the_same_everywhere() -> None:
     assert word_ids("Push the puck", 4096, 5) == word_ids("push, the PUCK!", 4096, 5)
     ids = word_ids("Push the puck", 4096, 5)
     assert len(set(ids[:3])) == 3 and ids[3:] == (0, 0) and all(0 < i < 4096 for i in ids[:3])
-    code = "from clbench.policies.dit.text import word_ids; print(word_ids('Push the puck', 4096, 5))"
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert other.stdout.strip() == str(word_ids("Push the puck", 4096, 5))
+    assert ids == (3133, 2506, 967, 0, 0)  # checkpoints rely on it
     table = frozen_word_table(64, 8)
     assert torch.equal(table, frozen_word_table(64, 8)) and not table[0].any()
 
