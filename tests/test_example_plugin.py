@@ -48,7 +48,7 @@ def clbench(site: Path, here: Path, *arguments: str) -> str:
     return run([sys.executable, "-P", "-m", "clbench.cli", *arguments], here, PYTHONPATH=path, **roots)
 
 
-def test_every_part_of_the_package_is_found_and_works(site: Path, tmp_path: Path) -> None:
+def test_every_part_of_the_package_is_found(site: Path, tmp_path: Path) -> None:
     listed = " ".join(clbench(site, tmp_path, "list").split())
     for said in (
         "example_average clbench-example 1.0 Average the weights of before and after each task.",
@@ -61,11 +61,15 @@ def test_every_part_of_the_package_is_found_and_works(site: Path, tmp_path: Path
         "example_one_by_one clbench-example 1.0 Runs one command after the other.",
     ):
         assert said in listed, said
-    clbench(site, tmp_path, "data", "make", "example_points")
     (tmp_path / "matrix.json").write_text('{"tasks": ["a", "b"], "success": [[0.5, 0.25], [0.75, 0.5]]}')
     metrics = clbench(site, tmp_path, "metrics", "matrix.json")
     (row,) = [line.split() for line in metrics.splitlines() if line.startswith("example_worst_task")]
     assert row[1] == "0.500" and "clbench's example plugin" in " ".join(row)
+
+
+@pytest.mark.slow
+def test_its_algorithm_trains_its_stream_with_its_recipe_and_logger(site: Path, tmp_path: Path) -> None:
+    clbench(site, tmp_path, "data", "make", "example_points")
     started = clbench(
         site, tmp_path, "train", "--smoke", "--algo", "example_average", "--dataset", "example_points_reversed",
         "--run-id", "reversed", "--", "log.loggers={example_csv: {separator: ;}}", "train.log_every=1",

@@ -295,7 +295,7 @@ def test_two_trainings_cannot_write_one_run(stopped: tuple[Path, Path], toy_data
 # ---------------------------------------------------------------------------------------------- signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=SLOW), signal.SIGINT])
 def test_a_signal_saves_and_asks_to_be_resumed(toy_data: Path, tmp_path: Path, number: signal.Signals) -> None:
     """Through the command line, with two ranks for one of the signals."""
     ranks = ["--nproc", "2"] if number == signal.SIGTERM else []
@@ -454,6 +454,7 @@ class Freezer(CLAlgorithm):
                 p.requires_grad_("velocity_net" in name)
 
 
+@SLOW
 def test_frozen_parameters_stay_frozen(toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ALGORITHMS, "freezer", f"{__name__}:Freezer")
     whole = train(toy_config(toy_data, {"name": "freezer"}, f"output_dir={tmp_path}/whole"), "r")
