@@ -143,6 +143,10 @@ def differing_cells(a: Record, b: Record) -> list[tuple[int, int, float]]:
     return sorted(found)
 
 
+def p_text(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def lines(found: Sequence[Difference], runs: Mapping[str, Sequence[Record]] | None = None) -> Iterator[str]:
     """The comparison as text; with single runs, also the cells that differ."""
     pairs = len({(d.first, d.second) for d in found})
@@ -155,11 +159,11 @@ def lines(found: Sequence[Difference], runs: Mapping[str, Sequence[Record]] | No
     for d, name in zip(found, names, strict=True):
         seeds = f", {d.n} training seeds" if d.n > 1 else ""
         yield (
-            f"{d.metric:<{first}}  {name:<{second}}  {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]  p {d.holm:.3f}  "
+            f"{d.metric:<{first}}  {name:<{second}}  {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]  p {p_text(d.holm)}  "
             f"{d.verdict}{seeds}"
         )
     for (a, one), (b, other) in combinations((runs or {}).items(), 2):
         if len(one) == len(other) == 1:
             cells = differing_cells(one[0], other[0])
-            text = ", ".join(f"k={k} j={j} (p {p:.3f})" for k, j, p in cells) or "none"
+            text = ", ".join(f"k={k} j={j} (p {p_text(p)})" for k, j, p in cells) or "none"
             yield f"cells in which {a} and {b} differ (McNemar, Holm over all cells): {text}"

@@ -12,7 +12,7 @@ from typing import Any
 from clbench.metrics import wilson
 from clbench.metrics.cli import NOT_COMPARABLE, evaluated_counts, width_notes
 from clbench.metrics.definitions import all_metrics
-from clbench.metrics.paired import Difference
+from clbench.metrics.paired import Difference, p_text
 from clbench.report import tables
 from clbench.report.runs import Group, Run
 from clbench.report.tables import escape_html
@@ -83,7 +83,7 @@ def _differences(found: Sequence[Difference]) -> str:
     """What methods differ in, over the episodes that both played."""
     head = ["metric", "first − second", "difference", "95 % interval", "p (Holm)", "", "training seeds"]
     rows = [
-        [d.metric, f"{d.first} − {d.second}", f"{d.value:+.3f}", f"[{d.low:+.3f}, {d.high:+.3f}]", f"{d.holm:.3f}",
+        [d.metric, f"{d.first} − {d.second}", f"{d.value:+.3f}", f"[{d.low:+.3f}, {d.high:+.3f}]", p_text(d.holm),
          d.verdict, str(d.n)]
         for d in found
     ]  # fmt: skip
