@@ -68,12 +68,14 @@ class AlgorithmTests:
             metafunc.parametrize("case", params, scope="class")
 
     @pytest.fixture(scope="class")
-    def toy_root(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    @classmethod
+    def toy_root(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
         """The folder of the toy data sets."""
         return make_toy_root(tmp_path_factory.mktemp("toy"))
 
     @pytest.fixture(scope="class", autouse=True)
-    def _own_bases(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    @classmethod
+    def _own_bases(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         """Bases go to a temporary folder, and nothing is said of slow machines."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(patience, "FIRST_S", 1e6)
@@ -81,11 +83,13 @@ class AlgorithmTests:
             yield
 
     @pytest.fixture(scope="class")
-    def run(self, case: Case, toy_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    @classmethod
+    def run(cls, case: Case, toy_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         """The folder of one uninterrupted run of the case."""
-        return self.train(case, toy_root, tmp_path_factory.mktemp("runs"))
+        return cls.train(case, toy_root, tmp_path_factory.mktemp("runs"))
 
-    def train(self, case: Case, toy_root: Path, out: Path, *overrides: str, resume: bool = False) -> Path:
+    @staticmethod
+    def train(case: Case, toy_root: Path, out: Path, *overrides: str, resume: bool = False) -> Path:
         """Train a case into OUT/run_LABEL."""
         config = toy_config(toy_root, case.section, f"output_dir={out}", *overrides, *case.overrides)
         return train(config, f"run_{case.label}", resume=resume)

@@ -11,8 +11,12 @@ class Case:
     """An algorithm on the toy stream.
 
     Attributes:
-        trains: which parameters move during a task: all that match, and none else.
-        keeps_old: what one task trained, no later task changes.
+        name, config: the `algorithm` section: name (a list for a combination) and keys.
+        trains: regular expression of the names of the parameters that move during a task; no others may.
+        stores_exemplars: samples are kept after a task.
+        adds_parameters: the policy grows.
+        visits: checkpoints that a run on the toy stream of three tasks leaves (joint training: 1).
+        keeps_old: no later task changes what an earlier one trained.
         overrides: of the rest of the configuration.
         label: the test's name; "" = the algorithm's.
     """

@@ -1,4 +1,4 @@
-"""What a plain loop over a finished run needs, for tests of a method's mathematics: no trainer, no hooks."""
+"""The data to replay a finished run in a plain loop, for tests of a method's mathematics: no trainer, no hooks."""
 
 from __future__ import annotations
 
