@@ -34,6 +34,7 @@ from clbench.envs.base import EVAL_SEED_BASE
 from clbench.errors import UserError
 from clbench.evaluation.evaluate import _jobs, _play
 from clbench.evaluation.records import BASE, CellFile
+from clbench.evaluation.rows import Checkpoints
 from clbench.evaluation.worker import Settings
 from clbench.stopping import Stop
 from clbench.streams.stream import Task, build_stream, pretraining_tasks
@@ -127,7 +128,8 @@ def evaluator(config: Config, policy: Path, episodes: list[dict[str, Any]], work
     with tempfile.TemporaryDirectory(prefix="clbench-benchmark-") as name:
         files: dict[tuple[int, int], CellFile] = {(BASE, j): TimedCell(Path(name), BASE, j, played) for j in columns}
         began = time.monotonic()
-        jobs = _jobs({BASE: episodes}, Path(name), {"base": {"path": str(policy)}}, workers)
+        rows = Checkpoints(Path(name), {"base": {"path": str(policy)}}, 0)
+        jobs = _jobs({BASE: episodes}, rows, workers)
         _play(jobs, settings, workers, files, {}, len(episodes), False, Stop())
         played.whole = time.monotonic() - began
     return played

@@ -40,6 +40,8 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--run-id", help="name of the run's folder (default MODEL_ALGO_DATASET_sSEED)")
     train.add_argument("--resume", nargs="?", const=True, default=False, metavar="RUN",
                        help="continue a run from its newest whole state; starts it when there is none")  # fmt: skip
+    train.add_argument("--curves-later", action="store_true", help="leave the learning curves that "
+                       "train.eval_during_training asks for to `clbench eval`")  # fmt: skip
     train.add_argument("--allow-change", action="append", default=[], metavar="KEY",
                        help="with --resume: let this key differ from what the run was started with")  # fmt: skip
     train.add_argument("--init-from", metavar="RUN[:K]", help="start from another run's checkpoint K (default: last)")
@@ -61,6 +63,11 @@ def parser() -> argparse.ArgumentParser:
     ev.add_argument("--last-only", action="store_true", help="the last checkpoint only, as --cells last")
     ev.add_argument("--rows", metavar="K,K", help="a share: the cells of these checkpoints alone, counted from 0; the "
                     "command without it writes the matrix")  # fmt: skip
+    ev.add_argument("--curves", action="store_true", help="learning curves alone, of the weights kept within tasks "
+                    "(train.eval_during_training, train.keep_weights_every_steps)")  # fmt: skip
+    ev.add_argument("--follow", action="store_true", help="with --curves: beside a training run, until it is complete")
+    ev.add_argument("--step", type=whole, metavar="S", help="the matrix after S steps of each task instead of all "
+                    "(train.keep_weights_every_steps), into eval/steps")  # fmt: skip
     ev.add_argument("--base", action="store_true", help="also evaluate the base before the stream")
     ev.add_argument("--random", action="store_true", help="also evaluate uniformly random actions")
     ev.add_argument("--workers", type=whole, help="processes (default: one a core, at most 2)")
@@ -316,7 +323,10 @@ def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str], 
 
     command = ["clbench", *sys.argv[1:]]
     resume = bool(args.resume)
-    train(config, run_id, resume=resume, allow_change=allowed, command=command, files=files, stop=stop)
+    train(
+        config, run_id, resume=resume, allow_change=allowed, command=command, files=files, stop=stop,
+        play_curves=not args.curves_later,
+    )  # fmt: skip
     return 0
 
 
@@ -461,6 +471,10 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
     config = override(run_config(folder), overrides)
     patience.quiet = config.log.progress == "quiet"
     output = Path(args.output_base) / folder.name if args.output_base else None
+    if sum((args.curves, args.step is not None, args.rows is not None)) > 1 or (args.follow and not args.curves):
+        raise UserError("--rows, --step and --curves are three kinds of evaluation, and --follow belongs to --curves.")
+    if args.curves or args.step is not None:
+        return _eval_within(args, folder, config, output)
     if args.rows is not None:
         played = evaluate_share(folder, config, numbers(args.rows), output, progress=config.log.progress != "quiet")
         show(f"{played} episodes played of rows {args.rows}; the matrix is written by the command without --rows")
@@ -472,6 +486,32 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
         raise
     _print_matrix(matrix)
     show(f"matrix: {eval_folder(output or folder, config.eval.split) / 'matrix.json'}")
+    if config.train.eval_during_training is not None and matrix["run"].get("mode") != "multitask":
+        return _eval_within(args, folder, config, output)
+    return 0
+
+
+def _eval_within(args: argparse.Namespace, folder: Path, config: Config, output: Path | None) -> int:
+    """`clbench eval --curves` and `--step`: what was kept within tasks."""
+    from clbench.evaluation import curves
+    from clbench.evaluation.records import eval_folder
+    from clbench.stopping import stoppable
+
+    progress = config.log.progress != "quiet"
+    with stoppable() as stop:
+        if args.step is not None:
+            matrix, path = curves.evaluate_step(folder, config, args.step, stop, output, progress)
+            _print_matrix(matrix)
+            show(f"matrix: {path}")
+            return 0
+        curves.check_has_curves(folder, config)
+        play = curves.follow_curves if args.follow else curves.play_curves
+        states = play(folder, config, stop, output, progress)
+    for s in states:
+        show(f"task {s.k + 1} {s.task}: {s.played} of {s.points} points")
+        if s.absent:
+            show(f"  no weights, yet or any more, of step {', '.join(map(str, s.absent))}")
+    show(f"learning curves: {eval_folder(output or folder) / curves.FOLDER}")
     return 0
 
 

@@ -26,7 +26,7 @@ MAX_JSON_BYTES = 64 * 1024 * 1024
 MAX_DEPTH = 64  # of nested lists and objects
 # What clbench reads and writes in a run's folder, beside names that begin with a point (locks, temporary files).
 OF_A_RUN = ("config.yaml", "manifest.json", "peft_config.json", "log.jsonl", "loggers.json", "tensorboard",
-            "checkpoints", "training_state", "eval", "report")  # fmt: skip
+            "checkpoints", "training_state", "weights", "curves.log", "eval", "report")  # fmt: skip
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 

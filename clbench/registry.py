@@ -86,6 +86,7 @@ OWN: dict[str, dict[str, str]] = {
             "zero_shot",
             "zero_shot_heldout",
             "intransigence",
+            "intransigence_prefixes",
             "ft_cw",
         )
     },

@@ -31,7 +31,7 @@ from clbench.config.policy_types import check_fits
 from clbench.config.schema import Config, base_origin
 from clbench.errors import UserError, nearest
 from clbench.evaluation.records import eval_folder
-from clbench.execution.local import KEPT, last_line
+from clbench.execution.local import KEPT
 from clbench.execution.units import Unit, check
 from clbench.io import read_json
 from clbench.lock import held, taken_by
@@ -39,7 +39,8 @@ from clbench.paths import bases_root, data_root, results_root
 from clbench.patience import patience
 from clbench.registry import algorithm_names, load
 from clbench.stopping import Stop, stoppable
-from clbench.terminal import show, tell
+from clbench.streams.stream import visit_order
+from clbench.terminal import last_line, show, tell
 
 NO_SIMULATOR = "the stream has no simulator (dataset.env: null)"
 LOCK_SECONDS = 60.0  # that another command of one of its runs is waited for
@@ -47,11 +48,18 @@ LOCK_SECONDS = 60.0  # that another command of one of its runs is waited for
 
 @dataclass
 class Method:
-    """One algorithm of an experiment, or a combination of several joined by commas. `label` names its runs."""
+    """One algorithm of an experiment, or a combination of several joined by commas.
+
+    Attributes:
+        label: names its runs.
+        prefixes: also one run on the stream's first task, one on its first two, and so on (LABEL_first1, …); with
+            multitask the references of the metric intransigence_prefixes.
+    """
 
     algo: str = ""
     label: str = ""
     overrides: list[str] = field(default_factory=list)
+    prefixes: bool = False
 
 
 @dataclass
@@ -95,13 +103,15 @@ def load_experiment(name: str) -> tuple[Experiment, list[PlannedRun]]:
     entries = [Method(e) if isinstance(e, str) else Method(**e) for e in experiment.algorithms]  # type: ignore[arg-type]
     if not all(e.algo for e in entries):
         raise UserError(f"{path}: an algorithm is a name or {{algo, label, overrides}}; one has no algo.")
+    if any(e.prefixes for e in entries):
+        entries = [part for e in entries for part in (e, *(_prefixes(e, experiment) if e.prefixes else ()))]
     runs = []
     for seed in experiment.seeds:  # one seed of everything before the next
         for entry in entries:
             algo = entry.algo
             run_id = f"{experiment.name}_{entry.label or algo}_s{seed}"
             results_folder(run_id, None)  # a name or label must not lead elsewhere
-            own = ("--algo", algo, "--seed", str(seed), "--run-id", run_id, "--resume")
+            own: tuple[str, ...] = ("--algo", algo, "--seed", str(seed), "--run-id", run_id, "--resume")
             overrides = (*_overrides(experiment), *entry.overrides)
             config, _ = compose(
                 model=experiment.model,
@@ -112,6 +122,8 @@ def load_experiment(name: str) -> tuple[Experiment, list[PlannedRun]]:
                 smoke=experiment.smoke,
                 source=str(path),
             )
+            if config.train.eval_during_training is not None:  # the evaluation's unit plays them
+                own += ("--curves-later",)
             runs.append(PlannedRun(run_id, (*_axes(experiment), *own, "--", *overrides), config))
     folders = [unicodedata.normalize("NFC", run.run_id).casefold() for run in runs]  # as some file systems tell them
     for run, folder in zip(runs, folders, strict=True):
@@ -120,6 +132,27 @@ def load_experiment(name: str) -> tuple[Experiment, list[PlannedRun]]:
     if len({run.config.eval.split for run in runs}) > 1:
         raise UserError(f"{path}: its runs differ in eval.split, and one report cannot hold both. Write two files.")
     return experiment, runs
+
+
+def _prefixes(entry: Method, experiment: Experiment) -> list[Method]:
+    """The entry's runs on the stream's first task, its first two, …, all but the last."""
+    config, _ = compose(
+        model=experiment.model,
+        algorithms=entry.algo.split(","),
+        dataset=experiment.dataset,
+        registered=algorithm_names(),
+        overrides=[*_overrides(experiment), *entry.overrides],
+        smoke=experiment.smoke,
+    )
+    order = list(dict.fromkeys(visit_order(config.dataset)))
+    return [
+        Method(
+            entry.algo,
+            f"{entry.label or entry.algo}_first{k}",
+            [*entry.overrides, f"dataset.task_order=[{', '.join(order[:k])}]", "dataset.libero_order=null"],
+        )
+        for k in range(1, len(order))
+    ]
 
 
 def _axes(experiment: Experiment) -> tuple[str, ...]:
@@ -135,6 +168,7 @@ def _overrides(experiment: Experiment) -> tuple[str, ...]:
 def finished(run: PlannedRun) -> bool:
     """Whether a run is trained, and evaluated where it has a simulator, with the experiment's settings."""
     from clbench.checkpoints.changes import FREE_ON_RESUME, changed_keys
+    from clbench.checkpoints.kept import curves_lack
     from clbench.checkpoints.run_folder import finished_visits, read_manifest
 
     folder = results_root() / run.run_id
@@ -142,7 +176,8 @@ def finished(run: PlannedRun) -> bool:
     played = run.config.dataset.env is not None
     if not (folder / "manifest.json").is_file() or (played and not complete.is_file()):
         return False
-    if finished_visits(folder) != len(read_manifest(folder)["checkpoints"]):
+    manifest = read_manifest(folder)
+    if finished_visits(folder) != len(manifest["checkpoints"]):
         return False
     if not played:
         return not changed_keys(folder, run.config, FREE_ON_RESUME)
@@ -152,6 +187,8 @@ def finished(run: PlannedRun) -> bool:
     covered = done.get("cells") in {asked.cells, "full"} and done.get("episodes") == asked.episodes
     covered &= all(v in done.get("views", []) for v in asked.views)
     covered &= asked.heldout_episodes in (0, done.get("heldout_episodes", 0))
+    if run.config.train.eval_during_training is not None and manifest["mode"] != "multitask":
+        covered &= not curves_lack(folder, len(manifest["checkpoints"]))
     return covered and not changed_keys(folder, run.config, FREE_ON_RESUME)
 
 

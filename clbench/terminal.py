@@ -5,7 +5,9 @@ Everything that the package prints goes through `show` and `tell`; a test keeps 
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 
 
 def printable(text: object) -> str:
@@ -21,3 +23,11 @@ def show(*lines: object) -> None:
 def tell(*lines: object) -> None:
     """`show` on stderr: progress, notes, warnings and errors."""
     print("\n".join(map(printable, lines)), file=sys.stderr, flush=True)
+
+
+def last_line(log: Path) -> str:
+    """The last line with something in it of a command's output."""
+    with log.open("rb") as f:
+        f.seek(max(0, os.fstat(f.fileno()).st_size - 4096))
+        lines = f.read().decode("utf-8", "replace").replace("\r", "\n").split("\n")
+    return printable(next((line.strip() for line in reversed(lines) if line.strip()), ""))

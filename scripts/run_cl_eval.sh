@@ -9,6 +9,10 @@
 #   --last-only      the same as --cells last
 #   --rows K,K       a share of the work: these checkpoints' cells alone, counted from 0. Several shares may run at once, on
 #                    machines that see the same folder; the command without --rows then writes the matrix
+#   --curves         learning curves alone, of the weights that training kept (train.eval_during_training=N or
+#                    train.keep_weights_every_steps=N)
+#   --follow         with --curves: beside a training run, until it is complete
+#   --step S         the matrix after S steps of each task, from train.keep_weights_every_steps, into eval/steps
 #   --base           also evaluate the base before the stream (needed for fwt_gem)
 #   --random         also evaluate uniformly random actions
 #   --workers N      processes (default: one a core, at most 2)

@@ -11,6 +11,7 @@
 #   --resume         continue from the newest whole state; starts afresh, saying so, when there is none
 #   --allow-change   with --resume: a key that may differ from what the run was started with
 #   --init-from RUN[:K]   start from another run's checkpoint K instead of the stream's base
+#   --curves-later   leave the learning curves that train.eval_during_training asks for to run_cl_eval.sh
 #   --smoke          a few steps per task: proves that the pipeline runs, measures nothing
 #   --yaml A B ...   merge these YAML files left to right instead of the three axes
 #   --gpus N|IDS     a count (0 = CPU, 1 = one GPU), or ids as in 0,1: one process for each

@@ -115,7 +115,7 @@ def actors(job: worker.Job, settings: worker.Settings) -> Iterator[Any]:
 
 if __name__ in ("__main__", "__mp_main__"):  # the evaluation and its processes
     registry.OWN["simulators"]["metaworld"] = "tests.faulty_simulator:Faulty"
-    worker._actors = actors
+    worker.actors = actors
     processes.HEAVY = ()  # they would not be used
 
 if __name__ == "__main__":

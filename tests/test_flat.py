@@ -11,6 +11,7 @@ import torch
 
 from clbench.config.compose import compose
 from clbench.evaluation.pool import WorkerPool
+from clbench.evaluation.rows import Weights
 from clbench.evaluation.worker import Job, Settings
 from clbench.seeding import seeded
 from clbench.stopping import Stop
@@ -53,7 +54,7 @@ def test_memory_and_open_files_stay_flat_over_ten_tasks_and_many_rows(toy_data: 
              "instruction": task, "max_steps": 5}
             for j, task in enumerate(tasks) for e in range(2)
         ]  # fmt: skip
-        jobs.append(Job(k, str(base), None, tuple(episodes)))
+        jobs.append(Job(k, Weights(str(base)), tuple(episodes)))
     rows: dict[int, tuple[float, int]] = {}  # after the last episode of each row
 
     def record(row: dict[str, Any]) -> None:

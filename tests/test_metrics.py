@@ -60,7 +60,9 @@ def test_worked_example() -> None:
     assert "assumed 0" in metrics["fwt_gem"]["definition"]
 
 
-def plain_loops(r: list[list[float]], b: list[float], joint: list[float], curves, single) -> dict[str, float]:
+def plain_loops(
+    r: list[list[float]], b: list[float], joint: list[float], prefix: list[float], curves, single
+) -> dict[str, float]:
     n = len(r)
     out: dict[str, float] = {}
     total = 0.0
@@ -86,6 +88,7 @@ def plain_loops(r: list[list[float]], b: list[float], joint: list[float], curves
     upper = [r[k][j] for k in range(n) for j in range(n) if j > k]
     out["zero_shot"] = sum(upper) / len(upper)
     out["intransigence"] = sum(joint[k] - r[k][k] for k in range(n)) / n
+    out["intransigence_prefixes"] = sum(prefix[k] - r[k][k] for k in range(n)) / n
     held = []
     for curve in curves:
         best = max(curve)
@@ -111,6 +114,7 @@ def test_against_plain_loops(n: int) -> None:
     r, b, joint = rng.random((n, n)), rng.random(n), rng.random(n)
     curves, single = rng.random((n, 11)), rng.random((n, 11))
     steps = np.linspace(0, 1, 11)
+    firsts = [*(rng.random(k).tolist() for k in range(1, n)), joint.tolist()]
 
     def curve_dict(c: np.ndarray) -> dict[int, Curve]:
         return {k: Curve(steps, c[k]) for k in range(n)}
@@ -119,8 +123,11 @@ def test_against_plain_loops(n: int) -> None:
         record(r, base=b, curves=curve_dict(curves)),
         joint=record(joint[None], mode="multitask"),
         single=record(r, mode="singletask", curves=curve_dict(single)),
+        prefixes=[record(np.array([row]), mode="multitask") for row in firsts[:-1]],
     )
-    reference = plain_loops(r.tolist(), b.tolist(), joint.tolist(), curves.tolist(), single.tolist())
+    reference = plain_loops(
+        r.tolist(), b.tolist(), joint.tolist(), [row[-1] for row in firsts], curves.tolist(), single.tolist()
+    )
     got = {name: m["value"] for name, m in metrics.items() if m["value"] is not None}
     assert got == pytest.approx(reference)
     assert metrics["nbt_libero"]["value"] == pytest.approx(metrics["nbt_clare"]["value"] * (n - 1) / n)

@@ -923,10 +923,11 @@ def test_a_training_state_is_built_like_any_checkpoint(strangers_run: Path) -> N
 
 def test_an_evaluation_process_trusts_what_its_command_does(strangers_run: Path) -> None:
     from clbench.checkpoints.trusted import given, trust, trusting
+    from clbench.evaluation.rows import Weights
     from clbench.evaluation.worker import Job, Settings, play
 
     policy = strangers_run / "checkpoints" / "task_00" / "policy"
-    job = Job(0, str(policy), None, ())
+    job = Job(0, Weights(str(policy)), ())
     with trusting([strangers_run.name]):
         told = given()
     before = torch.get_num_threads()
@@ -1107,7 +1108,7 @@ def test_everything_is_printed_through_one_function() -> None:
 
 
 def test_a_sweep_shows_no_escape_sequences_of_its_runs(tmp_path: Path) -> None:
-    from clbench.execution.local import last_line
+    from clbench.terminal import last_line
 
     (tmp_path / "log").write_text(f"{STEER[:-1]}step 3\n", encoding="utf-8")
     assert last_line(tmp_path / "log").strip() == "]0;mine   2Jstep 3"

@@ -289,9 +289,9 @@ class CLARE(CLAlgorithm):
             if found.batches == 0:
                 found.z.append(z)
                 found.error.append(error)
-            else:
-                found.z[i] += z
-                found.error[i] += error
+            else:  # after a stop the sums are on the CPU
+                found.z[i] = found.z[i].to(z) + z
+                found.error[i] = found.error[i].to(error) + error
         found.batches += 1
         return {"novelty": max(float(z.min()) for z in found.z) / found.batches}
 
@@ -380,8 +380,7 @@ class CLARE(CLAlgorithm):
         if "task" in state:  # in the middle of one
             self._in_task, self._expanded = True, list(state["task"]["expanded"])
             found = state["task"]["found"]
-            z, error = ([v.to(self.ctx.device) for v in found[name]] for name in ("z", "error"))
-            self._found = self._Detection(found["batches"], z, error)
+            self._found = self._Detection(found["batches"], list(found["z"]), list(found["error"]))
             for layer, forced in zip(self._layers, state["task"]["forced"], strict=True):
                 layer.forced = forced
 

@@ -266,9 +266,21 @@ def check_values(c: Config) -> None:
         t.save_every_minutes is None or 0 < t.save_every_minutes < math.inf,
         "train.save_every_minutes must be positive (or null)",
     )
+    parts, every = t.eval_during_training, t.keep_weights_every_steps
+    need(parts is None or parts >= 1, f"train.eval_during_training must be at least 1 (or null), is {parts}")
+    need(every is None or every >= 1, f"train.keep_weights_every_steps must be at least 1 (or null), is {every}")
+    need(
+        parts is None or parts <= max(1, t.steps),
+        f"train.eval_during_training ({parts}) divides a task's steps, and train.steps is {t.steps}",
+    )
+    need(
+        parts is None or d.env is not None,
+        "train.eval_during_training plays episodes, and the stream has no simulator (dataset.env: null)",
+    )
     _choice(problems, "train.on_nonfinite", t.on_nonfinite, ("stop", "skip"))
     _choice(problems, "train.device", t.device, ("auto", "cpu", "cuda"))
     _choice(problems, "eval.split", e.split, tuple(SPLITS))
+    _choice(problems, "eval.curve_split", e.curve_split, tuple(SPLITS))
     _choice(problems, "eval.cells", e.cells, ("full", "lower", "last", "diagonal"))
     if c.render.fidelity is not None:
         _choice(problems, "render.fidelity", c.render.fidelity, FIDELITIES)

@@ -60,6 +60,11 @@ class TrainConfig:
         save_every_steps, save_every_minutes: how often the state in the middle of a task is saved, by steps of the
             run and by the clock; null = not by that.
         on_nonfinite: stop | skip, what a NaN or infinite loss or gradient does: end the run, or leave the step out.
+        eval_during_training: measure a learning curve of every task: success on it before its training and after each
+            of so many equal parts of that (10: the eleven points of LIBERO's metrics); null = none. The weights are
+            played beside the training, in processes of their own, and removed when that is done.
+        keep_weights_every_steps: also keep the weights within a task, every so many of its steps, for `clbench eval
+            --step` and `--curves`; null = none. They stay until they are removed by hand.
     """
 
     steps: int = 300
@@ -79,6 +84,8 @@ class TrainConfig:
     save_every_steps: Optional[int] = None  # noqa: UP045
     save_every_minutes: Optional[float] = 10.0  # noqa: UP045
     on_nonfinite: str = "stop"
+    eval_during_training: Optional[int] = None  # noqa: UP045
+    keep_weights_every_steps: Optional[int] = None  # noqa: UP045
 
 
 @dataclass
@@ -207,6 +214,7 @@ class EvalConfig:
         episodes: episodes per cell.
         split: test | validation. Choose by validation episodes, report test ones: their seeds, and those of
             demonstrations, are never the same. Validation is stored in eval/validation.
+        curve_split: validation | test, which episodes learning curves are made of (train.eval_during_training).
         seed: first of the consecutive episode seeds, counted from the start of the split's million; the same for
             every algorithm.
         cells: full (T×T) | lower (k ≥ j) | last (final row) | diagonal.
@@ -227,6 +235,7 @@ class EvalConfig:
 
     episodes: int = 20
     split: str = "test"
+    curve_split: str = "validation"
     seed: int = 0
     cells: str = "full"
     steps_after_success: int = 10

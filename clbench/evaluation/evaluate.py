@@ -13,16 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from clbench.checkpoints.base import ADAPTER, adapter_base, find_base
-from clbench.checkpoints.run_folder import (
-    as_argument,
-    checkpoint_damage,
-    checkpoint_folder,
-    describe_columns,
-    finished_visits,
-    read_checkpoint,
-    read_manifest,
-)
+from clbench.checkpoints.base import ADAPTER, adapter_base
+from clbench.checkpoints.run_folder import describe_columns, finished_visits, read_manifest
 from clbench.checkpoints.trusted import check_checkpoint, given
 from clbench.config.compose import read_config
 from clbench.config.schema import Config
@@ -46,6 +38,7 @@ from clbench.evaluation.records import (
     read_simulators,
     write_failures,
 )
+from clbench.evaluation.rows import Checkpoints
 from clbench.evaluation.seeds import CONSECUTIVE, RULE, EpisodeSeeds
 from clbench.evaluation.worker import Job, Settings
 from clbench.io import read_json, write_json
@@ -63,6 +56,7 @@ ABOUT = ("run_id", "algorithm", "algorithm_config", "lora", "policy", "dataset",
 
 
 SETTINGS_S = 30.0  # that another share may take to write down what it plays with
+OTHERS = ("curves", "steps")  # folders in an eval folder that have locks of their own (curves.py)
 SETTINGS = "settings.json"  # one per matrix: views and held-out tasks have their own
 
 
@@ -130,7 +124,7 @@ def evaluate_share(
         UserError: as `evaluate`; a row that there is no checkpoint for; a cell was given up.
         Interrupted: SIGINT or SIGTERM; finished episodes are kept.
     """
-    manifest, e = _playable(folder), config.eval
+    manifest, e = playable(folder), config.eval
     rows = finished_visits(folder)
     absent = [k for k in shares if k >= rows]
     if absent:
@@ -141,10 +135,10 @@ def evaluate_share(
     with stoppable() as stop, ExitStack() as stack:
         for k in sorted(shares):
             stack.enter_context(held(eval_folder(output or folder), _row_lock(k)))
-        run = _Evaluation(folder, manifest, config, rows, progress, stop, share=True)
+        run = Evaluation(folder, manifest, config, Checkpoints(folder, manifest, rows), progress, stop, share=True)
         played = run.play(out, columns, cells, e.episodes)
         for _, about in played.failed.items():
-            raise UserError(_failed_cells([(out, about)]))
+            raise UserError(failed_cells([(out, about)]))
     return played.count
 
 
@@ -152,7 +146,7 @@ def _row_lock(k: int) -> str:
     return f"evaluation-of-row-{k}"
 
 
-def _playable(folder: Path) -> dict[str, Any]:
+def playable(folder: Path) -> dict[str, Any]:
     """The run's manifest; UserError for a run whose stream has no simulator."""
     manifest = read_manifest(folder)
     if any(v.get("env") is None for v in manifest["visits"]):
@@ -164,7 +158,7 @@ def _playable(folder: Path) -> dict[str, Any]:
 
 
 def _evaluate(folder: Path, config: Config, output: Path | None, progress: bool, stop: Stop) -> dict[str, Any]:
-    manifest = _playable(folder)
+    manifest = playable(folder)
     e = config.eval
     with patience("looking at the run"):
         views = _view_overrides(config)
@@ -183,11 +177,12 @@ def _evaluate(folder: Path, config: Config, output: Path | None, progress: bool,
         for k in range(rows):
             stack.enter_context(held(whole, _row_lock(k)))  # no share is at work
         for left in whole.rglob(".*.tmp"):  # of an evaluation that was killed while it wrote a file
-            left.unlink()
+            if left.relative_to(whole).parts[0] not in OTHERS:
+                left.unlink()
         columns = manifest["visits"]
         if not columns:
             raise UserError(f"run {folder.name} has no visits in its manifest.json: there is nothing to evaluate.")
-        run = _Evaluation(folder, manifest, config, rows, progress, stop)
+        run = Evaluation(folder, manifest, config, Checkpoints(folder, manifest, rows), progress, stop)
         cells = wanted_cells(manifest["mode"], e.cells, rows, len(columns))
         extra = [(BASE, j) for j in range(len(columns))] if e.base_row else []
         extra += [(RANDOM, j) for j in range(len(columns))] if e.random_row else []
@@ -202,7 +197,7 @@ def _evaluate(folder: Path, config: Config, output: Path | None, progress: bool,
         complete = out / "complete.json"
         if run.failed:
             complete.unlink(missing_ok=True)
-            raise CellsFailed(_failed_cells(run.failed), matrix)
+            raise CellsFailed(failed_cells(run.failed), matrix)
         if rows == len(manifest["checkpoints"]):  # for `clbench sweep`: what was asked for is there
             asked = {"cells": e.cells, "episodes": e.episodes, "views": e.views, "heldout_episodes": e.heldout_episodes}
             write_json(complete, asked)
@@ -215,7 +210,7 @@ def about_run(manifest: dict[str, Any]) -> dict[str, Any]:
     return {"privileged": family(manifest["visits"][0]["env"]["type"]).privileged, **about}
 
 
-def _failed_cells(failed: list[tuple[Path, dict[str, Any]]]) -> str:
+def failed_cells(failed: list[tuple[Path, dict[str, Any]]]) -> str:
     """The one message about cells that were given up."""
     first, about = failed[0]
     others = f"; {len(failed) - 1} more in failures.json" if len(failed) > 1 else ""
@@ -249,7 +244,7 @@ def heldout_columns(manifest: dict[str, Any], config: Config) -> list[dict[str, 
 
 
 @dataclass
-class _Evaluation:
+class Evaluation:
     """A run under evaluation. `fill` plays what a matrix lacks; `failed` collects (its folder, the cell) given up;
     `versions` has those of the simulators that were needed so far, `warned` those whose initial states come again;
     `share`: other processes play other rows meanwhile."""
@@ -257,7 +252,7 @@ class _Evaluation:
     folder: Path
     manifest: dict[str, Any]
     config: Config
-    rows: int
+    rows: Checkpoints
     progress: bool
     stop: Stop
     failed: list[tuple[Path, dict[str, Any]]] = field(default_factory=list)
@@ -312,13 +307,18 @@ class _Evaluation:
         write_failures(out, given_up)
         self.failed += [(out, failed[cell]) for cell in sorted(failed)]
         e = self.config.eval
-        rule = _rule(out)
+        rule = self.rule(out)
         about = about_run(self.manifest) | {EPISODE_SEEDS: rule}
         seeds = EpisodeSeeds(rule, e.split, e.seed)
         matrix = build_matrix(out, names, shown, failed=given_up, split=e.split, about=about, seeds=seeds)
         if played.count:
             _add_summary(out, played.seconds, played.count, self.workers)
         return matrix
+
+    def rule(self, out: Path) -> str:
+        """The rule of the seeds of the episodes in `out`: what is there goes on with its own."""
+        there = read_seeds(out)
+        return RULE if there is None else there.rule
 
     @property
     def workers(self) -> int:
@@ -336,9 +336,10 @@ class _Evaluation:
         e = self.config.eval
         max_steps = [c["env"]["max_steps"] for c in columns]
         limits = {"steps_after_success": e.steps_after_success, "max_steps": max_steps}
-        seeds = EpisodeSeeds(_rule(out), e.split, e.seed)
+        seeds = EpisodeSeeds(self.rule(out), e.split, e.seed)
         asked = {**limits, "seed": e.seed, "split": e.split, EPISODE_SEEDS: seeds.rule}
-        _check_settings(out, self.folder, self.rows, asked)
+        digests = self.rows.digests()
+        _check_settings(out, self.folder, digests, asked)
         files = {(k, j): CellFile(out, k, j, seeds.for_task(columns[j]["task"])) for k, j in cells}
         first = _first_columns(columns)
         missing: dict[int, list[dict[str, Any]]] = {}
@@ -361,28 +362,22 @@ class _Evaluation:
                         }
                     )
         for k in sorted(missing):
-            here = checkpoint_folder(self.folder, k)
-            with patience(f"checking {here}"):
-                reason = checkpoint_damage(self.folder, k) if k >= 0 else None
-            if reason is not None:
-                raise UserError(
-                    f"{here} is damaged ({reason}). Put the file back from a copy, or remove the checkpoints from "
-                    f"{here.name} on and make them again: clbench train --resume {as_argument(self.folder)}"
-                )
+            with patience(f"checking {self.rows.place(k)}"):
+                self.rows.check(k)
         workers = self.workers
         slots = Slots.shared()
         at_most = max(workers, 0 if slots is None else slots.count)
-        jobs = _jobs(missing, self.folder, self.manifest, at_most)
+        jobs = _jobs(missing, self.rows, at_most)
         total = sum(len(job.episodes) for job in jobs)
         failed: dict[Cell, dict[str, Any]] = {}
-        for policy in {job.policy for job in jobs if job.policy is not None}:  # said before processes are started
-            if (Path(policy) / "config.json").is_file():
+        for policy in {job.weights.policy for job in jobs}:  # said before processes are started
+            if policy is not None and (Path(policy) / "config.json").is_file():
                 check_checkpoint(Path(policy))
         env_types = {e["env"]["type"] for job in jobs for e in job.episodes}
         with patience("loading simulators"):
             versions = self.simulators(env_types)
         with _alone(out, self.stop):  # nothing is written before all is known to be in order
-            write_json(out / SETTINGS, _check_settings(out, self.folder, self.rows, asked))
+            write_json(out / SETTINGS, _check_settings(out, self.folder, digests, asked))
             if total:
                 _check_simulators(out, versions)
         played = _Played(files, failed)
@@ -430,12 +425,6 @@ def _alone(out: Path, stop: Stop) -> Iterator[None]:
         yield
 
 
-def _rule(out: Path) -> str:
-    """The rule of the seeds of the episodes in `out`: what is there goes on with its own."""
-    there = read_seeds(out)
-    return RULE if there is None else there.rule
-
-
 def _first_columns(columns: Sequence[dict[str, Any]]) -> dict[str, int]:
     """Task → its first column."""
     return {c["task"]: i for i, c in reversed(list(enumerate(columns)))}
@@ -445,11 +434,15 @@ def _episodes(files: dict[Cell, CellFile]) -> int:
     return sum(len(f.rows) for f in files.values())
 
 
-def _check_settings(out: Path, folder: Path, rows: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """What settings.json is to hold. Records of other settings or other checkpoints must not mix with new ones."""
+def _check_settings(
+    out: Path, folder: Path, digests: Sequence[str | None], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """What settings.json is to hold. Records of other settings or other weights must not mix with new ones.
+
+    `digests`: of the rows' weights; None = not known, or not there (yet, or any more).
+    """
     path = out / SETTINGS
-    digests = [read_checkpoint(checkpoint_folder(folder, k)).get("digest") for k in range(rows)]
-    now = {**settings, "checkpoints": digests}
+    now = {**settings, "checkpoints": list(digests)}
     kept: dict[str, Any] = {}
     if path.is_file():
         before = read_json(path)
@@ -457,7 +450,10 @@ def _check_settings(out: Path, folder: Path, rows: int, settings: dict[str, Any]
         before = {**there_was, **(before if isinstance(before, dict) else {})}
         earlier = before.get("checkpoints")
         earlier = earlier if isinstance(earlier, list) else []
-        before["checkpoints"] = [*earlier, *digests[len(earlier) :]]  # a run may have gone on since
+        earlier = [*earlier, *digests[len(earlier) :]]  # a run may have gone on since
+        both = list(zip(earlier, digests, strict=False))
+        before["checkpoints"] = [now if then is None else then for then, now in both] + earlier[len(both) :]
+        now["checkpoints"] = [then if now is None else now for then, now in both]
         differing = [k for k, v in now.items() if before.get(k) != v]
         if differing:
             raise UserError(
@@ -499,21 +495,16 @@ def _check_simulators(out: Path, now: dict[str, dict[str, str]]) -> None:
     write_json(path, settings | {SIMULATORS: before | now})
 
 
-def _jobs(missing: dict[int, list[dict[str, Any]]], folder: Path, manifest: dict[str, Any], workers: int) -> list[Job]:
+def _jobs(missing: dict[int, list[dict[str, Any]]], rows: Checkpoints, workers: int) -> list[Job]:
     """Rows as jobs; few rows are split so that every worker has something to do."""
     jobs: list[Job] = []
     for k, episodes in sorted(missing.items()):
-        checkpoint = None if k < 0 else str(checkpoint_folder(folder, k))
-        policy: str | None = f"{checkpoint}/policy"
-        if k == RANDOM:
-            policy = None
-        elif k == BASE:
-            policy = str(find_base(manifest["base"], folder, f"run {folder.name} is"))
-        elif (Path(f"{checkpoint}/policy") / ADAPTER).is_file():
-            adapter_base(Path(f"{checkpoint}/policy"))  # one that is not there is said before processes are started
+        weights = rows.weights(k)
+        if weights.state is not None and weights.policy is not None and (Path(weights.policy) / ADAPTER).is_file():
+            adapter_base(Path(weights.policy))  # one that is not there is said before processes are started
         parts = max(1, min(len(episodes), -(-2 * workers // len(missing)))) if workers > 1 else 1
         for i in range(parts):
-            jobs.append(Job(k, policy, checkpoint, tuple(episodes[i::parts])))
+            jobs.append(Job(k, weights, tuple(episodes[i::parts])))
     return sorted(jobs, key=lambda job: -len(job.episodes))
 
 

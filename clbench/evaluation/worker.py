@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from clbench.checkpoints.trusted import NOTHING, Trust, trust
 from clbench.envs.remote import SimulatorDied
 from clbench.errors import shortage
+from clbench.evaluation.rows import Weights
 from clbench.stopping import belong_to
 
 if TYPE_CHECKING:
@@ -29,11 +30,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """Episodes of one row. `policy` is a checkpoint folder, a base's folder, or None for random actions."""
+    """Episodes of one row."""
 
     k: int
-    policy: str | None
-    checkpoint: str | None
+    weights: Weights
     episodes: tuple[dict[str, Any], ...]  # {"j", "task_id", "episode", "seed", "env", "instruction", "max_steps"}
 
 
@@ -125,7 +125,7 @@ def play(job: Job, settings: Settings, pool: Any, watch: Any = None) -> Any:
     """Play one job's episodes; yields a record per episode as it ends."""
     from clbench.rollout.rollout import Episode, run_episodes
 
-    for actor, view, chosen in _actors(job, settings):
+    for actor, view, chosen in actors(job, settings):
         episodes = [
             Episode((e["j"], e["episode"]), e["seed"], e["env"], e["instruction"], e["max_steps"]) for e in chosen
         ]
@@ -150,14 +150,15 @@ def _record(k: int, o: Any) -> dict[str, Any]:
     return {**record, "routing": o.diagnostics} if o.diagnostics else record
 
 
-def _actors(job: Job, settings: Settings) -> Any:
+def actors(job: Job, settings: Settings) -> Any:
     """(actor, view to act in, its episodes): one, unless the algorithm's view differs between tasks."""
     import torch
 
     from clbench.rollout.actors import PolicyActor, RandomActor
 
     torch.set_num_threads(settings.threads)
-    if job.policy is None:
+    w = job.weights
+    if w.policy is None:
         from clbench.envs.making import family
 
         yield RandomActor(family(job.episodes[0]["env"]["type"]).action_dim), nullcontext, job.episodes
@@ -169,12 +170,15 @@ def _actors(job: Job, settings: Settings) -> Any:
     from clbench.checkpoints.state import load_state
 
     trust(settings.trust)
-    loaded = load_policy(job.policy, pick_device(settings.device))
+    loaded = load_policy(w.policy, pick_device(settings.device))
     algorithm = CLAlgorithm(None)
-    if job.checkpoint is not None:
+    if w.state is not None:
         algorithm = build_algorithm(settings.config, check=False)
-        algorithm.restore_structure(loaded.policy, Path(job.policy))
-        restore_state(algorithm, load_state(Path(job.checkpoint), "algorithm"), loaded.policy)
+        algorithm.restore_structure(loaded.policy, Path(w.policy))
+        restore_state(algorithm, load_state(Path(w.state), "algorithm"), loaded.policy)
+    if w.within:
+        yield PolicyActor(loaded, settings.slots, algorithm.eval_diagnostics), nullcontext, job.episodes
+        return
     groups: dict[str, list[dict[str, Any]]] = {}
     for e in job.episodes:
         groups.setdefault(algorithm.view_key(e["task_id"]), []).append(e)

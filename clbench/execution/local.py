@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import tempfile
 import time
@@ -16,7 +15,7 @@ from clbench.execution.units import Statuses, Unit, admissible, leave_out
 from clbench.processes import Child, server, start_command
 from clbench.slots import VARIABLE, Slots
 from clbench.stopping import Stop
-from clbench.terminal import printable, show
+from clbench.terminal import last_line, show
 
 KEPT = "What is done is kept: give the same command again."
 PROGRESS_SECONDS = 10.0
@@ -109,11 +108,3 @@ def _tell_progress(running: Sequence[_Running]) -> None:
         if line and line != job.said:
             show(f"  {job.unit.about}: {line}")
             job.said = line
-
-
-def last_line(log: Path) -> str:
-    """The last line with something in it of a command's output."""
-    with log.open("rb") as f:
-        f.seek(max(0, os.fstat(f.fileno()).st_size - 4096))
-        lines = f.read().decode("utf-8", "replace").replace("\r", "\n").split("\n")
-    return printable(next((line.strip() for line in reversed(lines) if line.strip()), ""))

@@ -33,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", nargs="+", help="a run, its eval folder, or a matrix as JSON, CSV, "
                         ".npy or .npz; several runs: their paired differences")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--joint", metavar="RUN", help="multitask run on the same tasks, for intransigence")
+    parser.add_argument(
+        "--joint", metavar="RUN", action="append", default=[], help="multitask run on the same tasks, for "
+        "intransigence; again for each on the first tasks alone, for intransigence_prefixes"
+    )  # fmt: skip
     parser.add_argument("--single", metavar="RUN", help="single-task run on the same tasks, for ft_cw")
     parser.add_argument(
         "--assume-zero-base", action="store_true", help="fwt_gem: success before any learning is 0 if unknown"
@@ -51,10 +54,16 @@ def run(args: argparse.Namespace) -> int:
     if len(args.path) > 1:
         return _compare(args, criterion)
     record = load_record(default_run(args.path[0]), criterion=criterion)
+    joints = [load_record(default_run(path), criterion=criterion) for path in args.joint]
+    all_tasks = [j for j in joints if len(set(j.tasks)) >= len(set(record.tasks))]
+    first_tasks = [j for j in joints if len(set(j.tasks)) < len(set(record.tasks))]
+    if len(all_tasks) > 1:
+        raise UserError("several of the runs that --joint names are on all tasks: name one of them.")
     metrics = compute_metrics(
         record,
-        joint=load_record(default_run(args.joint), criterion=criterion) if args.joint else None,
-        single=load_record(default_run(args.single)) if args.single else None,
+        joint=all_tasks[0] if all_tasks else None,
+        single=load_record(default_run(args.single), criterion=criterion) if args.single else None,
+        prefixes=first_tasks,
         assume_zero_base=args.assume_zero_base,
         bootstrap=args.bootstrap,
     )

@@ -45,6 +45,7 @@ def compute_metrics(
     *,
     joint: Record | None = None,
     single: Record | None = None,
+    prefixes: Sequence[Record] = (),
     assume_zero_base: bool = False,
     bootstrap: int = 1000,
     seed: int = 0,
@@ -58,14 +59,16 @@ def compute_metrics(
     Args:
         joint: the multitask run on the same tasks, for `intransigence`.
         single: the single-task run on the same tasks, for `ft_cw`.
+        prefixes: multitask runs on the record's first tasks, one for each number of them (`joint` is one, too), for
+            `intransigence_prefixes`.
         assume_zero_base: take the success before any learning as 0 where it was not measured.
         bootstrap: number of resamplings; 0 for no intervals.
 
     Raises:
         UserError: `joint` or `single` does not have the record's tasks.
     """
-    inputs = _gather(record, joint, single, assume_zero_base)
-    drawn = _resample(record, joint, inputs, bootstrap, seed)
+    inputs = _gather(record, joint, single, prefixes, assume_zero_base)
+    drawn = _resample(record, joint, single, prefixes, inputs, bootstrap, seed)
     result: dict[str, dict[str, Any]] = {}
     for name, metric in all_metrics().items():
         entry: dict[str, Any] = {"value": None}
@@ -88,6 +91,8 @@ def bootstrap_draws(
     record: Record,
     *,
     joint: Record | None = None,
+    single: Record | None = None,
+    prefixes: Sequence[Record] = (),
     assume_zero_base: bool = False,
     bootstrap: int = 1000,
     seed: int = 0,
@@ -96,8 +101,8 @@ def bootstrap_draws(
 
     Draws of runs on the same tasks and episode seeds are paired: draw b of each uses the same episodes.
     """
-    inputs = _gather(record, joint, None, assume_zero_base)
-    drawn = _resample(record, joint, inputs, bootstrap, seed)
+    inputs = _gather(record, joint, single, prefixes, assume_zero_base)
+    drawn = _resample(record, joint, single, prefixes, inputs, bootstrap, seed)
     draws: dict[str, FloatArray] = {}
     for name, metric in all_metrics().items():
         try:
@@ -170,7 +175,9 @@ def over_runs(values: FloatArray, table: FloatArray, rng: np.random.Generator) -
 # ---------------------------------------------------------------------------------------------- inputs
 
 
-def _gather(record: Record, joint: Record | None, single: Record | None, assume_zero_base: bool) -> Inputs:
+def _gather(
+    record: Record, joint: Record | None, single: Record | None, prefixes: Sequence[Record], assume_zero_base: bool
+) -> Inputs:
     """The metrics' inputs by name; a string says why one is absent."""
     n = len(record.tasks)
     inputs: Inputs = {"success": record.success, "final": _final_row(record)}
@@ -199,12 +206,33 @@ def _gather(record: Record, joint: Record | None, single: Record | None, assume_
             inputs["single"] = "the single-task learning curves are at other fractions than these"
 
     inputs["joint"] = "needs joint training (--joint RUN; in a report, a multitask run beside it)"
+    for other in (*prefixes, *([joint] if joint else [])):
+        if len(other.rows) != 1 or other.mode not in (None, "multitask"):
+            what = f"{len(other.rows)} rows" + (f" of a {other.mode} run" if other.mode else "")
+            raise UserError(f"--joint {other.source}: expected the single row of a multitask run, got {what}.")
+        if record.split and other.split and record.split != other.split:
+            raise UserError(f"--joint {other.source}: it has {other.split} episodes, and this run {record.split} ones.")
     if joint is not None:
-        if len(joint.rows) != 1 or joint.mode not in (None, "multitask"):
-            what = f"{len(joint.rows)} rows" + (f" of a {joint.mode} run" if joint.mode else "")
-            raise UserError(f"--joint {joint.source}: expected the single row of a multitask run, got {what}.")
         inputs["joint"] = joint.success[-1, _columns(record, joint, "--joint")]
+    found = _prefixes(record, joint, prefixes)
+    if isinstance(found, str):
+        inputs["prefixes"] = found
+    else:
+        last = [p.success[-1, p.tasks.index(t)] for p, t in zip(found, record.tasks, strict=True)]
+        inputs["prefixes"] = np.array(last)
     return inputs
+
+
+def _prefixes(record: Record, joint: Record | None, prefixes: Sequence[Record]) -> list[Record] | str:
+    """For each k, the joint run on tasks 0…k, or why there is none."""
+    found = []
+    for k in range(len(record.tasks)):
+        same = [p for p in (*prefixes, *([joint] if joint else [])) if set(p.tasks) == set(record.tasks[: k + 1])]
+        if not same:
+            missing = "task 0 alone" if k == 0 else f"tasks 0 to {k}"
+            return f"needs joint training on the first tasks (--joint RUN, once for each number), here on {missing}"
+        found.append(same[0])
+    return found
 
 
 def _half(record: Record, part: int) -> FloatArray | str:
@@ -302,7 +330,15 @@ def _remark(record: Record, name: str, assume_zero_base: bool) -> str:
 # ------------------------------------------------------------------------------------------- bootstrap
 
 
-def _resample(record: Record, joint: Record | None, inputs: Inputs, bootstrap: int, seed: int) -> Inputs:
+def _resample(
+    record: Record,
+    joint: Record | None,
+    single: Record | None,
+    prefixes: Sequence[Record],
+    inputs: Inputs,
+    bootstrap: int,
+    seed: int,
+) -> Inputs:
     """The inputs with a leading axis of B draws; a string says why an input has none.
 
     A Bayesian bootstrap (Rubin 1981) with Jeffreys' prior: a draw gives every episode seed a weight from Exp(1), and
@@ -315,12 +351,17 @@ def _resample(record: Record, joint: Record | None, inputs: Inputs, bootstrap: i
     drawn: Inputs = dict.fromkeys(inputs, "no interval was asked for")
     if bootstrap == 0:
         return drawn
-    drawn["curves"] = drawn["single"] = "learning curves keep no episode records"
     for name in ("fractions", "task"):  # known, not measured
         if not isinstance(inputs[name], str):
             drawn[name] = inputs[name]
 
     draws = _Draws(bootstrap, seed)
+    drawn["curves"] = inputs["curves"] if isinstance(inputs["curves"], str) else draws.curves(
+        record, list(range(len(record.tasks)))
+    )  # fmt: skip
+    drawn["single"] = inputs["single"] if isinstance(inputs["single"], str) or single is None else draws.curves(
+        single, _columns(record, single, "--single")
+    )  # fmt: skip
     drawn["success"] = drawn["final"] = success = draws.rows(record, record.rows, record.success)
     if not isinstance(success, str):
         drawn["final"] = success[:, -1]
@@ -337,6 +378,8 @@ def _resample(record: Record, joint: Record | None, inputs: Inputs, bootstrap: i
         rows = draws.rows(joint, joint.rows, joint.success)
         where = _columns(record, joint, "--joint")
         drawn["joint"] = rows if isinstance(rows, str) else rows[:, -1, where]
+    found = _prefixes(record, joint, prefixes)
+    drawn["prefixes"] = found if isinstance(found, str) else draws.columns(found, record.tasks)
     if record.heldout is not None:
         held = record.heldout
         rows = draws.rows(held, held.rows, held.success)
@@ -372,16 +415,44 @@ class _Draws:
                 if len(outcomes) < 2:
                     return f"one episode at k={k} j={j}: nothing to resample"
                 seeds = sorted(outcomes)[slice(part, None, 1 if part is None else 2)]
-                weight = np.stack([self._of(s) for s in seeds], axis=1)  # (B, S)
                 first = record.tasks.index(record.tasks[j])  # a repeated task's columns have the same episodes
-                rng = np.random.default_rng([self.seed, run, k + 1, first, 2 if part is None else part])
-                success, failure = rng.gamma(0.5, size=(2, self.bootstrap))
-                hits = weight @ np.array([outcomes[s] for s in seeds], dtype=float)
-                rate = (hits + success) / (weight.sum(axis=1) + success + failure)
-                # The posterior's variance is p(1 − p)/(S + 2), and p(1 − p) of S episodes (S − 1)/S of the true one.
-                wider = math.sqrt((len(seeds) + 2) / max(1, len(seeds) - 1))
-                drawn[:, i, j] = rate.mean() + wider * (rate - rate.mean())
+                prior = [run, k + 1, first, 2 if part is None else part]
+                drawn[:, i, j] = self._rate({s: outcomes[s] for s in seeds}, prior)
         return drawn
+
+    def columns(self, records: Sequence[Record], tasks: Sequence[str]) -> FloatArray | str:
+        """(B, N) drawn rates of the last row of record i on task i, or why there are none."""
+        drawn = []
+        for record, task in zip(records, tasks, strict=True):
+            rows = self.rows(record, record.rows, record.success)
+            if isinstance(rows, str):
+                return rows
+            drawn.append(rows[:, -1, record.tasks.index(task)])
+        return np.stack(drawn, axis=1)
+
+    def curves(self, record: Record, columns: Sequence[int]) -> FloatArray | str:
+        """(B, N, E) drawn rates of the learning curves of these tasks, or why there are none."""
+        run = zlib.crc32(f"{record.source}{record.manifest.get('run_id')} curves".encode())
+        drawn = []
+        for k in columns:
+            points = record.curves[k].outcomes
+            if points is None:
+                return f"no episode records of the learning curve of task k={k}"
+            if any(len(outcomes) < 2 for outcomes in points):
+                return f"one episode at a point of the learning curve of task k={k}: nothing to resample"
+            drawn.append(np.stack([self._rate(o, [run, k, i]) for i, o in enumerate(points)], axis=1))
+        return np.stack(drawn, axis=1)
+
+    def _rate(self, outcomes: Mapping[int, float], prior: Sequence[int]) -> FloatArray:
+        """(B,) drawn rates of one cell. `prior`: what its own half success and half failure are drawn from."""
+        seeds = list(outcomes)
+        weight = np.stack([self._of(s) for s in seeds], axis=1)  # (B, S)
+        success, failure = np.random.default_rng([self.seed, *prior]).gamma(0.5, size=(2, self.bootstrap))
+        hits = weight @ np.array([outcomes[s] for s in seeds], dtype=float)
+        rate = (hits + success) / (weight.sum(axis=1) + success + failure)
+        # The posterior's variance is p(1 − p)/(S + 2), and p(1 − p) of S episodes (S − 1)/S of the true one.
+        wider = math.sqrt((len(seeds) + 2) / max(1, len(seeds) - 1))
+        return np.asarray(rate.mean() + wider * (rate - rate.mean()))
 
 
 def _draws_of(name: str, metric: Metric, drawn: Inputs) -> FloatArray | str:
@@ -392,7 +463,10 @@ def _draws_of(name: str, metric: Metric, drawn: Inputs) -> FloatArray | str:
         if isinstance(value, str):
             return value
         arguments.append(value)
-    return np.atleast_1d(_computed(name, metric, arguments))
+    try:
+        return np.atleast_1d(_computed(name, metric, arguments))
+    except Missing as reason:
+        return f"{name} has no value for some draws: {reason}"
 
 
 def _percentiles(values: FloatArray) -> tuple[float, float]:

@@ -70,9 +70,10 @@ INPUTS = {
     "base": "(..., N), the base before the stream",
     "heldout": "(..., M), the last checkpoint on tasks outside the stream",
     "joint": "(..., N), a multitask run",
-    "curves": "(N, E), success at E points of each task's own training",
+    "prefixes": "(..., N), entry k is the success on task k of joint training on tasks 0…k",
+    "curves": "(..., N, E), success at E points of each task's own training",
     "fractions": "(E,), those points, from 0 to 1",
-    "single": "(N, E), the curves of single-task runs",
+    "single": "(..., N, E), the curves of single-task runs",
 }
 OF = ("matrix", "final row", "diagonal")
 RATE, DIFFERENCE = (0.0, 1.0), (-1.0, 1.0)
@@ -101,6 +102,7 @@ def metric(
 
 
 _CLARE, _LIBERO = "CLARE, arXiv 2601.09512", "LIBERO, arXiv 2306.03310"
+_HELD = "a curve held at its best takes a maximum of noisy rates, which is biased upwards"
 _BIASED = "forgetting takes a maximum of noisy rates, which is biased upwards: see forgetting_corrected"
 _GEM, _CHAUDHRY = "Lopez-Paz & Ranzato 2017 (GEM)", "Chaudhry et al. 2018"
 _HU, _CW = "Hu et al. 2026, arXiv 2603.11653", "Continual World, arXiv 2105.10919"
@@ -230,7 +232,7 @@ def nbt_libero(success: FloatArray) -> Any:
 
 @metric(
     ("curves", "fractions"), "mean of each task's 11-point learning curve, held at its best", _LIBERO,
-    higher_is_better=True, bounds=RATE, of="diagonal",
+    higher_is_better=True, bounds=RATE, of="diagonal", no_interval=_HELD,
 )  # fmt: skip
 def fwt_libero(curves: FloatArray, fractions: FloatArray) -> Any:
     """Mean of each task's learning curve at 11 equal steps, held at its best. LIBERO, 2306.03310."""
@@ -239,7 +241,7 @@ def fwt_libero(curves: FloatArray, fractions: FloatArray) -> Any:
 
 @metric(
     ("success", "curves", "fractions"), "mean over k of (curve mean of k + sum R[m][k], m > k) / (N-k)", _LIBERO,
-    higher_is_better=True, bounds=RATE,
+    higher_is_better=True, bounds=RATE, no_interval=_HELD,
 )  # fmt: skip
 def auc_libero(success: FloatArray, curves: FloatArray, fractions: FloatArray) -> Any:
     """Mean over k of (FWT_k + Σ_{m>k} R[m, k])/(N−k), FWT_k the mean of k's curve. LIBERO, 2306.03310."""
@@ -416,6 +418,18 @@ def intransigence(success: FloatArray, joint: FloatArray) -> Any:
 
 
 @metric(
+    ("success", "prefixes"), "mean (R_prefix[k] - R[k][k]), R_prefix from joint training on tasks 0..k",
+    "Chaudhry 2018, arXiv 1801.10112", higher_is_better=False, bounds=DIFFERENCE, of="diagonal",
+)  # fmt: skip
+def intransigence_prefixes(success: FloatArray, prefixes: FloatArray) -> Any:
+    """mean_k (a*_k − R[k, k]), a*_k the success on task k of joint training on tasks 0…k. Chaudhry et al. 2018."""
+    n = _tasks(success)
+    _need(success, np.eye(n, dtype=bool))
+    _need(prefixes, np.ones(n, dtype=bool), "the success of joint training on the first tasks")
+    return np.mean([prefixes[..., k] - success[..., k, k] for k in range(n)], axis=0)
+
+
+@metric(
     ("curves", "fractions", "single"), "mean (A[k] - A1[k]) / (1 - A1[k]), areas under curves", _CW,
     higher_is_better=True,
 )  # fmt: skip
@@ -426,10 +440,10 @@ def ft_cw(curves: FloatArray, fractions: FloatArray, single: FloatArray) -> Any:
     _need_curves(curves)
     _need_curves(single)
     steps = np.diff(fractions)  # trapezoidal rule
-    area, area_single = (((c[:, 1:] + c[:, :-1]) / 2 * steps).sum(axis=-1) for c in (curves, single))
+    area, area_single = (((c[..., 1:] + c[..., :-1]) / 2 * steps).sum(axis=-1) for c in (curves, single))
     if (area_single >= 1.0 - 1e-12).any():
         raise Missing("a single-task curve is 1 throughout: nothing is left to transfer (division by zero)")
-    return np.mean((area - area_single) / (1.0 - area_single))
+    return np.mean((area - area_single) / (1.0 - area_single), axis=-1)
 
 
 METRICS: dict[str, Metric] = {name: globals()[name] for name in registry.OWN["metrics"]}

@@ -39,10 +39,12 @@ ROUNDING = 1e-3  # of a rate; a mean taken in half precision is off by as much
 
 @dataclass(frozen=True)
 class Curve:
-    """Success on a task after fractions 0…1 of its own training; both (E,)."""
+    """Success on a task after fractions 0…1 of its own training; both (E,). `outcomes`: {episode seed: success} of each
+    point, or None where only rates are known."""
 
     fractions: FloatArray
     success: FloatArray
+    outcomes: list[dict[int, float]] | None = None
 
 
 @dataclass
@@ -320,8 +322,8 @@ def _load_eval(folder: Path, criterion: str | None, final_k: int | None = None) 
     _add_simulators(record, folder)
     _add_failures(record, folder)
     _add_outcomes(record, folder / "cells", recompute)
-    if not recompute:  # learning curves are kept by the matrix's own criterion alone
-        _add_curves(record, folder / "curves")
+    validation = record.split == VALIDATION and folder.name == VALIDATION  # RUN/eval/validation: curves are in RUN/eval
+    _add_curves(record, (folder.parent if validation else folder) / "curves", recompute)
     heldout = folder / "heldout"
     if (heldout / "matrix.json").is_file() and (not recompute or (heldout / "cells").is_dir()):
         record.heldout = _load_eval(heldout, criterion, final_k=record.rows[-1])
@@ -457,7 +459,9 @@ def _add_outcomes(record: Record, cells: Path, recompute: bool) -> None:
         )
 
 
-def _add_curves(record: Record, folder: Path) -> None:
+def _add_curves(record: Record, folder: Path, recompute: bool) -> None:
+    """Attach the learning curves; their episode records are the truth. With `recompute`, others are left out."""
+    splits: set[str] = set()
     for k in record.rows:
         path = folder / f"k{k:02d}.json"
         if not path.is_file():
@@ -469,4 +473,18 @@ def _add_curves(record: Record, folder: Path) -> None:
         success = _row(data["success"], f'{path}: "success"', len(fractions))
         if np.isnan(fractions).any() or (np.diff(fractions) <= 0).any():
             raise UserError(f'{path}: "fractions" do not increase from 0 to 1.')
-        record.curves[k] = Curve(fractions, success)
+        cells, seeds = folder / f"task_{k:02d}" / "cells", read_seeds(folder / f"task_{k:02d}")
+        played = [read_cell(cells, record.tasks, point, k, seeds) for point in range(len(fractions))]
+        if all(played):
+            outcomes = [
+                _outcomes([dict(e) for e in counted(p)], record.criterion, f"{cells} (point {i})")
+                for i, p in enumerate(played)
+            ]
+            success = np.array([np.mean(list(o.values())) for o in outcomes])
+            record.curves[k] = Curve(fractions, success, outcomes)
+        elif not recompute:
+            record.curves[k] = Curve(fractions, success)
+        if k in record.curves and data.get("split") in (TEST, VALIDATION):
+            splits.add(data["split"])
+    if splits - {record.split}:
+        record.notes.append(f"learning curves are of {', '.join(sorted(splits))} episodes (eval.curve_split)")

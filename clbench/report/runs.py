@@ -234,16 +234,43 @@ def load_runs(paths: Sequence[Path], bootstrap: int = 1000, split: str = TEST) -
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:  # a run, and another one's view
         raise UserError(f"two of the runs and their views are called {twice}; rename the run's folder.")
+    every = runs
+    runs, prefixes = [r for r in every if not _is_prefix(r, every)], [r for r in every if _is_prefix(r, every)]
     _check_same_tasks(runs)
     for run in runs:
         joint = _reference(run, runs, "multitask")
         single = _reference(run, runs, "singletask")
-        joint_record = joint.record if joint else None
-        run.metrics = compute_metrics(
-            run.record, joint=joint_record, single=single.record if single else None, bootstrap=bootstrap
-        )
-        run.draws = bootstrap_draws(run.record, joint=joint_record, bootstrap=bootstrap)
+        references: dict[str, Any] = {
+            "joint": joint.record if joint else None,
+            "single": single.record if single else None,
+            "prefixes": [r.record for r in _prefix_references(run, prefixes)],
+        }
+        run.metrics = compute_metrics(run.record, **references, bootstrap=bootstrap)
+        run.draws = bootstrap_draws(run.record, **references, bootstrap=bootstrap)
     return runs
+
+
+def _is_prefix(run: Run, runs: Sequence[Run]) -> bool:
+    """Whether it is joint training on the first tasks alone of another one's stream."""
+    mine = set(run.record.tasks)
+    return run.record.mode == "multitask" and any(
+        mine == set(other.record.tasks[:k]) and len(mine) < len(set(other.record.tasks))
+        for other in runs
+        if other.record.mode == "sequential"
+        for k in range(1, len(other.record.tasks))
+    )
+
+
+def _prefix_references(run: Run, prefixes: Sequence[Run]) -> list[Run]:
+    """For each number of first tasks the joint run that `run` is measured against, where there is one."""
+    found = []
+    for tasks in {frozenset(p.record.tasks) for p in prefixes}:
+        reference = _reference(run, [p for p in prefixes if frozenset(p.record.tasks) == tasks], "multitask")
+        found += [reference] if reference else []
+    if found:
+        names = ", ".join(sorted(r.name for r in found))
+        run.notes.append(f"intransigence_prefixes is measured against joint training on the first tasks: {names}")
+    return found
 
 
 def _check_same_tasks(runs: Sequence[Run]) -> None:

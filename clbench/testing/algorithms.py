@@ -22,6 +22,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -29,11 +30,14 @@ from safetensors.torch import load_file
 from clbench import patience
 from clbench.algorithms.build import build_algorithm
 from clbench.algorithms.state import restore_state
+from clbench.checkpoints.kept import kept_folder, kept_steps
 from clbench.checkpoints.policy_io import LoadedPolicy, load_policy
 from clbench.checkpoints.run_folder import checkpoint_folder
 from clbench.checkpoints.state import load_state
 from clbench.data.frames import StreamFrames
 from clbench.errors import Interrupted, UserError
+from clbench.evaluation.rows import Weights
+from clbench.evaluation.worker import Job, Settings, actors
 from clbench.io import read_json, read_jsonl
 from clbench.policies.view import PolicyView
 from clbench.seeding import generator
@@ -85,8 +89,8 @@ class AlgorithmTests:
     @pytest.fixture(scope="class")
     @classmethod
     def run(cls, case: Case, toy_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """The folder of one uninterrupted run of the case."""
-        return cls.train(case, toy_root, tmp_path_factory.mktemp("runs"))
+        """The folder of one uninterrupted run of the case, which also kept weights within its tasks."""
+        return cls.train(case, toy_root, tmp_path_factory.mktemp("runs"), "train.keep_weights_every_steps=3")
 
     @staticmethod
     def train(case: Case, toy_root: Path, out: Path, *overrides: str, resume: bool = False) -> Path:
@@ -142,7 +146,7 @@ class AlgorithmTests:
     def test_same_command_twice_gives_the_same_bytes(
         self, case: Case, run: Path, toy_root: Path, tmp_path: Path
     ) -> None:
-        """Every byte of every checkpoint."""
+        """Every byte of every checkpoint, though one of the two keeps weights within tasks and the other does not."""
         again = self.train(case, toy_root, tmp_path)
         assert files(run / "checkpoints") == files(again / "checkpoints")
 
@@ -203,9 +207,23 @@ class AlgorithmTests:
         assert before.keys() == after.keys()
         assert all(torch.equal(before[k], after[k]) for k in before)
 
+    def test_weights_kept_within_a_task_can_be_played(self, case: Case, run: Path, toy_root: Path) -> None:
+        """The last that the run kept: an evaluation loads them, with the method's state, and they act."""
+        k = case.visits - 1
+        kept = kept_folder(run, k, kept_steps(run, k)[-1])
+        assert files(kept / "policy") != files(checkpoint_folder(run, k) / "policy")
+        settings = Settings(toy_config(toy_root, case.section, *case.overrides), 2, 0, "cpu", threads=1)
+        job = Job(0, Weights(str(kept / "policy"), str(kept), within=True), ())
+        ((actor, view, _),) = actors(job, settings)
+        observation = {"observation.state": np.zeros(39, dtype=np.float32)}
+        with view():
+            actions, _ = actor.act([observation], ["Push the puck to a goal"], [0], [0])
+        assert np.isfinite(actions).all()
+
     def test_checkpoints_hold_no_pickle(self, case: Case, run: Path) -> None:
         """JSON and safetensors alone, which run no code when they are read."""
-        kinds = {p.suffix for p in (run / "checkpoints").rglob("*") if p.is_file()}
-        assert kinds <= {".json", ".safetensors"}
-        for path in (run / "checkpoints").rglob("*.safetensors"):
-            load_file(path)
+        for folder in (run / "checkpoints", run / "weights"):
+            kinds = {p.suffix for p in folder.rglob("*") if p.is_file()}
+            assert kinds <= {".json", ".safetensors"}
+            for path in folder.rglob("*.safetensors"):
+                load_file(path)

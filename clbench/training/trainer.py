@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from clbench.algorithms.build import build_algorithm
 from clbench.checkpoints import trusted
 from clbench.checkpoints.base import ADAPTER, find_base, identity
 from clbench.checkpoints.changes import changes
+from clbench.checkpoints.kept import curves_lack
 from clbench.checkpoints.run_folder import (
     PEFT_COPY,
     absolute_paths,
@@ -36,10 +38,12 @@ from clbench.io import read_jsonl, remove_if_empty, write_text
 from clbench.lock import held
 from clbench.paths import bases_root
 from clbench.patience import patience
+from clbench.processes import server
 from clbench.stopping import Stop, stoppable
 from clbench.streams.stream import TaskStream, build_stream
 from clbench.training import log as run_log
 from clbench.training.backend import Backend, ranks_together, say
+from clbench.training.curve_player import playing_curves
 from clbench.training.pretrain import check_inputs, ensure_base, load_base
 from clbench.training.saving import same_on_all
 from clbench.training.visits import Trainer
@@ -55,15 +59,19 @@ def train(
     command: list[str] | None = None,
     files: list[str] | None = None,
     stop: Stop | None = None,
+    play_curves: bool = True,
 ) -> Path:
     """Train a run and return its folder. Everything that a configuration can show to be wrong is raised first.
 
     Args:
         allow_change: keys that may differ from those a resumed run was started with, beside FREE_ON_RESUME.
         stop: says when to stop; null = when a signal comes from here on.
+        play_curves: play the learning curves that train.eval_during_training asks for beside the training; otherwise
+            their weights are kept for `clbench eval`.
 
     Raises:
-        UserError: bad configuration, missing data or base, an existing run, a loss that is not finite.
+        UserError: bad configuration, missing data or base, an existing run, a loss that is not finite; or training is
+            complete and learning curves could not be played.
         Interrupted: a signal asked to stop; the state is saved.
     """
     config = absolute_paths(config)
@@ -73,6 +81,9 @@ def train(
     drawn = (stream.columns[0].env or {}).get("render")
     if drawn is not None:  # the base's images, too, are to be like that
         config = replace(config, render=replace(config.render, **drawn))
+    wanted = play_curves and config.train.eval_during_training is not None and stream.mode != "multitask"
+    if wanted and os.environ.get("RANK", "0") == "0":
+        server()  # while this process has one thread
     backend = Backend(config.train)
     folder, new = results_folder(run_id, config.output_dir), False
     with ExitStack() as stack:
@@ -105,6 +116,9 @@ def train(
                 write_text(folder / "config.yaml", to_yaml(config))  # its eval and log sections may be new
                 _end_log(folder, run_id, position)
                 keeper.remove()
+                with playing_curves(folder, wanted and curves_lack(folder, len(stream.visits))) as player:
+                    if player is not None:
+                        player.wait(stop)
             say(backend, f"run '{run_id}' is complete: {folder}")
             return folder
         base_path, base = _base_of(config, folder, stream, position, changed, backend, stop)
@@ -120,13 +134,18 @@ def train(
             config, algorithm, stream, folder, run_id, backend, base_path, keeper, stop,
             start=lambda: (load_base(base_path, config), None), again=again,
         )  # fmt: skip
-        try:
-            trainer.run(position)
-        except Exception:
-            if new:
-                _forget_unless_begun(folder)
-            raise
-        say(backend, f"trained: {folder}")
+        if config.train.eval_during_training is not None and stream.mode == "multitask":
+            say(backend, "note: joint training has no learning curves of tasks: train.eval_during_training is ignored.")
+        with playing_curves(folder, wanted and backend.is_main) as player:
+            try:
+                trainer.run(position)
+            except Exception:
+                if new:
+                    _forget_unless_begun(folder)
+                raise
+            say(backend, f"trained: {folder}")
+            if player is not None:
+                player.wait(stop)
         return folder
 
 

@@ -13,6 +13,7 @@ from clbench.adapters import lora
 from clbench.algorithms.hooks import CLAlgorithm, Context, Phase
 from clbench.algorithms.state import restore_state
 from clbench.checkpoints.base import write_adapter_base
+from clbench.checkpoints.kept import WeightKeeper
 from clbench.checkpoints.policy_io import LoadedPolicy, load_policy, pick_device, save_policy
 from clbench.checkpoints.run_folder import checkpoint_folder, save_checkpoint
 from clbench.checkpoints.state import load_state, save_state
@@ -70,6 +71,10 @@ class Trainer:
         self.total_steps = 0
         # Seconds of earlier sessions, and of them in the task under way.
         self.seconds = self.task_seconds = 0.0
+        self.weights = WeightKeeper(folder, config.train.eval_during_training, config.train.keep_weights_every_steps)
+        if stream.mode == "multitask":  # no task has a training of its own
+            self.weights = WeightKeeper(folder, None, config.train.keep_weights_every_steps)
+        self.steps_before = 0  # of the task's phases that train the policy, those before the present one
         self.trained = 0  # parameters that a phase of the task under way trains, at most
 
     def run(self, start: Position) -> Path:
@@ -186,11 +191,19 @@ class Trainer:
                     "another version of the algorithm wrote it. Remove that folder to go on from the last checkpoint."
                 )
             first = names.index(position.phase)
+        steps = [p.steps if p.policy_training and p.optimizer is not None else 0 for p in phases]
+        done = None
+        if position is not None and resumed is not None:
+            done = sum(steps[:first]) + min(position.step, steps[first])
+        self.weights.begin(k, sum(steps), done, write=self.backend.is_main)
         for i, phase in enumerate(phases[first:], first):
             within = None
             if resumed and position and i == first:
                 within = Resumed(position.step, resumed["optimizer"], resumed.get("source", {}))
+            self.steps_before = sum(steps[:i])
             self.runner.run(phase, within)
+            if not self.runner.trained and steps[i]:  # nothing to train: no step was taken
+                self._keep_weights(self.steps_before, self.steps_before + steps[i])
             self.trained = max(self.trained, count(self.runner.trained.values()))
         ctx.phase, ctx.step = "", 0
         seed_everything("task_end", ctx.seed, k)
@@ -228,6 +241,8 @@ class Trainer:
     # ---- saving ---------------------------------------------------------------------------------
     def _after_step(self, phase: Phase, step: int, optimizer: torch.optim.Optimizer | None) -> None:
         self.total_steps = self.runner.total_steps
+        if phase.policy_training and optimizer is not None:
+            self._keep_weights(self.steps_before + step - 1, self.steps_before + step)
 
         def fill(folder: Path, moments: OptimizerState) -> dict[str, Any]:
             carried = self.runner.carried
@@ -247,6 +262,16 @@ class Trainer:
         if save_if_due(self.backend, self.keeper, self.stop, place, self.total_steps, optimizer, fill, self._bytes):
             where = self.place or f"in task {self.ctx.k + 1}, phase {phase.name}"
             self._stop_if_asked(f"{where}, after step {step}", sure=True)
+
+    def _keep_weights(self, first: int, last: int) -> None:
+        """Keep the weights that are due at one of the task's steps in (first, last]."""
+        for step in self.weights.due(first, last):
+            if self.backend.is_main:
+                with patience("keeping the weights"):
+                    self.weights.keep(
+                        step, lambda folder: {"adapter": self._save(folder, {})}, lambda: self._bytes(None)
+                    )
+            self.backend.barrier()
 
     def _stop_if_asked(self, where: str, sure: bool = False) -> None:
         if sure or self.backend.any(bool(self.stop.reason))[0]:
