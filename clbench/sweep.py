@@ -14,7 +14,6 @@ Its work is a graph of units (execution/units.py), which `--dry-run` prints; an 
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 import time
@@ -112,7 +111,7 @@ def load_experiment(name: str) -> tuple[Experiment, list[PlannedRun]]:
             run_id = f"{experiment.name}_{entry.label or algo}_s{seed}"
             results_folder(run_id, None)  # a name or label must not lead elsewhere
             own: tuple[str, ...] = ("--algo", algo, "--seed", str(seed), "--run-id", run_id, "--resume")
-            overrides = (*_overrides(experiment), *entry.overrides)
+            overrides = (*experiment.overrides, *entry.overrides)
             config, _ = compose(
                 model=experiment.model,
                 algorithms=algo.split(","),
@@ -141,7 +140,7 @@ def _prefixes(entry: Method, experiment: Experiment) -> list[Method]:
         algorithms=entry.algo.split(","),
         dataset=experiment.dataset,
         registered=algorithm_names(),
-        overrides=[*_overrides(experiment), *entry.overrides],
+        overrides=[*experiment.overrides, *entry.overrides],
         smoke=experiment.smoke,
     )
     order = list(dict.fromkeys(visit_order(config.dataset)))
@@ -158,11 +157,6 @@ def _prefixes(entry: Method, experiment: Experiment) -> list[Method]:
 def _axes(experiment: Experiment) -> tuple[str, ...]:
     smoke = ("--smoke",) if experiment.smoke else ()
     return ("--model", experiment.model, "--dataset", experiment.dataset, *smoke)
-
-
-def _overrides(experiment: Experiment) -> tuple[str, ...]:
-    threads = (f"train.threads={max(1, (os.cpu_count() or 1) // experiment.parallel)}",)
-    return (*threads, *experiment.overrides)
 
 
 def finished(run: PlannedRun) -> bool:

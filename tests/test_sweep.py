@@ -41,6 +41,8 @@ def test_lists_one_seed_of_everything_before_the_next(tmp_path: Path) -> None:
         "mine_seqfft_s0", "mine_er_big_s0", "mine_seqfft_s1", "mine_er_big_s1",
     ]  # fmt: skip
     assert runs[1].config.algorithm["buffer_size_per_task"] == 9 and runs[3].config.seed == 1
+    two_at_once = sweep.load_experiment(experiment(tmp_path, "parallel: 2\n"))[1]  # changes nothing in the runs
+    assert [(r.train, to_dict(r.config)) for r in two_at_once] == [(r.train, to_dict(r.config)) for r in runs]
 
 
 def test_two_runs_for_one_folder_are_refused(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from clbench.stopping import Stop
 from clbench.streams.stream import build_stream
 from clbench.testing.toy import STREAM, toy_config
 from clbench.training import pretrain
-from clbench.training.loop import schedule_factor
+from clbench.training.loop import PhaseRunner, schedule_factor
 from clbench.training.trainer import train
 from tests.algorithm_cases import SMALL_CLARE, SMALL_MIR
 
@@ -458,3 +458,29 @@ def test_an_unfinished_pretraining_of_an_earlier_version_starts_again(
     folder = train(config, "s", resume=True)
     assert "is of an earlier version of clbench; the pretraining starts again" in capsys.readouterr().err
     assert read_json(folder / "manifest.json")["base"]["sha256"] == whole
+
+
+def test_the_number_of_threads_does_not_depend_on_the_machine(
+    toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One for a run and two for its base, however many there were before; recorded. `train.threads` sets both."""
+    monkeypatch.setenv("CLBENCH_CACHE_ROOT", str(tmp_path / "cache"))
+    used: dict[str, set[int]] = {}
+    step = PhaseRunner._train_step
+
+    def noting(self: PhaseRunner, *a: Any, **k: Any) -> dict[str, float]:
+        used.setdefault(self.ctx.stream.name.split()[0], set()).add(torch.get_num_threads())
+        return step(self, *a, **k)
+
+    monkeypatch.setattr(PhaseRunner, "_train_step", noting)
+    before = torch.get_num_threads()
+    try:
+        for threads, name, want in (("null", "a", {"pretraining": {2}, "toy": {1}}), ("3", "b", {"toy": {3}})):
+            torch.set_num_threads(4)
+            used.clear()
+            config = toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}", f"train.threads={threads}")
+            folder = train(config, name)
+            assert used == want
+            assert read_json(folder / "manifest.json")["sessions"][0]["threads"] == max(want["toy"])
+    finally:
+        torch.set_num_threads(before)

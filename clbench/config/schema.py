@@ -53,7 +53,8 @@ class TrainConfig:
         compile: torch.compile the policy for training on the stream; on the CPU this needs a C++ compiler.
         log_every: steps between log lines.
         num_workers: loader processes, for data that has to be decoded (images).
-        threads: torch threads; null = torch's default.
+        threads: torch threads; null = on the CPU 1 (2 for pretraining the base), however many cores there are, for
+            another number changes the last bits of sums, and with them the run; on a GPU torch's default.
         device: cpu | cuda | auto.
         strategy: ddp | zero2, how several processes share the work (docs/multi_gpu.md).
         collective_timeout_s: seconds after which ranks give up waiting for one that is gone.

@@ -139,16 +139,23 @@ class ZeroWeights:
         self.set(name, torch.where(mask, value.float(), self.get(name).float()))
 
 
+# Without train.threads, on the CPU. Fixed numbers, whatever the machine has: the number decides how sums are rounded.
+CPU_THREADS = 1  # runs stand side by side in sweeps
+BASE_THREADS = 2  # a base is made alone, before them
+
+
 class Backend:
     """Accelerate (and DeepSpeed) behind the few verbs that training needs."""
 
     def __init__(self, config: TrainConfig) -> None:
         if config.device == "cuda" and not torch.cuda.is_available():
             raise UserError("train.device is cuda, but torch sees no CUDA device. Use train.device=cpu or auto.")
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
         cpu = config.device == "cpu" or not torch.cuda.is_available()
+        threads = CPU_THREADS if cpu and config.threads is None else config.threads
+        self.base_threads = BASE_THREADS if cpu and config.threads is None else config.threads
+        if threads is not None:
+            torch.set_num_threads(threads)
         self.strategy = config.strategy
         started = world_size()
         if started > 1:
@@ -268,6 +275,16 @@ class Backend:
                 p.data = p.data.clone()
                 p.grad = None
         self.parameters = {}
+
+    @contextmanager
+    def making_a_base(self) -> Iterator[None]:
+        """Inside the block torch has the threads that a base is made with."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.base_threads or before)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
         """Add the loss's gradient. `last`: this is the step's last micro-batch, after which gradients are averaged."""

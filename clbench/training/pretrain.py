@@ -399,7 +399,8 @@ def _pretrain(
     if position.step:
         say(backend, f"{what}, from step {position.step} on → {folder}")
     if position.k == 0:
-        trainer.run(position)
+        with backend.making_a_base():
+            trainer.run(position)
 
     done = checkpoint_folder(temporary, 0)
 

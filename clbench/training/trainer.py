@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from clbench.algorithms.build import build_algorithm
 from clbench.checkpoints import trusted
 from clbench.checkpoints.base import ADAPTER, find_base, identity
@@ -127,7 +129,7 @@ def train(
         if backend.is_main:
             keeper.clear(position)
             session = {"command": command or [], "k": position.k, "phase": position.phase, "step": position.step,
-                       "ranks": backend.world_size, "changed": changed}  # fmt: skip
+                       "ranks": backend.world_size, "threads": torch.get_num_threads(), "changed": changed}  # fmt: skip
             write_description(folder, run_id, config, stream, base=base, session=session, files=files or [])
         again = f"Go on with: clbench train --resume {as_argument(folder)}{_ranks(backend)}"
         trainer = Trainer(
