@@ -81,6 +81,15 @@ def parser() -> argparse.ArgumentParser:
     metrics_cli.add_arguments(_command(sub, "metrics", "print every metric of a run or matrix"))
     report_cli.add_arguments(_command(sub, "report", "tables and pictures of one run, or of several beside each other"))
 
+    results = _command(sub, "results", "pack what runs recorded into one small file, without weights, and unpack it")
+    actions = results.add_subparsers(dest="action", required=True, metavar="ACTION")
+    packing = _command(actions, "pack", "write the records of evaluated runs into one file")
+    packing.add_argument("runs", nargs="+", metavar="RUN", help="run folders (or names under results/)")
+    packing.add_argument("--out", type=Path, required=True, metavar="FILE", help="NAME.tar.xz")
+    unpacking = _command(actions, "unpack", "write the runs of such a file as folders")
+    unpacking.add_argument("file", type=Path)
+    unpacking.add_argument("--to", type=Path, required=True, metavar="DIR", help="the folder they are written into")
+
     data = _command(sub, "data", "make, fetch and check demonstrations, install a simulator's assets")
     kinds = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     make = _command(kinds, "make", "make the demonstrations of a stream and of its pretraining tasks")
@@ -201,6 +210,7 @@ def _run(args: argparse.Namespace, overrides: list[str], argv: Sequence[str]) ->
         "pretrain": _pretrain,
         "eval": _eval,
         "data": _data,
+        "results": _results_files,
         "list": _list,
         "doctor": _doctor,
         "sweep": _sweep,
@@ -532,6 +542,19 @@ def _print_matrix(matrix: dict[str, object]) -> None:
     for name, row in rows:
         assert isinstance(row, list)
         show(f"{name:>7} " + " ".join("   – " if v is None else f"{v:5.2f}" for v in row))
+
+
+def _results_files(args: argparse.Namespace, overrides: list[str]) -> int:
+    from clbench.evaluation.packed import pack, unpack
+    from clbench.metrics.cli import default_run
+
+    if args.action == "pack":
+        runs = [default_run(run) for run in args.runs]
+        size = pack(runs, args.out)
+        show(f"{args.out}: {len(runs)} run{'s' if len(runs) != 1 else ''}, {size:,} bytes")
+    else:
+        show(*unpack(args.file, args.to))
+    return 0
 
 
 def _data(args: argparse.Namespace, overrides: list[str]) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 from clbench.arguments import whole
 from clbench.errors import UserError
+from clbench.evaluation.packed import unpacked
 from clbench.evaluation.records import TEST
 from clbench.metrics.compute import compute_metrics, wilson
 from clbench.metrics.definitions import all_metrics
@@ -31,7 +32,7 @@ NOT_COMPARABLE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `clbench metrics`."""
     parser.add_argument("path", metavar="PATH", nargs="+", help="a run, its eval folder, or a matrix as JSON, CSV, "
-                        ".npy or .npz; several runs: their paired differences")  # fmt: skip
+                        ".npy or .npz; several runs, or packed ones: their paired differences")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
         "--joint", metavar="RUN", action="append", default=[], help="multitask run on the same tasks, for "
@@ -50,10 +51,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the metrics of `args.path`; raises UserError."""
+    named = [default_run(path) for path in args.path]
+    with unpacked(named) as paths:
+        return _run(args, paths)
+
+
+def _run(args: argparse.Namespace, paths: Sequence[Path]) -> int:
     criterion = CRITERIA[1] if args.at_end else None
-    if len(args.path) > 1:
-        return _compare(args, criterion)
-    record = load_record(default_run(args.path[0]), criterion=criterion)
+    if len(paths) > 1:
+        return _compare(args, paths, criterion)
+    record = load_record(paths[0], criterion=criterion)
     joints = [load_record(default_run(path), criterion=criterion) for path in args.joint]
     all_tasks = [j for j in joints if len(set(j.tasks)) >= len(set(record.tasks))]
     first_tasks = [j for j in joints if len(set(j.tasks)) < len(set(record.tasks))]
@@ -74,14 +81,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _compare(args: argparse.Namespace, criterion: str | None) -> int:
+def _compare(args: argparse.Namespace, paths: Sequence[Path], criterion: str | None) -> int:
     """Print the paired differences of several runs."""
     if args.joint or args.single or args.assume_zero_base:
         raise UserError("--joint, --single and --assume-zero-base are for one run; several are compared in pairs.")
     if args.bootstrap < 2:
         raise UserError("a comparison needs draws: --bootstrap 2 or more.")
-    runs = {Path(path).name: [load_record(default_run(path), criterion=criterion)] for path in args.path}
-    if len(runs) < len(args.path):
+    runs = {path.name: [load_record(path, criterion=criterion)] for path in paths}
+    if len(runs) < len(paths):
         raise UserError("two of the runs have one name: a comparison tells them apart by it.")
     found = compare(runs, bootstrap=args.bootstrap)
     if args.json:

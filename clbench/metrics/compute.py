@@ -387,6 +387,18 @@ def _resample(
     return drawn
 
 
+def _key(record: Record, *more: str) -> int:
+    """A number that tells runs apart, the same wherever a run's folder is."""
+    parts = [] if record.source is None else list(record.source.parts)
+    if "eval" in parts:  # RUN/eval/…
+        at = len(parts) - 1 - parts[::-1].index("eval")
+        name = record.manifest.get("run_id") or "".join(parts[:at][-1:])
+        place = [str(name), *parts[at + 1 :]]
+    else:
+        place = parts[-1:]
+    return zlib.crc32("/".join([*place, *more]).encode())
+
+
 class _Draws:
     """B draws of rates. Those of runs whose episodes have the same seeds are paired: draw b weighs a seed alike."""
 
@@ -404,7 +416,7 @@ class _Draws:
     def rows(self, record: Record, rows: Sequence[int], rates: FloatArray, part: int | None = None) -> FloatArray | str:
         """(B, len(rows), N) drawn rates, NaN where not evaluated, or why there are none. `part`: of a half, 0 or 1."""
         drawn = np.full((self.bootstrap, *rates.shape), np.nan)
-        run = zlib.crc32(f"{record.source}{record.manifest.get('run_id')}".encode())
+        run = _key(record)
         for i, k in enumerate(rows):
             for j in range(len(record.tasks)):
                 if np.isnan(rates[i, j]):
@@ -432,7 +444,7 @@ class _Draws:
 
     def curves(self, record: Record, columns: Sequence[int]) -> FloatArray | str:
         """(B, N, E) drawn rates of the learning curves of these tasks, or why there are none."""
-        run = zlib.crc32(f"{record.source}{record.manifest.get('run_id')} curves".encode())
+        run = _key(record, "curves")
         drawn = []
         for k in columns:
             points = record.curves[k].outcomes

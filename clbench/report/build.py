@@ -80,6 +80,8 @@ def build_report(
         command = shlex.join(redact_command([Path(sys.argv[0]).name, *by_name(sys.argv[1:])], secrets_of()))
     paired, why = _paired(groups, bootstrap)
     notes += [] if why is None else [why]
+    if paired:
+        write_text(folder / "paired.md", tables.paired_markdown(paired))
     html = page(title, loaded, groups, drawn, matrices, absent, notes, command, paired)
     write_text(folder / "index.html", html)
     return folder / "index.html"

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from clbench.arguments import whole
+from clbench.evaluation.packed import SUFFIX, is_packed, unpacked
 from clbench.evaluation.records import TEST, VALIDATION
 from clbench.metrics.cli import default_run
 from clbench.report.build import build_report
@@ -14,7 +15,7 @@ from clbench.terminal import show
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `clbench report`."""
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders (or names under results/)")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, names under results/, or packed results")
     parser.add_argument("--name", help="name of a report of several runs (default: the data set)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write to")
     parser.add_argument(
@@ -25,6 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the report and print where it is; raises UserError."""
-    runs = [default_run(r) for r in args.runs]
-    show(build_report(runs, args.out, name=args.name, bootstrap=args.bootstrap, split=args.split))
+    named = [default_run(r) for r in args.runs]
+    packed = next((path for path in named if is_packed(path)), None)
+    out = args.out
+    if out is None and packed is not None:  # beside the file: its runs are in a temporary folder
+        out = packed.with_name(packed.name.removesuffix(SUFFIX) + "_report")
+    with unpacked(named) as runs:
+        show(build_report(runs, out, name=args.name, bootstrap=args.bootstrap, split=args.split))
     return 0

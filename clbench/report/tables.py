@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from clbench.metrics.definitions import FloatArray
+from clbench.metrics.paired import LEVEL, Difference, p_text
 from clbench.report.runs import Group
 
 NONE = "–"
@@ -126,6 +127,32 @@ def to_markdown(head: Sequence[str], body: Sequence[Sequence[str]], notes: Seque
     lines = [head, ["---"] * len(head), *rows]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
     return table + "".join(f"\n{_escape_markdown(note)}\n" for note in (CAPTION, *notes))
+
+
+def paired_markdown(found: Sequence[Difference]) -> str:
+    """A Markdown table of paired differences: a row per pair, a column per metric that pairs have."""
+    pairs = list(dict.fromkeys((d.first, d.second) for d in found))
+    names = list(dict.fromkeys(d.metric for d in found))
+    cells = {(d.first, d.second, d.metric): d for d in found}
+
+    def text(d: Difference | None) -> str:
+        if d is None:
+            return NONE
+        verdict = "no difference seen" if d.holm >= LEVEL else f"p {p_text(d.holm)}"
+        return f"{d.value:+z.3f} [{d.low:z.2f}, {d.high:z.2f}], {verdict}"
+
+    body = [
+        [f"{_escape_markdown(a)} − {_escape_markdown(b)}", *(text(cells.get((a, b, name))) for name in names)]
+        for a, b in pairs
+    ]
+    lines = [["difference", *names], ["---"] * (len(names) + 1), *body]
+    seeds = sorted({d.n for d in found})
+    note = (
+        "Over the same episodes, with 95 % intervals; p after Holm's correction over the pairs of a column"
+        + (f"; over {' or '.join(map(str, seeds))} training seeds" if seeds != [1] else "; one training seed")
+        + "."
+    )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{note}\n"
 
 
 def to_latex(head: Sequence[str], body: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:

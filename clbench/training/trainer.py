@@ -106,6 +106,9 @@ def train(
         if backend.is_main and position != Position():
             check_every_byte(stream.columns[0].root, stream.data, config.dataset.name)
         backend.barrier()  # every rank has read what rank 0 now writes anew
+        if config.train.threads is None and backend.device.type == "cpu" and (os.cpu_count() or 1) > backend.world_size:
+            say(backend, "note: training with one thread, whatever the cores, for the same weights everywhere; "
+                         "train.threads=N uses more")  # fmt: skip
         if note := fps_note(stream.data):
             say(backend, note)
         if resume:
