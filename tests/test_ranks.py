@@ -32,6 +32,7 @@ from tests.ranks import (
     PLAIN,
     RUNS,
     STRATEGIES,
+    ParityRun,
     difference_and_move,
     overrides,
     train_alone,
@@ -43,28 +44,44 @@ TOLERANCE = {"er-bf16": 1e-4}  # bf16 rounds halves of a batch in its own way: 1
 SHARED = pytest.mark.xdist_group("ranks")  # one process trains the runs once for all of these tests
 
 
+# Variants of what others train: among the slow tests.
+SLOW = {"er-append", "multitask", "singletask", "er-bf16", "rehearsal", "onpolicy", "weighted"}
+
+
 @pytest.fixture(scope="module")
-def alone(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All runs, by one process."""
+def runs(request: pytest.FixtureRequest) -> list[ParityRun]:
+    """All runs; without the slow ones where no test of theirs was selected."""
+    cases = [i.callspec.params for i in request.session.items if hasattr(i, "callspec")]
+    asked = {params.get("label") for params in cases if isinstance(params.get("label"), str)}
+    return RUNS if asked & SLOW else [r for r in RUNS if r[0] not in SLOW]
+
+
+@pytest.fixture(scope="module")
+def alone(runs: list[ParityRun], toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs, by one process."""
     out = tmp_path_factory.mktemp("alone")
-    train_alone(RUNS, toy_data, out)
+    train_alone(runs, toy_data, out)
     return out
 
 
 @pytest.fixture(scope="module", params=STRATEGIES)
 def together(
-    request: pytest.FixtureRequest, alone: Path, toy_data: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    runs: list[ParityRun],
+    alone: Path,
+    toy_data: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[str, Path]:
-    """All runs, by one pair of ranks."""
+    """The runs, by one pair of ranks."""
     out = tmp_path_factory.mktemp(request.param)
-    train_together(RUNS, toy_data, out, request.param)
+    train_together(runs, toy_data, out, request.param)
     label, section, own = next(r for r in RUNS if r[0] == "er-stopped")
     train(toy_config(toy_data, section, f"output_dir={out}", *overrides(own)), label, resume=True)
     return request.param, out
 
 
 @SHARED
-@pytest.mark.parametrize("label", [r[0] for r in RUNS])
+@pytest.mark.parametrize("label", [pytest.param(r[0], marks=[pytest.mark.slow] * (r[0] in SLOW)) for r in RUNS])
 def test_ranks_train_what_one_process_trains(label: str, alone: Path, together: tuple[str, Path]) -> None:
     strategy, out = together
     difference, moved = difference_and_move(alone / label, out / label)
@@ -74,11 +91,11 @@ def test_ranks_train_what_one_process_trains(label: str, alone: Path, together: 
 
 
 @SHARED
-def test_ranks_make_the_same_collective_calls(together: tuple[str, Path]) -> None:
+def test_ranks_make_the_same_collective_calls(runs: list[ParityRun], together: tuple[str, Path]) -> None:
     """The same functions with the same sizes and types in the same order: none depends on the rank."""
     strategy, out = together
     first, second = (read_json(out / f"collectives-{rank}.json") for rank in (0, 1))
-    assert first.keys() == second.keys() == {r[0] for r in RUNS}
+    assert first.keys() == second.keys() == {r[0] for r in runs}
     for label in first:
         assert first[label] == second[label], label
         steps = len(events(out / label, "step"))

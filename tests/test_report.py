@@ -16,6 +16,7 @@ from clbench.algorithms.er import ER
 from clbench.errors import UserError
 from clbench.metrics import compute_metrics, load_record
 from clbench.report import build, build_report
+from clbench.report.beyond import beyond_the_method
 from clbench.report.build import file_names, folder_name
 from clbench.report.cli import add_arguments, run
 from clbench.report.runs import group_runs, load_runs
@@ -584,3 +585,44 @@ def test_texts() -> None:
     head = ["algorithm", "seeds", *["m"] * 11]
     assert "xelatex" in to_latex(head, [["клэр", *["1"] * 12]])
     assert "xelatex" not in to_latex(head, [["é", *["±"] * 12]])
+
+
+def test_what_rows_differ_in_beyond_their_method_is_said(tmp_path: Path) -> None:
+    """Steps, phases and settings, under every table; joint training aside. Nothing is said where nothing differs."""
+    runs = [write_run(tmp_path, name) for name in ("seqfft", "clare", "packnet", "multitask")]
+    for path in runs:
+        (path / "config.yaml").write_text(CONFIG.replace("lr: 1e-3", "lr: 3e-4") if "clare" in path.name else CONFIG)
+        change(path, base=BASE)
+    change(runs[2], algorithm_config={"eval_with_task_id": True})
+    change(runs[3], mode="multitask")
+    more = {
+        "clare": [("batch", "detect", 49), ("step", "discriminators", 399)],
+        "packnet": [("step", "train", 299), ("step", "retrain", 149)],
+    }
+    for name, rows in more.items():
+        with (tmp_path / f"{name}_s0" / "log.jsonl").open("a") as f:
+            for event, phase, step in rows:
+                f.write(json.dumps({"event": event, "k": 1, "phase": phase, "step": step, "loss": 0.1}) + "\n")
+    joint = read_record(runs[3])
+    joint["success"], joint["episodes"] = joint["success"][:1], joint["episodes"][:1]
+    (runs[3] / "eval/matrix.json").write_text(json.dumps(joint))
+    groups, _ = group_runs(load_runs(runs, bootstrap=0))
+    said = beyond_the_method(groups)
+    steps = {g.label: g.runs[0].phases["train"][0] for g in groups}
+    assert said == (
+        f"Beyond the method, rows differ in training of a task (seqfft: {steps['seqfft']} steps; clare: "
+        f"{steps['clare']} steps, 50 detect batches, 400 discriminators steps; packnet (task id): 300 steps, "
+        "150 retrain steps); in the task's identity at test time (given to packnet (task id)); in settings: "
+        "train.optimizer.lr (0.001, 0.0003)."
+    )
+    page = build_report(runs, tmp_path / "report", bootstrap=0)
+    assert "400 discriminators steps" in page.read_text() and "400 discriminators steps" in (
+        tmp_path / "report/table.md"
+    ).read_text()
+    seqfft = [write_run(tmp_path / "more", name) for name in ("seqfft", "ewc")]
+    assert beyond_the_method(group_runs(load_runs(seqfft, bootstrap=0))[0]) == ""
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "eval/matrix.json").read_text())
+    return found

@@ -17,6 +17,7 @@ from clbench.io import write_bytes, write_json, write_text
 from clbench.metrics.paired import Difference, compare
 from clbench.redaction import redact_command, secrets_of
 from clbench.report import figures, tables
+from clbench.report.beyond import beyond_the_method
 from clbench.report.page import Image, by_name, page
 from clbench.report.runs import Group, Run, group_runs, load_runs
 
@@ -73,7 +74,9 @@ def build_report(
         write_bytes(folder / file_name, png)
     write_json(folder / "metrics.json", _metrics(loaded, groups, folder))
     head, body = tables.header(groups), tables.rows(groups)
-    labels = _labels(loaded)
+    beyond = beyond_the_method(groups)
+    labels = [*_labels(loaded), *([beyond] if beyond else [])]
+    notes += [beyond] if beyond else []
     write_text(folder / "table.tex", tables.to_latex(head, body, labels))
     write_text(folder / "table.md", tables.to_markdown(head, body, labels))
     if command is None:

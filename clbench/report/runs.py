@@ -35,6 +35,7 @@ class Run:
     draws: dict[str, FloatArray] = field(default_factory=dict)
     task_ends: list[dict[str, Any]] = field(default_factory=list)
     steps: list[dict[str, Any]] = field(default_factory=list)
+    phases: dict[str, tuple[int, bool]] = field(default_factory=dict)  # phase → steps (batches) a task, does it train
     train_seconds: float | None = None
     eval_seconds: float | None = None
     routing: Routing = field(default_factory=dict)
@@ -181,6 +182,9 @@ def _read_log(run: Run) -> None:
     ends: dict[int, dict[str, Any]] = {}
     for e in events:
         k, step = e.get("k"), e.get("step")
+        if e.get("event") in ("step", "batch") and type(k) is int and type(step) is int:
+            phase = str(e.get("phase", "train"))  # the last step of a phase is always logged
+            run.phases[phase] = max(step + 1, run.phases.get(phase, (0, False))[0]), e["event"] == "step"
         if e.get("event") == "step" and type(k) is int and type(step) is int:
             e["loss"] = _number(e.get("loss"))
             steps[k, str(e.get("phase", "train")), step] = e
