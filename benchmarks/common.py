@@ -145,7 +145,7 @@ def print_verdict(ratio: float, aim: float, at_least: bool) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a benchmark; what a user can mend ends it with one message and status 2."""
+    """Run a benchmark; what a user can fix ends it with one message and status 2."""
     try:
         main()
     except UserError as e:

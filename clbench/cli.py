@@ -150,7 +150,7 @@ def _trust(p: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. 0: done; 2: the user can mend it (one message); 75: stopped cleanly; 130: interrupted."""
+    """Entry point. 0: done; 2: the user can fix it (one message); 75: stopped cleanly; 130: interrupted."""
     from clbench.env_file import load_env_file
     from clbench.processes import no_threads
     from clbench.surroundings import settle

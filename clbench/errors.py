@@ -1,4 +1,4 @@
-"""The exception type that means "the user can mend this", and the one that means "stopped, to be continued"."""
+"""The exception type that means "the user can fix this", and the one that means "stopped, to be continued"."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ and has touched no device, and forks itself for each of them, which takes hundre
 A server is made at the first call: by forking this process where that has one thread, else by starting an interpreter.
 A process that was forked by a server has a server of its own as soon as it starts others, without importing anything
 again. Whatever is started this way ends with the process that asked for it, however that ended: the server sees its
-connection closed and exits, at which the kernel kills workers, and asks commands to stop (SIGTERM), so that trainings
+connection closed and exits; the kernel then kills workers, and asks commands to stop (SIGTERM), so that training runs
 save.
 """
 

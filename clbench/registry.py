@@ -223,7 +223,7 @@ def package_folders(group: str) -> list[tuple[str, Path]]:
         if folder is None:
             raise UserError(
                 f"{_origin(point)}: the entry point '{point.name}' of clbench.{group} names {point.value}, and there "
-                "is no such package. Install it again, or mend its pyproject.toml."
+                "is no such package. Install it again, or fix its pyproject.toml."
             )
         found.append((_origin(point), folder))
     return found

@@ -1,4 +1,4 @@
-"""The command line against bad input: exit status 2, one line that says what to mend, no traceback, no heavy work.
+"""The command line against bad input: exit status 2, one line that says what to fix, no traceback, no heavy work.
 
 Black box: every test calls `clbench.cli.main` (or the installed command) and looks at its status and messages only.
 The data set of these tests is a record without frames: whatever reads frames comes too late to report a mistake.

@@ -389,7 +389,7 @@ def test_a_full_disk(run: Path, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.splitlines()[1:] == [
         f"clbench: cannot write {cells / 'k02_j01.jsonl'}: No space left on device. Finished episodes are kept: "
-        "mend that, then run the same command again."
+        "fix that, then run the same command again."
     ]
 
 

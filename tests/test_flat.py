@@ -58,12 +58,12 @@ def test_memory_and_open_files_stay_flat_over_ten_tasks_and_many_rows(toy_data: 
     rows: dict[int, tuple[float, int]] = {}  # after the last episode of each row
 
     def record(row: dict[str, Any]) -> None:
-        (worker,) = crew.crew
+        (worker,) = pool.running
         assert worker.process.pid is not None
         rows[row["k"]] = usage(worker.process.pid)
 
-    crew = WorkerPool(jobs, Settings(config, 4, 0, "cpu", threads=1), 1, record, Stop())
-    crew.play()
+    pool = WorkerPool(jobs, Settings(config, 4, 0, "cpu", threads=1), 1, record, Stop())
+    pool.play()
     for k, (megabytes, files) in rows.items():
         print(f"row {k:2}: {megabytes:7.1f} MB resident, {files} open files")  # pytest -s
     assert len(rows) == ROWS

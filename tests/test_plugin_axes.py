@@ -61,7 +61,7 @@ def test_one_that_fails_is_missing_and_named(known: Any, tmp_path: Path) -> None
     known("metrics", "broken", broken)
     found = compute_metrics(record(tmp_path))
     assert found["broken"]["value"] is None
-    assert found["broken"]["missing"] == "it failed, which this process has to mend: KeyError: 'oops'"
+    assert found["broken"]["missing"] == "it failed, which this process has to fix: KeyError: 'oops'"
     assert found["asr"]["value"] == 0.625
     with pytest.raises(ValueError, match=r"a metric takes success, .*; not matrix"):
         metric(("matrix",), "x", "me", higher_is_better=True)

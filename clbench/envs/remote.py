@@ -194,7 +194,7 @@ class RemoteSimulator:
         return base.Step(*self._ask("step", action=np.asarray(action)))
 
     def step_unseen(self, action: np.ndarray) -> base.Step:
-        """As `step`, for who does not look at what it leads to: no picture is drawn where one can do without."""
+        """As `step`, for callers that do not need the observation: no image is rendered unless it must be."""
         return base.Step(*self._ask("step_unseen", action=np.asarray(action)))
 
     def render(self, width: int, height: int) -> np.ndarray:

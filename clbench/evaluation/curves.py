@@ -169,7 +169,7 @@ def check_has_curves(folder: Path, config: Config) -> None:
     """Raise UserError for a run that has no learning curves to play."""
     manifest = playable(folder)
     if manifest["mode"] == "multitask":
-        raise UserError(f"run {folder.name} was trained jointly: no task has a training of its own to draw a curve of.")
+        raise UserError(f"run {folder.name} was trained jointly: no task has a learning curve of its own.")
     planned = any(read_points(folder, k) for k in range(len(manifest["checkpoints"])))
     if not planned and config.train.eval_during_training is None:
         raise UserError(

@@ -104,7 +104,7 @@ class CellFile:
                 os.fsync(f.fileno())
         except OSError as e:
             raise UserError(
-                f"cannot write {self.path}: {e.strerror}. Finished episodes are kept: mend that, then run the same "
+                f"cannot write {self.path}: {e.strerror}. Finished episodes are kept: fix that, then run the same "
                 "command again."
             ) from e
 

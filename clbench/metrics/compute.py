@@ -307,7 +307,7 @@ def _computed(name: str, metric: Metric, arguments: Sequence[Any]) -> Any:
     except Missing:
         raise
     except Exception as e:
-        raise Missing(f"it failed, which {_package(name)} has to mend: {type(e).__name__}: {e}") from e
+        raise Missing(f"it failed, which {_package(name)} has to fix: {type(e).__name__}: {e}") from e
 
 
 def _package(name: str) -> str:

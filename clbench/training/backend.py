@@ -413,7 +413,7 @@ def ranks_together() -> Iterator[None]:
             else "lost another rank, which has ended"
         )
         raise RankLost(
-            f"rank {os.environ.get('RANK', '?')} {why}. What was saved is kept: when the reason is mended, the same "
+            f"rank {os.environ.get('RANK', '?')} {why}. What was saved is kept: once the cause is fixed, the same "
             "command with --resume goes on."
         ) from e
 

@@ -72,7 +72,7 @@ class Trainer:
         # Seconds of earlier sessions, and of them in the task under way.
         self.seconds = self.task_seconds = 0.0
         self.weights = WeightKeeper(folder, config.train.eval_during_training, config.train.keep_weights_every_steps)
-        if stream.mode == "multitask":  # no task has a training of its own
+        if stream.mode == "multitask":  # no task is trained on its own
             self.weights = WeightKeeper(folder, None, config.train.keep_weights_every_steps)
         self.steps_before = 0  # of the task's phases that train the policy, those before the present one
         self.trained = 0  # parameters that a phase of the task under way trains, at most
