@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from clbench.checkpoints.kept import CURVES
 from clbench.checkpoints.run_folder import as_argument
 from clbench.checkpoints.trusted import given
 from clbench.errors import UserError
@@ -22,8 +23,8 @@ END_S = 30.0  # for a player that was asked to stop to record the episodes that 
 class CurvePlayer:
     """The process. Training goes on whatever becomes of it; `wait` says when it failed."""
 
-    def __init__(self, run: Path) -> None:
-        self.run, self.log = run, run / LOG
+    def __init__(self, run: Path, visits: int) -> None:
+        self.run, self.visits, self.log = run, visits, run / LOG
         trust = [f"--trust={name}" for name in (*given().folders, *given().types)]
         arguments = ["eval", "--run-id", str(run), "--curves", "--follow", "--workers", "1", *trust]
         with self.log.open("a", encoding="utf-8") as log:
@@ -43,7 +44,8 @@ class CurvePlayer:
             stop.check(f"Training is complete, and finished episodes are kept. {again}")
             if time.monotonic() - asked >= EVERY_S:
                 asked = time.monotonic()
-                tell(f"  playing learning curves: {last_line(self.log)}")
+                done = sum((self.run / CURVES / f"k{k:02d}.json").is_file() for k in range(self.visits))
+                tell(f"  learning curves: {done} of {self.visits} tasks are played; {last_line(self.log)}")
             time.sleep(0.1)
         if self.process.returncode:
             why = last_line(self.log) or "their process failed"
@@ -61,9 +63,9 @@ class CurvePlayer:
 
 
 @contextmanager
-def playing_curves(run: Path, wanted: bool) -> Iterator[CurvePlayer | None]:
-    """A player while the block runs, where one is wanted; it ends with the block."""
-    player = CurvePlayer(run) if wanted else None
+def playing_curves(run: Path, visits: int, wanted: bool) -> Iterator[CurvePlayer | None]:
+    """A player of a run's curves, one per visit, while the block runs, where one is wanted; it ends with the block."""
+    player = CurvePlayer(run, visits) if wanted else None
     try:
         yield player
     finally:

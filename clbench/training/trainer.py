@@ -121,7 +121,8 @@ def train(
                 write_text(folder / "config.yaml", to_yaml(config))  # its eval and log sections may be new
                 _end_log(folder, run_id, position)
                 keeper.remove()
-                with playing_curves(folder, wanted and curves_lack(folder, len(stream.visits))) as player:
+                visits = len(stream.visits)
+                with playing_curves(folder, visits, wanted and curves_lack(folder, visits)) as player:
                     if player is not None:
                         player.wait(stop)
             say(backend, f"run '{run_id}' is complete: {folder}")
@@ -141,7 +142,7 @@ def train(
         )  # fmt: skip
         if config.train.eval_during_training is not None and stream.mode == "multitask":
             say(backend, "note: joint training has no learning curves of tasks: train.eval_during_training is ignored.")
-        with playing_curves(folder, wanted and backend.is_main) as player:
+        with playing_curves(folder, len(stream.visits), wanted and backend.is_main) as player:
             try:
                 trainer.run(position)
             except Exception:
