@@ -115,6 +115,8 @@ class Phase:
         on_resume: called instead of on_enter when a run goes on in the middle of this phase, after structure, weights
             and the algorithm's state_dict are back; for what can be worked out from those.
         log_every: steps between log lines; null = the run's.
+        num_workers: loader processes; null = the run's.
+        save_every: steps of this phase between training states; null = the run's train.save_every_steps.
         source: where the samples come from (sources.py); null = the visit's demonstrations.
     """
 
@@ -130,6 +132,8 @@ class Phase:
     on_exit: Callable[[Context], None] = _nothing
     on_resume: Callable[[Context], None] = _nothing
     log_every: int | None = None
+    num_workers: int | None = None
+    save_every: int | None = None
     source: Source | None = None
 
 

@@ -55,9 +55,13 @@ class StateKeeper:
         self._damaged: list[Path] = []
         self._last = time.monotonic()
 
-    def due(self, total_steps: int) -> bool:
-        """Whether it is time to save, after `total_steps` steps of the run."""
-        if self.every_steps is not None and total_steps % self.every_steps == 0:
+    def due(self, total_steps: int, step: int = 0, every: int | None = None) -> bool:
+        """Whether it is time to save, after `total_steps` steps of the run and `step` of a phase.
+
+        `every`: how many steps of the phase apart states are; None = as the run says for all phases.
+        """
+        steps, every = (total_steps, self.every_steps) if every is None else (step, every)
+        if every is not None and steps % every == 0:
             return True
         return self.every_minutes is not None and time.monotonic() - self._last >= 60 * self.every_minutes
 

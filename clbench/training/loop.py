@@ -145,7 +145,8 @@ class PhaseRunner:
         """This rank's samples of every step: current ones, then planned ones. Fills `plans` as it goes."""
         ctx = self.ctx
         if source.ahead:
-            return load_batches(ctx.frames, self._references(phase, source, start, plans), ctx.train.num_workers)
+            workers = ctx.train.num_workers if phase.num_workers is None else phase.num_workers
+            return load_batches(ctx.frames, self._references(phase, source, start, plans), workers)
         return self._present_batches(phase, source, start, plans)
 
     def _present_batches(

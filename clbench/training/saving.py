@@ -31,6 +31,7 @@ def save_if_due(
     optimizer: torch.optim.Optimizer | None,
     fill: Callable[[Path, OptimizerState], dict[str, Any]],
     size: Callable[[OptimizerState], int],
+    every: int | None = None,
 ) -> bool:
     """Save when a state is due or a stop was asked for; returns whether to stop, the same on every rank.
 
@@ -38,8 +39,9 @@ def save_if_due(
         place: visit, phase, and steps done of it.
         fill: writes a state's files into a folder and returns what else describes it.
         size: about how many bytes that takes.
+        every: steps of this phase between states; None = as the run says for all phases.
     """
-    due = backend.is_main and keeper.due(total_steps)
+    due = backend.is_main and keeper.due(total_steps, place[2], every)
     stopping, due = backend.any(bool(stop.reason), due)
     if stopping or due:
         with patience("saving the training state"):

@@ -259,7 +259,8 @@ class Trainer:
             return {**self._progress(), "task_seconds": round(seconds, 3)}
 
         place = self.ctx.k, phase.name, step
-        if save_if_due(self.backend, self.keeper, self.stop, place, self.total_steps, optimizer, fill, self._bytes):
+        total, every = self.total_steps, phase.save_every
+        if save_if_due(self.backend, self.keeper, self.stop, place, total, optimizer, fill, self._bytes, every):
             where = self.place or f"in task {self.ctx.k + 1}, phase {phase.name}"
             self._stop_if_asked(f"{where}, after step {step}", sure=True)
 
