@@ -109,7 +109,7 @@ FAULTS = [
           "/ std_J.clamp(min=1e-12)[:, None]).mean(1)", ").mean(1)", CLARE),
     Fault("clare", "one novel autoencoder is enough for a layer to expand", "algorithms/clare.py",
           "novelty = [float(v.min()) if len(v)", "novelty = [float(v.max()) if len(v)", CLARE),
-    Fault("clare", "the momentum of μ and σ is the wrong way round", "adapters/clare.py",
+    Fault("clare", "the momentum of μ and σ is the wrong way round", "adapters/clare_parts.py",
           "int(self.batches) == 1 else self.momentum", "int(self.batches) == 1 else 1 - self.momentum", CLARE),
     Fault("seqlora", "every task's adapter starts from the same random numbers", "algorithms/seqlora.py",
           'with seeded("seqlora", ctx.seed, ctx.k):', 'with seeded("seqlora", ctx.seed):', LORA),

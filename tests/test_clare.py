@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from clbench.adapters.clare import (
     ClareConfig,
     ClareLayer,
-    Discriminator,
     capturing,
     clare_layers,
     inject,
@@ -24,6 +23,7 @@ from clbench.adapters.clare import (
     update_config,
     z_scores,
 )
+from clbench.adapters.clare_parts import Autoencoder
 from clbench.algorithms.build import build_algorithm
 from clbench.algorithms.clare import CLARE, decide_expansion
 from clbench.checkpoints.policy_io import load_policy
@@ -156,7 +156,7 @@ def test_z_scores_equal_a_loop() -> None:
 
 def test_running_statistics_follow_the_momentum_rule() -> None:
     cfg = ClareConfig(discriminator_cfg={"hidden_dim": 3, "latent_dim": 2, "max_batches_tracked": 4}).discriminator_cfg
-    d = Discriminator(6, cfg)
+    d = Autoencoder(6, cfg)
     batches = [torch.rand(10) for _ in range(6)]
     mean = std = 0.0
     for i, b in enumerate(batches):
@@ -252,12 +252,17 @@ def test_a_run_can_take_its_sizes_from_such_a_file(toy_data: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_trainable_copy": True}, "use_trainable_copy: true is not supported"),
-        ({"add_zero_init_conv_layer": True}, "not supported"),
-        ({"batch_first": False}, "not supported"),
-        ({"discriminator_cfg": {"type": "vae"}}, "not supported"),
-        ({"discriminator_cfg": {"use_lora": True}}, "not supported"),
-        ({"discriminator_cfg": {"feature_fusion": True}}, "not supported"),
+        ({"use_trainable_copy": "yes"}, "use_trainable_copy must be true or false"),
+        ({"use_trainable_copy": True, "func_adapter_cfg": {"use_lora": True}}, "exclude each other"),
+        ({"batch_first": False}, "set both alike"),
+        ({"target_modules": [{"pattern": "x"}]}, "join several patterns by"),
+        ({"discriminator_cfg": {"type": "rnd"}}, "must be one of autoencoder, autoencoder_small, vae"),
+        ({"discriminator_cfg": {"type": "vae", "use_lora": True}}, "for type autoencoder, not vae"),
+        ({"discriminator_cfg": {"feature_fusion": True}}, "needs num_tokens"),
+        (
+            {"add_zero_init_conv_layer": True, "func_adapter_cfg": {"use_lora": True, "lora_layers": "linears"}},
+            "needs an adapter beside the layer",
+        ),
         ({"discriminator_cfg": {"hiden_dim": 3}}, "Did you mean 'hidden_dim'"),
         ({"func_adapter_cfg": {"hidden_dim": 0}}, "positive integer"),
         ({"structure": {"x.0": [2, 1]}}, "do not fit together"),
@@ -266,7 +271,7 @@ def test_a_run_can_take_its_sizes_from_such_a_file(toy_data: Path, tmp_path: Pat
 )
 def test_what_is_not_supported_is_an_error(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ClareConfig(target_modules="x", **change)
+        ClareConfig(**{"target_modules": "x", **change})
 
 
 def test_wrong_dimensions_or_targets_are_errors() -> None:
@@ -357,7 +362,9 @@ def test_adapters_phase_moves_only_the_new_adapters(toy_data: Path, tmp_path: Pa
 
 def test_settings_that_cannot_work_are_refused(toy_data: Path) -> None:
     for change, message in (
-        ({"force_expand": "deepest"}, "shallowest or most_novel"),
+        ({"force_expand": "widest"}, "one of shallowest, deepest, most_novel"),
+        ({"discriminator_eval_every": 10}, "evaluated after all its phases"),
+        ({"discriminator_num_workers": -1}, "must not be negative"),
         ({"at_least_expand": 3, "maximum_expand": 2}, "maximum_expand"),
         ({"detect_steps": 0}, "at least 1"),
         ({"peft_cfg_path": "/nowhere.json"}, "does not exist"),

@@ -13,8 +13,7 @@ The pretrained base is frozen. Each visit has three phases:
 Acting needs no task label: per layer and sample, the discriminator with the least error picks the adapter.
 Layers, errors and routing are in clbench/adapters/clare.py.
 
-Departures from the paper: γ is compared with signed z-scores, as in the paper (its released code takes absolute
-values); adapter width and steps follow the policy's size (see configs/recipes).
+Departures from the released code, and the options that undo them: docs/algorithms/clare.md.
 """
 
 from __future__ import annotations
@@ -36,6 +35,7 @@ from clbench.adapters.clare import (
     clare_layers,
     inject,
     load_adapter,
+    read_config,
     save_adapter,
     update_config,
     z_scores,
@@ -44,7 +44,6 @@ from clbench.algorithms.hooks import CLAlgorithm, Context, Phase, training_phase
 from clbench.config.schema import OptimizerConfig
 from clbench.data.frames import Batch
 from clbench.errors import UserError
-from clbench.io import read_json
 from clbench.seeding import seeded
 
 # Where each policy's layers are: the paper's placements (encoder side), for our policies and, by name, for others.
@@ -55,24 +54,36 @@ DEFAULT_TARGETS = {
 }
 
 
-def decide_expansion(z: Sequence[Tensor], gamma: float, at_least: int, at_most: int | None, force: str) -> list[bool]:
-    """Which layers expand. `z[l]` holds one signed z-score per discriminator of layer l (empty: first task).
+# Keys of a CLARE JSON that the paper's repository does not have, and ours that say them.
+OWN_KEYS = {
+    "lora_layers": "adapter_lora_layers",
+    "latent_activation": "discriminator_latent_activation",
+    "statistics": "discriminator_statistics",
+}
+
+
+def decide_expansion(
+    z: Sequence[Tensor], gamma: float, at_least: int, at_most: int | None, force: str, keep: str = "most_novel"
+) -> list[bool]:
+    """Which layers expand. `z[l]` holds one z-score per discriminator of layer l (empty: first task).
 
     A layer wants to expand iff it has no discriminator or all z > γ. Fewer than `at_least` wanting layers: more are
-    forced, the shallowest first (`force` = "shallowest") or those with the largest least z ("most_novel"). More than
-    `at_most`: those with the largest least z stay.
+    forced, the first ones (`force` = "shallowest"), the last ones ("deepest"), or those with the largest least z
+    ("most_novel"). More than `at_most`: those with the largest least z stay (`keep` = "most_novel"), or the first ones
+    ("shallowest").
     """
     novelty = [float(v.min()) if len(v) else float("inf") for v in z]
     expand = [n > gamma for n in novelty]
     by_novelty = sorted(range(len(z)), key=lambda i: -novelty[i])
-    order = range(len(z)) if force == "shallowest" else by_novelty
+    in_order = list(range(len(z)))
+    order = {"shallowest": in_order, "deepest": in_order[::-1], "most_novel": by_novelty}[force]
     for i in order:
         if sum(expand) >= min(at_least, len(z)):
             break
         expand[i] = True
     first_task = all(len(v) == 0 for v in z)
     if at_most is not None and not first_task:
-        for i in reversed(by_novelty):
+        for i in reversed(by_novelty if keep == "most_novel" else in_order):
             if sum(expand) <= at_most:
                 break
             expand[i] = False
@@ -91,18 +102,29 @@ class CLARE(CLAlgorithm):
 
         Attributes:
             target_modules: regular expression of the layers that may expand; null = a default for known policies.
-            peft_cfg_path: a CLARE JSON as in the paper's repository; its sizes and targets replace the keys here.
+            peft_cfg_path: a CLARE JSON as in the paper's repository, or its folder; its sizes, kinds and targets
+                replace the keys here.
             adapter_hidden: hidden width of an adapter.
             adapter_lora, adapter_lora_rank, adapter_lora_alpha: low-rank adapters instead.
+            adapter_lora_layers: whole | linears, one low-rank product beside the layer, or one in every linear layer
+                inside it, as released. Also for a JSON that does not say so.
             discriminator_hidden, discriminator_latent: widths of the autoencoders.
-            discriminator_momentum, max_batches_tracked: of the running μ and σ.
+            discriminator_latent_activation: relu | none, before the decoder (released: none). Also for such a JSON.
+            discriminator_momentum, max_batches_tracked: of the running μ and σ; null momentum = the mean of all.
+            discriminator_statistics: first_batch | zero_one, what μ and σ start from (released: zero_one, and without
+                momentum σ is the deviation of the batch means). Also for such a JSON.
+            z_score: signed | absolute, of each sample before the mean (released: absolute).
             expand_threshold: γ.
             at_least_expand, maximum_expand: least and most layers that expand on a task (null = no bound).
-            force_expand: shallowest | most_novel, which layers are forced.
+            force_expand: shallowest | deepest | most_novel, which layers are forced.
+            maximum_expand_keeps: most_novel | shallowest, which ones expand where more want to (released: shallowest).
             detect_steps, detect_batch_size: batches of the detection phase; null batch size = train.batch_size.
             adapter_steps, adapter_lr: of the adapters phase; null = train.steps, train.optimizer.lr.
             discriminator_steps, discriminator_batch_size, discriminator_lr, discriminator_weight_decay,
             discriminator_grad_clip: of the discriminators phase.
+            detect_num_workers, discriminator_num_workers: loader processes; null = train.num_workers.
+            discriminator_save_every: steps between training states; null = train.save_every_steps.
+            discriminator_eval_every: 0, null, or at least discriminator_steps: a task is evaluated after its phases.
             detect_log_every, discriminator_log_every: steps between log lines.
         """
 
@@ -112,16 +134,22 @@ class CLARE(CLAlgorithm):
         adapter_lora: bool = False
         adapter_lora_rank: int = 32
         adapter_lora_alpha: int = 32
+        adapter_lora_layers: str = "whole"
         discriminator_hidden: int = 256
         discriminator_latent: int = 128
-        discriminator_momentum: float = 0.1
+        discriminator_latent_activation: str = "relu"
+        discriminator_momentum: float | None = 0.1
+        discriminator_statistics: str = "first_batch"
         max_batches_tracked: int = 2000
+        z_score: str = "signed"
         expand_threshold: float = 2.5
         at_least_expand: int = 1
         maximum_expand: int | None = None
         force_expand: str = "shallowest"
+        maximum_expand_keeps: str = "most_novel"
         detect_steps: int = 200
         detect_batch_size: int | None = None
+        detect_num_workers: int | None = None
         adapter_steps: int | None = None
         adapter_lr: float | None = None
         discriminator_steps: int = 2000
@@ -129,6 +157,9 @@ class CLARE(CLAlgorithm):
         discriminator_lr: float = 5e-4
         discriminator_weight_decay: float = 0.01
         discriminator_grad_clip: float = 10.0
+        discriminator_num_workers: int | None = None
+        discriminator_save_every: int | None = None
+        discriminator_eval_every: int | None = None
         detect_log_every: int = 10
         discriminator_log_every: int = 50
 
@@ -158,11 +189,21 @@ class CLARE(CLAlgorithm):
         for name in (
             "detect_steps", "discriminator_steps", "adapter_steps", "detect_batch_size", "adapter_hidden",
             "adapter_lora_rank", "discriminator_hidden", "discriminator_latent", "max_batches_tracked",
-            "detect_log_every", "discriminator_log_every",
+            "detect_log_every", "discriminator_log_every", "discriminator_save_every",
         ):  # fmt: skip
             value = getattr(c, name)
             if value is not None and value < 1:
                 raise UserError(f"algorithm.{name} must be at least 1, is {value}.")
+        for name in ("detect_num_workers", "discriminator_num_workers", "discriminator_eval_every"):
+            value = getattr(c, name)
+            if value is not None and value < 0:
+                raise UserError(f"algorithm.{name} must not be negative, is {value}.")
+        if c.discriminator_eval_every and c.discriminator_eval_every < c.discriminator_steps:
+            raise UserError(
+                f"algorithm.discriminator_eval_every is {c.discriminator_eval_every}, and a task is evaluated after "
+                "all its phases (clbench eval): in the middle of this one the new discriminators cannot route yet. Set "
+                f"it to null, 0, or at least algorithm.discriminator_steps ({c.discriminator_steps})."
+            )
         if c.discriminator_batch_size is not None and c.discriminator_batch_size < 2:
             raise UserError("algorithm.discriminator_batch_size must be at least 2: the errors' deviation is tracked.")
         for name in ("adapter_lr", "discriminator_lr"):
@@ -179,8 +220,17 @@ class CLARE(CLAlgorithm):
                 f"algorithm.at_least_expand ({c.at_least_expand}) must be at least 0 and at most "
                 f"algorithm.maximum_expand ({c.maximum_expand})."
             )
-        if c.force_expand not in ("shallowest", "most_novel"):
-            raise UserError(f"algorithm.force_expand is '{c.force_expand}', must be shallowest or most_novel.")
+        for name, known in (
+            ("force_expand", ("shallowest", "deepest", "most_novel")),
+            ("maximum_expand_keeps", ("most_novel", "shallowest")),
+            ("z_score", ("signed", "absolute")),
+            ("adapter_lora_layers", ("whole", "linears")),
+            ("discriminator_latent_activation", ("relu", "none")),
+            ("discriminator_statistics", ("first_batch", "zero_one")),
+        ):
+            value = getattr(c, name)
+            if value not in known:
+                raise UserError(f"algorithm.{name} is '{value}', must be one of {', '.join(known)}.")
         if config.train.optimizer_across_tasks == "carried":
             raise UserError("clare trains new parameters for every task: train.optimizer_across_tasks must be fresh.")
         self._peft = self._peft_config(str(config.policy.get("type", "")))
@@ -188,18 +238,14 @@ class CLARE(CLAlgorithm):
     def _peft_config(self, policy_type: str) -> ClareConfig:
         c = self.config
         if c.peft_cfg_path is not None:
-            values = read_json(c.peft_cfg_path)
-            if not isinstance(values, dict) or values.get("peft_type") != "CLARE":
-                raise UserError(f'{c.peft_cfg_path} is no CLARE configuration ("peft_type": "CLARE").')
-            known = set(ClareConfig.__dataclass_fields__)
-            unknown = sorted(set(values) - known - {"peft_version"})
-            if unknown:
-                raise UserError(f"{c.peft_cfg_path}: unknown key '{unknown[0]}'.")
-            # The structure in such a file describes somebody's finished run; ours starts with none.
-            if not isinstance(values.get("target_modules"), str):
-                raise UserError(f"{c.peft_cfg_path}: CLARE's target_modules must be a regular expression.")
-            values.update(structure={}, links={}, num_learned_task=0, auto_mapping=None)
-            return ClareConfig(**{k: v for k, v in values.items() if k in known})
+            config = read_config(Path(c.peft_cfg_path))
+            for section, key, value in (
+                (config.func_adapter_cfg, "lora_layers", c.adapter_lora_layers),
+                (config.discriminator_cfg, "latent_activation", c.discriminator_latent_activation),
+                (config.discriminator_cfg, "statistics", c.discriminator_statistics),
+            ):
+                section[key] = value if value != getattr(self.Config, OWN_KEYS[key]) else section[key]
+            return replace(config)  # checks it again
         target = c.target_modules or DEFAULT_TARGETS.get(policy_type)
         if target is None:
             raise UserError(
@@ -211,7 +257,10 @@ class CLARE(CLAlgorithm):
             discriminator_cfg={
                 "hidden_dim": c.discriminator_hidden,
                 "latent_dim": c.discriminator_latent,
-                "momentum": c.discriminator_momentum,
+                "latent_activation": c.discriminator_latent_activation,
+                "use_momentum": c.discriminator_momentum is not None,
+                "momentum": 0.1 if c.discriminator_momentum is None else c.discriminator_momentum,
+                "statistics": c.discriminator_statistics,
                 "max_batches_tracked": c.max_batches_tracked,
             },
             func_adapter_cfg={
@@ -219,6 +268,7 @@ class CLARE(CLAlgorithm):
                 "use_lora": c.adapter_lora,
                 "lora_rank": c.adapter_lora_rank,
                 "lora_alpha": c.adapter_lora_alpha,
+                "lora_layers": c.adapter_lora_layers,
             },
         )
 
@@ -258,6 +308,8 @@ class CLARE(CLAlgorithm):
             on_enter=self._add_discriminators,
             on_exit=self._finish,
             log_every=c.discriminator_log_every,
+            num_workers=c.discriminator_num_workers,
+            save_every=c.discriminator_save_every,
         )
         if ctx.k == 0 and not any(layer.discriminators for layer in self._layers):
             return [adapters, discriminators]  # nothing to compare the first task with
@@ -269,6 +321,7 @@ class CLARE(CLAlgorithm):
             policy_training=False,
             on_batch=self._detect,
             log_every=c.detect_log_every,
+            num_workers=c.detect_num_workers,
         )
         return [detect, adapters, discriminators]
 
@@ -285,7 +338,8 @@ class CLARE(CLAlgorithm):
             errors_JB = ctx.gather(layer.errors(inputs[layer.name]).T).T  # of the global batch
             mean = torch.stack([d.mean for d in layer.discriminators])  # type: ignore[misc]
             std = torch.stack([d.std for d in layer.discriminators])  # type: ignore[misc]
-            z, error = z_scores(errors_JB, mean, std), errors_JB.mean(1)
+            error = errors_JB.mean(1)
+            z = z_scores(errors_JB, mean, std, self.config.z_score == "absolute")
             if found.batches == 0:
                 found.z.append(z)
                 found.error.append(error)
@@ -299,7 +353,8 @@ class CLARE(CLAlgorithm):
         c, found, layers = self.config, self._found, self._layers
         n = max(found.batches, 1)
         z = [v / n for v in found.z] if found.batches else [torch.empty(0) for _ in layers]
-        self._expanded = decide_expansion(z, c.expand_threshold, c.at_least_expand, c.maximum_expand, c.force_expand)
+        self._expanded = decide_expansion(z, c.expand_threshold, c.at_least_expand, c.maximum_expand, c.force_expand,
+                                          c.maximum_expand_keeps)  # fmt: skip
         with seeded(ctx.seed, ctx.k, "clare-adapters"):
             for i, layer in enumerate(layers):
                 if self._expanded[i]:
@@ -335,7 +390,7 @@ class CLARE(CLAlgorithm):
         total: Tensor | None = None
         for layer in self._layers:
             newest: Any = layer.discriminators[-1]
-            error_B = newest.error(inputs[layer.name].float())
+            error_B = newest.training_loss(inputs[layer.name].float())
             newest.track(ctx.gather(error_B.detach()))
             total = error_B if total is None else total + error_B
         assert total is not None
