@@ -27,8 +27,12 @@ from clbench.adapters.clare import (
 )
 from clbench.adapters.clare_parts import DISCRIMINATORS
 from clbench.algorithms.clare import CLARE, decide_expansion
+from clbench.algorithms.hooks import Phase
 from clbench.checkpoints.policy_io import load_policy
 from clbench.checkpoints.run_folder import checkpoint_folder
+from clbench.checkpoints.training_state import StateKeeper
+from clbench.config.reading import read_overrides
+from clbench.config.schema import Config
 from clbench.testing.toy import toy_config
 from clbench.training.trainer import train
 from tests.algorithm_cases import SMALL_CLARE
@@ -386,6 +390,36 @@ def test_absolute_z_scores_and_which_layers_expand() -> None:
     assert decide_expansion(z, 2.0, 1, 2, "shallowest") == [False, False, True, True]
     assert decide_expansion(z, 2.0, 1, 2, "shallowest", "shallowest") == [True, False, True, False]
     assert decide_expansion(z, 50.0, 1, None, "deepest") == [False, False, False, True]
+
+
+def test_the_readmes_flags_are_read_as_our_keys(toy_data: Path, tmp_path: Path) -> None:
+    flags = {
+        "detect_distribution_shift_steps": ("detect_steps", 201),
+        "train_discriminators_steps": ("discriminator_steps", 9),
+        "detect_distribution_shift_batch_size": ("detect_batch_size", 33),
+        "detect_distribution_shift_num_workers": ("detect_num_workers", 16),
+        "detect_distribution_shift_log_freq": ("detect_log_every", 11),
+        "train_discriminators_batch_size": ("discriminator_batch_size", 34),
+        "train_discriminators_num_workers": ("discriminator_num_workers", 15),
+        "train_discriminators_log_freq": ("discriminator_log_every", 51),
+        "train_discriminators_eval_freq": ("discriminator_eval_every", 2000),
+        "train_discriminators_save_freq": ("discriminator_save_every", 4),
+        "expand_threshold": ("expand_threshold", 10.0), "maximum_expand": ("maximum_expand", 3),
+    }  # fmt: skip
+    read = read_overrides([f"--{flag}={value}" for flag, (_, value) in flags.items()], Config)
+    assert read == {"algorithm": dict(flags.values())}
+    config = toy_config(toy_data, {"name": "clare", **read["algorithm"]})
+    algorithm = CLARE(CLARE.Config(**read["algorithm"]))
+    algorithm.check(config)
+    algorithm.ctx = type("Context", (), {"train": config.train, "k": 1})()  # type: ignore[assignment]
+    detect, _, discriminators = algorithm.phases(algorithm.ctx)
+    assert isinstance(detect, Phase)
+    assert (detect.steps, detect.batch_size, detect.num_workers, detect.log_every) == (201, 33, 16, 11)
+    assert (discriminators.steps, discriminators.batch_size, discriminators.num_workers) == (9, 34, 15)
+    assert (discriminators.log_every, discriminators.save_every) == (51, 4)
+    keeper = StateKeeper(tmp_path, 3, None)
+    assert [s for s in range(1, 9) if keeper.due(100 + s, s, 4)] == [4, 8]
+    assert [s for s in range(1, 9) if keeper.due(100 + s, s)] == [2, 5, 8]
 
 
 def test_a_json_takes_the_released_behaviour_from_our_keys(toy_data: Path, tmp_path: Path) -> None:

@@ -34,6 +34,22 @@ KNOWN: dict[str, dict[str, Any]] = {
     "algorithm": {"name": str | list[str]},
     "dataset": {"task_order": list[int | str] | None},
 }
+# Flags of CLARE's released training script, under which overrides are understood, too (docs/algorithms/clare.md).
+CLARE_FLAGS = {
+    "peft_cfg_path": "peft_cfg_path",
+    "expand_threshold": "expand_threshold",
+    "maximum_expand": "maximum_expand",
+    "detect_distribution_shift_steps": "detect_steps",
+    "detect_distribution_shift_batch_size": "detect_batch_size",
+    "detect_distribution_shift_num_workers": "detect_num_workers",
+    "detect_distribution_shift_log_freq": "detect_log_every",
+    "train_discriminators_steps": "discriminator_steps",
+    "train_discriminators_batch_size": "discriminator_batch_size",
+    "train_discriminators_num_workers": "discriminator_num_workers",
+    "train_discriminators_log_freq": "discriminator_log_every",
+    "train_discriminators_eval_freq": "discriminator_eval_every",
+    "train_discriminators_save_freq": "discriminator_save_every",
+}
 FORMS = {"rename": "{OLD: NEW}", "instructions": "{TEXT: TASK}"}  # of maps, for messages
 
 
@@ -102,7 +118,9 @@ def read_overrides(items: Sequence[str], schema: type, source: str | None = None
         key, sign, text = item.removeprefix("--").partition("=")
         if not sign:
             raise UserError(f"override '{clip(item)}' is not of the form key=value (for example train.steps=500).")
-        parts = key.strip().split(".")
+        key = key.strip()
+        key = f"algorithm.{CLARE_FLAGS[key]}" if key in CLARE_FLAGS else key
+        parts = key.split(".")
         if not all(parts) or len(parts) > MAX_DEPTH:
             raise UserError(f"the override {clip(item)!r} has no proper key (for example train.steps=500).")
         value: Any = _override(text.strip(), _hint(parts, schema, text, place), ".".join(parts), place)
