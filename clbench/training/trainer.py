@@ -106,9 +106,6 @@ def train(
         if backend.is_main and position != Position():
             check_every_byte(stream.columns[0].root, stream.data, config.dataset.name)
         backend.barrier()  # every rank has read what rank 0 now writes anew
-        if config.train.threads is None and backend.device.type == "cpu" and (os.cpu_count() or 1) > backend.world_size:
-            say(backend, "note: training with one thread, whatever the cores, for the same weights everywhere; "
-                         "train.threads=N uses more")  # fmt: skip
         if note := fps_note(stream.data):
             say(backend, note)
         if resume:
@@ -130,6 +127,9 @@ def train(
         base_path, base = _base_of(config, folder, stream, position, changed, backend, stop)
         if (base_path / "config.json").is_file():
             check_inputs(base_path, stream.columns[0])
+        if config.train.threads is None and backend.device.type == "cpu" and (os.cpu_count() or 1) > backend.world_size:
+            say(backend, "note: training with one thread, whatever the cores, for the same weights everywhere; "
+                         "train.threads=N uses more")  # fmt: skip
         if backend.is_main:
             keeper.clear(position)
             session = {"command": command or [], "k": position.k, "phase": position.phase, "step": position.step,
