@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Finds the project's Python environment, or makes it. Every other script starts with
+# Finds the project's Python environment, or creates it. Every other script starts with
 #
 #     source "$(dirname "${BASH_SOURCE[0]}")/bootstrap.sh"
 #     clbench_bootstrap
 #
 # after which CLBENCH_ROOT and CLBENCH_PYTHON (an absolute path) are exported, the environment's programs come first
-# on the PATH, and the variables of .env are set. Executed on its own it does the same and prints CLBENCH_PYTHON.
-# In this order:
-#   1. an active environment (VIRTUAL_ENV, CONDA_PREFIX, or `python` on the PATH) in which clbench is installed is
-#      used as it is; nothing is ever installed there;
-#   2. otherwise .venv in the project's root (or CLBENCH_VENV): used when its stamp matches requirements.lock,
-#      pyproject.toml, its interpreter and its place; else brought up to date;
-#   3. where there is none, a Python >= 3.12 is looked for and the environment is made with it.
-# Messages go to stderr, so that stdout carries the interpreter alone.
+# on the PATH, and the variables in .env are set. When executed directly, it does the same and prints CLBENCH_PYTHON.
+# It looks, in this order, for
+#   1. an active environment (VIRTUAL_ENV, CONDA_PREFIX, or `python` on the PATH) in which clbench is installed, used
+#      as it is; nothing is ever installed there;
+#   2. otherwise .venv in the project root (or CLBENCH_VENV), which is used if its stamp matches requirements.lock,
+#      pyproject.toml, its interpreter and its location, and updated if not;
+#   3. if there is none, a Python >= 3.12, with which the environment is created.
+# Messages go to stderr, so that stdout contains only the interpreter.
 
 if [[ -z ${BASH_VERSINFO:-} ]] || ((BASH_VERSINFO[0] < 4)); then
     echo "clbench: bash 4 or newer is needed, this is ${BASH_VERSION:-another shell}" >&2
@@ -27,9 +27,9 @@ _clb_say() { printf 'clbench: %s\n' "$*" >&2; }
 
 # --------------------------------------------------------------------------------------------- the .env file
 
-# Sets KEY=VALUE lines of a file. Nothing in it is evaluated; variables that are set already, and empty values, are
-# left alone. A value may stand in single or double quotes; unquoted, it ends before " #". The clbench command reads
-# it likewise (clbench/env_file.py): a rule that changes here changes there.
+# Sets KEY=VALUE lines of a file. Nothing in it is evaluated; variables that are already set, and empty values, are
+# left alone. A value may be in single or double quotes; unquoted, it ends before " #". The clbench command reads the
+# file in the same way (clbench/env_file.py): change the rules in both places.
 _clb_load_env() {
     local _clb_key _clb_value # names that no file has
     [[ -f $1 && -r $1 ]] || return 0
@@ -37,12 +37,12 @@ _clb_load_env() {
         [[ -n $_clb_value && -z ${!_clb_key+set} ]] || continue
         export "$_clb_key=$_clb_value"
     done < <(
-        LC_ALL=C # bytes: a file need not be of the user's locale
+        LC_ALL=C # bytes: a file need not be in the user's locale
         _clb_read_env "$1"
     )
 }
 
-# Prints keys and values, a NUL behind each.
+# Prints keys and values, with a NUL after each.
 _clb_read_env() {
     local line key value
     while IFS= read -r line || [[ -n $line ]]; do
@@ -56,7 +56,7 @@ _clb_read_env() {
             value=${value%%[[:space:]]#*}
             value=${value%"${value##*[![:space:]]}"}
         fi
-        # shellcheck disable=SC2088  # a literal ~/ is what is looked for
+        # shellcheck disable=SC2088  # a literal ~/ is intended
         [[ $value == "~/"* ]] && value=${HOME:-}/${value:2}
         printf '%s\0%s\0' "$key" "$value"
     done <"$1"
@@ -73,7 +73,7 @@ _clb_python() {
     fi
 }
 
-# Is clbench installed for this interpreter: from this checkout, or as a package (not from another checkout)?
+# Is clbench installed for this interpreter, from this checkout or as a package (not from another checkout)?
 # Started with -P, so that the current directory does not count. Prints the interpreter's absolute path.
 _clb_python_has_clbench() {
     _clb_python "$1" -P -c '
@@ -95,8 +95,8 @@ if place != here and os.path.basename(place) not in ("site-packages", "dist-pack
 print(sys.executable)' "$CLBENCH_ROOT" 2>/dev/null
 }
 
-# The environment that somebody activated, if clbench can be used from it. $1 = quick: the PATH is consulted only
-# where a folder shows that clbench is installed, so that the usual call starts no Python for this.
+# The active environment, if clbench can be used from it. $1 = quick: the PATH is consulted only if
+# a folder shows that clbench is installed, so that the usual call starts no Python for this.
 _clb_find_active() {
     local mode=$1 venv=$2 prefix python found
     for prefix in "${VIRTUAL_ENV:-}" "${CONDA_PREFIX:-}"; do
@@ -122,7 +122,7 @@ _clb_find_active() {
     return 1
 }
 
-# What the stamp must say for the environment to be up to date: a hash over everything it was made from.
+# What the stamp must say for the environment to be up to date: a hash of everything it was made from.
 _clb_fingerprint() {
     local venv=$1
     {
@@ -140,9 +140,9 @@ _clb_is_current() {
     _clb_python "$venv/bin/python" -I -S -c '' 2>/dev/null
 }
 
-# ---------------------------------------------------------------------------------------- looking for Python
+# ------------------------------------------------------------------------------------------ finding a Python
 
-# Prints MINOR of a Python 3 that can make environments; fails for what does not run, is too old or incomplete.
+# Prints MINOR of a Python 3 that can create environments; fails if it does not run, is too old or is incomplete.
 _clb_python_minor() {
     [[ -x $1 && ! -d $1 ]] || return 1
     _clb_python "$1" -I -c '
@@ -150,12 +150,12 @@ import sys, venv, ssl, zlib, ctypes
 print(sys.version_info[1]) if sys.version_info >= (3, 12) else sys.exit(1)' 2>/dev/null
 }
 
-# Folders outside the home directory in which interpreters are looked for.
+# Folders outside the home directory that are searched for interpreters.
 _clb_system_folders() {
     printf '%s\n' /opt/python/*/ /opt/conda/ /opt/conda/envs/*/ /opt/miniconda3/ /usr/local/ /usr/
 }
 
-# Every place where a Python may be, one per line, best first: programs on the PATH, version managers, the system.
+# Every place where a Python may be found, one per line, best first: programs on the PATH, version managers, the system.
 _clb_python_candidates() {
     local name folder home=${HOME:-/nonexistent}
     for name in python3.12 python3 python python3.13 python3.14; do
@@ -183,7 +183,7 @@ _clb_find_python() {
     local -A seen=()
     while IFS= read -r candidate; do
         real=$(readlink -f "$candidate") || continue
-        # A shim is one file for many names, so the name counts too.
+        # A shim is one file with many names, so the name counts too.
         [[ -z ${seen["$real:${candidate##*/}"]:-} ]] || continue
         seen["$real:${candidate##*/}"]=1
         minor=$(_clb_python_minor "$candidate") || continue
@@ -208,7 +208,7 @@ _clb_no_python() {
 
 # ------------------------------------------------------------------------------------------------ installing
 
-# Runs a command with its output in a log, a line on stderr every 20 s while it lasts, and the log's end on failure.
+# Runs a command with its output in a log, a line on stderr every 20 s while it runs, and the end of the log on failure.
 _clb_step() {
     local what=$1 log=$2 status=0 started=$SECONDS ticker
     shift 2
@@ -231,7 +231,7 @@ _clb_step() {
     return "$status"
 }
 
-# Makes the folder a virtual environment, with pip where the interpreter can.
+# Makes the folder a virtual environment, with pip if the interpreter can provide it.
 _clb_make_venv() {
     local python=$1 venv=$2 log=$3
     if ! _clb_python "$python" -I -c 'import ensurepip' 2>/dev/null ||
@@ -241,7 +241,7 @@ _clb_make_venv() {
     fi
 }
 
-# Prints a uv that runs: the one on the PATH, else the environment's, installed with whichever pip there is.
+# Prints a working uv: the one on the PATH, else the environment's, installed with whichever pip is available.
 _clb_get_uv() {
     local base=$1 venv=$2 log=$3 uv pip_python
     for uv in "$(command -v uv || true)" "$venv/bin/uv"; do
@@ -273,13 +273,13 @@ _clb_install_with() {
     else
         install=("$tool" pip install --python "$venv/bin/python")
     fi
-    # The lock is complete; some of what its packages ask for is left out on purpose (tool.uv in pyproject.toml).
+    # The lock is complete; some requirements of its packages are left out on purpose (tool.uv in pyproject.toml).
     _clb_step "installing requirements.lock with ${tool##*/}" "$log" "${install[@]}" --no-deps -r requirements.lock || return
-    # setuptools comes with the lock: built without isolation, this step needs no network.
+    # The lock includes setuptools: built without isolation, this step needs no network.
     _clb_step "installing clbench itself with ${tool##*/}" "$log" "${install[@]}" -e . --no-deps --no-build-isolation
 }
 
-# Makes or updates the environment; runs in a subshell that holds the lock on file descriptor 9.
+# Creates or updates the environment; runs in a subshell that holds the lock on file descriptor 9.
 _clb_install_locked() {
     local venv=$1 log=$1/clbench-install.log base uv free_kb index status=0 started=$SECONDS
     if command -v flock >/dev/null; then
@@ -292,7 +292,7 @@ _clb_install_locked() {
     fi
     ! _clb_is_current "$venv" || return 0
 
-    # A stamp or mark of ours from another place: the folder was moved or copied, and its programs point elsewhere.
+    # Our stamp or marker from another location: the folder was moved or copied, and its programs point elsewhere.
     if [[ -e $venv/.clbench-made ]] && {
         [[ $(cat "$venv/.clbench-made") != "$venv" ]] || ! _clb_python_minor "$venv/bin/python" >/dev/null
     }; then
@@ -328,12 +328,12 @@ _clb_install_locked() {
 
     cd "$CLBENCH_ROOT" || return 1
     if uv=$(_clb_get_uv "$base" "$venv" "$log"); then
-        # uv does not read pip's configuration: hand on a mirror that is set there.
+        # uv does not read pip's configuration: pass on a mirror that is set there.
         if [[ -z ${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-} ]]; then
             index=${PIP_INDEX_URL:-$("$venv/bin/python" -m pip config get global.index-url 2>/dev/null || true)}
             [[ -z $index ]] || export UV_DEFAULT_INDEX=$index
         fi
-        # Nor does it look at the system's certificates by itself, which a company's proxy may need.
+        # Nor does it use the system's certificates by default, which a company's proxy may require.
         if [[ -e /etc/ssl/certs/ca-certificates.crt || -e /etc/pki/tls/certs/ca-bundle.crt ]]; then
             export UV_SYSTEM_CERTS=${UV_SYSTEM_CERTS:-1}
         fi
@@ -362,7 +362,7 @@ _clb_install() {
         _clb_say "cannot write to $venv; CLBENCH_VENV can name another folder"
         return 1
     }
-    # Subshell: the lock ends with it, and the caller's directory, options and variables stay as they are.
+    # Subshell: the lock ends with it, and the caller's directory, options and variables are unchanged.
     (
         set +e
         _clb_install_locked "$venv"
@@ -371,7 +371,7 @@ _clb_install() {
     return "$status"
 }
 
-# ------------------------------------------------------------------------------------------------- the whole
+# ------------------------------------------------------------------------------------------- the entry point
 
 clbench_bootstrap() {
     if [[ -n ${CLBENCH_ENV_FILE:-} && ! (-f $CLBENCH_ENV_FILE && -r $CLBENCH_ENV_FILE) ]]; then

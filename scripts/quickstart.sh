@@ -4,7 +4,7 @@
 #   scripts/quickstart.sh            about ten minutes on two cores, most of it training and evaluation
 #   scripts/quickstart.sh --smoke    the same pipeline with almost no training: shows that it runs
 #
-# Started again, it goes on where it stopped and repeats nothing that is finished.
+# When started again, it continues where it stopped and repeats nothing that is finished.
 set -euo pipefail
 
 experiment=quickstart

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Makes the tables and pictures of docs/results anew from the packed records beside them: for every page with a
-# records.tar.xz, or for those named. Run it after a change of a metric, an interval or a figure.
+# Regenerates the tables and pictures in docs/results from the packed records next to them: for every page with a
+# records.tar.xz, or for the pages named. Run it after changing a metric, an interval or a figure.
 #
 #   scripts/refresh_results.sh [PAGE ...]      e.g. scripts/refresh_results.sh quickstart
 #
-# In a page's README.md, what stands between <!-- table --> and <!-- /table --> becomes the table of its runs, and between
-# <!-- paired --> and <!-- /paired --> that of their paired differences. Pictures that the page has are replaced by the
-# report's of the same names. To renew the records themselves, train again and pack:
+# In a page's README.md, the text between <!-- table --> and <!-- /table --> is replaced by the table of its runs, and
+# that between <!-- paired --> and <!-- /paired --> by the table of their paired differences. Pictures on the page are
+# replaced by the report's pictures of the same names. To renew the records themselves, train again and pack:
 #
 #   clbench sweep quickstart && clbench results pack results/quickstart_* --out docs/results/quickstart/records.tar.xz
 #

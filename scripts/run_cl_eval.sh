@@ -7,24 +7,24 @@
 #   --trials N       episodes per cell (default: the run's eval.episodes, 20; use 50 for a paper)
 #   --cells C        full (T×T, the default), lower (k >= j), last (final row), diagonal
 #   --last-only      the same as --cells last
-#   --rows K,K       a share of the work: these checkpoints' cells alone, counted from 0. Several shares may run at once, on
-#                    machines that see the same folder; the command without --rows then writes the matrix
-#   --curves         learning curves alone, of the weights that training kept (train.eval_during_training=N or
+#   --rows K,K       a share of the work: only these checkpoints' cells, counted from 0. Several shares may run at once,
+#                    on machines that see the same folder; the command without --rows then writes the matrix
+#   --curves         only learning curves, from the weights that training kept (train.eval_during_training=N or
 #                    train.keep_weights_every_steps=N)
-#   --follow         with --curves: beside a training run, until it is complete
+#   --follow         with --curves: alongside a training run, until it is complete
 #   --step S         the matrix after S steps of each task, from train.keep_weights_every_steps, into eval/steps
 #   --base           also evaluate the base before the stream (needed for fwt_gem)
 #   --random         also evaluate uniformly random actions
-#   --workers N      processes (default: one a core, at most 2)
+#   --workers N      processes (default: one per core, at most 2)
 #   --gpus N         1 = the policy runs on a GPU, 0 = on the CPU
 #   --output-base D  write D/RUN/eval instead of into the run's folder
-#   --trust C        let checkpoint or run C run code of models that it names and fetch from hubs
+#   --trust C        let checkpoint or run C run code from models that it names and download from hubs
 #   --debug          show tracebacks
-#   -- key=value ... overrides of the eval section, e.g. -- eval.slots=16, or -- eval.split=validation for episodes to
-#                    choose by, which are kept apart from the reported ones, in eval/validation
+#   -- key=value ... overrides of the eval section, e.g. -- eval.slots=16, or -- eval.split=validation for episodes
+#                    used to make choices, which are kept apart from the reported ones, in eval/validation
 #   -h, --help       this text
 #
-# Exit status: 0 done; 2 the message says what is wrong (simulators that failed again and again included);
+# Exit status: 0 done; 2 the message says what is wrong (including simulators that failed repeatedly);
 # 75 stopped by SIGTERM or SIGINT. The same command continues after any of them, and after kill -9.
 #
 # Next: scripts/compute_cl_matrix_metrics.py results/RUN, and clbench report RUN [RUN ...]

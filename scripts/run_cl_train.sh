@@ -8,23 +8,23 @@
 #   --dataset D      a stream under configs/datasets      (default metaworld_quick)
 #   --seed N         the run's seed                       (default 0)
 #   --run-id ID      the run's folder under results/      (default M_A_D_sN)
-#   --resume         continue from the newest whole state; starts afresh, saying so, when there is none
+#   --resume         continue from the newest complete state; if there is none, start afresh and say so
 #   --allow-change   with --resume: a key that may differ from what the run was started with
 #   --init-from RUN[:K]   start from another run's checkpoint K instead of the stream's base
-#   --curves-later   leave the learning curves that train.eval_during_training asks for to run_cl_eval.sh
-#   --smoke          a few steps per task: proves that the pipeline runs, measures nothing
+#   --curves-later   leave the learning curves requested by train.eval_during_training to run_cl_eval.sh
+#   --smoke          a few steps per task: shows that the pipeline runs, measures nothing
 #   --yaml A B ...   merge these YAML files left to right instead of the three axes
-#   --gpus N|IDS     a count (0 = CPU, 1 = one GPU), or ids as in 0,1: one process for each
+#   --gpus N|IDS     a count (0 = CPU, 1 = one GPU), or ids as in 0,1: one process per GPU
 #   --nproc N        N processes on the CPU              (default 1)
 #   --strategy S     ddp | zero2, how several processes share the work (default: the model's, else ddp)
 #   --port P         port on which the processes meet     (default: a free one)
-#   --trust C        let checkpoint, run or policy type C run code of models that it names and fetch from hubs
+#   --trust C        let checkpoint, run or policy type C run code from models that it names and download from hubs
 #   --debug          show tracebacks
 #   -- key=value ... overrides, each with or without leading dashes, e.g. -- train.steps=500 eval.episodes=50
 #   -h, --help       this text
 #
-# Exit status: 0 done, 2 a mistake that one message names, 75 stopped by a signal and saved: go on with --resume.
-# The run's folder holds config.yaml, manifest.json, log.jsonl and checkpoints/. Next: scripts/run_cl_eval.sh
+# Exit status: 0 done, 2 an error described in one message, 75 stopped by a signal and saved: continue with --resume.
+# The run's folder contains config.yaml, manifest.json, log.jsonl and checkpoints/. Next: scripts/run_cl_eval.sh
 set -euo pipefail
 
 for argument in "$@"; do

@@ -15,8 +15,8 @@ set -euo pipefail
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=29500
 
-# One task per GPU: each is a rank. Three minutes before the time is up SLURM sends them SIGTERM; they save and exit with
-# status 75, and the job goes back into the queue, to be resumed. A rank that fails ends the others.
+# One task per GPU: each is a rank. Three minutes before the time is up, SLURM sends them SIGTERM; they save and exit
+# with status 75, and the job is requeued, to be resumed. A rank that fails ends the others.
 code=0
 srun --kill-on-bad-exit=1 bash -c '
     source .venv/bin/activate

@@ -51,7 +51,7 @@ def clbench(site: Path, here: Path, *arguments: str) -> str:
 def test_every_part_of_the_package_is_found(site: Path, tmp_path: Path) -> None:
     listed = " ".join(clbench(site, tmp_path, "list").split())
     for said in (
-        "example_average clbench-example 1.0 Average the weights of before and after each task.",
+        "example_average clbench-example 1.0 Average the weights from before and after each task.",
         "example_point clbench-example 1.0 A point in the plane that is pushed to a goal. [needs numpy]",
         "example_point clbench-example 1.0 Moves straight to the goal.",
         "example_points clbench-example 1.0 A point in the plane goes left, then right",

@@ -1,1 +1,1 @@
-"""An example of what a plugin package can bring to clbench."""
+"""An example of what a plugin package can add to clbench."""

@@ -1,4 +1,4 @@
-"""Keep a share of what was known: after each task, weights are averaged with those from before it.
+"""Retain part of what was known: after each task, the weights are averaged with those from before it.
 
 θ ← (1 − α) θ_before + α θ_after, the simplest form of weight averaging over tasks.
 """
@@ -12,10 +12,10 @@ from clbench.errors import UserError
 
 
 class Average(CLAlgorithm):
-    """Average the weights of before and after each task."""
+    """Average the weights from before and after each task."""
 
     name = "example_average"
-    claims = frozenset({"structure"})  # it writes weights after a task: a method that owns them does not go with it
+    claims = frozenset({"structure"})  # it changes weights after a task, so no method that owns them fits
     state = ("before",)
 
     @dataclass

@@ -15,7 +15,7 @@ class PointSimulator:
         self.side = side
 
     def reset(self, seed):
-        rng = np.random.default_rng(seed)  # the seed alone decides the episode
+        rng = np.random.default_rng(seed)  # the seed alone determines the episode
         self.point = np.array([0.0, rng.uniform(-0.5, 0.5)])
         self.goal = np.array([self.side, rng.uniform(-0.5, 0.5)])
         return self._observation()

@@ -1,4 +1,4 @@
-"""A stream that code describes."""
+"""A stream defined in code."""
 
 
 def points_reversed():

@@ -1,4 +1,4 @@
-"""The example's algorithm: the table that every algorithm passes, and its mathematics."""
+"""The example's algorithm: the tests that every algorithm passes, and its mathematics."""
 
 import torch
 
