@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import lzma
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from clbench.report.refresh import refresh
 from tests.test_metrics_record import make_run
 
 TASKS = ["a", "b", "c"]
+PAGES = Path(__file__).resolve().parents[1] / "docs" / "results"
 
 
 @pytest.fixture
@@ -162,3 +164,11 @@ def test_a_page_is_made_anew_from_its_records(runs: list[Path], tmp_path: Path) 
     (page / "records.tar.xz").unlink()
     with pytest.raises(UserError, match="has no records"):
         refresh(page)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", sorted(p.parent.name for p in PAGES.glob("*/records.tar.xz")))
+def test_the_pages_are_those_of_their_records(page: str, tmp_path: Path) -> None:
+    """scripts/refresh_results.sh would change no text. Pictures depend on fonts, and are not compared."""
+    copy = Path(shutil.copytree(PAGES / page, tmp_path / page))
+    assert "README.md" not in refresh(copy)
