@@ -255,7 +255,7 @@ def test_wrong_type_or_range(refused: Refused, run_yaml: Path, override: str) ->
         ("er", "mode=mix"),
         ("er", "memory_unit=seconds"),
         ("clare", "detect_steps=0"),
-        ("clare", "force_expand=deepest"),
+        ("clare", "force_expand=sideways"),
         ("clare", "maximum_expand=0"),  # below at_least_expand
         ("clare", "discriminator_hidden=0"),
         ("clare", "discriminator_momentum=0"),
@@ -311,7 +311,7 @@ def test_pretraining_tasks_must_not_be_in_the_stream(refused: Refused, run_yaml:
         "[1]",
         "{",
         '{"peft_type": "LORA"}',
-        '{"peft_type": "CLARE", "target_modules": ".*ffn", "use_trainable_copy": true}',
+        '{"peft_type": "CLARE", "target_modules": ".*ffn", "use_trainable_copy": "yes"}',
         '{"peft_type": "CLARE", "target_modules": ".*ffn", "discriminator_cfg": {"kind": "vae"}}',
         '{"peft_type": "CLARE", "target_modules": ".*ffn", "discriminator_cfg": null}',
         '{"peft_type": "CLARE", "target_modules": ".*ffn", "discriminator_cfg": {"momentum": "slow"}}',
