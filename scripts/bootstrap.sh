@@ -2,6 +2,7 @@
 # Finds the project's Python environment, or creates it. Every other script starts with
 #
 #     source "$(dirname "${BASH_SOURCE[0]}")/bootstrap.sh"
+#     clbench_help "$@"        # scripts that have nothing else to look for: prints their first comment for -h
 #     clbench_bootstrap
 #
 # after which CLBENCH_ROOT and CLBENCH_PYTHON (an absolute path) are exported, the environment's programs come first
@@ -22,6 +23,20 @@ fi
 
 CLBENCH_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 export CLBENCH_ROOT
+
+# Prints the comment that the calling script starts with, and ends it, if -h or --help is among the arguments before --.
+clbench_help() {
+    local argument
+    for argument in "$@"; do
+        case $argument in
+            --) return 0 ;;
+            -h | --help)
+                sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "$0"
+                exit 0
+                ;;
+        esac
+    done
+}
 
 _clb_say() { printf 'clbench: %s\n' "$*" >&2; }
 

@@ -13,16 +13,8 @@
 #   -h, --help       this text
 set -euo pipefail
 
-for argument in "$@"; do
-    case $argument in
-        -h | --help)
-            sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
-            exit 0
-            ;;
-    esac
-done
-
 # shellcheck source=scripts/bootstrap.sh
 source "$(dirname "${BASH_SOURCE[0]}")/bootstrap.sh"
+clbench_help "$@"
 clbench_bootstrap
 exec "$CLBENCH_PYTHON" -P -m clbench.report.refresh "$(dirname "${BASH_SOURCE[0]}")/../docs/results" "$@"

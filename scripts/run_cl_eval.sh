@@ -30,17 +30,8 @@
 # Next: scripts/compute_cl_matrix_metrics.py results/RUN, and clbench report RUN [RUN ...]
 set -euo pipefail
 
-for argument in "$@"; do
-    case $argument in
-        --) break ;;
-        -h | --help)
-            sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
-            exit 0
-            ;;
-    esac
-done
-
 # shellcheck source=scripts/bootstrap.sh
 source "$(dirname "${BASH_SOURCE[0]}")/bootstrap.sh"
+clbench_help "$@"
 clbench_bootstrap
 exec "$CLBENCH_PYTHON" -P -m clbench.cli eval "$@"

@@ -27,17 +27,8 @@
 # The run's folder contains config.yaml, manifest.json, log.jsonl and checkpoints/. Next: scripts/run_cl_eval.sh
 set -euo pipefail
 
-for argument in "$@"; do
-    case $argument in
-        --) break ;;
-        -h | --help)
-            sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
-            exit 0
-            ;;
-    esac
-done
-
 # shellcheck source=scripts/bootstrap.sh
 source "$(dirname "${BASH_SOURCE[0]}")/bootstrap.sh"
+clbench_help "$@"
 clbench_bootstrap
 exec "$CLBENCH_PYTHON" -P -m clbench.cli train "$@"

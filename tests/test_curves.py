@@ -105,6 +105,19 @@ def test_a_run_that_was_stopped_keeps_the_same(
     assert files(run / "weights") == files(tmp_path / "r" / "weights")
 
 
+def test_what_is_trained_again_without_keeping_leaves_no_weights_of_before(
+    run: Path, toy_data: Path, tmp_path: Path
+) -> None:
+    """A curve must not join weights of an earlier session with checkpoints of one that had other settings."""
+    folder, _ = copied(run, tmp_path)
+    for k in (1, 2):
+        shutil.rmtree(checkpoint_folder(folder, k))
+    other = (f"output_dir={tmp_path}", "train.steps=6", "train.optimizer.lr=1e-2")
+    train(toy_config(toy_data, {"name": "seqfft"}, *other), "r", resume=True, allow_change=["train.optimizer.lr"])
+    assert kept_steps(folder, 0) == [2, 4]
+    assert [(kept_steps(folder, k), read_points(folder, k)) for k in (1, 2)] == [([], None)] * 2
+
+
 def outcomes(folder: Path, name: str, row: int, j: int, split: str) -> list[dict[str, Any]]:
     seeds = EpisodeSeeds(RULE, split, 0, STREAM[j])
     rows = CellFile(folder / "eval" / name, row, j, seeds).rows

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from clbench.algorithms.er import ER
+from clbench.cli import main
 from clbench.errors import UserError
 from clbench.metrics import compute_metrics, load_record
 from clbench.report import build, build_report
@@ -626,3 +627,35 @@ def test_what_rows_differ_in_beyond_their_method_is_said(tmp_path: Path) -> None
 def read_record(run: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((run / "eval/matrix.json").read_text())
     return found
+
+
+def test_joint_training_on_the_first_tasks_is_a_reference_and_no_row(
+    tmp_path: Path, no_pictures: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For each k the run on tasks 0…k; by `--joint` the same number. One that lacks leaves the metric missing."""
+    sequential = write_run(tmp_path, "seqfft")
+    joint = []
+    for k in range(1, len(TASKS) + 1):
+        run = write_run(tmp_path / str(k), "multitask", tasks=TASKS[:k], mode="multitask", episodes=10 + k)
+        joint.append(run.rename(tmp_path / f"multitask_first{k}_s0"))
+    r = read_record(sequential)["success"]
+    last = [read_record(run)["success"][0][-1] for run in joint]  # on task k-1 of the run on k tasks
+    want = np.mean([last[k] - r[k][k] for k in range(len(TASKS))])
+    found = load_runs([sequential, *joint], bootstrap=50)
+    assert [run.name for run in found] == ["seqfft_s0", f"multitask_first{len(TASKS)}_s0"]
+    measured = found[0].metrics["intransigence_prefixes"]
+    assert measured["value"] == pytest.approx(want) and measured["low"] < want < measured["high"]
+    assert "intransigence_prefixes" in found[0].draws
+    assert any("multitask_first1_s0, multitask_first2_s0" in note for note in found[0].notes)
+    flags = [flag for run in joint for flag in ("--joint", str(run))]
+    assert main(["metrics", str(sequential), "--json", "--bootstrap", "0", *flags]) == 0
+    printed = json.loads(capsys.readouterr().out)["metrics"]
+    assert printed["intransigence_prefixes"]["value"] == pytest.approx(want)
+    assert main(["metrics", str(sequential), "--json", "--bootstrap", "0", *flags[2:]]) == 0
+    printed = json.loads(capsys.readouterr().out)["metrics"]
+    assert "here on task 0 alone" in printed["intransigence_prefixes"]["missing"]
+    assert printed["intransigence"]["value"] is not None
+    assert main(["metrics", str(sequential), *flags, "--joint", str(joint[-1])]) == 2
+    assert "several of the runs that --joint names are on all tasks" in capsys.readouterr().err
+    page = build_report([sequential, *joint], tmp_path / "report", bootstrap=0).read_text()
+    assert "multitask_first1_s0" in page and "<th>multitask" in page

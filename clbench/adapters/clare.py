@@ -436,7 +436,7 @@ class ClareLayer(nn.Module, BaseTunerLayer):
         d = self.config.discriminator_cfg
         if d["feature_fusion"]:  # before adapters train for discriminators that cannot be made
             fusable(self._batch_first(x), d["num_tokens"] * self.dim_in)
-        plain = self._disable_adapters or not self.adapters
+        plain = self._disable_adapters or len(self.adapters) == 0
         if self.lora_inside and not plain:
             with self._low_rank_inside(self._choose(self._batch_first(x)) if self.forced is None else self.forced):
                 return self.base_layer(x, *args, **kwargs)
@@ -445,7 +445,7 @@ class ClareLayer(nn.Module, BaseTunerLayer):
             return out
         if self.forced is not None:
             adapter: Any = self.adapters[self.forced]
-            return out + adapter(x.to(next(adapter.parameters()).dtype)).to(out.dtype)
+            return out + adapter(x.to(adapter.dtype)).to(out.dtype)
         return out + self._batch_first(self._routed(self._batch_first(x))).to(out.dtype)
 
 

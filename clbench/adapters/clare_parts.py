@@ -18,6 +18,7 @@ Shape suffixes: B samples, L tokens, D features.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -65,6 +66,10 @@ class Adapter(nn.Module):
             nn.init.zeros_(self.up.weight)
         self.zero = _zero_convolution(dim_out, zero)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.down.weight.dtype
+
     def forward(self, x: Tensor) -> Tensor:
         h = self.down(x)
         out = self.scale * self.up(F.relu(h) if self.relu else h)
@@ -78,6 +83,10 @@ class CopyAdapter(nn.Module):
         super().__init__()
         self.copy = copy.deepcopy(base)
         self.zero = _zero_convolution(dim_out, zero)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.copy.parameters()).dtype
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.copy(x)
@@ -125,7 +134,7 @@ class LowRankLinear(nn.Module):
         return self.scale * self.b(self.a(x))
 
 
-class Discriminator(nn.Module):
+class Discriminator(nn.Module, ABC):
     """A chain of linear layers and ReLUs, with the running mean μ and standard deviation σ of its error on its task.
 
     Subclasses say the widths of the chain and which of its layers have a ReLU before them.
@@ -153,9 +162,9 @@ class Discriminator(nn.Module):
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
     @staticmethod
+    @abstractmethod
     def activations(cfg: dict[str, Any]) -> tuple[bool, ...]:
         """Whether there is a ReLU before each layer."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         for layer, relu in zip(self.layers, self.relus, strict=True):

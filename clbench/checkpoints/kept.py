@@ -83,12 +83,14 @@ class WeightKeeper:
         """Visit k of `steps` steps is trained, from its start (None), or from `done` steps on.
 
         Args:
-            write: this process writes. What an earlier session kept of later steps is removed: they are made again.
+            write: this process writes, and removes what an earlier session kept of steps that are made again.
 
         Raises:
             UserError: the task has fewer steps than the learning curve has parts.
         """
         self._k, self._due = k, set()
+        if write:
+            self._forget(k, done)
         if not steps or (self.parts is None and self.every is None):
             return
         if self.parts is not None and self.parts > steps:
@@ -101,17 +103,18 @@ class WeightKeeper:
         if self.every is not None:
             self._due |= set(range(self.every, steps, self.every))
         self._due -= {0, steps}
-        if not write:
-            return
-        for folder in kept_folder(self.run, k, 0).parent.parent.glob("task_*"):
+        if write and within is None:
+            write_json(kept_folder(self.run, k, 0).parent / CURVE, {"steps": steps, "points": points})
+
+    def _forget(self, k: int, done: int | None) -> None:
+        """Remove what an earlier session kept of what is trained again, with other settings maybe."""
+        for folder in (self.run / FOLDER).glob("task_*"):
             number = folder.name.removeprefix("task_")
-            if number.isdecimal() and int(number) > k:
+            if number.isdecimal() and (int(number) > k or (int(number) == k and done is None)):
                 shutil.rmtree(folder)
         for step in kept_steps(self.run, k):
-            if step > (done or 0):
+            if done is not None and step > done:
                 shutil.rmtree(kept_folder(self.run, k, step))
-        if within is None:
-            write_json(kept_folder(self.run, k, 0).parent / CURVE, {"steps": steps, "points": points})
 
     def due(self, first: int, last: int) -> list[int]:
         """The steps in (first, last] to keep."""

@@ -70,7 +70,7 @@ class FlowMatchingPolicy(PreTrainedPolicy):
 
     def per_sample_loss(self, batch: dict[str, Tensor], draw: dict[str, Tensor]) -> Tensor:
         """Return ℓ(θ; x) per sample, (B,), for the given draw."""
-        return self._flow(batch, draw, ("loss",))["loss"]
+        return self._flow(batch, draw, {"loss"})["loss"]
 
     def _flow(self, batch: dict[str, Tensor], draw: dict[str, Tensor], want: Collection[str]) -> dict[str, Tensor]:
         """What `want` names: loss (B,), prediction v and target u (B, H, A), mask (B, H), features (B, D)."""
@@ -78,7 +78,7 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         context = self.model.encode(batch)
         if "features" in want:
             found["features"] = self.model.features(context)
-        if all(name == "features" for name in want):
+        if not set(want) - {"features"}:
             return found
         action_BHA = batch[ACTION]
         device = action_BHA.device
