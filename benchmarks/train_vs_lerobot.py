@@ -82,7 +82,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--batch-size", type=int, default=128)
     add_device_arguments(p)
     p.add_argument("--workers", type=int, default=2, help="loader processes (clbench: used for camera data only)")
-    p.add_argument("--threads", type=int, default=0, help="torch threads of both; 0 = torch's default (default 0)")
+    p.add_argument("--threads", type=int, default=0, help="torch threads of both; 0 = one a core (default 0)")
     args = p.parse_args()
     if args.steps % args.window or args.skip % args.window or not 0 < args.skip < args.steps:
         raise UserError("--steps and --skip must be multiples of --window, and 0 < skip < steps.")
@@ -170,6 +170,7 @@ def train_clbench(config: Config, args: argparse.Namespace, folder: Path, seed: 
         "pretrain.optimizer.warmup_steps": 0,
         "train.num_workers": args.workers,
         "train.device": args.device,
+        "train.threads": args.threads or os.cpu_count() or 1,  # as LeRobot has them: a base's own default is 2
         "train.tf32": "true",  # as lerobot-train
         **{f"policy.{key}": value for key, value in policy_size(args.width).items()},
     }
