@@ -155,7 +155,7 @@ def test_weights_make_the_loss_a_sum_of_two_means() -> None:
     assert float((losses * shares).sum()) == pytest.approx(12 / 4 + (3.0 * 10 + 0.5 * 20) / 2)
     assert float((losses * _shares(Plan(refs, added=2, weight=2.0), slots, 4)).sum()) == pytest.approx(3 + 2 * 15)
     for wrong in ({"added": 0}, {"added": 2, "shared": True}):
-        with pytest.raises(ValueError, match="are added, each by its own rank"):
+        with pytest.raises(ValueError, match="must be added, each by its own rank"):
             Plan(refs, weight=1.0, **wrong)
     with pytest.raises(ValueError, match="weights of shape"):
         Plan(refs, added=2, weight=torch.ones(3))

@@ -253,9 +253,9 @@ def test_heldout_tasks_need_a_base_of_our_own(toy_data: Path) -> None:
 
 
 def test_an_unknown_view_is_refused_before_training(toy_data: Path) -> None:
-    with pytest.raises(ValueError, match=r"no view of packnet: it has task_id, no_task_id"):
+    with pytest.raises(ValueError, match=r"not a view of packnet: it has task_id, no_task_id"):
         build_algorithm(toy_config(toy_data, {"name": "packnet"}, "eval.views=[task]"))
-    with pytest.raises(ValueError, match=r"no view of er: it has none"):
+    with pytest.raises(ValueError, match=r"not a view of er: it has none"):
         build_algorithm(toy_config(toy_data, {"name": "er"}, "eval.views=[task_id]"))
 
 

@@ -5,7 +5,7 @@ would raise the loss on that batch, to first order, is projected onto those that
 
     g ← g − (g·g_ref / ‖g_ref‖²) g_ref    if g·g_ref < 0,
 
-with one product over all parameters that train. From the second task on. g is the step's mean gradient over all ranks
+with one product over all trainable parameters, from the second task on. g is the step's mean gradient over all ranks
 and micro-batches, before clipping. With an optimizer that rescales it (AdamW) the guarantee is about g, not about the
 step that is taken.
 """

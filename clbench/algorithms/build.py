@@ -99,7 +99,7 @@ def algorithm_classes(config: Config) -> list[type[CLAlgorithm]]:
         if not (isinstance(cls, type) and issubclass(cls, CLAlgorithm)):
             raise UserError(f"algorithm '{name}' ({cls!r}) is not a subclass of clbench.algorithms.hooks.CLAlgorithm.")
         if cls.name != name:
-            raise UserError(f"algorithm '{name}' is registered under another name than its own, '{cls.name}'.")
+            raise UserError(f"algorithm '{name}' is registered under a name other than its own, '{cls.name}'.")
         check_hooks(cls)
         classes.append(cls)
     return classes
@@ -112,7 +112,7 @@ def view_overrides(config: Config, name: str) -> dict[str, Any]:
         known |= cls.views
     if name not in known:
         has = f"it has {', '.join(known)}" if known else "it has none"
-        raise UserError(f"eval.views names '{name}', which is no view of {config.algorithm['name']}: {has}.")
+        raise UserError(f"eval.views names '{name}', which is not a view of {config.algorithm['name']}: {has}.")
     return known[name]
 
 
@@ -123,7 +123,7 @@ def _typed(cls: type[CLAlgorithm], values: dict[str, Any]) -> Any:
         node = OmegaConf.merge(OmegaConf.structured(cls.Config), values)
         return OmegaConf.to_object(node)
     except OmegaConfBaseException as e:
-        raise UserError(f"algorithm.{getattr(e, 'full_key', None) or '?'} is a value of another kind.") from e
+        raise UserError(f"algorithm.{getattr(e, 'full_key', None) or '?'} has a value of the wrong kind.") from e
 
 
 class ComposedAlgorithm(CLAlgorithm):
@@ -206,7 +206,7 @@ class ComposedAlgorithm(CLAlgorithm):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         want = {p.name for p in self.parts}
         if set(state) != want:
-            raise UserError(f"the checkpoint has the state of {sorted(state)}, the run is composed of {sorted(want)}.")
+            raise UserError(f"the checkpoint has the state of {sorted(state)}; the run is composed of {sorted(want)}.")
         for p in self.parts:
             p.load_state_dict(state[p.name])
 

@@ -1,4 +1,4 @@
-"""Mistakes in an algorithm that show before it runs: misspelt hooks, missing claims, impossible combinations."""
+"""Checks of an algorithm before it runs: misspelt hooks, missing claims, impossible combinations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from clbench.algorithms.protocol import CLAlgorithm
 from clbench.errors import UserError
 
-# Overriding such a method is claiming what it decides.
+# Overriding one of these methods requires the claim to what it decides.
 CLAIMED_BY = {
     "phases": "phases",
     "plan_batch": "batch_mix",
@@ -29,8 +29,8 @@ HOOKS = frozenset(n for n, f in vars(CLAlgorithm).items() if callable(f) and not
 def check_hooks(cls: type[CLAlgorithm]) -> None:
     """Raise UserError for a method that looks like a misspelt hook, or a hook with other parameters.
 
-    A public method that is no hook is a mistake if its name is close to one or starts like one; helpers are free
-    to have any other name, and any name with a leading underscore.
+    A public method that is not a hook is a mistake if its name is close to a hook's or starts like one; helpers may
+    have any other name, and any name with a leading underscore.
     """
     for owner in cls.__mro__:
         if owner in (CLAlgorithm, object) or not issubclass(owner, CLAlgorithm):

@@ -1,4 +1,4 @@
-"""What a hook may know, and what it may ask: the policy's losses and gradients, samples, random generators, ranks."""
+"""What a hook may read and call: the policy's losses and gradients, samples, random generators, ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from clbench.streams.stream import TaskStream, Visit
 
 
 class Collective(Protocol):
-    """What ranks do together. Every rank must make equal calls; with one process nothing happens."""
+    """What ranks do together. Every rank must make the same calls; with one process nothing happens."""
 
     def sum(self, tensors: Sequence[Tensor]) -> None: ...
     def gather(self, tensor: Tensor) -> Tensor: ...
@@ -25,9 +25,9 @@ class Collective(Protocol):
 
 @dataclass
 class Context:
-    """What a hook may know. Read only: the trainer updates it, hooks do not.
+    """What a hook may read. Read only: the trainer updates it, hooks do not.
 
-    One object per run: what a hook is passed and what `self.ctx` holds are the same.
+    One object per run: the one passed to a hook and `self.ctx` are the same.
 
     Attributes:
         stream, visit, k: the stream, the current visit and its index.
@@ -36,13 +36,13 @@ class Context:
         frames: samples of all visits (`fetch`, `length`).
         train: training settings.
         seed: the run's seed.
-        rank, world_size, device: where this process stands.
+        rank, world_size, device: this process's place among the ranks.
         planned: this micro-batch's planned samples, raw, or None; in `after_backward`, this rank's of the whole step.
         positions: (n,) positions of this micro-batch's samples in the step's global batch.
         global_batch: current samples of the step over all ranks and micro-batches.
         view: the policy's losses, outputs and gradients (clbench.policies.view).
         planned_total: planned samples of the whole step.
-        step_batch: this rank's current samples of the whole step, raw; there until `after_backward` has returned.
+        step_batch: this rank's current samples of the whole step, raw; available until `after_backward` returns.
         collective: sums and gathers over ranks.
         base_path: folder of the policy the run started from.
         log: write one event to the run's log.
@@ -74,7 +74,7 @@ class Context:
         return self.stream.visits[self.k]
 
     def generator(self, *purpose: int | str) -> torch.Generator:
-        """A generator that depends on (seed, k, phase, purpose) alone. Add the step where it matters."""
+        """A generator that depends only on (seed, k, phase, purpose). Add the step where it matters."""
         return generator(self.seed, self.k, self.phase, *purpose)
 
     def draw(self, n: int, gen: torch.Generator) -> dict[str, Tensor]:
@@ -95,11 +95,11 @@ class Context:
 
     @property
     def policy_loss(self) -> PolicyView:
-        """`view`, by the name it had before."""
+        """`view` under its former name."""
         return self.view
 
     def share(self, n: int) -> slice:
-        """This rank's part of n things that all ranks divide among them."""
+        """This rank's part of n things that all ranks divide among themselves."""
         return slice(n * self.rank // self.world_size, n * (self.rank + 1) // self.world_size)
 
     def gather(self, tensor: Tensor) -> Tensor:
@@ -118,8 +118,8 @@ class Context:
 
         Args:
             batch: this rank's part of the samples, raw (as `planned` in `after_backward`); parts may differ in size.
-            refs: (n, 2) references (visit, index), the same on every rank; ranks divide the samples among them.
-                Without either the step's current samples.
+            refs: (n, 2) references (visit, index), the same on every rank; ranks divide the samples among themselves.
+                With neither, the step's current samples are used.
         """
         parts = self.train.gradient_accumulation
         if batch is None and refs is None:
@@ -155,7 +155,7 @@ class Context:
     ) -> dict[str, Tensor]:
         """Σ over the samples `refs` (n, 2) of the squared per-sample gradient, by name (fp32).
 
-        Under a draw from `gen`. Ranks divide the samples among them and all get the sum.
+        Under a draw from `gen`. Ranks divide the samples among themselves and all get the sum.
         """
         mine = self.share(len(refs))
         draw = {n: v[mine] for n, v in self.draw(len(refs), gen).items()}
@@ -166,5 +166,5 @@ class Context:
 
 
 def iterate_named(policy: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Named parameters that train."""
+    """Trainable parameters, by name."""
     return ((n, p) for n, p in policy.named_parameters() if p.requires_grad)

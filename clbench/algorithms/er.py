@@ -4,7 +4,7 @@ A bounded memory keeps a uniform sample of the past tasks' data. Each training b
 
     m = max(2, round(replay_batch_ratio · B)),
 
-in the place of current samples (mode "replace") or beside them ("append"). From the second task on; the current
+in place of current samples (mode "replace") or in addition to them ("append"), from the second task on; the current
 task is never replayed. Within a step, samples are drawn without replacement.
 """
 
@@ -26,7 +26,7 @@ from clbench.seeding import generator
 
 
 def replaced_positions(batch: int, m: int) -> Tensor:
-    """(batch,) index of the replayed sample that takes a position of the global batch, or -1.
+    """(batch,) index of the replayed sample at each position of the global batch, or -1.
 
     The m positions are spread evenly, so every slice of the batch (a rank's, a micro-batch's) holds its share.
     """
@@ -48,7 +48,7 @@ class ER(CLAlgorithm):
             buffer_size_per_task: frames kept of every visit.
             replay_batch_ratio: replayed samples per sample of the batch, at least 2 samples; below 1 in mode replace.
             balanced_sampling: true = equally from every stored visit, false = uniformly over stored samples.
-            mode: replace (the batch keeps its size) | append (the current batch stays whole).
+            mode: replace (the batch keeps its size) | append (the current batch loses no samples).
             memory_unit: frames | episodes (whole demonstrations, as many as fit).
             selection: per_task (a uniform sample of every visit) | reservoir (one of everything seen; Vitter 1985).
             buffer_size: frames that a reservoir keeps in all; null = buffer_size_per_task × visits of the stream.
@@ -115,7 +115,7 @@ class ER(CLAlgorithm):
 
     # ---- drawing and mixing ---------------------------------------------------------------------
     def _generator(self, purpose: str, step: int) -> torch.Generator:
-        """Draws of a step; another phase of the same task draws anew."""
+        """Generator for a step's draws; another phase of the same task draws afresh."""
         phase = () if self.ctx.phase == "train" else (self.ctx.phase,)
         return generator(purpose, self.ctx.seed, self.ctx.k, step, *phase)
 

@@ -5,7 +5,7 @@ After task k, the diagonal of the empirical Fisher information says how much eac
 
     F_k,i = E_x [ (∂ℓ(θ; x) / ∂θ_i)² ],      gradients of single samples, squared, then averaged.
 
-Later tasks pay for moving what matters:
+Later tasks pay for moving parameters that matter:
 
     online         F ← γ F + F_k,  θ* ← θ        penalty = λ/2 Σ_i F_i (θ_i − θ*_i)²
     ewc_online: false, one anchor per task       penalty = λ/2 Σ_k Σ_i F_k,i (θ_i − θ*_k,i)²
@@ -13,8 +13,8 @@ Later tasks pay for moving what matters:
 The second sum is kept as one quadratic with the same value: Σ_k F_k (θ − θ*_k)² = F (θ − c)² + r with F = Σ F_k,
 c = Σ F_k θ*_k / F and r = Σ F_k θ*_k² − F c². So memory and cost do not grow with the number of tasks.
 
-The expectation is over the task's samples, noise and timesteps. ℓ is the policy's training loss, for flow matching no
-log-likelihood, so λ has the loss's scale and has to be tuned. Only parameters that train have a Fisher.
+The expectation is over the task's samples, noise and timesteps. ℓ is the policy's training loss (for flow matching, not
+a log-likelihood), so λ has the loss's scale and has to be tuned. Only trainable parameters have a Fisher.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class EWC(CLAlgorithm):
         parameters = dict(iterate_named(ctx.policy))
         if self.fisher and parameters.keys() != self.fisher.keys():
             odd = sorted(parameters.keys() ^ self.fisher.keys())[0]
-            raise UserError(f"ewc needs the same parameters to train in every task; {odd} is not among all of them.")
+            raise UserError(f"ewc needs the same trainable parameters in every task; {odd} does not train in all.")
         fisher = self._estimate(ctx, parameters)
         anchor = {n: p.detach().float().clone() for n, p in parameters.items()}
         self.consolidate(fisher, anchor)
@@ -157,5 +157,5 @@ class EWC(CLAlgorithm):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         if self.fisher.keys() != self.center.keys():
-            raise UserError("the checkpoint's state of ewc has a Fisher and a center of different parameters.")
+            raise UserError("the checkpoint's state of ewc has a Fisher and a center for different parameters.")
         self._flat = None

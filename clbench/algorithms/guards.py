@@ -1,4 +1,4 @@
-"""Claims are enforced where they act: gradients and weights refuse to be written by an algorithm without the claim."""
+"""Claims are enforced where they apply: an algorithm without the claim cannot write gradients or weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def guard(view: Any, algorithm: CLAlgorithm, claim: str) -> Any:
-    """`view` itself for an algorithm that claims `claim`, else one that can be read alone."""
+    """`view` itself for an algorithm that claims `claim`, else a read-only one."""
     return view if claim in algorithm.claims else _ReadOnly(view, algorithm.name, claim)
 
 

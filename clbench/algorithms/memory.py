@@ -1,4 +1,4 @@
-"""A bounded memory of past tasks' samples, as a component: what is kept, drawing, copies, values beside samples, state.
+"""A bounded memory of past tasks' samples, as a component: selection, drawing, copies, values per sample, state.
 
     class Replay(CLAlgorithm):
         def __init__(self, config):
@@ -28,7 +28,7 @@
             self.memory.load_state_dict(state)
 
 Samples are referred to as (visit, index): nothing is copied unless `storage` is "copy". Those of the current task are
-never drawn, also where its earlier visits are stored.
+never drawn, even where its earlier visits are stored.
 """
 
 from __future__ import annotations
@@ -95,14 +95,14 @@ class Memory:
 
     # ---- keeping --------------------------------------------------------------------------------
     def store(self, ctx: Context, *purpose: int | str) -> None:
-        """Keep samples of the current visit; which ones depends on (seed, visit, purpose) alone. Call it once a visit,
-        in `on_task_end`."""
+        """Keep samples of the current visit; which ones depends on (seed, visit, purpose) alone. Call it once per
+        visit, in `on_task_end`."""
         episode_of, offset = [], 0
         for part in ctx.frames.parts(ctx.k):
             episode_of.append(part.episode_of + offset)
             offset += len(part.task.episodes)
         self.kept.store(ctx.k, torch.cat(episode_of), generator(*(purpose or ("memory",)), ctx.seed, ctx.k))
-        for found in self.values.values():  # a reservoir lets go of some
+        for found in self.values.values():  # a reservoir drops some
             for k in list(found):
                 indices, values = found[k]
                 stays = torch.isin(indices, self.kept.indices.get(k, torch.empty(0, dtype=torch.int64)))
@@ -126,13 +126,13 @@ class Memory:
         return [v.k for v in ctx.stream.visits if v.task == ctx.visit.task]
 
     def available(self, ctx: Context) -> int:
-        """How many samples of other tasks than the current one are stored."""
+        """How many samples of tasks other than the current one are stored."""
         return self.kept.available(self._same_task(ctx))
 
     def sample(self, ctx: Context, n: int, gen: torch.Generator, *, balanced: bool = False) -> Tensor:
         """Draw n references (n, 2), without replacement while enough are stored; never of the current task.
 
-        balanced: every stored visit gives an equal share; otherwise all stored samples are equally likely.
+        balanced: every stored visit contributes an equal share; otherwise all stored samples are equally likely.
         """
         return self.kept.sample(n, gen, balanced=balanced, exclude=self._same_task(ctx))
 
@@ -140,7 +140,7 @@ class Memory:
         """References (m, 2) of what is stored of visit k."""
         return _refs(k, self.kept.indices.get(k, torch.empty(0, dtype=torch.int64)))
 
-    # ---- values beside samples ------------------------------------------------------------------
+    # ---- values per sample ----------------------------------------------------------------------
     def put(self, name: str, refs: Tensor, values: Tensor) -> None:
         """Keep `values` (m, …), computed on the stored samples `refs` (m, 2), under `name`; on the CPU."""
         found = self.values.setdefault(name, {})
@@ -166,7 +166,7 @@ class Memory:
             if parts is None:
                 parts = values.new_empty(len(refs), *values.shape[1:])
             parts[rows] = values[place]
-        assert parts is not None, "no samples are asked for"
+        assert parts is not None, "no samples requested"
         return parts
 
     # ---- state ----------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ class Memory:
         return len(self.kept) * self._sample_bytes
 
     def state_bytes(self) -> int:
-        """Bytes of what is kept beside the samples: references and values."""
+        """Bytes of what is kept in addition to the samples: references and values."""
         return tensor_bytes(self.kept.state_dict()) + tensor_bytes(self._stored_values())
 
     def _stored_values(self) -> dict[str, Any]:
@@ -195,7 +195,7 @@ class Memory:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         want = {"memory", "copies"} if self.storage == "copy" else {"memory"}
         if set(state) - {"values"} != want:
-            raise UserError(f"the checkpoint's state of a memory should hold {sorted(want)}, holds {sorted(state)}.")
+            raise UserError(f"the checkpoint's state of a memory should hold {sorted(want)} but holds {sorted(state)}.")
         if self.selection == "reservoir" and not isinstance(self.kept, ReservoirMemory):
             self.kept = ReservoirMemory(1)  # evaluation: no context was bound; nothing is stored any more
         self.kept.load_state_dict(state["memory"])

@@ -1,17 +1,17 @@
 """MIR: maximally interfered retrieval (Aljundi et al., NeurIPS 2019, arXiv 1908.04742).
 
-Memory and mixing as ER; what is replayed is chosen. Of |C| candidates drawn from the memory, the k whose loss a step on
-the incoming batch would raise most:
+Memory and mixing are those of ER, but what is replayed is chosen: of |C| candidates drawn from the memory, the k whose
+loss a step on the incoming batch would raise most:
 
     θ_v = θ − η · ∇_θ mean ℓ(θ; current samples),      Δ(c) = ℓ(θ_v; c) − ℓ(θ; c),      replay the k largest Δ.
 
-Both losses of a candidate use the same noise and timesteps. The choice is made anew every `mir_refresh_interval`
-steps, the first time before a task's first step; `mir_refresh_interval: 1` is the paper's method, larger values share
-its cost among steps (amortised). Each step replays m samples (as ER) out of the k chosen: a random part of them if
-m < k, each of them about m / k times if m > k.
+Both losses of a candidate use the same noise and timesteps. The choice is renewed every `mir_refresh_interval`
+steps, the first time before a task's first step; `mir_refresh_interval: 1` is the paper's method, larger values
+amortise its cost over steps. Each step replays m samples (as ER) out of the k chosen: a random part of them if m < k,
+each of them about m / k times if m > k.
 
-The gradient is that of the current samples alone, as in the paper, without dropout. θ is put back from
-a copy, bit for bit, also when something fails in between.
+The gradient is that of the current samples alone, as in the paper, without dropout. θ is restored from a copy, bit for
+bit, even when something fails in between.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class MIR(ER):
             mir_candidate_size: |C|, candidates drawn from the memory at each choice.
             mir_top_k: k, how many of them are replayed until the next choice.
             mir_virtual_lr: η of the virtual step; null = 1e-4.
-            mir_lora_only: true = the virtual step moves what trains (LoRA's parameters, with lora.enabled); false =
+            mir_lora_only: true = the virtual step moves the trainable parameters (LoRA's, with lora.enabled); false =
                 all parameters, frozen ones too.
         """
 
@@ -110,7 +110,7 @@ class MIR(ER):
 
     # ---- choosing -------------------------------------------------------------------------------
     def plan_batch(self, ctx: Context, step: int) -> Plan | None:
-        """The candidates, at steps that choose; all micro-batches are given all of them."""
+        """The candidates, at steps that choose; every micro-batch gets all of them."""
         available = self.memory.available(ctx)
         if not available:
             return None
@@ -180,6 +180,6 @@ class MIR(ER):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if "chosen" not in state:
-            raise UserError(f"the checkpoint's state of mir should hold 'chosen', holds {sorted(state)}.")
+            raise UserError(f"the checkpoint's state of mir should hold 'chosen' but holds {sorted(state)}.")
         super().load_state_dict({n: v for n, v in state.items() if n != "chosen"})
         self.chosen, self._samples = state["chosen"], None

@@ -13,9 +13,9 @@ in the first task only.
 Zero gradients do not hold a weight still (weight decay and old momentum move it), so after every step the weights that
 must not move are written back, and each phase starts with fresh optimizer moments.
 
-At test time the paper masks the weights of later tasks, which takes the task's identity (`eval_with_task_id`); without
-it all weights act, as in CLARE's comparison (arXiv 2601.09512). Both can be evaluated from one run (eval.views).
-A task that is visited again gets weights of its own again, and is then evaluated with them.
+At test time the paper masks the weights of later tasks, which requires the task's identity (`eval_with_task_id`);
+without it all weights act, as in CLARE's comparison (arXiv 2601.09512). Both can be evaluated from one run
+(eval.views). A task that is visited again gets new weights of its own, and is then evaluated with them.
 
 Departure from the paper: it starts from a network whose pretraining counts as task 1. Here the base's weights are free
 when task 1 starts, as in CLARE's baseline, so pruning costs part of what the base knew.
@@ -48,7 +48,7 @@ def keep_largest(weight: Tensor, free: Tensor, share: float) -> Tensor:
 
 
 def matrices(policy: nn.Module) -> dict[str, nn.Parameter]:
-    """Weights of linear, convolution and attention layers that train, by name."""
+    """Trainable weights of linear, convolution and attention layers, by name."""
     kinds = {
         nn.Linear: ("weight",),
         nn.modules.conv._ConvNd: ("weight",),
@@ -113,7 +113,7 @@ class PackNet(CLAlgorithm):
     def bind(self, ctx: Context) -> None:
         super().bind(ctx)
         if len(ctx.stream.visits) > MAX_VISITS:
-            raise UserError(f"packnet counts at most {MAX_VISITS} visits, the stream has {len(ctx.stream.visits)}.")
+            raise UserError(f"packnet supports at most {MAX_VISITS} visits; the stream has {len(ctx.stream.visits)}.")
 
     # ---- training -------------------------------------------------------------------------------
     def phases(self, ctx: Context) -> Sequence[Phase]:
@@ -132,10 +132,10 @@ class PackNet(CLAlgorithm):
         return {n: parameters[n] for n in self.owner}
 
     def _hold_owned(self, ctx: Context) -> None:
-        if not self.owner:  # not earlier: another algorithm may add the layers that train
+        if not self.owner:  # not earlier: another algorithm may add trainable layers
             self.owner = {n: torch.zeros_like(p, dtype=torch.uint8) for n, p in matrices(ctx.policy).items()}
             if not self.owner:
-                raise UserError("packnet finds no matrix that trains in this policy.")
+                raise UserError("packnet found no trainable matrix in this policy.")
         self._hold({n: o != FREE for n, o in self.owner.items()})
 
     def _hold_all_but_new(self, ctx: Context) -> None:
@@ -183,7 +183,7 @@ class PackNet(CLAlgorithm):
 
     # ---- checkpoints and evaluation -------------------------------------------------------------
     def _newest(self, task_id: int) -> int:
-        """The last learned visit of column `task_id`'s task; the last of all if it has not been learned yet."""
+        """The last learned visit of column `task_id`'s task; the very last visit if it has not been learned yet."""
         last = len(self.tasks) - 1
         if task_id > last:
             return last

@@ -17,8 +17,8 @@
         algorithm.on_task_end(ctx)                             # fill buffers, consolidate
         checkpoint(k)
 
-A run may stop after any step and go on from there (checkpoints/training_state.py): on_task_start and on_enter are not
-called again, but state_dict's contents are back, and phases(ctx) is asked anew.
+A run may stop after any step and resume from there (checkpoints/training_state.py): on_task_start and on_enter are not
+called again, but the contents of state_dict are restored, and phases(ctx) is called again.
 
 The per-step hooks (`observe`, `modify_batch`, `compute_penalty`, `after_backward`, `after_step`) run only in phases
 marked `policy_training`. Every hook is a no-op by default. `task_id` is the visit index k. `model` is the policy.
@@ -44,7 +44,7 @@ from clbench.tensor_files import tensor_bytes
 
 
 class GradientView(Protocol):
-    """Gradients between backward and step, averaged over ranks and micro-batches. Every rank must make equal calls.
+    """Gradients between backward and step, averaged over ranks and micro-batches. Every rank must make the same calls.
 
     Writing takes the claim "gradient_edits"; without it `get` gives copies and `set` raises UserError.
     """
@@ -75,8 +75,8 @@ class Plan:
         added: samples that modify_batch adds to the global batch (0 = it replaces current ones).
         weight: null = planned samples count like current ones: the loss is the mean over all. Otherwise a factor w, or
             one for each planned sample (m,), and the loss is  mean over current ones of ℓ + mean over i of w_i ℓ_i
-            (all planned samples must be added then).
-        shared: every micro-batch is given all of them, not its share (for what is chosen from them once).
+            (all planned samples must then be added).
+        shared: every micro-batch gets all of them, not just its share (for a choice made once among all of them).
     """
 
     refs: Tensor
@@ -88,7 +88,7 @@ class Plan:
         if self.weight is None:
             return
         if self.added != len(self.refs) or self.shared:
-            raise ValueError("planned samples with weights are added, each by its own rank: added=len(refs).")
+            raise ValueError("planned samples with weights must be added, each by its own rank: set added=len(refs).")
         if torch.is_tensor(self.weight) and self.weight.shape != (len(self.refs),):
             raise ValueError(f"{len(self.refs)} planned samples have weights of shape {tuple(self.weight.shape)}.")
 
@@ -112,8 +112,8 @@ class Phase:
             to log.
         parameters: names → parameters that train; null = every parameter that requires a gradient.
         on_enter, on_exit: structure changes go into on_enter; the optimizer is built after it.
-        on_resume: called instead of on_enter when a run goes on in the middle of this phase, after structure, weights
-            and the algorithm's state_dict are back; for what can be worked out from those.
+        on_resume: called instead of on_enter when a run resumes in the middle of this phase, after structure, weights
+            and the algorithm's state_dict are restored; for what can be derived from those.
         log_every: steps between log lines; null = the run's.
         num_workers: loader processes; null = the run's.
         save_every: steps of this phase between training states; null = the run's train.save_every_steps.
@@ -152,13 +152,13 @@ class CLAlgorithm:
 
     name: ClassVar[str] = ""
     claims: ClassVar[frozenset[str]] = frozenset()
-    # Attributes that are all of the algorithm's state: what state_dict returns and load_state_dict sets.
+    # The attributes that make up the algorithm's state: what state_dict returns and load_state_dict sets.
     state: ClassVar[tuple[str, ...]] = ()
     # Overrides of `algorithm` under which a run can also be evaluated, by name (see evaluation/evaluate.py).
     views: ClassVar[dict[str, dict[str, Any]]] = {}
     # Does it protect parameters from task to task? Then every task must train the same ones.
     protects_parameters: ClassVar[bool] = False
-    # Does it reckon with steps along the plain gradient? Then nobody else may edit gradients.
+    # Does it assume steps along the plain gradient? Then no other algorithm may edit gradients.
     assumes_plain_steps: ClassVar[bool] = False
 
     @dataclass
@@ -197,7 +197,7 @@ class CLAlgorithm:
     def plan_batch(self, ctx: Context, step: int) -> Plan | None:
         """Stored samples that `step` will mix in (claim "batch_mix").
 
-        Must depend on (ctx.seed, ctx.k, ctx.phase, step) and state fixed during a phase only: it is asked ahead of
+        Must depend only on (ctx.seed, ctx.k, ctx.phase, step) and state fixed during a phase: it is called ahead of
         time, so that loaders can prefetch.
         """
         return None
@@ -229,7 +229,7 @@ class CLAlgorithm:
 
     # ---- what trains, what is stored ------------------------------------------------------------
     def parameter_groups(self, ctx: Context) -> list[tuple[dict[str, nn.Parameter], float]] | None:
-        """Groups of named parameters with a factor on the learning rate each; null = one group of all."""
+        """Groups of named parameters, each with a learning-rate factor; null = one group of all."""
         return None
 
     def exemplar_bytes(self) -> int:
@@ -243,7 +243,7 @@ class CLAlgorithm:
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers, strings and nested dicts/lists of them: all that resuming and evaluating need.
 
-        Asked after a task and, for a training state, after any step in the middle of one. The default: the attributes
+        Called after a task and, for a training state, after any step in the middle of one. The default: the attributes
         that `state` names.
         """
         return {name: getattr(self, name) for name in self.state}
@@ -251,19 +251,19 @@ class CLAlgorithm:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`. A missing or unknown key is an error.
 
-        What is kept for each parameter, by its name, has been checked against its shape and moved to its device
+        Tensors kept under parameters' names have been checked against their shapes and moved to their devices
         (state.py); all other tensors are on the CPU.
         """
         if set(state) != set(self.state):
             keeps = f"should hold {sorted(self.state)}" if self.state else "should be empty"
-            raise UserError(f"the checkpoint's state of {self.name} {keeps}, holds {sorted(state)}.")
+            raise UserError(f"the checkpoint's state of {self.name} {keeps} but holds {sorted(state)}.")
         for name in self.state:
             setattr(self, name, state[name])
 
     def save_policy(self, policy: nn.Module, folder: Any, base_path: str) -> bool:
         """Write the policy as an adapter over its base into `folder`; False = save all of its weights instead.
 
-        All weights are saved without LoRA layers; an algorithm that has such in the middle of a task adds them here.
+        All weights are saved without LoRA layers; an algorithm that has any in the middle of a task adds them here.
         """
         return False
 
@@ -272,11 +272,11 @@ class CLAlgorithm:
 
     # ---- evaluation -----------------------------------------------------------------------------
     def view_key(self, task_id: int) -> str:
-        """What must be equal for episodes of two tasks to be evaluated in one batch."""
+        """A key: episodes of two tasks can share an evaluation batch only if their keys are equal."""
         return ""
 
     def eval_view(self, policy: nn.Module, task_id: int) -> AbstractContextManager[None]:
-        """The policy as it is to be evaluated on column `task_id`; restores it on leaving.
+        """The policy as it is to be evaluated on column `task_id`; restored on exit.
 
         Tasks outside the stream have a `task_id` past every column.
         """

@@ -1,11 +1,11 @@
 """SeqLoRA: sequential low-rank fine-tuning (LoRA: Hu et al. 2021, arXiv 2106.09685; a baseline of CLARE's paper,
 arXiv 2601.09512).
 
-Before each task a fresh LoRA adapter is added, it alone trains, and after the task it is merged:
+Before each task a fresh LoRA adapter is added; it alone trains, and after the task it is merged:
 
     W ← W + (α / r) · B A.
 
-With `merge: false` one and the same adapter is trained through all tasks instead, and checkpoints hold that adapter.
+With `merge: false` a single adapter is trained through all tasks instead, and checkpoints hold that adapter.
 `lora.*` sets rank, α, dropout and the layers. Nothing protects earlier tasks: a lower bound, like seqfft.
 """
 

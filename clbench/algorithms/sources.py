@@ -1,8 +1,8 @@
 """Where a phase's samples come from.
 
-A source says which samples every step gets; the loop shares each global batch among ranks, adds planned samples and
-draws noise. The position of a run stays (visit, phase, step), so what a source gives must depend on that, the seed, its
-saved state, and, unless it is read ahead, on the present weights.
+A source says which samples every step gets; the loop splits each global batch among ranks, adds planned samples and
+draws noise. A run's position remains (visit, phase, step), so what a source gives may depend only on that, the seed,
+its saved state and, unless it is read ahead, the current weights.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 class Source:
-    """Samples for the steps of a phase. Subclasses give `references`, or `batch` where there are none to refer to.
+    """Samples for the steps of a phase. Subclasses define `references`, or `batch` if no samples are stored.
 
     Attributes:
-        ahead: whether loaders may read coming steps' samples: true for stored ones; false for what depends on the
-            present weights, which is asked for when its step begins.
+        ahead: whether loaders may read the samples of coming steps: true for stored ones; false for samples that
+            depend on the current weights, which are requested when their step begins.
     """
 
     ahead: ClassVar[bool] = True
@@ -42,12 +42,12 @@ class Source:
     def batch(self, ctx: Context, phase: Phase, step: int, rows: slice) -> Batch:
         """Rows `rows` of a step's global batch, raw, with the keys that `ctx.frames.fetch` gives.
 
-        A row must not depend on which others are asked for, so that several ranks train as one would.
+        A row must not depend on which others are requested, so that several ranks train as one would.
         """
         return ctx.frames.fetch(self.references(ctx, phase, step)[rows])
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on, beside (visit, phase, step); as `CLAlgorithm.state_dict`."""
+        """What a resumed run needs besides (visit, phase, step); as in `CLAlgorithm.state_dict`."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -57,7 +57,7 @@ class Source:
 
 
 class Demonstrations(Source):
-    """The current visit's demonstrations, in an order that is shuffled anew every epoch. The default."""
+    """The current visit's demonstrations, reshuffled every epoch. The default."""
 
     def begin(self, ctx: Context, phase: Phase) -> None:
         self._order = SampleOrder(ctx.frames.length(ctx.k), ctx.seed, ctx.k, phase.name)
@@ -68,7 +68,7 @@ class Demonstrations(Source):
 
 
 class FromMemory(Source):
-    """Samples of a memory alone, drawn anew for every step: past tasks', never the current one's."""
+    """Samples from a memory only, drawn afresh for every step: past tasks', never the current one's."""
 
     def __init__(self, memory: Memory, balanced: bool = True) -> None:
         self.memory, self.balanced = memory, balanced

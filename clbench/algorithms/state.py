@@ -1,4 +1,4 @@
-"""An algorithm's state on its way back from a checkpoint: to the right device, with the right keys and shapes."""
+"""Restoring an algorithm's state from a checkpoint: on the right device, with the right keys and shapes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def restore_state(algorithm: CLAlgorithm, state: Mapping[str, Any], policy: nn.Module) -> None:
-    """Load a state that was saved, with what belongs to parameters where these are.
+    """Load a saved state, with tensors that belong to parameters on the parameters' devices.
 
     A mapping whose keys are all names of `policy`'s parameters must hold tensors of their shapes; these go to the
     parameters' devices. All other tensors stay on the CPU.
@@ -31,7 +31,7 @@ def restore_state(algorithm: CLAlgorithm, state: Mapping[str, Any], policy: nn.M
         raise UserError(f"the checkpoint's state of {algorithm.name} has no {e}; it holds {sorted(state)}.") from e
     kept = algorithm.state_dict()
     if _keys(kept) != _keys(placed):
-        odd = sorted(map(str, kept.keys() ^ placed.keys())) or ["what is in them"]
+        odd = sorted(map(str, kept.keys() ^ placed.keys())) or ["their contents"]
         raise UserError(
             f"the checkpoint's state of {algorithm.name} holds {sorted(state)}, but the algorithm keeps "
             f"{sorted(kept)}: they differ in {', '.join(odd)}."
@@ -49,7 +49,7 @@ def _placed(value: Any, parameters: Mapping[str, nn.Parameter], name: str) -> An
 def _like(parameter: nn.Parameter, value: Tensor, key: str, name: str) -> Tensor:
     if value.shape != parameter.shape:
         raise UserError(
-            f"the checkpoint's state of {name} has {key} of shape {tuple(value.shape)}, the policy's has "
+            f"the checkpoint's state of {name} has {key} of shape {tuple(value.shape)}, but the policy's has shape "
             f"{tuple(parameter.shape)}: they do not belong together."
         )
     return value.to(parameter.device)
