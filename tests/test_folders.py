@@ -72,7 +72,7 @@ def test_two_plugins_with_one_name_are_refused_unless_the_user_decides(away: Pat
     for name in ("plug", "other"):
         write(install(away / "site", name), "models/wide.yaml")
     folders.forget()
-    with pytest.raises(UserError, match=r"models/wide\.yaml is brought by other 1\.0 and by plug 1\.0\. Uninstall one"):
+    with pytest.raises(UserError, match=r"models/wide\.yaml is provided by other 1\.0 and by plug 1\.0\. Uninstall"):
         composed("wide")
     assert composed("dit_dec_tiny")[0] == 128  # nobody asked for it
     write(away / "configs", "models/wide.yaml")
@@ -87,7 +87,7 @@ def test_the_checkouts_own_folder_is_not_the_users(away: Path, monkeypatch: pyte
 
 def test_what_is_no_folder_is_said(away: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLBENCH_CONFIG_PATH", "/nowhere/at/all")
-    with pytest.raises(UserError, match="CLBENCH_CONFIG_PATH names /nowhere/at/all, which is no folder"):
+    with pytest.raises(UserError, match="CLBENCH_CONFIG_PATH names /nowhere/at/all, which is not a folder"):
         folders.folders()
     monkeypatch.delenv("CLBENCH_CONFIG_PATH")
     (install(away / "site", "plug").parent / "configs").rmdir()

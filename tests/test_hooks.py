@@ -201,7 +201,7 @@ def test_keys_of_open_sections_take_the_types_of_their_classes() -> None:
         ("algorithm.buffer_size_per_task=1_0", "must be a whole number"),
         ("algorithm.buffer_size_per_task=1e3", "must be a whole number"),
         ("algorithm.balanced_sampling=7", "must be true or false"),
-        ("algorithm.mode=7e5", "must be a text, .*; the form is 'algorithm.mode=\"TEXT\"'"),
+        ("algorithm.mode=7e5", "must be a string, .*; the form is 'algorithm.mode=\"TEXT\"'"),
     ):
         with pytest.raises(ValueError, match=f"{wrong.partition('=')[0]} {says}"):
             er(wrong)

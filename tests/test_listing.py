@@ -74,13 +74,13 @@ def test_a_model_is_a_preset_or_a_type() -> None:
 
 def test_a_policy_that_wants_cameras_is_refused_on_states(tmp_path: Path) -> None:
     states = compose(model="act", algorithms=["er"], dataset="metaworld_quick")[0]
-    with pytest.raises(UserError, match=r"'act' wants camera images, and the stream 'metaworld_quick' \(metaworld"):
+    with pytest.raises(UserError, match=r"'act' needs camera images, but the stream 'metaworld_quick' \(metaworld"):
         policy_types.check_fits(states)
     policy_types.check_fits(compose(model="act", algorithms=["er"], dataset="libero_goal")[0])
     policy_types.check_fits(compose(model="tdmpc", algorithms=["er"], dataset="metaworld_quick")[0])
     (tmp_path / "config.json").write_text(json.dumps({"type": "vqbet"}))
     states.policy = {"path": str(tmp_path)}
-    with pytest.raises(UserError, match="'vqbet' wants camera images"):
+    with pytest.raises(UserError, match="'vqbet' needs camera images"):
         policy_types.check_fits(states)
     states.policy = {"path": str(tmp_path / "none")}
     policy_types.check_fits(states)  # said where it is opened

@@ -146,8 +146,8 @@ def test_a_stream_of_code_is_what_its_file_would_be(
     [
         (lambda: ["push-v3"], "the stream 'mine' of this process .* must hold a mapping"),
         (lambda: {"dataset": {"taks": []}}, "taks"),
-        (lambda: {"dataset": {"name": object()}}, "does not describe itself: RepresenterError"),
-        (lambda: 1 / 0, "does not describe itself: ZeroDivisionError: division by zero"),
+        (lambda: {"dataset": {"name": object()}}, "cannot be read: RepresenterError"),
+        (lambda: 1 / 0, "cannot be read: ZeroDivisionError: division by zero"),
     ],
 )
 def test_code_that_returns_no_stream_is_named(known: Any, made: Any, words: str) -> None:
@@ -159,6 +159,6 @@ def test_code_that_returns_no_stream_is_named(known: Any, made: Any, words: str)
 def test_a_name_that_a_shipped_file_has_is_refused(known: Any) -> None:
     known("streams", "metaworld_quick", points)
     with pytest.raises(
-        UserError, match=r"is brought by clbench \(datasets/metaworld_quick\.yaml\) and by this process"
+        UserError, match=r"is provided by clbench \(datasets/metaworld_quick\.yaml\) and by this process"
     ):
         composed("metaworld_quick")

@@ -55,7 +55,7 @@ def test_what_is_not_tuned_is_said() -> None:
         f"{SHIPPED} er (train.optimizer.lr=0.001)", untuned.format("singletask", "dit_dec_tiny")
     ]  # fmt: skip
     other = composed("er", "policy.type=dit_encdec")
-    assert said(other[1]) == ["untuned defaults for er (the policy is none of the presets)"]
+    assert said(other[1]) == ["untuned defaults for er (the policy is not a preset)"]
 
 
 def test_a_checkpoint_has_the_recipe_of_the_preset_that_it_was_made_with(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_checkpoint_has_the_recipe_of_the_preset_that_it_was_made_with(tmp_pat
     for text in (None, "{", "[]"):
         config, lines = composed("ewc", f"policy.path={tmp_path}", model="checkpoint")
         assert config.algorithm["ewc_lambda"] == 1e4
-        assert said(lines) == ["untuned defaults for ewc (the policy is none of the presets)"]
+        assert said(lines) == ["untuned defaults for ewc (the policy is not a preset)"]
         if text is not None:
             (tmp_path / "config.json").write_text(text)
 
@@ -89,7 +89,7 @@ def test_sections_of_all_folders_are_joined_and_the_users_counts(away: Path) -> 
     assert said(lines)[0].endswith("mine (algorithm.strength=3)")
     write(install(away / "site", "also"), "recipes/dit_dec_tiny.yaml", "mine: {}\n")
     folders.forget()
-    with pytest.raises(UserError, match=r"the section mine of recipes/dit_dec_tiny\.yaml is brought by also 1\.0 and"):
+    with pytest.raises(UserError, match=r"the section mine of recipes/dit_dec_tiny\.yaml is provided by also 1\.0 and"):
         composed("seqfft")
     write(away / "configs", "recipes/dit_dec_tiny.yaml", "mine: {}\n")
     composed("seqfft")
@@ -114,9 +114,9 @@ def test_a_preset_of_ones_own_has_a_recipe_of_its_own(away: Path) -> None:  # no
         ("er: {streams: {metaworld: 3}}", r"'er\.streams\.metaworld' must hold keys and values, is 3"),
         ("er: 3", "'er' must hold keys and values, is 3"),
         ("er: {train: {steps: many}}", "must be a whole number"),
-        ("er: {algorithm: {name: ewc}}", "er: a recipe names no algorithm"),
+        ("er: {algorithm: {name: ewc}}", "er: a recipe cannot name an algorithm"),
         ("tuned_for: metaworld", "tuned_for must be a list"),
-        ("like: dit_decc_tiny", r"like: dit_decc_tiny: there is no such recipe.*Did you mean 'dit_dec_tiny'"),
+        ("like: dit_decc_tiny", r"like: dit_decc_tiny: no such recipe.*Did you mean 'dit_dec_tiny'"),
         ("like: wide", "like: wide leads back to this file"),
         ("- er", "it must hold a mapping"),
         ("er: !!python/object:os.system {}", "a tag"),

@@ -2,12 +2,11 @@
 
     base.yaml ← models/M ← datasets/D ← algorithms/A… ← recipes/M ← smoke ← dotlist overrides
 
-Later wins, also among the recipe's sections for several algorithms. `--yaml` files stand in place of the axes and the
-recipes. A key that nobody defined is an error that names the nearest
-valid one; values are read by the types of their keys (reading.py).
+Later wins, also among the recipe's sections for several algorithms. `--yaml` files replace the axes and the recipes.
+An undefined key is an error that names the nearest valid one; values are read by the types of their keys (reading.py).
 
-Files are taken for hostile: no tags, no aliases, no ${…} (docs/security.md). Overrides are the user's own and may
-refer to other keys or to the environment as OmegaConf lets them.
+Files are treated as hostile: no tags, no aliases, no ${…} (docs/security.md). Overrides are the user's own and may
+refer to other keys or to the environment as far as OmegaConf allows.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def available(kind: str) -> list[str]:
 
 
 def find(kind: str, name: str, known: Iterable[str] = ()) -> Path | None:
-    """Return the YAML of `name` (of a kind, or a path), None if only the registry knows it."""
+    """Return the YAML of `name` (of a kind, or a path); None if only the registry knows it."""
     if name.endswith((".yaml", ".yml")):
         return Path(name)
     path = folders.find(kind, name) if kind != "datasets" else streams_in_code.find(name)[0]
@@ -69,7 +68,7 @@ def compose(
 ) -> tuple[Config, list[str]]:
     """Compose a run's configuration from the three axes; returns it and the names of the files that made it.
 
-    `source`: the file that the overrides stand in, which may not refer to other values or to the environment;
+    `source`: the file that holds the overrides, which may not refer to other values or to the environment;
     None = the command line.
     """
     dataset = DATASET_ALIASES.get(dataset, dataset)
@@ -97,7 +96,7 @@ def compose(
 
 @dataclass(frozen=True)
 class Described:
-    """A stream that code describes, among the files of a configuration."""
+    """A stream described by code, in the list of a configuration's files."""
 
     name: str
 
@@ -109,7 +108,7 @@ class Described:
 
 
 def streams() -> list[str]:
-    """Names of the streams that code describes."""
+    """Names of the streams that are described by code."""
     return registry.names("streams")
 
 
@@ -122,7 +121,7 @@ def _streams(dataset: str) -> list[str]:
 
 
 def _preset(model: str, overrides: Sequence[str], source: str | None) -> str | None:
-    """Whose recipes apply: the model's; with a checkpoint the preset's whose settings it has; None: there is none."""
+    """Whose recipes apply: the model's, or with a checkpoint those of the preset that it matches; None: nobody's."""
     file = find("models", model, policy_types.types())
     preset = load_yaml(file).get("policy", {}) if file is not None else {"type": model}
     policy = overlay(preset, read_overrides(overrides, Config, source).get("policy", {}))
@@ -132,7 +131,7 @@ def _preset(model: str, overrides: Sequence[str], source: str | None) -> str | N
 
 
 def compose_files(paths: Sequence[str], overrides: Sequence[str] = (), smoke: bool = False) -> tuple[Config, list[str]]:
-    """Merge explicit YAML files left to right over base.yaml; the three axes play no part."""
+    """Merge explicit YAML files left to right over base.yaml; the three axes are not used."""
     files = [folders.shipped("base.yaml"), *map(Path, paths)]
     return _merge(files, [], overrides, smoke), [folders.shown(f) for f in files]
 
@@ -163,7 +162,7 @@ def _merge(
 
 
 def _joined(config: Any, layer: dict[str, Any]) -> Any:
-    """A configuration (or its class) overlaid with a layer. What can still be wrong are references to other values."""
+    """A configuration (or its class) overlaid with a layer. Only references to other values can still be wrong."""
     try:
         return OmegaConf.merge(OmegaConf.structured(config), layer)
     except INVALID as e:
@@ -171,7 +170,7 @@ def _joined(config: Any, layer: dict[str, Any]) -> Any:
 
 
 def read_config(path: Path) -> Config:
-    """The configuration that a run has written down."""
+    """The configuration that a run has recorded."""
     return to_config(_joined(Config, load_yaml(path)))
 
 
@@ -209,7 +208,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that would be read as something else where its key's type is not known."""
+    """Quotes every string that would be read as something else where its key's type is not known."""
 
 
 def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -224,7 +223,7 @@ def to_yaml(config: Config) -> str:
 
 
 def check_values(c: Config) -> None:
-    """Raise UserError for values out of range; everything a configuration alone can show."""
+    """Raise UserError for values out of range, as far as the configuration alone shows it."""
     problems: list[str] = []
 
     def need(ok: bool, message: str) -> None:
@@ -271,11 +270,11 @@ def check_values(c: Config) -> None:
     need(every is None or every >= 1, f"train.keep_weights_every_steps must be at least 1 (or null), is {every}")
     need(
         parts is None or parts <= max(1, t.steps),
-        f"train.eval_during_training ({parts}) divides a task's steps, and train.steps is {t.steps}",
+        f"train.eval_during_training ({parts}) divides a task's steps, but train.steps is {t.steps}",
     )
     need(
         parts is None or d.env is not None,
-        "train.eval_during_training plays episodes, and the stream has no simulator (dataset.env: null)",
+        "train.eval_during_training plays episodes, but the stream has no simulator (dataset.env: null)",
     )
     _choice(problems, "train.on_nonfinite", t.on_nonfinite, ("stop", "skip"))
     _choice(problems, "train.device", t.device, ("auto", "cpu", "cuda"))
@@ -296,7 +295,7 @@ def check_values(c: Config) -> None:
     most = max(e.episodes, e.heldout_episodes)
     need(
         0 <= e.seed <= SEEDS_PER_SPLIT - most,
-        f"eval.seed must be between 0 and {SEEDS_PER_SPLIT - most} (a million less the episodes), is {e.seed}",
+        f"eval.seed must be between 0 and {SEEDS_PER_SPLIT - most} (a million minus the episodes), is {e.seed}",
     )
     need(0 <= e.heldout_episodes <= 100_000, "eval.heldout_episodes must be between 0 and 100000")
     need(
@@ -320,11 +319,11 @@ def check_values(c: Config) -> None:
     need(d.env is None or d.env.max_steps >= 1, "dataset.env.max_steps must be at least 1")
     need(
         d.env is not None or (c.render.fidelity is None and c.render.size is None),
-        "render.fidelity and render.size say how a simulator draws, and the stream has none (dataset.env: null)",
+        "render.fidelity and render.size say how a simulator draws, but the stream has none (dataset.env: null)",
     )
     need(
         d.env is not None or e.heldout_episodes == 0,
-        "eval.heldout_episodes are played in a simulator, and the stream has none (dataset.env: null)",
+        "eval.heldout_episodes are played in a simulator, but the stream has none (dataset.env: null)",
     )
     need(0 <= c.seed < 2**31, f"seed must be in [0, 2^31), is {c.seed}")
     makes = [("dataset.make", d.make)]
@@ -354,7 +353,7 @@ def check_values(c: Config) -> None:
     need(c.policy.get("init") in (None, "random"), f"policy.init must be random (or null), is {c.policy.get('init')!r}")
     need(
         not (c.policy.get("init") and c.policy.get("path")),
-        "policy.init=random and policy.path exclude each other: a base is random or given",
+        "policy.init=random and policy.path exclude each other: a base is either random or given",
     )
     if "type" not in c.policy and "path" not in c.policy:
         problems.append("policy.type (or policy.path, a checkpoint folder) is missing")
@@ -366,7 +365,7 @@ def _data_problems(label: str, data: DatasetConfig | PretrainDataConfig) -> list
     """What is wrong with the keys that say which data set to read."""
     problems = []
     if not data.data and not data.repo_id:
-        problems.append(f"{label}.data (a folder) or {label}.repo_id (a data set of the hub) is missing")
+        problems.append(f"{label}.data (a folder) or {label}.repo_id (a data set on the hub) is missing")
     if data.repo_id is not None and REPO_ID.fullmatch(data.repo_id) is None:
         problems.append(f"{label}.repo_id must be OWNER/NAME (lerobot/libero_10_image), is {clip(data.repo_id, 60)!r}")
     if data.revision is not None and data.repo_id is None:
@@ -393,7 +392,7 @@ def _check_lists(c: Config) -> None:
 
 
 def _odd_numbers(value: Any, key: str = "") -> list[str]:
-    """Numbers that no setting can have: not finite, or beyond 64 bits."""
+    """Numbers that are not valid for any setting: not finite, or beyond 64 bits."""
     if is_dataclass(value) and not isinstance(value, type):
         value = {f.name: getattr(value, f.name) for f in fields(value)}
     if isinstance(value, dict):

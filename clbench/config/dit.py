@@ -1,4 +1,4 @@
-"""Keys of clbench's own policies (dit_dec, dit_encdec). No torch here: a wrong value is said before it is imported."""
+"""Keys of clbench's own policies (dit_dec, dit_encdec). No torch: wrong values are reported before it is imported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from clbench.errors import UserError, nearest
 
 TYPES = ("dit_dec", "dit_encdec")
 
-# DitConfig's other keys: those that every policy of LeRobot's has, and those that its own tools read.
+# DitConfig's other keys: those that every LeRobot policy has, and those that LeRobot's own tools read.
 OF_LEROBOT = (
     "input_features", "output_features", "device", "use_amp", "use_peft", "push_to_hub", "repo_id", "private", "tags",
     "license", "pretrained_path", "pretrained_revision", "normalization_mapping", "optimizer_lr",
@@ -41,7 +41,7 @@ class DitSettings:
         state_clip: normalised state is clipped to ± this, in standard deviations.
         std_floor: smallest standard deviation used for normalising.
         raw_below: dimensions whose standard deviation is below this pass through un-normalised.
-        gradient_checkpointing: transformer blocks keep no activations and compute them again in the backward pass.
+        gradient_checkpointing: transformer blocks keep no activations and recompute them in the backward pass.
     """
 
     n_obs_steps: int = 1
@@ -67,7 +67,7 @@ class DitSettings:
     gradient_checkpointing: bool = False
 
     def check(self) -> None:
-        """Raise ValueError for values that do not fit each other, or that nothing can have."""
+        """Raise ValueError for values that are invalid or do not fit together."""
         for name in POSITIVE:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -75,7 +75,7 @@ class DitSettings:
         for name in ("state_clip", "std_floor", "raw_below"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
-                raise ValueError(f"{name} must be a number that is not negative, is {value!r}.")
+                raise ValueError(f"{name} must be a non-negative number, is {value!r}.")
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model ({self.d_model}) must be a multiple of n_heads ({self.n_heads}).")
         if self.n_action_steps > self.chunk_size:
@@ -89,7 +89,7 @@ class DitSettings:
 
 
 def check_policy(section: dict[str, Any]) -> None:
-    """Raise UserError for unknown keys and wrong values of a `policy` section, of a fresh policy of ours."""
+    """Raise UserError for unknown keys and wrong values in the `policy` section of a fresh policy of ours."""
     kind = section.get("type")
     if kind not in TYPES or section.get("path"):
         return

@@ -1,4 +1,4 @@
-"""Reading one configuration file, which is taken for hostile: no tags, no aliases, no ${…} (docs/security.md)."""
+"""Reading one configuration file, which is treated as hostile: no tags, no aliases, no ${…} (docs/security.md)."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ def load_yaml(path: Path | str, schema: type = Config) -> dict[str, Any]:
     """Read one YAML mapping whose keys are those of a dataclass.
 
     Raises:
-        UserError: it is missing, too large, no YAML, no mapping, or holds what a configuration file may not: tags,
-            aliases, ${…}, a key twice, more than MAX_DEPTH levels, keys that there are not, values of another kind
-            than their keys'.
+        UserError: it is missing, too large, not YAML, not a mapping, or holds what a configuration file may not: tags,
+            aliases, ${…}, a duplicate key, more than MAX_DEPTH levels, unknown keys, values of the wrong type.
     """
     return _load(Path(path), lambda text, source: read_yaml(text, schema, source))
 
@@ -44,7 +43,7 @@ def load_text(text: str, source: str) -> dict[str, Any]:
 
 
 def load_sections(path: Path, schema: type, reserved: dict[str, Any]) -> dict[str, Any]:
-    """Read one YAML mapping of names to sections, each with the keys of a dataclass; `reserved`: keys that are no such
+    """Read one YAML mapping of names to sections, each with the keys of a dataclass; `reserved`: keys that are not such
     names, with their types. Raises as `load_yaml`."""
     return _load(path, lambda text, source: read_sections(text, schema, reserved, source))
 
@@ -60,8 +59,8 @@ def _load(path: Path, read: Callable[[str, str], dict[str, Any]]) -> dict[str, A
 
 
 def one_line(e: BaseException) -> str:
-    """What a library says of a value, without its own words."""
+    """A library's message about a value, without the library's own terms."""
     text = " ".join(str(e).split("full_key:")[0].split()) or type(e).__name__
-    if re.search(r"\b(\w+Config|\w+Node|OmegaConf|Optional)\b", text):  # words of a library
-        text = "a value of another kind than its key's"
+    if re.search(r"\b(\w+Config|\w+Node|OmegaConf|Optional)\b", text):  # a library's terms
+        text = "a value of the wrong type for its key"
     return clip(text)

@@ -1,9 +1,9 @@
-"""Where configuration files are looked for. Of several files of one name the first counts:
+"""Where configuration files are looked for. Of several files with the same name the first counts:
 
 1. `./configs` of the working directory;
 2. the folders that $CLBENCH_CONFIG_PATH names, separated by colons;
 3. those of installed packages, through the entry point group `clbench.configs`, whose values name packages;
-4. clbench's own: `configs/` of the checkout, which a wheel carries as `clbench/configs`.
+4. clbench's own: `configs/` in the checkout, which a wheel contains as `clbench/configs`.
 
 Each has the folders of KINDS, or some of them. Files are read as data; no package is imported to find them.
 """
@@ -32,7 +32,7 @@ class Folder:
     """A folder of configurations.
 
     Attributes:
-        kind: whose it is: USER, PLUGIN or OWN.
+        kind: who owns it: USER, PLUGIN or OWN.
         origin: for people: "clbench", a distribution and its version, or the folder as the user would write it.
     """
 
@@ -41,16 +41,16 @@ class Folder:
     origin: str
 
     def file(self, kind: str, name: str) -> Path | None:
-        """The YAML of that name, None where there is none. A name never leads out of the folder."""
+        """The YAML file of that name, or None. A name never leads out of the folder."""
         path = self.path / kind / f"{name}.yaml"
         return path if path.parent == self.path / kind and path.is_file() else None
 
 
 def folders() -> list[Folder]:
-    """All folders, the one that is searched first before the others.
+    """All folders, in the order in which they are searched.
 
     Raises:
-        UserError: $CLBENCH_CONFIG_PATH or an entry point names something that is no folder.
+        UserError: $CLBENCH_CONFIG_PATH or an entry point names something that is not a folder.
     """
     found: dict[Path, Folder] = {}
     own = SHIPPED.resolve()
@@ -60,7 +60,7 @@ def folders() -> list[Folder]:
     for text in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
         path = Path(text).expanduser()
         if not path.is_dir():
-            raise UserError(f"{VARIABLE} names {text}, which is no folder. Correct it, or unset it.")
+            raise UserError(f"{VARIABLE} names {text}, which is not a folder. Correct it, or unset it.")
         found.setdefault(path.resolve(), Folder(path.resolve(), USER, text))
     for folder in _of_plugins(tuple(sys.path)):
         found.setdefault(folder.path, folder)
@@ -75,7 +75,7 @@ def _of_plugins(path: tuple[str, ...]) -> tuple[Folder, ...]:
 
 
 def forget() -> None:
-    """Look for installed packages anew (tests install some)."""
+    """Look for installed packages again (tests install some)."""
     _of_plugins.cache_clear()
 
 
@@ -88,7 +88,7 @@ def holders(kind: str, name: str) -> list[tuple[Folder, Path]]:
     """Every folder that has this name, the one that counts first.
 
     Raises:
-        UserError: two plugins bring it, and no file of the user's decides.
+        UserError: two plugins provide it, and no file of the user's decides.
     """
     found = [(folder, path) for folder in folders() if (path := folder.file(kind, name)) is not None]
     _one_plugin(kind, name, [folder for folder, _ in found])
@@ -96,7 +96,7 @@ def holders(kind: str, name: str) -> list[tuple[Folder, Path]]:
 
 
 def find(kind: str, name: str) -> Path | None:
-    """The file that counts for a name, None where there is none."""
+    """The file that counts for a name, or None."""
     found = holders(kind, name)
     return found[0][1] if found else None
 
@@ -113,18 +113,18 @@ def names(kind: str) -> list[str]:
 
 
 def _one_plugin(kind: str, name: str, found: list[Folder]) -> None:
-    if kind == "recipes" or not found or found[0].kind != PLUGIN:  # recipes of several are joined: recipes.py
+    if kind == "recipes" or not found or found[0].kind != PLUGIN:  # several packages' recipes are merged: recipes.py
         return
     plugins = [folder for folder in found if folder.kind == PLUGIN]
     if len(plugins) > 1:
         raise UserError(
-            f"{kind}/{name}.yaml is brought by {' and by '.join(f.origin for f in plugins)}. Uninstall one of them, or "
-            f"put the one that you mean into ./configs/{kind}."
+            f"{kind}/{name}.yaml is provided by {' and by '.join(f.origin for f in plugins)}. Uninstall one of them, "
+            f"or put the one that you mean into ./configs/{kind}."
         )
 
 
 def shown(path: Path) -> str:
-    """A file for people: configs/… is clbench's own, ./configs/… the working directory's."""
+    """A file as shown to people: configs/… is clbench's own, ./configs/… the working directory's."""
     if path.is_relative_to(SHIPPED):
         return str(Path("configs") / path.relative_to(SHIPPED))
     for folder in folders():

@@ -1,4 +1,4 @@
-"""Policy types that `--model` can name beside presets: what they are and need, as far as that shows without LeRobot."""
+"""Policy types that `--model` can name besides presets: what is known of them and their needs without LeRobot."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BUILT: dict[str, tuple[str, ...]] = {
 CODE = "runs Python files of the model that its settings name"
 HUB = "fetches models or tokenizers from a hub that no configuration has to name"
 
-# LeRobot's other types, and why they are not built without the user's word.
+# LeRobot's other types, and why they are not built without the user's consent.
 RISKS: dict[str, str] = {
     "eo1": HUB,
     "evo1": HUB,
@@ -48,12 +48,12 @@ RISKS: dict[str, str] = {
     "xvla": HUB,
 }
 
-# LeRobot's types that cannot be made, or cannot run, without camera images (their validate_features and forward).
+# LeRobot's types that cannot be built, or cannot run, without camera images (their validate_features and forward).
 WANT_CAMERAS = frozenset(
     "act diffusion eo1 evo1 fastwam groot lingbot_va molmoact2 pi0 pi05 pi0_fast smolvla vla_jepa vqbet wall_x "
     "xvla".split()
 )
-# LeRobot's types → its extra with what they import beside its core.
+# LeRobot's types → the LeRobot extra with what they import beyond its core.
 EXTRAS = {
     "diffusion": "diffusion", "eo1": "eo1", "evo1": "evo1", "fastwam": "fastwam", "groot": "groot",
     "lingbot_va": "lingbot-va", "molmoact2": "molmoact2", "multi_task_dit": "multi-task-dit", "pi0": "pi", "pi05": "pi",
@@ -72,7 +72,7 @@ def wants_trust(kind: str) -> bool:
 
 
 def unknown(name: str) -> UserError:
-    """What to say of a model that is neither a preset nor a type."""
+    """The message for a model that is neither a preset nor a type."""
     presets = folders.names("models")
     known = types()
     return UserError(
@@ -89,7 +89,7 @@ def _close(name: str, known: set[str]) -> bool:
 
 @cache
 def missing(kind: str) -> tuple[str, ...]:
-    """Distributions that a type of LeRobot's needs and that are not installed."""
+    """Distributions that a LeRobot type needs and that are not installed."""
     found: list[str] = []
     extras, seen = [EXTRAS[kind]] if kind in EXTRAS else [], set[str]()
     while extras:
@@ -109,7 +109,7 @@ def missing(kind: str) -> tuple[str, ...]:
 
 
 def check_fits(config: Config) -> None:
-    """Raise UserError where the policy's type shows that it wants what is not installed, or the stream has not."""
+    """Raise UserError if the policy's type needs packages that are not installed, or images that the stream lacks."""
     kind = _type(config.policy)
     if kind is None:
         return
@@ -121,22 +121,22 @@ def check_fits(config: Config) -> None:
         )
     from clbench.envs.making import family
 
-    env = config.dataset.env  # without one only the data tell
+    env = config.dataset.env  # without one only the data show it
     if kind in WANT_CAMERAS and env is not None and not family(env.type).cameras:
         raise UserError(
-            f"policy type '{kind}' wants camera images, and the stream '{config.dataset.name}' ({env.type}) has states "
-            "alone. Take a stream with cameras (clbench list streams), or a policy for states: dit_dec_tiny, "
+            f"policy type '{kind}' needs camera images, but the stream '{config.dataset.name}' ({env.type}) has only "
+            "states. Use a stream with cameras (clbench list streams), or a policy for states: dit_dec_tiny, "
             "dit_encdec_tiny, tdmpc."
         )
 
 
 def _type(policy: dict[str, Any]) -> str | None:
-    """The type of a `policy` section, of a checkpoint as its folder says it."""
+    """The type of a `policy` section; for a checkpoint, the one that its folder states."""
     if not policy.get("path"):
         return str(policy["type"]) if policy.get("type") else None
     try:
         described = read_json(named_folder(str(policy["path"]), model_root()) / "config.json")
-    except (UserError, OSError, ValueError):  # what is wrong with a checkpoint is said where it is opened
+    except (UserError, OSError, ValueError):  # problems with a checkpoint are reported where it is opened
         return None
     kind = described.get("type") if isinstance(described, dict) else None
     return kind if isinstance(kind, str) else None

@@ -1,8 +1,8 @@
-"""Values read by the type of their key: a text stays the text that was typed, a number is decimal or an error.
+"""Values read by the type of their key: a string stays as it was typed, a number is decimal or an error.
 
 YAML alone would read 0123456 as 42798, 5:00 as 300, 7e5 as 700000.0 and `on` as true, whatever the key is. Here the
 dataclass that describes the keys decides. Where no type is known yet (the keys of `policy` and `algorithm`, whose
-classes are not imported for this) `plain` reads only what can be read in one way, and `fit` does the rest.
+classes are not imported for this) `plain` reads only what is unambiguous, and `fit` does the rest.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 NOT_FINITE = re.compile(r"[+-]?\.(inf|nan)", re.IGNORECASE)
 NULLS = ("", "~", "null", "Null", "NULL")
 YES, NO = ("true", "yes", "on", "y", "1"), ("false", "no", "off", "n", "0")
-# What the annotations do not say, or not in a way that OmegaConf reads.
+# Types that the annotations do not state, or not in a way that OmegaConf reads.
 KNOWN: dict[str, dict[str, Any]] = {
     "policy": {"type": str | None, "path": str | None},
     "algorithm": {"name": str | list[str]},
     "dataset": {"task_order": list[int | str] | None},
 }
-# Flags of CLARE's released training script, under which overrides are understood, too (docs/algorithms/clare.md).
+# Flags of CLARE's released training script, which are also accepted as overrides (docs/algorithms/clare.md).
 CLARE_FLAGS = {
     "peft_cfg_path": "peft_cfg_path",
     "expand_threshold": "expand_threshold",
@@ -55,14 +55,14 @@ FORMS = {"rename": "{OLD: NEW}", "instructions": "{TEXT: TASK}"}  # of maps, for
 
 @dataclass(frozen=True)
 class _Place:
-    """Where values stand: a file's name or "the command line", and whether ${…} may refer to other values there."""
+    """Where values come from: a file's name or "the command line", and whether ${…} may refer to other values there."""
 
     source: str
     command: bool = False
     references: bool = False
 
     def refuse(self, key: str, must: str, given: str | None, form: str) -> NoReturn:
-        """Raise UserError: the key must be so, is `given`, and this is the form."""
+        """Raise UserError: what the key `must` be, what it is (`given`), and the right form."""
         shown = f"{key}={form}" if self.command else f"{key.rpartition('.')[2]}: {form}"
         shown = shlex.quote(shown) if self.command else shown
         found = "" if given is None else f", is {clip(given, 200)!r}"
@@ -70,7 +70,7 @@ class _Place:
 
 
 def clip(text: str, length: int = 500) -> str:
-    """The beginning of a text that may be of any length, for a message."""
+    """The beginning of a string of any length, for a message."""
     return text if len(text) <= length else text[:length] + " …"
 
 
@@ -78,8 +78,8 @@ def read_yaml(text: str, schema: type, source: str) -> dict[str, Any]:
     """Read a YAML mapping whose keys and types are those of a dataclass.
 
     Raises:
-        UserError: an unknown key, naming the nearest, or a value of another kind than its key's.
-        ValueError, yaml.YAMLError: it is no YAML, no mapping, or holds what a file may not (see `check_yaml`).
+        UserError: an unknown key, naming the nearest, or a value of the wrong type for its key.
+        ValueError, yaml.YAMLError: it is not YAML, not a mapping, or holds what a file may not (see `check_yaml`).
     """
     node = _parsed(text, references=False)
     if node is None:  # nothing but comments
@@ -92,7 +92,7 @@ def read_yaml(text: str, schema: type, source: str) -> dict[str, Any]:
 def read_sections(text: str, schema: type, reserved: dict[str, Any], source: str) -> dict[str, Any]:
     """Read a YAML mapping of names to sections, each with the keys of a dataclass; raises as `read_yaml`.
 
-    `reserved`: keys that are no such names, with their types.
+    `reserved`: keys that are not such names, with their types.
     """
     node = _parsed(text, references=False)
     if node is None:
@@ -107,10 +107,10 @@ def read_sections(text: str, schema: type, reserved: dict[str, Any], source: str
 def read_overrides(items: Sequence[str], schema: type, source: str | None = None) -> dict[str, Any]:
     """Read overrides, key=value, as one mapping; later ones win.
 
-    `source`: the file that they stand in, in which they may not refer to other values; None = the command line.
+    `source`: the file that holds them, where they may not refer to other values; None = the command line.
 
     Raises:
-        UserError: one is not of that form, has an unknown key, or a value of another kind than its key's.
+        UserError: one is not of that form, has an unknown key, or a value of the wrong type for its key.
     """
     place = _Place(source or "the command line", command=True, references=source is None)
     layer: dict[str, Any] = {}
@@ -122,7 +122,7 @@ def read_overrides(items: Sequence[str], schema: type, source: str | None = None
         key = f"algorithm.{CLARE_FLAGS[key]}" if key in CLARE_FLAGS else key
         parts = key.split(".")
         if not all(parts) or len(parts) > MAX_DEPTH:
-            raise UserError(f"the override {clip(item)!r} has no proper key (for example train.steps=500).")
+            raise UserError(f"the override {clip(item)!r} has no valid key (for example train.steps=500).")
         value: Any = _override(text.strip(), _hint(parts, schema, text, place), ".".join(parts), place)
         for part in reversed(parts):
             value = {part: value}
@@ -131,7 +131,7 @@ def read_overrides(items: Sequence[str], schema: type, source: str | None = None
 
 
 def overlay(below: Any, above: Any) -> Any:
-    """`above` over `below`: mappings are joined key by key, anything else is replaced."""
+    """`above` over `below`: mappings are merged key by key, anything else is replaced."""
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
     joined = dict(below)
@@ -151,9 +151,9 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def plain(text: str) -> Any:
-    """What an unquoted text is where no type is known: null, a truth value, a number, or that text.
+    """The value of an unquoted string where no type is known: null, a boolean, a number, or that string.
 
-    A number only where it is written in the usual way: 007, 1_000, 0x10, 5:00 and +1 stay texts.
+    A number only where it is written in the usual way: 007, 1_000, 0x10, 5:00 and +1 stay strings.
     """
     if text in NULLS:
         return None
@@ -171,7 +171,7 @@ def plain(text: str) -> Any:
 def fit(value: Any, hint: Any, key: str) -> Any:
     """What `plain` read, for a key whose type is known now; raises UserError where it cannot be of that type.
 
-    Types other than texts, numbers, truth values and lists of them are left as they are.
+    Types other than strings, numbers, booleans and lists of them are left as they are.
     """
     kind, optional = _without_none(hint)
     if value is None or (isinstance(value, str) and "${" in value):
@@ -181,11 +181,11 @@ def fit(value: Any, hint: Any, key: str) -> Any:
     if get_origin(kind) is list and isinstance(value, list):
         return [fit(v, get_args(kind)[0], key) for v in value]
     if kind is str and not isinstance(value, str):
-        if type(value) is int:  # nothing of the text was lost
+        if type(value) is int:  # nothing of the string was lost
             return str(value)
         if isinstance(value, bool | float):
-            _settings(key).refuse(key, "a text, and without quotes this is none", str(value), '"TEXT"')
-        _settings(key).refuse(key, "a text", str(value), "TEXT")
+            _settings(key).refuse(key, "a string, and without quotes this is not one", str(value), '"TEXT"')
+        _settings(key).refuse(key, "a string", str(value), "TEXT")
     if kind in (int, float, bool) and isinstance(value, str):
         return _scalar(value, kind, key, _settings(key))
     fits = {int: int, float: int | float, bool: bool}
@@ -224,11 +224,11 @@ def check_yaml(text: str, references: bool) -> None:
             if event.implicit[0] and len(event.value) > 1000 and event.value.lstrip("+-")[:1].isdigit():
                 raise ValueError(f"{line}a number of {len(event.value)} digits")
             if "\0" in event.value or event.value != event.value.encode("utf-8", "replace").decode():
-                raise ValueError(f"{line}a character that no text may hold")
+                raise ValueError(f"{line}a character that is not allowed in text")
 
 
 def _parsed(text: str, references: bool) -> Any:
-    """The one document of a YAML text as a tree of nodes, which have their scalars as they were typed."""
+    """The one document in a YAML text as a tree of nodes, which hold scalars as they were typed."""
     check_yaml(text, references)
     return yaml.compose(text, Loader=yaml.SafeLoader)
 
@@ -244,12 +244,12 @@ def _without_none(hint: Any) -> tuple[Any, bool]:
     if get_origin(hint) not in (Union, types.UnionType):
         return hint, hint is None
     kinds = [k for k in get_args(hint) if k is not type(None)]
-    kind = kinds[0] if len(kinds) == 1 else Union[tuple(kinds)]  # noqa: UP007 (made at run time)
+    kind = kinds[0] if len(kinds) == 1 else Union[tuple(kinds)]  # noqa: UP007 (built at run time)
     return kind, len(kinds) < len(get_args(hint))
 
 
 def _hint(parts: Sequence[str], schema: type, text: str, place: _Place) -> Any:
-    """The type of an override's key; UserError for a key that there is not."""
+    """The type of an override's key; UserError for an unknown key."""
     hint: Any = schema
     for i, part in enumerate(parts):
         above = ".".join(parts[:i])
@@ -284,10 +284,10 @@ def _hint(parts: Sequence[str], schema: type, text: str, place: _Place) -> Any:
 
 
 def _override(text: str, hint: Any, key: str, place: _Place) -> Any:
-    """The value of an override. A text is taken as it was typed; quotes around all of it are removed."""
+    """The value of an override. A string is taken as it was typed; quotes around all of it are removed."""
     kind, _ = _without_none(hint)
     if yaml.reader.Reader.NON_PRINTABLE.search(text):
-        raise UserError(f"{place.source}: {key} has a character that no text may hold.")
+        raise UserError(f"{place.source}: {key} has a character that is not allowed in text.")
     if "${" in text and not place.references:
         raise UserError(f"{key}: '${{' refers to another value, which files may not; write the value out.")
     container = is_dataclass(kind) or get_origin(kind) in (dict, list)
@@ -298,7 +298,7 @@ def _override(text: str, hint: Any, key: str, place: _Place) -> Any:
         except (yaml.YAMLError, ValueError, RecursionError) as e:
             if isinstance(e, ValueError):
                 raise UserError(f"{place.source}: {key}: {clip(str(e))}") from e
-            if kind is str:  # quotes that are part of the text
+            if kind is str:  # quotes that are part of the string
                 node = None
             else:
                 place.refuse(key, f"{_kind(kind)}, and cannot be read", text, _form(kind, text, key))
@@ -361,13 +361,13 @@ def _either(node: Any, kinds: Sequence[Any], key: str, place: _Place) -> Any:
 
 
 def _scalar(text: str, kind: type, key: str, place: _Place) -> Any:
-    """A text as a text, a whole number, a number or a truth value."""
+    """Text as a string, a whole number, a number or a boolean."""
     if kind is str:
         return text
     if kind is int and WHOLE.fullmatch(text) and len(text) <= 1000:
         return int(text)
     if kind is float:
-        if NOT_FINITE.fullmatch(text):  # refused with all other values out of range
+        if NOT_FINITE.fullmatch(text):  # rejected with all other values out of range
             return float(text.lower().replace(".", "", 1))
         if NUMBER.fullmatch(text) and len(text) <= 1000:
             return float(text)
@@ -404,10 +404,10 @@ def _map(node: Any, inner: Any, key: str, place: _Place) -> dict[str, Any]:
         texts = inner is not Any and not is_dataclass(inner)
         if texts and isinstance(child, yaml.ScalarNode) and child.style is None and child.value in NULLS:
             old, colon, new = name.partition(":")
-            hint = f", with a blank behind the colon: {{{old}: {new}}}" if colon and new else ""
-            place.refuse(key, f"a map of texts to texts{hint}", name, _map_form(key))
+            hint = f", with a space after the colon: {{{old}: {new}}}" if colon and new else ""
+            place.refuse(key, f"a map of strings to strings{hint}", name, _map_form(key))
         if texts and not isinstance(child, yaml.ScalarNode):
-            place.refuse(key, "a map of texts to texts", _said(child), _map_form(key))
+            place.refuse(key, "a map of strings to strings", _said(child), _map_form(key))
         values[name] = _read(child, KNOWN.get(key, {}).get(name, inner), f"{key}.{name}", place)
     return values
 
@@ -421,11 +421,11 @@ def _any(node: Any, key: str, place: _Place) -> Any:
 
 
 def _items(node: Any, key: str, place: _Place) -> list[tuple[str, Any]]:
-    """A mapping's keys, which are texts, and its values."""
+    """A mapping's keys, which are strings, and its values."""
     found: dict[str, Any] = {}
     for name, child in node.value:
         if not isinstance(name, yaml.ScalarNode):
-            raise UserError(f"{place.source}: {clip(key) or 'it'} has a key that is no text but a list or a map.")
+            raise UserError(f"{place.source}: {clip(key) or 'it'} has a key that is a list or a map, not a string.")
         if name.value in found:
             twice = clip(f"{key}.{name.value}").lstrip(".")
             raise UserError(f"{place.source} is not valid YAML: it has {twice} twice.")
@@ -434,7 +434,7 @@ def _items(node: Any, key: str, place: _Place) -> list[tuple[str, Any]]:
 
 
 def _switched(layer: dict[str, Any]) -> dict[str, Any]:
-    """`layer` with log.wandb switched on where other keys of it are named."""
+    """`layer` with log.wandb switched on where it names any of log.wandb's other keys."""
     log = layer.get("log")
     given = log.get("wandb") if isinstance(log, dict) else None
     if isinstance(given, dict) and given and "enabled" not in given:
@@ -451,7 +451,7 @@ def _said(node: Any) -> str:
 
 def _kind(kind: Any) -> str:
     if kind in (int, float, bool, str):
-        return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
+        return {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}[kind]
     if is_dataclass(kind):
         return "a map of keys to values"
     return {list: "a list", dict: "a map"}.get(get_origin(kind), "a text")
@@ -469,7 +469,7 @@ def _form(kind: Any, text: str = "", key: str = "") -> str:
 
 
 def _listed(text: str) -> str:
-    """The list that somebody wrote without brackets."""
+    """A list that was written without brackets."""
     items = [i for i in re.split(r"[,;\s]+", text.strip("()[]{} ")) if i]
     return f"[{', '.join(items)}]" if items and len(text) <= 300 else "[a, b]"
 
@@ -479,7 +479,7 @@ def _map_form(key: str) -> str:
 
 
 def _example(described: tuple[Any, Field[Any]]) -> str:
-    """A list as it is by default."""
+    """A list's default."""
     f = described[1]
     default = f.default_factory() if f.default_factory is not NOTHING else None
     return f"[{', '.join(map(str, default))}]" if isinstance(default, list) and default else "[a, b]"

@@ -1,6 +1,6 @@
 """Recipes: settings that were tuned for a policy, one file per preset, recipes/POLICY.yaml, one section per algorithm.
 
-tuned_for: [metaworld]                       # families of streams (`dataset.recipes`), or streams; without it: all
+tuned_for: [metaworld]                       # families of streams (`dataset.recipes`), or streams; absent: all
 er:
   train: {optimizer: {lr: 1.0e-3}}           # keys of `train`, `algorithm` and `lora`
 clare:
@@ -8,8 +8,8 @@ clare:
   streams:
     metaworld_val: {algorithm: {adapter_lr: 3.0e-3}}   # over the rest of the section, for this stream or family
 
-`like: NAME` takes the sections that a file lacks from another policy's. Files of one name in several folders are
-joined: of a section that several have the first folder's counts, as a whole.
+`like: NAME` takes the sections that a file lacks from another policy's. Files with the same name in several folders are
+merged: of a section that several have, the first folder's counts, as a whole.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Section:
     """One algorithm's section of one file.
 
     Attributes:
-        tuned_for: the streams and families that it is for; None = all.
+        tuned_for: the streams and families that it was tuned for; None = all.
     """
 
     keys: dict[str, Any]
@@ -70,7 +70,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Applied:
-    """What the recipe sets for one algorithm of a run: settings, and how the start line says it."""
+    """What the recipe sets for one algorithm of a run: settings, and their description in the start line."""
 
     settings: dict[str, Any]
     line: str
@@ -82,7 +82,7 @@ def apply(policy: str | None, algorithms: Sequence[str], streams: Sequence[str])
     A combination has a section of its own (`er+clare`), else each algorithm's.
 
     Args:
-        policy: the preset's name; None: the policy is none of the presets.
+        policy: the preset's name; None: the policy is not a preset.
         streams: the stream's name, then its family, if it has one.
     """
     _refuse_old(policy, algorithms, streams)
@@ -93,7 +93,7 @@ def apply(policy: str | None, algorithms: Sequence[str], streams: Sequence[str])
     for name in [together] if together in sections else algorithms:
         settings = sections[name].settings(streams) if name in sections else None
         if settings is None:
-            why = "the policy is none of the presets" if policy is None else f"{policy} has no recipe for it here"
+            why = "the policy is not a preset" if policy is None else f"{policy} has no recipe for it here"
             applied.append(Applied({}, f"untuned defaults for {name} ({why})"))
             continue
         said = []
@@ -102,16 +102,16 @@ def apply(policy: str | None, algorithms: Sequence[str], streams: Sequence[str])
             instead = f" instead of {other[1]}'s {other[0]}" if other is not None and other[0] != value else ""
             said.append(f"{key}={value}{instead}")
             before[key] = value, name
-        what = ", ".join(said) or "nothing beside its defaults"
+        what = ", ".join(said) or "nothing besides its defaults"
         applied.append(Applied(settings, f"{folders.shown(sections[name].path)} {name} ({what})"))
     return applied
 
 
 def _sections(policy: str, seen: tuple[str, ...] = ()) -> dict[str, Section]:
-    """Every section for a policy, from all folders, and from those that they are like.
+    """Every section for a policy, from all folders, and from the policies named by `like`.
 
     Raises:
-        UserError: a file cannot be read, two plugins have one section, `like` leads nowhere or in a circle.
+        UserError: a file cannot be read, two plugins have the same section, `like` leads nowhere or in a circle.
     """
     found: dict[str, Section] = {}
     likes: list[str] = []
@@ -124,7 +124,7 @@ def _sections(policy: str, seen: tuple[str, ...] = ()) -> dict[str, Section]:
                 raise UserError(f"{folders.shown(path)}: like: {like} leads back to this file.")
             if not folders.holders("recipes", like):
                 known = folders.names("recipes")
-                raise UserError(f"{folders.shown(path)}: like: {like}: there is no such recipe.{nearest(like, known)}")
+                raise UserError(f"{folders.shown(path)}: like: {like}: no such recipe.{nearest(like, known)}")
         for name, keys in read.items():
             _check(keys, name, path)
             other = found.get(name)
@@ -132,7 +132,7 @@ def _sections(policy: str, seen: tuple[str, ...] = ()) -> dict[str, Section]:
                 found[name] = Section(keys, None if tuned_for is None else tuple(tuned_for), folder, path)
             elif other.folder.kind == folder.kind == folders.PLUGIN:
                 raise UserError(
-                    f"the section {name} of recipes/{policy}.yaml is brought by {other.folder.origin} and by "
+                    f"the section {name} of recipes/{policy}.yaml is provided by {other.folder.origin} and by "
                     f"{folder.origin}. Uninstall one of them, or write the section into ./configs/recipes/{policy}.yaml"
                     " yourself."
                 )
@@ -144,11 +144,11 @@ def _sections(policy: str, seen: tuple[str, ...] = ()) -> dict[str, Section]:
 def _check(keys: dict[str, Any], name: str, path: Path) -> None:
     for settings in (keys, *keys.get("streams", {}).values()):
         if "name" in settings.get("algorithm", {}):
-            raise UserError(f"{folders.shown(path)}: {name}: a recipe names no algorithm; take algorithm.name out.")
+            raise UserError(f"{folders.shown(path)}: {name}: a recipe cannot name an algorithm; remove algorithm.name.")
 
 
 def _refuse_old(policy: str | None, algorithms: Sequence[str], streams: Sequence[str]) -> None:
-    """Raise UserError for a file of the form that recipes had before they followed the policy."""
+    """Raise UserError for a file in the old form of recipes, from before they were per policy."""
     for folder in folders.folders():
         for algorithm in {*algorithms, "+".join(algorithms)}:
             for stream in streams:
@@ -156,22 +156,22 @@ def _refuse_old(policy: str | None, algorithms: Sequence[str], streams: Sequence
                 if path is None or path.stem == policy:
                     continue
                 raise UserError(
-                    f"{folders.shown(path)} is a recipe of the old form, ALGORITHM_STREAM.yaml. Recipes are for a "
-                    f"policy now: write its keys into recipes/{policy or 'POLICY'}.yaml, indented below "
-                    f"'{algorithm}:' (what is for {stream} alone below '{algorithm}:', 'streams:' and '{stream}:'), "
+                    f"{folders.shown(path)} is a recipe of the old form, ALGORITHM_STREAM.yaml. Recipes are now per "
+                    f"policy: move its keys into recipes/{policy or 'POLICY'}.yaml, indented below "
+                    f"'{algorithm}:' (those for {stream} alone below '{algorithm}:', 'streams:' and '{stream}:'), "
                     "and remove the file."
                 )
 
 
 def preset_of(path: str) -> str | None:
-    """The preset whose settings a checkpoint has, of several the one with most; None: none of them.
+    """The preset whose settings a checkpoint has; if several match, the one with the most settings; else None.
 
     Args:
         path: `policy.path`, a folder or a name under the model root.
     """
     try:
         described = read_json(named_folder(path, model_root()) / "config.json")
-    except (UserError, OSError, ValueError):  # what is wrong with a checkpoint is said where it is opened
+    except (UserError, OSError, ValueError):  # problems with a checkpoint are reported where it is opened
         return None
     if not isinstance(described, dict):
         return None

@@ -14,7 +14,7 @@ from omegaconf import MISSING
 
 @dataclass
 class OptimizerConfig:
-    """How a phase steps.
+    """How a phase takes optimizer steps.
 
     Attributes:
         name: adamw | sgd.
@@ -47,24 +47,24 @@ class TrainConfig:
         steps: optimizer steps per task.
         batch_size: samples per optimizer step, over all ranks and micro-batches.
         gradient_accumulation: micro-batches a step is split into.
-        optimizer_across_tasks: fresh | carried (moments live on from task to task).
+        optimizer_across_tasks: fresh | carried (moments are kept from task to task).
         mixed_precision: fp32 | bf16 (autocast; weights stay fp32).
         tf32: let NVIDIA GPUs round the inputs of fp32 matrix products to TF32: faster, less exact.
         compile: torch.compile the policy for training on the stream; on the CPU this needs a C++ compiler.
         log_every: steps between log lines.
         num_workers: loader processes, for data that has to be decoded (images).
-        threads: torch threads; null = on the CPU 1 (2 for pretraining the base), however many cores there are, for
+        threads: torch threads; null = on the CPU 1 (2 for pretraining the base), however many cores there are, because
             another number changes the last bits of sums, and with them the run; on a GPU torch's default.
         device: cpu | cuda | auto.
         strategy: ddp | zero2, how several processes share the work (docs/multi_gpu.md).
         collective_timeout_s: seconds after which ranks give up waiting for one that is gone.
         save_every_steps, save_every_minutes: how often the state in the middle of a task is saved, by steps of the
-            run and by the clock; null = not by that.
-        on_nonfinite: stop | skip, what a NaN or infinite loss or gradient does: end the run, or leave the step out.
+            run and by the clock; null = not by that measure.
+        on_nonfinite: stop | skip, what a NaN or infinite loss or gradient does: end the run, or skip the step.
         eval_during_training: measure a learning curve of every task: success on it before its training and after each
-            of so many equal parts of that (10: the eleven points of LIBERO's metrics); null = none. The weights are
-            played beside the training, in processes of their own, and removed when that is done.
-        keep_weights_every_steps: also keep the weights within a task, every so many of its steps, for `clbench eval
+            of this many equal parts of the training (10: the eleven points of LIBERO's metrics); null = none. The
+            weights are evaluated alongside training, in separate processes, and removed when that is done.
+        keep_weights_every_steps: also keep the weights within a task, every this many steps of it, for `clbench eval
             --step` and `--curves`; null = none. They stay until they are removed by hand.
     """
 
@@ -106,10 +106,10 @@ class MakeConfig:
 
     Attributes:
         demos_per_task: successful episodes kept per task.
-        seed: with the task's name decides every episode.
+        seed: determines every episode, together with the task's name.
         action_noise: standard deviation of the noise on executed actions.
         tail_steps: steps kept after the first success.
-        max_steps: an attempt not solved after so many is dropped.
+        max_steps: an attempt not solved after this many steps is dropped.
         ceiling_episodes: noiseless episodes per task that measure the expert; 0 = none.
     """
 
@@ -137,7 +137,7 @@ class PretrainDataConfig:
 
 @dataclass
 class EnvConfig:
-    """The simulator: its type, and after how many steps an episode has failed."""
+    """The simulator: its type, and the number of steps after which an episode has failed."""
 
     type: str = MISSING
     max_steps: int = 200
@@ -145,13 +145,13 @@ class EnvConfig:
 
 @dataclass
 class RenderConfig:
-    """How a simulator with cameras draws their images: when demonstrations are made, and when a policy is evaluated.
+    """How a simulator with cameras draws their images, both for demonstrations and for evaluation.
 
     Attributes:
         fidelity: fast | full, see clbench/envs/rendering.py; both show the same physics. null = as the training data
-            were drawn; fast for data that are made.
-        size: height and width in pixels; null = as in the training data; 256 for data that are made.
-        mismatch: refuse | allow, what is done about training data that were drawn otherwise.
+            were drawn; fast when data are made.
+        size: height and width in pixels; null = as in the training data; 256 when data are made.
+        mismatch: refuse | allow, what to do about training data that were drawn differently.
     """
 
     fidelity: Optional[str] = None  # noqa: UP045
@@ -165,24 +165,24 @@ class DatasetConfig:
 
     Attributes:
         name: shown in reports.
-        data: data set folder: a name under the data root, or a path. With `repo_id` a path is where that set is kept; a
-            name plays no part then.
-        repo_id: a LeRobot data set on the Hugging Face hub, OWNER/NAME; null = nothing is taken from a hub.
+        data: data set folder: a name under the data root, or a path. With `repo_id`, a path is where that set is kept,
+            and a name is ignored.
+        repo_id: a LeRobot data set on the Hugging Face hub, OWNER/NAME; null = nothing is fetched from a hub.
         revision: its branch, tag or commit; null = the tag of LeRobot's data format.
         rename: feature names of a data set that clbench did not make → names that the simulator uses.
-        instructions: instructions of a data set that clbench did not make → the simulator's tasks that they are of,
+        instructions: instructions of a data set that clbench did not make → the simulator's tasks that they describe,
             where the wording differs from the simulator's; without a simulator, short names of the tasks.
         exclude_episodes: indices of episodes of the data set that are left out.
-        env: the simulator; null = the stream has none: it is trained on, and there is nothing to evaluate it in.
+        env: the simulator; null = the stream has none: it can be trained on but not evaluated.
         tasks: the stream's tasks, in order. Without a simulator: as the data set or `instructions` name them.
         task_order: null, or names or indices into `tasks`; may leave out, reorder and repeat tasks.
-        libero_order: null, or which of LIBERO's published task orders, 0 to 20, a suite of ten is visited in;
-            `tasks` must be that suite's, in its order 0.
-        fresh_on_revisit: a task's visits share its demonstrations out among them instead of seeing all each time.
+        libero_order: null, or the published LIBERO task order, 0 to 20, in which a suite of ten is visited; `tasks`
+            must be that suite's, in its order 0.
+        fresh_on_revisit: a task's visits split its demonstrations among themselves instead of each seeing all of them.
         make: how `clbench data make` makes the data.
         pretrain: the base's tasks and data; null = the stream has no base of its own.
-        recipes: the stream's family, by which recipes know it beside its own name (docs/configuration.md). It is read
-            from the stream's file; of a configuration that is written down it plays no part any more.
+        recipes: the stream's family, by which recipes know it besides its own name (docs/configuration.md). It is read
+            from the stream's file; in a recorded configuration it no longer has any effect.
     """
 
     name: str = MISSING
@@ -214,24 +214,24 @@ class EvalConfig:
     Attributes:
         episodes: episodes per cell.
         split: test | validation. Choose by validation episodes, report test ones: their seeds, and those of
-            demonstrations, are never the same. Validation is stored in eval/validation.
-        curve_split: validation | test, which episodes learning curves are made of (train.eval_during_training).
+            demonstrations, never coincide. Validation is stored in eval/validation.
+        curve_split: validation | test, which episodes learning curves are made from (train.eval_during_training).
         seed: first of the consecutive episode seeds, counted from the start of the split's million; the same for
             every algorithm.
         cells: full (T×T) | lower (k ≥ j) | last (final row) | diagonal.
         steps_after_success: an episode goes on for this many steps after its first success (or to the step
             limit); success at the end is judged there.
-        workers: processes; null = one a core, at most 2 on a small machine.
+        workers: processes; null = one per core, at most 2 on a small machine.
         slots: episodes that one process steps together (the policy's fixed batch size); it keeps up to three times as
             many simulators.
         base_row, random_row: also evaluate the base before the stream / uniformly random actions.
         views: other views of the same checkpoints, where the algorithm has any (packnet: task_id, no_task_id); each is
             stored in eval/views/NAME.
         heldout_episodes: episodes per pretraining task of the base, for the base and the last checkpoint (0 = none).
-        step_timeout_s: after so long in one step or reset a simulator counts as hanging (building it may take ten
-            times that); its process is replaced.
+        step_timeout_s: a simulator that spends this long in one step or reset counts as hung (building it may take ten
+            times as long); its process is replaced.
         retries: how often episodes of one cell are played again because the simulator raised, died or hung, before
-            the cell is given up.
+            the cell is abandoned.
     """
 
     episodes: int = 20
@@ -256,7 +256,7 @@ class LoraConfig:
 
     Attributes:
         enabled: train one LoRA adapter through all tasks instead of the policy's own weights. seqlora adds its
-            adapters by itself and only reads the other keys.
+            adapters itself and only reads the other keys.
         rank, alpha: r and α; the product is scaled by α / r.
         dropout: on the adapter's input, in training.
         target_modules: regular expression of the layers; null = the policy's own default.
@@ -271,14 +271,13 @@ class LoraConfig:
 
 @dataclass
 class WandbConfig:
-    """Weights & Biases. `log.wandb=true` and `=false` stand for `enabled` alone; naming any other of these keys
-    turns it on.
+    """Weights & Biases. `log.wandb=true` and `=false` set `enabled` alone; naming any other of these keys turns it on.
 
     Attributes:
         enabled: send the run there.
-        project: its project; null = log.project.
+        project: project name there; null = log.project.
         entity: the user or team that it belongs to; null = the account's default.
-        group: runs of one group are shown together; null = none.
+        group: runs of the same group are shown together; null = none.
         tags: labels of the run.
         artifacts: also upload each task's checkpoint.
     """
@@ -293,10 +292,10 @@ class WandbConfig:
 
 @dataclass
 class LogConfig:
-    """log.jsonl is always written; these are beside it. `project` is the project's name with each of them.
+    """log.jsonl is always written; these are in addition. `project` is the project's name in each of them.
 
     Attributes:
-        loggers: those of plugins: name (clbench list loggers) → its settings.
+        loggers: plugins' loggers: name (clbench list loggers) → its settings.
     """
 
     tensorboard: bool = False
@@ -312,7 +311,7 @@ class Config:
     """A whole run.
 
     In `policy`, `type` names a LeRobot policy, `path` a LeRobot checkpoint folder to start from (a path, or a name
-    under the model root), and `init: random` leaves the stream's pretraining tasks out.
+    under the model root), and `init: random` skips pretraining on the stream's pretraining tasks.
     """
 
     seed: int = 0
@@ -329,7 +328,7 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
 
-BASE_KEYS = ("path", "init")  # keys of `policy` that say where the base comes from; the others are the policy's own
+BASE_KEYS = ("path", "init")  # keys of `policy` that say where the base comes from; the others belong to the policy
 
 
 def base_origin(config: Config) -> str:

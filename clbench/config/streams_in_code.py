@@ -1,9 +1,9 @@
-"""Streams that code describes: an installed package's function returns what a stream's YAML file would hold.
+"""Streams described by code: an installed package's function returns what a stream's YAML file would hold.
 
     [project.entry-points."clbench.streams"]
     my_stream = "my_package.streams:my_stream"
 
-The function has no arguments. A file of that name in a folder of the user's counts before it.
+The function takes no arguments. A file of that name in one of the user's folders takes precedence.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from clbench.errors import UserError
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what stands in two places twice."""
+    """Writes shared objects out each time, instead of as aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def find(name: str) -> tuple[Path | None, dict[str, Any] | None]:
-    """The file of a stream, or what its code returns; neither where nothing has that name.
+    """The file of a stream, or what its code returns; neither if nothing has that name.
 
     Raises:
         UserError: a file that is not the user's and code both have the name, or the code does not work.
@@ -41,7 +41,7 @@ def find(name: str) -> tuple[Path | None, dict[str, Any] | None]:
     if folder.kind != folders.USER:
         entry = registry.entries("streams")[name]
         raise UserError(
-            f"the stream '{name}' is brought by {folder.origin} (datasets/{name}.yaml) and by {entry.origin} "
+            f"the stream '{name}' is provided by {folder.origin} (datasets/{name}.yaml) and by {entry.origin} "
             f"({entry.target}). Uninstall one of them, or put the one that you mean into ./configs/datasets."
         )
     return path, None
@@ -51,7 +51,7 @@ def described(name: str) -> dict[str, Any]:
     """What the code of a stream returns, read as a YAML file with the same contents would be.
 
     Raises:
-        UserError: it cannot be imported, fails, or returns what no such file could hold.
+        UserError: it cannot be imported, fails, or returns something that no such file could hold.
     """
     entry = registry.entries("streams")[name]
     who = f"the stream '{name}' of {entry.origin} ({entry.target})"
@@ -59,5 +59,5 @@ def described(name: str) -> dict[str, Any]:
     try:
         text = yaml.dump(made(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     except Exception as e:
-        raise UserError(f"{who} does not describe itself: {type(e).__name__}: {e}") from e
+        raise UserError(f"{who} cannot be read: {type(e).__name__}: {e}") from e
     return load_text(text, who)
