@@ -147,7 +147,7 @@ def test_a_damaged_checkpoint_is_made_again_or_named(
     shutil.copytree(stopped[0], tmp_path / "r")
     flip(checkpoint_folder(tmp_path / "r", 1) / "algorithm.safetensors")
     assert_same_run(stopped[0], go_on(toy_data, tmp_path))
-    assert "task_01 is damaged (algorithm.safetensors was changed); it is made again" in capsys.readouterr().err
+    assert "task_01 is damaged (algorithm.safetensors was changed); it will be made again" in capsys.readouterr().err
     flip(checkpoint_folder(tmp_path / "r", 0) / "policy" / "model.safetensors")
     with pytest.raises(UserError, match=r"task_00 is damaged .policy/model.safetensors was changed.*later tasks"):
         go_on(toy_data, tmp_path)
@@ -255,7 +255,7 @@ def test_changes_are_refused_allowed_and_recorded(
     assert "train.threads" not in str(refused.value)
     with pytest.raises(
         UserError,
-        match=r"--allow-change train\.optimiser\.lr: there is no such key.*Did you mean 'train\.optimizer\.lr'",
+        match=r"--allow-change train\.optimiser\.lr: no such key.*Did you mean 'train\.optimizer\.lr'",
     ):
         train(changed, "r", resume=True, allow_change=["train.optimiser.lr"])
     asked = iter([""] + ["a test"] * 2)
@@ -623,5 +623,5 @@ def test_pretraining_goes_on_where_it_was_stopped(
     assert_same_run(tmp_path / "out-whole" / "r", tmp_path / "out-stopped" / "r")
     flip(base / "model.safetensors")
     train(config, "again")
-    assert "is damaged (model.safetensors was changed); it is made again" in capsys.readouterr().err
+    assert "is damaged (model.safetensors was changed); it will be made again" in capsys.readouterr().err
     assert {k: v for k, v in files(base).items() if k not in times} == bases[0]

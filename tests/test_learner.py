@@ -290,7 +290,7 @@ def test_the_framework_moves_and_checks_state(cls: type[Anchored], composed: boo
     restored({"anchor": anchor, "count": 4})
     assert part.count == 4 and part.anchor["weight"].device.type == "meta"  # where the parameter is
     restored({"anchor": {}, "count": 0})
-    with pytest.raises(UserError, match=r"has weight of shape \(3, 2\), the policy's has \(2, 3\)"):
+    with pytest.raises(UserError, match=r"has weight of shape \(3, 2\), but the policy's has shape \(2, 3\)"):
         restored({"anchor": {**anchor, "weight": torch.ones(3, 2)}, "count": 4})
     with pytest.raises(UserError, match=r"state of .*(anchor|should hold)"):
         restored({"count": 4})

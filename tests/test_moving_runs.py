@@ -93,16 +93,16 @@ def test_another_or_a_damaged_base_is_refused(home: Path, capsys: pytest.Capture
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    with pytest.raises(UserError, match=r"another one or damaged \(model.safetensors was changed\)"):
+    with pytest.raises(UserError, match=r"a different one or damaged \(model.safetensors was changed\)"):
         load_policy(policy)
     (base_of(home) / "checkpoint.json").unlink()  # another base of that name, say
-    with pytest.raises(UserError, match="its weights are not those that were learned on: sha256 "):
+    with pytest.raises(UserError, match="its weights are not the ones used in training: sha256 "):
         load_policy(policy)
     assert main(["eval", "--run-id", "clare"]) == 2
     assert "weights are not those" in capsys.readouterr().err
     assert not (home / "results" / "clare" / "eval").exists()
     shutil.rmtree(base_of(home))
-    with pytest.raises(UserError, match=rf"is not there\. Looked at .*{home}/cache/bases/.*CLBENCH_MODEL_ROOT"):
+    with pytest.raises(UserError, match=rf"was not found\. Looked at .*{home}/cache/bases/.*CLBENCH_MODEL_ROOT"):
         load_policy(policy)
 
 

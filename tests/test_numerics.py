@@ -65,7 +65,7 @@ def test_the_manifest_says_which_version(
     monkeypatch.setattr(run_folder, "NUMERICS", NUMERICS + 1)
     train(config, "r", resume=True)
     assert read_json(folder / "manifest.json")["numerics"] == f"{NUMERICS}, then {NUMERICS + 1}"
-    assert "begun by a version with other numerics" in capsys.readouterr().err
+    assert "begun by a version with different numerics" in capsys.readouterr().err
 
 
 if __name__ == "__main__":

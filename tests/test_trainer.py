@@ -305,7 +305,7 @@ def test_any_lerobot_folder_can_be_the_base(toy_data: Path, tmp_path: Path, monk
     monkeypatch.setenv("CLBENCH_MODEL_ROOT", str(path.parent))
     named = toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}", "policy.path=policy", "train.steps=1")
     assert read_json(train(named, "third") / "manifest.json")["base"] == base
-    with pytest.raises(ValueError, match="no LeRobot checkpoint folder"):
+    with pytest.raises(ValueError, match="not a LeRobot checkpoint folder"):
         train(toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}", "policy.path=/nowhere"), "fourth")
 
 
@@ -319,7 +319,7 @@ def test_state_files_round_trip_and_damage_is_named(tmp_path: Path) -> None:
         save_state(tmp_path, "bad", {"x": object()})
     data = (tmp_path / "s.safetensors").read_bytes()
     (tmp_path / "s.safetensors").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match=r"s\.json and s\.safetensors do not fit"):
+    with pytest.raises(ValueError, match=r"s\.json and s\.safetensors do not match"):
         load_state(tmp_path, "s")
 
 

@@ -290,7 +290,7 @@ def test_run_ids_are_plain_names(run_id: str) -> None:
 
 @pytest.mark.parametrize("run_id", ["reports", "sweeps", "Reports"])
 def test_runs_are_not_called_like_other_folders(run_id: str) -> None:
-    with pytest.raises(UserError, match="folder of that name"):
+    with pytest.raises(UserError, match="folder of that name is for"):
         results_folder(run_id, None)
 
 
@@ -358,7 +358,7 @@ def test_manifests_say_the_order_of_their_visits(tmp_path: Path) -> None:
     swapped = columns[::-1]
     for change, message in (
         ({}, ""),
-        ({"visits": swapped}, "'visits' are out of order, 'b' is in place 0 and says that it is number 1"),
+        ({"visits": swapped}, "'visits' are out of order: 'b' is in place 0 but says that it is number 1"),
         ({"heldout": swapped}, "'heldout' are out of order"),
         ({"checkpoints": ["b", "a"]}, "in different orders"),
         ({"visits": [{n: v for n, v in c.items() if n != "k"} for c in swapped]}, "in different orders"),
@@ -402,10 +402,10 @@ def test_checkpoints_in_anothers_place_are_refused(
     shutil.move(run / "kept", task[0])
     shutil.rmtree(task[2])
     shutil.copytree(task[1], task[2])  # the last one is made again
-    assert whole_checkpoints(run) == 2 and "(it is a copy of task_01); it is made again" in capsys.readouterr().err
+    assert whole_checkpoints(run) == 2 and "(it is a copy of task_01); it will be made again" in capsys.readouterr().err
     shutil.rmtree(task[2])
     save_checkpoint(run, 2, lambda folder: {"task": "b"}, lambda: 0)  # of a run in another order
-    assert whole_checkpoints(run) == 2 and "it learned b, and visit 2 is c" in capsys.readouterr().err
+    assert whole_checkpoints(run) == 2 and "it learned b, but visit 2 is c" in capsys.readouterr().err
 
 
 def test_training_states_in_anothers_place_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -553,9 +553,9 @@ def test_an_adapter_cannot_claim_memory_or_bring_a_pickle(policy_folder: Path, t
     refused(clare | {"structure": {"ffn.0": [9000, 9000]}}, "claims more")
     refused(clare | {"structure": {"ffn.0": [1, 1]}, "func_adapter_cfg": {"hidden_dim": 10**9}}, "claims more")
     refused(clare | {"structure": {"ffn.0": 5}}, "two counts")
-    refused([], "holds no object")
+    refused([], "not a JSON object")
     refused(lora | {"base_model_name_or_path": 5}, "names no base")
-    refused(lora | {"base_model_name_or_path": "../nowhere"}, "is not there")
+    refused(lora | {"base_model_name_or_path": "../nowhere"}, "was not found")
 
 
 def test_a_policy_cannot_claim_memory(policy_folder: Path, tmp_path: Path) -> None:

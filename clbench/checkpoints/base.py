@@ -1,8 +1,8 @@
-"""Which base a run or an adapter stands on, and where that is now.
+"""Which base a run or an adapter builds on, and where that base is now.
 
-A base is known by its name and by the sha256 of its weights. Where it was when a run started is a hint: folders move,
-and runs are copied to machines with other ones. So it is looked for where it was, among the pretrained bases of this
-machine, among its models, and, where it is a checkpoint of another run, among its runs; another one is never taken.
+A base is identified by its name and the sha256 of its weights. Where it was when a run started is only a hint: folders
+move, and runs are copied to other machines. So it is looked for where it was, among this machine's pretrained bases,
+among its models and, if it is a checkpoint of another run, among its runs; a different base is never used instead.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ADAPTER_BASE = "adapter_base.json"  # beside an adapter: the identity of its bas
 
 
 def identity(base: Path) -> dict[str, str]:
-    """What a base is known by: {"name", "sha256" of its weights}."""
+    """What identifies a base: {"name", "sha256" of its weights}."""
     return {"name": base.name, "sha256": weights_digest(base)}
 
 
@@ -39,18 +39,18 @@ def weights_digest(base: Path) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _digest(path: Path, size: int, time: int) -> str:
-    """Kept for as long as the file is as it was: a large base is read once by a process."""
+    """Cached as long as the file is unchanged: each process reads a large base once."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def write_adapter_base(folder: Path, base: Path) -> None:
-    """Say beside an adapter which base it is over."""
+    """Record next to an adapter which base it belongs to."""
     write_json(folder / ADAPTER_BASE, identity(base))
 
 
 def adapter_base(folder: Path) -> Path:
-    """Where the base of the adapter in `folder` is; UserError as `find_base`. An earlier version's says no digest."""
+    """Where the base of the adapter in `folder` is; UserError as `find_base`. Earlier versions stored no digest."""
     described = read_json(folder / ADAPTER)
     hint = described.get("base_model_name_or_path") if isinstance(described, dict) else None
     if not isinstance(hint, str) or not hint:
@@ -63,12 +63,12 @@ def find_base(base: dict[str, Any], near: Path, what: str) -> Path:
     """Where a base is now.
 
     Args:
-        base: its "path" when it was used, and, where they are known, its "name" and "sha256".
-        near: a folder of the run that needs it: other runs may be beside that.
-        what: who needs it, for the message.
+        base: its "path" when it was used and, where known, its "name" and "sha256".
+        near: a folder of the run that needs it: other runs may be next to it.
+        what: what needs it, for the message.
 
     Raises:
-        UserError: it is nowhere, is damaged, or what is there is another one.
+        UserError: it is not found, is damaged, or is a different one.
     """
     hint, digest = Path(str(base.get("path") or "")), base.get("sha256")
     name = base.get("name") if isinstance(base.get("name"), str) and "/" not in str(base["name"]) else hint.name
@@ -79,16 +79,16 @@ def find_base(base: dict[str, Any], near: Path, what: str) -> Path:
             continue
         reason = damage(folder) if (folder / DESCRIPTION).is_file() else None
         if reason is None and digest is not None and weights_digest(folder) != digest:
-            reason = f"its weights are not those that were learned on: sha256 {weights_digest(folder)[:12]}…, not "
+            reason = f"its weights are not the ones used in training: sha256 {weights_digest(folder)[:12]}…, not "
             reason += f"{str(digest)[:12]}…"
         if reason is None:
             return folder
-        wrong.append(f"{folder} is another one or damaged ({reason})")
+        wrong.append(f"{folder} is a different one or damaged ({reason})")
     found = f"{'; '.join(wrong)}. " if wrong else ""
     raise UserError(
-        f"{what} over the base '{name}', which is not there. {found}Looked at {', '.join(seen)}. Put its folder into "
-        f"{bases_root()}, or into a folder that CLBENCH_MODEL_ROOT names; CLBENCH_CACHE_ROOT says where pretrained "
-        "bases are."
+        f"{what} built on the base '{name}', which was not found. {found}Looked at {', '.join(seen)}. Put its folder "
+        f"into {bases_root()}, or into a folder that CLBENCH_MODEL_ROOT names; CLBENCH_CACHE_ROOT says where "
+        "pretrained bases are."
     )
 
 

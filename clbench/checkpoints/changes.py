@@ -1,4 +1,4 @@
-"""What differs between a configuration and the one that a run was started with, and what of it may."""
+"""What differs between a configuration and the one that a run was started with, and which differences are allowed."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from clbench.io import read_json
 from clbench.paths import model_root, named_folder
 from clbench.streams.stream import TaskStream, pretraining_data
 
-# What may differ when a run is resumed: it changes no weight (threads, ranks and devices change last bits of sums).
+# What may differ when a run is resumed: no weight changes (threads, ranks and devices change the last bits of sums).
 FREE_ON_RESUME = (
     "log.", "eval.", "output_dir", "train.threads", "train.num_workers", "train.log_every", "train.strategy",
     "train.collective_timeout_s", "train.device", "train.save_every_", "train.compile", "train.on_nonfinite",
     "train.eval_during_training", "train.keep_weights_every_steps",
     "dataset.recipes",
 )  # fmt: skip
-AS_THE_DATA = ("render.fidelity", "render.size")  # null: as the training data; the trainer writes down what they were
+AS_THE_DATA = ("render.fidelity", "render.size")  # null: as the training data; the trainer records what they were
 # Keys that are paths: they may differ where what they name is the same.
 PLACES = ("dataset.data", "dataset.pretrain.data", "policy.path", "algorithm.peft_cfg_path")
 
 
 def check_overrides(folder: Path, config: Config, allowed: Sequence[str]) -> None:
-    """Raise UserError for what the run in `folder` may not go on with, as far as no algorithm has to be imported.
+    """Raise UserError for changes that the run in `folder` may not resume with, if visible without algorithms' imports.
 
-    `changes` looks at all of it: defaults of algorithms, and what paths name.
+    `changes` checks everything: defaults of algorithms, and what paths name.
     """
     states = (folder / training_state.FOLDER).glob(f"*/{DESCRIPTION}")
     if not finished_visits(folder) and not any(states):
-        return  # it starts anew
+        return  # it starts from scratch
     then, now = _both(folder, config)
     _check_keys(allowed, config, then)
     differing = {k: [then[k], now[k]] for k in then.keys() & now.keys() if then[k] != now[k]}
@@ -50,7 +50,7 @@ def changes(folder: Path, config: Config, stream: TaskStream, allowed: Sequence[
     """What differs from the settings that the run was started with: key → [then, now].
 
     Raises:
-        UserError: something differs that changes weights and is not in `allowed`, or `allowed` names no key.
+        UserError: something differs that changes weights and is not in `allowed`, or `allowed` names an unknown key.
     """
     differing = changed_values(folder, config)
     manifest = read_manifest(folder)
@@ -65,9 +65,9 @@ def changes(folder: Path, config: Config, stream: TaskStream, allowed: Sequence[
 
 
 def changed_keys(folder: Path, config: Config, ignore: tuple[str, ...]) -> list[str]:
-    """Keys whose values differ between config.yaml and `config`; keys that start like `ignore` are left out.
+    """Keys whose values differ between config.yaml and `config`, without keys that start with one of `ignore`.
 
-    What `config` leaves to the data (`AS_THE_DATA`) differs from nothing that they said.
+    A key that `config` leaves to the data (`AS_THE_DATA`) never counts as different.
     """
     changed = changed_values(folder, config)
     left = {k for k, (_, here) in changed.items() if k in AS_THE_DATA and here is None}
@@ -77,8 +77,7 @@ def changed_keys(folder: Path, config: Config, ignore: tuple[str, ...]) -> list[
 def changed_values(folder: Path, config: Config) -> dict[str, list[Any]]:
     """Keys whose values differ between config.yaml and `config`: key → [there, here].
 
-    A key that config.yaml lacks (an option that came later) counts with its default. Paths are compared as absolute
-    ones.
+    A key that config.yaml lacks (an option added later) counts as its default. Paths are compared as absolute paths.
     """
     then, now = _both(folder, config)
     then = {**_defaults(config), **then}
@@ -86,7 +85,7 @@ def changed_values(folder: Path, config: Config) -> dict[str, list[Any]]:
 
 
 def _both(folder: Path, config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Keys with dots and their values, in config.yaml and in `config`, with absolute paths."""
+    """Dotted keys and their values, in config.yaml and in `config`, with absolute paths."""
     then, now = flatten(load_yaml(folder / "config.yaml")), flatten(to_dict(absolute_paths(config)))
     for key in then.keys() & set(PLACES):
         then[key] = absolute(then[key], name=key != "algorithm.peft_cfg_path")
@@ -94,14 +93,14 @@ def _both(folder: Path, config: Config) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 def _check_keys(allowed: Sequence[str], config: Config, others: Collection[str]) -> None:
-    """Raise UserError for a name in `allowed` that is a key neither of the configuration nor among `others`.
+    """Raise UserError for a name in `allowed` that is neither a key of the configuration nor among `others`.
 
-    One whose value is as it was is no mistake: the command was given again.
+    A key whose value is unchanged is not a mistake: the command was given again.
     """
     known = list(flatten(to_dict(config)))
     for key in allowed:
         if key not in others and key not in known:
-            raise UserError(f"--allow-change {key}: there is no such key.{nearest(key, known)}")
+            raise UserError(f"--allow-change {key}: no such key.{nearest(key, known)}")
 
 
 def _refuse(folder: Path, differing: dict[str, list[Any]], allowed: Iterable[str]) -> None:
@@ -111,12 +110,12 @@ def _refuse(folder: Path, differing: dict[str, list[Any]], allowed: Iterable[str
         listed = ", ".join(f"{k} (was {then!r}, is {now!r})" for k, (then, now) in refused.items())
         raise UserError(
             f"run '{folder.name}' was started with other settings: {listed}. Use the old ones, or another --run-id, "
-            "or --allow-change KEY for each that is meant."
+            "or --allow-change KEY for each intended change."
         )
 
 
 def _same_there(key: str, folder: Path, config: Config, stream: TaskStream, manifest: dict[str, Any]) -> bool:
-    """Whether what a path of the configuration names is what the run began with."""
+    """Whether a path in the configuration still names what the run began with."""
     base = manifest["base"]
     if key == "dataset.data":
         return bool(stream.fingerprint) and stream.fingerprint == manifest.get("data_fingerprint")
@@ -130,7 +129,7 @@ def _same_there(key: str, folder: Path, config: Config, stream: TaskStream, mani
 
 
 def _defaults(config: Config) -> dict[str, Any]:
-    """Defaults of the keys of `config`, those of its algorithms included."""
+    """Defaults of the keys of `config`, including its algorithms' keys."""
     from clbench.algorithms.build import algorithm_classes
 
     known = flatten(asdict(Config(model="")))

@@ -1,11 +1,11 @@
-"""Weights that are kept within a task's training, to be evaluated later.
+"""Weights that are kept during a task's training, to be evaluated later.
 
     weights/task_00/curve.json          {"steps": all of the task's, "points": [0, 30, …, steps]}
     weights/task_00/step_000030/        policy/, algorithm.*, training.*, checkpoint.json: as in a checkpoint
 
 Steps are those of the phases that train the policy, counted from the task's start. `points` are those of the learning
 curve. Point 0 is the checkpoint before the task (or the base) and the last point the task's own checkpoint: neither is
-kept twice. Weights that only a learning curve needs are removed when it has been played (evaluation/curves.py).
+kept twice. Weights that only a learning curve needs are removed when it has been measured (evaluation/curves.py).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from clbench.io import read_json, write_json
 
 FOLDER = "weights"
 CURVE = "curve.json"
-CURVES = Path("eval") / "curves"  # of a run: curves that have been played
+CURVES = Path("eval") / "curves"  # in a run: curves that have been measured
 
 
 def curve_points(steps: int, parts: int | None, every: int | None) -> list[int]:
-    """Steps at which a learning curve of `steps` steps is measured: 0, the ends of `parts` equal parts, or of every
+    """Steps at which a learning curve over `steps` steps is measured: 0, the ends of `parts` equal parts or every
     `every` steps, and `steps`."""
     if parts is not None:
         return [(2 * i * steps + parts) // (2 * parts) for i in range(parts + 1)]
@@ -39,7 +39,7 @@ def kept_folder(run: Path, k: int, step: int) -> Path:
 
 
 def read_points(run: Path, k: int) -> list[int] | None:
-    """The steps at which visit k's learning curve is measured, 0 and the last among them; None = it has none.
+    """The steps at which visit k's learning curve is measured, including 0 and the last; None = it has none.
 
     Raises UserError when the file is damaged.
     """
@@ -51,23 +51,23 @@ def read_points(run: Path, k: int) -> list[int] | None:
     points = points if isinstance(points, list) else []
     good = len(points) >= 2 and all(type(p) is int for p in points) and points[0] == 0
     if not good or any(a >= b for a, b in itertools.pairwise(points)):
-        raise UserError(f"{path} is damaged: its points are no increasing steps from 0. Remove it to go without it.")
+        raise UserError(f"{path} is damaged: its points are not increasing steps from 0. Remove it to go without.")
     return list(points)
 
 
 def curves_lack(run: Path, visits: int) -> bool:
-    """Whether a learning curve of one of the run's visits has not been played to its end."""
+    """Whether the learning curve of any of the run's visits has not been fully measured."""
     return not all((run / CURVES / f"k{k:02d}.json").is_file() for k in range(visits))
 
 
 def kept_steps(run: Path, k: int) -> list[int]:
-    """Steps of visit k whose weights are there."""
+    """Steps of visit k whose weights are stored."""
     return sorted(int(p.parent.name.removeprefix("step_")) for p in kept_folder(run, k, 0).parent.glob(
         f"step_*/{DESCRIPTION}") if p.parent.name.removeprefix("step_").isdecimal())  # fmt: skip
 
 
 class WeightKeeper:
-    """Says which steps of a task are kept, and keeps them.
+    """Decides which steps of a task are kept, and keeps them.
 
     Args:
         parts: train.eval_during_training.
@@ -80,10 +80,10 @@ class WeightKeeper:
         self._k = 0
 
     def begin(self, k: int, steps: int, done: int | None, write: bool) -> None:
-        """Visit k of `steps` steps is trained, from its start (None), or from `done` steps on.
+        """Training of visit k (`steps` steps) begins, from its start (None) or after `done` steps.
 
         Args:
-            write: this process writes, and removes what an earlier session kept of steps that are made again.
+            write: this process writes, and removes what an earlier session kept of steps that are repeated.
 
         Raises:
             UserError: the task has fewer steps than the learning curve has parts.
@@ -95,7 +95,7 @@ class WeightKeeper:
             return
         if self.parts is not None and self.parts > steps:
             raise UserError(
-                f"train.eval_during_training ({self.parts}) divides a task's steps, and this one trains for {steps}."
+                f"train.eval_during_training ({self.parts}) divides a task's steps, but this one trains for {steps}."
             )
         within = None if done is None else read_points(self.run, k)
         points = within or curve_points(steps, self.parts, self.every)

@@ -31,7 +31,7 @@ from clbench.tensor_files import tensor_shapes
 
 @dataclass
 class LoadedPolicy:
-    """A policy and the pipelines around it. `path` is the folder it came from."""
+    """A policy and its processing pipelines. `path` is the folder it came from."""
 
     policy: PreTrainedPolicy
     preprocessor: Any
@@ -44,7 +44,7 @@ def policy_config(section: dict[str, Any], device: str) -> PreTrainedConfig:
     values = {k: v for k, v in section.items() if k not in BASE_KEYS}
     kind = values.pop("type", None)
     if kind in registry.names("policies"):
-        registry.load("policies", kind)  # which registers it with LeRobot
+        registry.load("policies", kind)  # registers it with LeRobot
     known = PreTrainedConfig.get_known_choices()
     if not isinstance(kind, str) or kind not in known:
         raise UserError(f"unknown policy type '{kind}'.{nearest(str(kind), known)}")
@@ -58,9 +58,9 @@ def policy_config(section: dict[str, Any], device: str) -> PreTrainedConfig:
     values.update(device=device, push_to_hub=False)
     try:
         config = cls(**values)
-        draccus.decode(cls, values)  # a value of the wrong type was taken as it is
+        draccus.decode(cls, values)  # `cls` accepted values of the wrong type
         return config
-    except Exception as e:  # LeRobot's policies raise anything for values that do not fit
+    except Exception as e:  # LeRobot's policies raise all kinds of errors for invalid values
         text = " ".join(str(e).split()) or type(e).__name__
         raise UserError(f"the policy section is not valid: {text}") from e
 
@@ -86,7 +86,7 @@ def save_policy(loaded: LoadedPolicy, folder: Path, *, adapter_only: bool = Fals
 @contextlib.contextmanager
 def _own_memory(policy: PreTrainedPolicy) -> Iterator[None]:
     """Inside the block, parameters that are parts of a larger buffer (under ZeRO-2) are copies on the CPU: safetensors
-    saves no parts."""
+    cannot save parts."""
     parts = [p for p in policy.parameters() if p.untyped_storage().nbytes() != p.numel() * p.element_size()]
     buffers = [p.data for p in parts]
     for p in parts:
@@ -102,12 +102,12 @@ def load_policy(folder: Path | str, device: str = "cpu", overrides: dict[str, An
     """Load a LeRobot checkpoint folder, with CLARE or PEFT adapters where it has them.
 
     Raises:
-        UserError: the folder is missing, incomplete or damaged, of an unknown policy type, or holds what is built for
-            a user who trusts it alone (trusted.py).
+        UserError: the folder is missing, incomplete or damaged, of an unknown policy type, or holds something that is
+            built only if the user trusts it (trusted.py).
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is no LeRobot checkpoint folder: it has no config.json.")
+        raise UserError(f"{folder} is not a LeRobot checkpoint folder: it has no config.json.")
     try:
         trusted.check_checkpoint(folder)  # first: a configuration may fetch what it names as soon as it is made
         pipelines = _processors(folder)
@@ -127,7 +127,7 @@ def load_policy(folder: Path | str, device: str = "cpu", overrides: dict[str, An
         )
     except UserError:
         raise
-    except (Exception, SystemExit) as e:  # LeRobot and PEFT raise anything for a damaged folder
+    except (Exception, SystemExit) as e:  # LeRobot and PEFT raise all kinds of errors for a damaged folder
         raise UserError(f"cannot load the policy in {folder}: {' '.join(str(e).split()) or type(e).__name__}") from e
     return LoadedPolicy(policy, pre, post, str(folder))
 
@@ -135,23 +135,23 @@ def load_policy(folder: Path | str, device: str = "cpu", overrides: dict[str, An
 def read_policy_config(folder: Path, device: str) -> PreTrainedConfig:
     """The configuration of a LeRobot checkpoint folder, for `device`.
 
-    `PreTrainedConfig.from_pretrained` would do the same, but leave a temporary file behind each time.
+    `PreTrainedConfig.from_pretrained` does the same but leaves a temporary file behind each time.
     """
     path = folder / CONFIG_NAME
     values = read_json(path)
     if not isinstance(values, dict):
-        raise UserError(f"{path} is no policy's configuration: it holds no object.")
+        raise UserError(f"{path} is not a policy configuration: it is not a JSON object.")
     kind = values.pop("type", None)
     known = PreTrainedConfig.get_known_choices()
     if not isinstance(kind, str) or kind not in known:
-        raise UserError(f"{path} is of an unknown policy type {kind!r}.{nearest(str(kind), known)}")
+        raise UserError(f"{path} has an unknown policy type {kind!r}.{nearest(str(kind), known)}")
     return draccus.decode(PreTrainedConfig.get_choice_class(kind), {**values, "device": device})
 
 
 def _processors(folder: Path) -> dict[Path, list[dict[str, Any]]]:
     """The steps of both processors by file; raises UserError where one would import a class or read from elsewhere.
 
-    LeRobot imports whatever a step's "class" names and calls it with the step's settings, so that
+    LeRobot imports whatever a step's "class" names and calls it with the step's settings, so
     {"class": "subprocess.Popen", …} would run a program: only steps that are registered by name are loaded.
     """
     found = {}
@@ -160,13 +160,13 @@ def _processors(folder: Path) -> dict[Path, list[dict[str, Any]]]:
         described = read_json(path)
         steps = described.get("steps") if isinstance(described, dict) else None
         if not isinstance(steps, list) or not all(isinstance(s, dict) for s in steps):
-            raise UserError(f"{path} is no processor: it has no list of steps.")
+            raise UserError(f"{path} is not a processor: it has no list of steps.")
         for step in steps:
             state = step.get("state_file", "x")
             if not isinstance(step.get("registry_name"), str) or "class" in step:
                 raise UserError(f"{path}: a step has no registry_name; a class named by a file is never imported.")
             if not isinstance(state, str) or "/" in state or "\0" in state or not state:
-                raise UserError(f"{path}: state_file {state!r} is no file name in that folder.")
+                raise UserError(f"{path}: state_file {state!r} is not a file name in that folder.")
             if "state_file" in step:
                 tensor_shapes(folder / state)
         found[path] = steps
@@ -178,9 +178,9 @@ def _load_weights(config: PreTrainedConfig, folder: Path) -> PreTrainedPolicy:
         shapes = tensor_shapes(folder / "model.safetensors")
     except UserError as e:
         raise UserError(f"cannot load the policy in {folder}: {e}") from e
-    check = getattr(config, "check_weights", None)  # of a policy that knows what its sizes have to do with its weights
+    check = getattr(config, "check_weights", None)  # of policies that can check their sizes against weights
     if check is not None and not check(shapes):
-        raise UserError(f"{folder / 'config.json'} claims more than model.safetensors holds.")
+        raise UserError(f"{folder / 'config.json'} claims more weights than model.safetensors holds.")
     quiet = contextlib.redirect_stdout(io.StringIO())  # LeRobot prints where it loads from
     with quiet, trusted.no_backbone_weights(config):
         return get_policy_class(config.type).from_pretrained(folder, config=config, strict=True)
@@ -202,5 +202,5 @@ def _load_adapter(config: PreTrainedConfig, folder: Path) -> PreTrainedPolicy:
 
 
 def pick_device(name: str) -> str:
-    """Turn "auto" into what there is."""
+    """Turn "auto" into an available device."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name

@@ -34,14 +34,14 @@ PACKAGES = ("torch", "lerobot", "accelerate", "peft", "transformers", "numpy", "
 
 
 MAX_RUN_ID_BYTES = 200
-OTHER_FOLDERS = {"reports": "reports of several runs", "sweeps": "the logs of sweeps"}  # beside the runs
+OTHER_FOLDERS = {"reports": "reports of several runs", "sweeps": "the logs of sweeps"}  # next to the runs
 MAX_VISITS = 1000
 PEFT_COPY = "peft_config.json"  # of algorithm.peft_cfg_path
 MAX_EPISODE_STEPS = 1_000_000
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that numbers depend on."""
+    """Versions of the packages that results depend on."""
     found = {"clbench": clbench.__version__}
     for name in PACKAGES:
         try:
@@ -53,7 +53,7 @@ def versions() -> dict[str, str]:
 
 def git_revision() -> str | None:
     """The project's revision, "+" when the tree has changes, or None outside a repository."""
-    if INSTALLED:  # a repository around the place where packages are installed is somebody else's
+    if INSTALLED:  # a repository around the installed packages is somebody else's
         return None
     try:
         run = subprocess.run(
@@ -73,29 +73,29 @@ def run_folder(run: str | Path) -> Path:
     if not (path / "manifest.json").is_file():
         root = results_root()
         known = [p.parent.name for p in root.glob("*/manifest.json")]
-        raise UserError(f"there is no run '{run}' under {root}.{nearest(str(run), known)}")
+        raise UserError(f"no run '{run}' under {root}.{nearest(str(run), known)}")
     refuse_links(path)
     return path
 
 
 def as_argument(folder: Path) -> str:
-    """What names a run in a command, quoted for a shell: its id under the results root, else its folder."""
+    """A run's name for use in a command, quoted for a shell: its id under the results root, else its folder."""
     here = folder.parent.resolve() == results_root().resolve()
     return shlex.quote(folder.name if here else str(folder))
 
 
 def results_folder(run_id: str, output_dir: str | None) -> Path:
-    """Where a run of that name belongs."""
+    """Where a run with that name belongs."""
     plain = run_id.isprintable() and len(run_id.encode("utf-8", "replace")) <= MAX_RUN_ID_BYTES
     if not plain or not run_id or run_id in (".", "..") or "/" in run_id or "\\" in run_id:
         raise UserError(f"run id {run_id[:MAX_RUN_ID_BYTES]!r} must be a plain folder name.")
     if run_id.casefold() in OTHER_FOLDERS:
-        raise UserError(f"run id {run_id!r}: {OTHER_FOLDERS[run_id.casefold()]} stand in a folder of that name.")
+        raise UserError(f"run id {run_id!r}: the folder of that name is for {OTHER_FOLDERS[run_id.casefold()]}.")
     return (Path(output_dir).expanduser() if output_dir else results_root()) / run_id
 
 
 def place_of_run(run_id: str, output_dir: str | None, resume: bool) -> tuple[Path, bool]:
-    """The folder of a run to be trained, and whether it holds a run already; raises UserError where it may not be."""
+    """The folder of a run to be trained, and whether it holds a run already; raises UserError if it cannot be used."""
     folder = results_folder(run_id, output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, not a run's folder. Choose another --run-id.")
@@ -110,7 +110,7 @@ def place_of_run(run_id: str, output_dir: str | None, resume: bool) -> tuple[Pat
 
 
 def new_run_folder(run_id: str, output_dir: str | None, resume: bool) -> tuple[Path, bool]:
-    """Make the folder of a run to be trained, unless it is there; returns it and whether it holds a run already."""
+    """Make the folder of a run to be trained, unless it exists; returns it and whether it holds a run already."""
     folder, exists = place_of_run(run_id, output_dir, resume)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -124,14 +124,14 @@ def new_run_folder(run_id: str, output_dir: str | None, resume: bool) -> tuple[P
 
 
 def absolute(value: Any, name: bool = True) -> Any:
-    """A path made absolute. `name`: one without a slash is no path."""
+    """A path made absolute. `name`: one without a slash is not a path."""
     if not isinstance(value, str) or not value or (name and "/" not in value):
         return value
     return str(Path(value).expanduser().absolute())
 
 
 def absolute_paths(config: Config) -> Config:
-    """The same with absolute paths, so that a run goes on wherever it is resumed. Bare names are found by root."""
+    """The same with absolute paths, so that a run can resume from any directory. Bare names are found by root."""
     d, policy, algorithm = config.dataset, dict(config.policy), dict(config.algorithm)
     pretrain = None if d.pretrain is None else replace(d.pretrain, data=absolute(d.pretrain.data))
     if "path" in policy:
@@ -145,12 +145,12 @@ def absolute_paths(config: Config) -> Config:
 
 
 def moved(config: Config, folder: Path) -> Config:
-    """The configuration of the run in `folder`, with what is not where it was looked for in the present roots."""
+    """The configuration of the run in `folder`; what is no longer in its place is looked up in the current roots."""
     d, policy, algorithm = config.dataset, dict(config.policy), dict(config.algorithm)
     pretrain = None if d.pretrain is None else replace(d.pretrain, data=_moved_data(d.pretrain.data))
     if policy.get("path") and not (named_folder(str(policy["path"]), model_root()) / "config.json").is_file():
         base = {**read_manifest(folder)["base"], "path": str(policy["path"])}
-        with contextlib.suppress(UserError):  # said where it is needed
+        with contextlib.suppress(UserError):  # reported where it is needed
             policy["path"] = str(find_base(base, folder, f"run {folder.name} is"))
     peft = algorithm.get("peft_cfg_path")
     if peft and not Path(str(peft)).is_file() and (folder / PEFT_COPY).is_file():
@@ -164,7 +164,7 @@ def _moved_data(data: str) -> str:
     here = data_root() / Path(data).name
     if "/" not in data or (Path(data).expanduser() / "meta").is_dir() or not (here / "meta").is_dir():
         return data
-    tell(f"note: {data} is not there; the set of that name in {data_root()} is taken, if it is the same.")
+    tell(f"note: {data} does not exist; the data set of that name in {data_root()} is used, if it is the same.")
     return str(here.absolute())
 
 
@@ -178,13 +178,13 @@ def write_description(
     session: dict[str, Any],
     files: list[str],
 ) -> None:
-    """Write config.yaml and manifest.json; adds `session` (how the run is started or continued) to earlier ones'."""
+    """Write config.yaml and manifest.json; adds `session` (how the run is started or continued) to the earlier ones."""
     from clbench.algorithms.build import algorithm_classes
 
     own_base = base_origin(config) == "pretrained"
     before = read_json(folder / "manifest.json") if (folder / "manifest.json").is_file() else {}
     goes_on = bool(session["k"] or session["phase"]) and isinstance(before, dict) and "heldout" in before
-    if goes_on:  # the base's data may be on another machine by now
+    if goes_on:  # the base's data may by now be on another machine
         outside = {key: before[key] for key in ("heldout", "heldout_data") if key in before}
     else:
         heldout, heldout_data = pretraining_tasks(config.dataset, config.render) if own_base else ([], None)
@@ -236,22 +236,22 @@ def write_description(
 
 
 def _numerics(before: dict[str, Any]) -> int | str | None:
-    """The version of the numbers of a run that goes on; of one that an earlier version began, both."""
+    """The numerics version of a resumed run; if an earlier version began it, both."""
     began = before.get("numerics")
     if began in (None, NUMERICS):
         return began
-    tell(f"warning: this run was begun by a version with other numerics ({began}; this one has {NUMERICS}).")
+    tell(f"warning: this run was begun by a version with different numerics ({began}; this one has {NUMERICS}).")
     return f"{began}, then {NUMERICS}" if isinstance(began, int) else str(began)
 
 
 def _keep(file: Path, copy: Path) -> None:
-    """Copy a small JSON file that a configuration names, for when the run goes on where that is not."""
+    """Copy a small JSON file that a configuration names, in case the run resumes where the original is missing."""
     if file != copy:
         write_json(copy, read_json(file))
 
 
 def describe_columns(tasks: Sequence[Task]) -> list[dict[str, Any]]:
-    """Evaluation columns as the manifest holds them."""
+    """Evaluation columns in the manifest's form."""
     return [
         {
             "k": j,
@@ -272,7 +272,7 @@ def checkpoint_folder(folder: Path, k: int) -> Path:
 
 
 def finished_visits(folder: Path) -> int:
-    """How many visits, counted from the first, have a whole checkpoint."""
+    """How many visits, counted from the first, have a complete checkpoint."""
     k = 0
     while (checkpoint_folder(folder, k) / DESCRIPTION).is_file():
         k += 1
@@ -280,28 +280,28 @@ def finished_visits(folder: Path) -> int:
 
 
 def save_checkpoint(folder: Path, k: int, fill: Callable[[Path], dict[str, Any]], size: Callable[[], int]) -> None:
-    """Let `fill` write visit k's checkpoint and return what describes it; it is there whole or not at all."""
+    """Let `fill` write visit k's checkpoint and return what describes it; it exists completely or not at all."""
     write_whole(checkpoint_folder(folder, k), lambda temporary: {"k": k, **fill(temporary)}, size)
 
 
 def checkpoint_damage(folder: Path, k: int) -> str | None:
-    """Why the checkpoint in visit k's place is not the one that was saved there; None when every byte is as it was."""
+    """Why the checkpoint in visit k's place is not the one that was saved there; None when every byte is unchanged."""
     here = checkpoint_folder(folder, k)
     reason = damage(here)
     if reason is not None:
         return reason
     described = read_checkpoint(here)
     if described.get("k", k) != k:
-        return f"it is a copy of task_{described['k']:02d}" if type(described["k"]) is int else "it has no proper 'k'"
+        return f"it is a copy of task_{described['k']:02d}" if type(described["k"]) is int else "it has no valid 'k'"
     tasks = read_manifest(folder)["checkpoints"]
     task = tasks[k] if k < len(tasks) else None
-    return None if described.get("task", task) == task else f"it learned {described['task']}, and visit {k} is {task}"
+    return None if described.get("task", task) == task else f"it learned {described['task']}, but visit {k} is {task}"
 
 
 def whole_checkpoints(folder: Path) -> int:
-    """How many visits, counted from the first, have a checkpoint of which every byte is as it was saved.
+    """How many visits, counted from the first, have an undamaged checkpoint.
 
-    A damaged last one is named and left out; the run makes it again. Raises UserError for one in the middle.
+    A damaged last one is reported and left out; the run makes it again. Raises UserError for one in the middle.
     """
     count = finished_visits(folder)
     for k in range(count):
@@ -311,16 +311,16 @@ def whole_checkpoints(folder: Path) -> int:
         here = checkpoint_folder(folder, k)
         if k < count - 1:
             raise UserError(
-                f"{here} is damaged ({reason}), and later tasks have checkpoints. Put the file back from a copy, or "
+                f"{here} is damaged ({reason}), and later tasks have checkpoints. Restore the file from a copy, or "
                 f"remove the checkpoints from {here.name} on to train again from there."
             )
-        tell(f"warning: {here} is damaged ({reason}); it is made again.")
+        tell(f"warning: {here} is damaged ({reason}); it will be made again.")
         return k
     return count
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what a killed training left half written. Only for the holder of the run's lock."""
+    """Remove what a killed training process left half-written. Only for the holder of the run's lock."""
     for pattern in (".*.tmp", ".probe-*", "checkpoints/.*.partial", "checkpoints/.*.old"):
         for path in folder.glob(pattern):
             if path.is_dir() and not path.is_symlink():
@@ -330,13 +330,13 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The run's manifest; UserError when it is missing, or when what a run is evaluated by is not in it."""
+    """The run's manifest; UserError when it is missing, or lacks what evaluation needs."""
     path = folder / "manifest.json"
     manifest = read_json(path)
     need = {"visits": list, "checkpoints": list, "mode": str, "base": dict}
     for key, kind in need.items():
         if not isinstance(manifest, dict) or not isinstance(manifest.get(key), kind):
-            raise UserError(f"{path} is damaged: it has no proper '{key}'.")
+            raise UserError(f"{path} is damaged: it has no valid '{key}'.")
     modes = ("sequential", "multitask", "singletask")
     base = manifest["base"].get("path")
     for key, good in (
@@ -347,20 +347,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ("checkpoints", len(manifest["checkpoints"]) <= MAX_VISITS),
     ):
         if not good:
-            raise UserError(f"{path} is damaged: it has no proper '{key}'.")
+            raise UserError(f"{path} is damaged: it has no valid '{key}'.")
     _check_order(manifest, path)
     return manifest
 
 
 def _check_order(manifest: dict[str, Any], path: Path) -> None:
-    """Raise UserError where the manifest's visits are not in the order that they say."""
+    """Raise UserError where the manifest's visits are not in the order that they state."""
     for key in ("visits", "heldout"):
         columns = manifest.get(key)
         listed = [c for c in columns if isinstance(c, dict)] if isinstance(columns, list) else []
         for j, column in enumerate(listed):
             if column.get("k", j) != j:
                 raise UserError(
-                    f"{path} is damaged: '{key}' are out of order, {shown(column.get('task'))} is in place {j} and "
+                    f"{path} is damaged: '{key}' are out of order: {shown(column.get('task'))} is in place {j} but "
                     f"says that it is number {shown(column['k'])}."
                 )
     visited, saved = [c["task"] for c in manifest["visits"]], list(map(str, manifest["checkpoints"]))
@@ -392,5 +392,5 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
     """A checkpoint's description; UserError when it is damaged."""
     description = read_json(folder / DESCRIPTION)
     if not isinstance(description, dict):
-        raise UserError(f"{folder / DESCRIPTION} is damaged: it is no object.")
+        raise UserError(f"{folder / DESCRIPTION} is damaged: it is not a JSON object.")
     return description

@@ -1,4 +1,4 @@
-"""Nested state of numbers, strings and tensors as one JSON and one safetensors file: nothing loaded can run code."""
+"""Nested state of numbers, strings and tensors as one JSON and one safetensors file: loading cannot run code."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def load_state(folder: Path, name: str) -> Any:
     """Read what `save_state` wrote.
 
     Raises:
-        UserError: a file is missing, damaged (a checksum covers both), or does not belong to the other.
+        UserError: a file is missing or damaged (a checksum covers both), or the two do not belong together.
     """
     path, description = folder / f"{name}.safetensors", folder / f"{name}.json"
     stored = read_json(description)
@@ -39,15 +39,15 @@ def load_state(folder: Path, name: str) -> Any:
     if isinstance(stored, dict) and "state" in stored:  # states of clbench 0.1 had no checksum
         tree = stored["state"]
         if stored.keys() != {"state", "sha256"} or stored["sha256"] != _digest(tree, path):
-            raise UserError(f"{description} and {path.name} do not fit their checksum: the checkpoint is damaged.")
+            raise UserError(f"{description} and {path.name} do not match their checksum: the checkpoint is damaged.")
     tensors = read_tensors(path)
     left = dict(tensors)
     try:
         state = _decode(tree, left)
     except (KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{description} does not fit its tensors ({str(e)[:200]}): the checkpoint is damaged.") from e
+        raise UserError(f"{description} does not match its tensors ({str(e)[:200]}): the checkpoint is damaged.") from e
     if left:
-        raise UserError(f"{description} does not fit its tensors ({min(left)[:200]!r} is not in it): it is damaged.")
+        raise UserError(f"{description} does not match its tensors ({min(left)[:200]!r} is not in it): it is damaged.")
     return state
 
 
@@ -77,9 +77,9 @@ def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _decode(node: Any, left: dict[str, Tensor]) -> Any:
-    """The state of a node. Takes its tensors out of `left`: every tensor stands in one place."""
+    """The state of a node. Takes its tensors out of `left`: every tensor occurs once."""
     if not isinstance(node, dict) or len(node) != 1:
-        raise ValueError(f"{reprlib.repr(node)} is no node")
+        raise ValueError(f"{reprlib.repr(node)} is not a node")
     ((kind, value),) = node.items()
     if kind == "t" and isinstance(value, str):
         return left.pop(value)
@@ -89,9 +89,9 @@ def _decode(node: Any, left: dict[str, Tensor]) -> Any:
         state = {}
         for k, v in value:
             if type(k) not in (str, int) or k in state:
-                raise ValueError(f"key {reprlib.repr(k)} is no name, or stands twice")
+                raise ValueError(f"key {reprlib.repr(k)} is not a name, or occurs twice")
             state[k] = _decode(v, left)
         return state
     if kind == "v" and (value is None or isinstance(value, bool | int | float | str)):
         return value
-    raise ValueError(f"{reprlib.repr(node)} is no node")
+    raise ValueError(f"{reprlib.repr(node)} is not a node")

@@ -1,10 +1,10 @@
-"""Training states: what a run needs to go on in the middle of a task as if it had never stopped.
+"""Training states: what a run needs to resume in the middle of a task as if it had never stopped.
 
     training_state/<k>-<phase>-<step>/     `step` steps of that phase of visit k are done; the last two are kept
         policy/                            as in a checkpoint
         algorithm.json, .safetensors       the algorithm's state_dict
         training.json, .safetensors        optimizer moments and counters
-        checkpoint.json                    position, sums of all files, length of log.jsonl, seconds so far
+        checkpoint.json                    position, checksums of all files, length of log.jsonl, seconds so far
     training_state/LATEST                  the newest one's name
 
 Random numbers need no state: every draw is a function of (seed, k, phase, step).
@@ -31,12 +31,12 @@ KEEP = 2
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands.
+    """How far a run has got.
 
     Attributes:
         k: the visit that is under way, or comes next.
         source: what holds policy and state: a training state, or the checkpoint before visit k; None = the base.
-        phase, step: steps done of the phase under way; "" = visit k has not begun.
+        phase, step: the phase under way and its steps done; "" = visit k has not begun.
     """
 
     k: int = 0
@@ -46,7 +46,7 @@ class Position:
 
 
 class StateKeeper:
-    """Says when a state is due, writes it, and keeps the last two."""
+    """Decides when a state is due, writes it, and keeps the last two."""
 
     def __init__(self, folder: Path, every_steps: int | None, every_minutes: float | None) -> None:
         self.folder = folder / FOLDER
@@ -58,7 +58,7 @@ class StateKeeper:
     def due(self, total_steps: int, step: int = 0, every: int | None = None) -> bool:
         """Whether it is time to save, after `total_steps` steps of the run and `step` of a phase.
 
-        `every`: how many steps of the phase apart states are; None = as the run says for all phases.
+        `every`: steps of the phase between states; None = the run's setting for all phases.
         """
         steps, every = (total_steps, self.every_steps) if every is None else (step, every)
         if every is not None and steps % every == 0:
@@ -89,7 +89,7 @@ class StateKeeper:
         return self.folder / name
 
     def clear(self, position: Position) -> None:
-        """Drop what is of no use when the run goes on at `position`: later and damaged states, what kills left."""
+        """Drop what is useless when the run resumes at `position`: later and damaged states, leftovers of kills."""
         if not self.folder.is_dir():
             return
         now = (position.k, _total(position.source) if position.phase and position.source else -1)
@@ -106,24 +106,24 @@ class StateKeeper:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def newest(self, k: int) -> Position | None:
-        """The newest whole state of visit k. Damaged ones are named and left out."""
+        """The newest complete state of visit k. Damaged ones are reported and left out."""
         states = sorted(self._all(), key=_total, reverse=True)
         try:
             latest = read_text(self.folder / LATEST, limit=1000).strip()
         except UserError:
-            latest = ""  # the newest one by its description, then
+            latest = ""  # then the newest one by its description
         states.sort(key=lambda p: p.name != latest)
         for folder in states:
             reason = damage(folder)
             d = {} if reason else read_json(folder / DESCRIPTION)
             kinds = {"k": int, "phase": str, "step": int, "total_steps": int}
             if reason is None and not all(isinstance(d.get(key), kind) for key, kind in kinds.items()):
-                reason = f"{DESCRIPTION} is no training state's"
+                reason = f"{DESCRIPTION} does not describe a training state"
             if reason is None and folder.name != _name(d["k"], d["phase"], d["step"]):
                 reason = f"it is a copy of {_name(d['k'], d['phase'], d['step'])}"
             if reason is not None:
                 self._damaged.append(folder)
-                tell(f"warning: training state {folder} is damaged ({reason}); using what is before it.")
+                tell(f"warning: training state {folder} is damaged ({reason}); using what was saved before it.")
                 continue
             if d["k"] == k:
                 return Position(d["k"], folder, d["phase"], d["step"])

@@ -1,15 +1,15 @@
-"""What may be built from a file: policy types, processor steps and adapters that run and fetch nothing foreign.
+"""What may be built from a file: policy types, processor steps and adapters that run and fetch no foreign code or data.
 
 A checkpoint's JSON names a policy type, processor steps and settings, and LeRobot builds whatever they are. Some types
-ask a hub for models that a setting names, or hand a folder to transformers with `trust_remote_code=True`, which runs
+fetch models that a setting names from a hub, or pass a folder to transformers with `trust_remote_code=True`, which runs
 the Python files in it. So:
 
 - policy types in `BUILT`, with the settings there null, are built from any file;
 - of processor steps only those that the policy's own factory makes, with its settings (`check_steps`);
 - of adapters CLARE's and LoRA's, with settings that import nothing (`check_checkpoint`);
 - anything else only from a folder that the user named on the command line, or, for a fresh policy, a type named there:
-  `--trust CHECKPOINT|RUN|TYPE`. No file can say so. Ranks and a sweep's commands get the flag, evaluation processes get
-  `given()` with their settings.
+  `--trust CHECKPOINT|RUN|TYPE`. No file can grant this. Ranks and a sweep's commands get the flag, evaluation processes
+  get `given()` with their settings.
 
 tests/test_loaders.py lists every loader in the installed LeRobot, transformers' entry points and PEFT, and its guard.
 """
@@ -30,12 +30,12 @@ from clbench.errors import UserError, nearest
 from clbench.io import read_json
 from clbench.paths import model_root, named_folder, results_root
 
-# torchvision fetches what this setting of these types names. A checkpoint has all weights itself.
+# torchvision fetches what this setting of these types names. A checkpoint contains all weights itself.
 BACKBONE_TYPES = ("act", "diffusion", "vqbet")
 BACKBONE_WEIGHTS = "pretrained_backbone_weights"
 BACKBONE_DEFAULT = "ResNet18_Weights.IMAGENET1K_V1"
 
-# Settings of steps that depend on the data and the machine. Any other must be as the policy's factory makes it.
+# Settings of steps that depend on the data and the machine. Any other must be as the policy's factory sets it.
 _NORMALIZER = ("eps", "features", "norm_map", "normalize_observation_keys")
 FREE_SETTINGS: dict[str, tuple[str, ...]] = {
     "device_processor": ("device", "float_dtype"),
@@ -58,7 +58,7 @@ LORA_INITS = re.compile(r"gaussian|orthogonal|olora|pissa(_niter_\d+)?")
 
 @dataclass(frozen=True)
 class Trust:
-    """What the user trusts: folders with all that is in them, and policy types for fresh policies."""
+    """What the user trusts: folders with everything in them, and policy types for fresh policies."""
 
     folders: tuple[str, ...] = ()
     types: tuple[str, ...] = ()
@@ -88,7 +88,7 @@ def trusting(names: Sequence[str]) -> Iterator[None]:
     """Trust what `--trust` names, inside the block, and nothing else.
 
     Raises:
-        UserError: a name is no folder, run or policy type.
+        UserError: a name is not a folder, run or policy type.
     """
     before = _given
     trust(_resolved(names))
@@ -105,11 +105,11 @@ def _resolved(names: Sequence[str]) -> Trust:
         found = next((p for p in places if name and p.is_dir()), None)
         if found is not None:
             folders.append(str(found.resolve()))
-        if name in RISKS:  # also where a folder, models/smolvla say, has that name
+        if name in RISKS:  # even if a folder (say, models/smolvla) has that name
             types.append(name)
         if found is None and name not in RISKS:
             raise UserError(
-                f"--trust {shlex.quote(name)}: there is no checkpoint folder, run or policy type of that name."
+                f"--trust {shlex.quote(name)}: no checkpoint folder, run or policy type has that name."
                 f"{nearest(name, RISKS)}"
             )
     return Trust(tuple(folders), tuple(types))
@@ -121,19 +121,19 @@ def trusts(folder: Path) -> bool:
 
 
 def _unless_trusted(folder: Path, what: str) -> None:
-    """Raise UserError with what is wrong and how to trust the folder, unless it is trusted."""
+    """Raise UserError saying what is wrong and how to trust the folder, unless it is trusted."""
     if trusts(folder):
         return
     whole = folder
     if folder.name == "policy" and folder.parent.parent.name in ("checkpoints", "training_state"):
-        whole = folder.parents[2]  # the run: its other checkpoints are like this one
-    raise UserError(f"{what} If you trust whoever made it, say so with --trust {shlex.quote(str(whole))}")
+        whole = folder.parents[2]  # the run, whose other checkpoints are like this one
+    raise UserError(f"{what} If you trust whoever made it, pass --trust {shlex.quote(str(whole))}")
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Raise UserError where a checkpoint's policy type or adapter is built for a user who trusts it alone.
+    """Raise UserError if a checkpoint's policy type or adapter is built only for a user who trusts it.
 
-    Nothing but JSON is read. An adapter's base is built with the adapter's configuration, so that is checked for both.
+    Only JSON is read. An adapter's base is built with the adapter's configuration, so that is checked for both.
     """
     described = read_json(folder / "config.json")
     adapter = folder / "adapter_config.json"
@@ -142,7 +142,7 @@ def check_checkpoint(folder: Path) -> None:
         return
     settings = read_json(adapter)
     if not isinstance(settings, dict):
-        raise UserError(f"{adapter} is no adapter's configuration: it holds no object.")
+        raise UserError(f"{adapter} is not an adapter configuration: it is not a JSON object.")
     _check_adapter(settings, folder)
     base = settings.get("base_model_name_or_path")
     if isinstance(base, str) and base:
@@ -152,7 +152,7 @@ def check_checkpoint(folder: Path) -> None:
 def _check_type(described: Any, folder: Path, file: Path) -> None:
     kind = described.get("type") if isinstance(described, dict) else None
     if not isinstance(kind, str):
-        raise UserError(f"{file} is no policy's configuration: it names no policy type.")
+        raise UserError(f"{file} is not a policy configuration: it names no policy type.")
     reason = _risk(kind, described)
     if reason is not None:
         similar = "" if kind in RISKS else nearest(kind, {*BUILT, *RISKS})
@@ -160,7 +160,7 @@ def _check_type(described: Any, folder: Path, file: Path) -> None:
 
 
 def _risk(kind: str, settings: dict[str, Any]) -> str | None:
-    """Why a policy is not built without the user's word; None: it is."""
+    """Why a policy is not built without the user's consent; None: it is."""
     if kind not in BUILT:
         return f"policy type {kind!r} {RISKS.get(kind, 'is not one that clbench knows')}"
     named = [key for key in BUILT[kind] if settings.get(key) is not None]
@@ -187,8 +187,8 @@ def check_steps(config: Any, folder: Path, pipelines: dict[Path, list[dict[str, 
     """Raise UserError for a processor step that the policy's own factory does not make, or makes with other settings.
 
     Args:
-        config: the policy's configuration, as it was read from `folder`.
-        pipelines: the file of the preprocessor, then of the postprocessor, with their steps.
+        config: the policy's configuration, as read from `folder`.
+        pipelines: the preprocessor's file, then the postprocessor's, with their steps.
     """
     if trusts(folder):
         return
@@ -204,7 +204,7 @@ def check_steps(config: Any, folder: Path, pipelines: dict[Path, list[dict[str, 
                 what = f"{file}: policy type {config.type!r} has no step {name!r}; only its own are built from a file."
                 _unless_trusted(folder, what)
             if not isinstance(settings, dict):
-                raise UserError(f"{file}: the settings of step {name!r} are no object.")
+                raise UserError(f"{file}: the settings of step {name!r} are not a JSON object.")
             for key, value in settings.items():
                 if key not in FREE_SETTINGS.get(name, ()) and all(value != s.get(key, ...) for s in own[name]):
                     what = f"{file}: policy type {config.type!r} has no step {name!r} with {key!r} = {value!r:.80}."
@@ -213,7 +213,7 @@ def check_steps(config: Any, folder: Path, pipelines: dict[Path, list[dict[str, 
 
 @contextmanager
 def no_backbone_weights(config: Any) -> Iterator[None]:
-    """Inside the block, a policy is built without fetching a backbone's weights, for it is about to get its own."""
+    """Inside the block, a policy is built without fetching a backbone's weights, as it is about to get its own."""
     before = getattr(config, BACKBONE_WEIGHTS, None)
     if before is None:
         yield
@@ -226,16 +226,16 @@ def no_backbone_weights(config: Any) -> Iterator[None]:
 
 
 def check_start(policy: dict[str, Any]) -> None:
-    """Raise UserError where a `policy` section starts from a checkpoint, or a type, that wants the user's trust."""
+    """Raise UserError if a `policy` section starts from a checkpoint, or a type, that the user has to trust first."""
     if policy.get("path"):
         folder = named_folder(str(policy["path"]), model_root())
         if (folder / "config.json").is_file():
             check_checkpoint(folder)
         return
     kind = str(policy.get("type"))
-    reason = _risk(kind, policy) if kind in BUILT or kind in RISKS else None  # an unknown one has a message of its own
+    reason = _risk(kind, policy) if kind in BUILT or kind in RISKS else None  # an unknown one gets its own message
     if reason is not None and kind not in _given.types:
-        raise UserError(f"{reason}. If that is what you want, say so with --trust {kind}")
+        raise UserError(f"{reason}. If that is what you want, pass --trust {kind}")
 
 
 def fetched(policy: dict[str, Any], images: bool) -> str | None:
@@ -246,13 +246,13 @@ def fetched(policy: dict[str, Any], images: bool) -> str | None:
     """
     kind = str(policy.get("type"))
     if kind in _given.types:
-        return f"policy type {kind!r} {RISKS[kind]}; what is not in the caches is fetched now."
+        return f"policy type {kind!r} {RISKS[kind]}; what is not cached is fetched now."
     if kind not in BACKBONE_TYPES or not images:
         return None
     if BACKBONE_WEIGHTS not in policy:
         raise UserError(
-            f"policy type {kind!r} fetches {BACKBONE_DEFAULT} from download.pytorch.org unless told otherwise. Say "
-            f"which: policy.{BACKBONE_WEIGHTS}=null starts the backbone from scratch, ={BACKBONE_DEFAULT} fetches it."
+            f"policy type {kind!r} fetches {BACKBONE_DEFAULT} from download.pytorch.org by default. Choose: "
+            f"policy.{BACKBONE_WEIGHTS}=null starts the backbone from scratch, ={BACKBONE_DEFAULT} fetches it."
         )
     named = policy[BACKBONE_WEIGHTS]
     return None if named is None else f"{named} is fetched from download.pytorch.org, unless it is in torch's cache."

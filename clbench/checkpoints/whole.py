@@ -1,6 +1,6 @@
-"""Folders that are there whole or not at all, and of which every byte can be checked.
+"""Folders that exist completely or not at all, and whose every byte can be checked.
 
-A folder is filled under a temporary name beside its own, flushed to the disk, described in `checkpoint.json` (each
+A folder is filled under a temporary name next to its own, flushed to disk, described in `checkpoint.json` (each
 file's size and sha256; `seal`, the sha256 of the description itself), and renamed.
 """
 
@@ -25,10 +25,10 @@ def write_whole(final: Path, fill: Callable[[Path], dict[str, Any]], size: Calla
     """Let `fill` write a temporary folder and return its description, then rename it to `final` (replacing that).
 
     Args:
-        size: bytes that the folder needs, about; asked when there is no space for it.
+        size: approximate bytes that the folder needs; called when there is no space for it.
 
     Raises:
-        UserError: the disk is full or cannot be written. `final` is as it was.
+        UserError: the disk is full or cannot be written. `final` is unchanged.
     """
     temporary = final.with_name(f".{final.name}.partial")
     try:
@@ -56,7 +56,7 @@ def write_whole(final: Path, fill: Callable[[Path], dict[str, Any]], size: Calla
         raise
 
 
-_ADVICE = "What was saved before is whole: make space there, then continue with --resume."
+_ADVICE = "Everything saved before is intact: make space there, then continue with --resume."
 
 
 def _space(folder: Path, need: int) -> str:
@@ -88,10 +88,10 @@ def damage(folder: Path) -> str | None:
     except UserError as e:
         return str(e)
     if not isinstance(described, dict) or not _is_list_of_files(described.get("files", {})):
-        return f"{DESCRIPTION} is no description"
+        return f"{DESCRIPTION} is not a description"
     try:
-        if "seal" not in described:  # of an earlier version: it has the digest of all files
-            return None if described.get("digest") == _digest(_files(folder)) else "its files are not those saved"
+        if "seal" not in described:  # from an earlier version, with a digest of all files
+            return None if described.get("digest") == _digest(_files(folder)) else "its files are not the saved ones"
         if described.pop("seal") != seal(described):
             return f"{DESCRIPTION} was changed"
         return _difference(folder, described.get("files", {}))
@@ -100,7 +100,7 @@ def damage(folder: Path) -> str | None:
 
 
 def _difference(folder: Path, want: dict[str, list[Any]]) -> str | None:
-    """What is not as `want` says: name → [bytes, sha256]."""
+    """The first difference from `want`: name → [bytes, sha256]."""
     have = {p: (folder / p).stat().st_size for p in _names(folder)}
     for name in sorted(want.keys() | have.keys()):
         if name not in have:
@@ -118,7 +118,7 @@ def _difference(folder: Path, want: dict[str, list[Any]]) -> str | None:
 
 
 def _of_a_file_manager(name: str) -> bool:
-    """Whether it is a file that looking into a folder, or copying it, may leave there, and that nothing reads."""
+    """Whether it is a file that browsing or copying a folder may leave there, and that nothing reads."""
     return name in (".DS_Store", "Thumbs.db", "desktop.ini", ".directory") or name.startswith(("._", ".nfs"))
 
 
@@ -129,7 +129,7 @@ def _is_list_of_files(files: Any) -> bool:
 
 
 def _names(folder: Path) -> list[str]:
-    """All files but the description, by their path in the folder."""
+    """All files except the description, by their path in the folder."""
     found = (p for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
     return sorted(str(p.relative_to(folder)) for p in found if p != folder / DESCRIPTION)
 
@@ -140,7 +140,7 @@ def _files(folder: Path) -> dict[str, list[Any]]:
 
 
 def _digest(files: dict[str, list[Any]]) -> str:
-    """One sha256 over all names and contents: what an evaluation was made with."""
+    """One sha256 over all names and contents, which identifies what was evaluated."""
     digest = hashlib.sha256()
     for name in sorted(files, key=Path):
         digest.update(name.encode() + b"\0" + bytes.fromhex(files[name][1]))
