@@ -313,7 +313,7 @@ def test_they_are_played_beside_the_training(toy_data: Path, tmp_path: Path, mon
     folder = train(config, "r", resume=True)
     curves = [read_json(folder / f"eval/curves/k{k:02d}.json") for k in range(3)]
     assert [c["steps"] for c in curves] == [[0, 2, 4, 6]] * 3 and all(kept_steps(folder, k) == [] for k in range(3))
-    assert "12 of 12 points of 3 tasks are played" in (folder / "curves.log").read_text()
+    assert "12 of 12 points of 3 tasks are measured" in (folder / "curves.log").read_text()
     plain = train(toy_config(toy_data, {"name": "er"}, f"output_dir={tmp_path / 'p'}", "train.steps=6"), "r")
     assert files(checkpoint_folder(plain, 2)) == files(checkpoint_folder(folder, 2))
     shutil.rmtree(folder / "eval")

@@ -538,7 +538,7 @@ def test_a_logger_that_is_down_is_left_out(
     log = RunLog(tmp_path, LogConfig(wandb=WandbConfig(enabled=True)), "r")
     log.event("step", loss=1.0)
     log.close()
-    assert capsys.readouterr().err.count("wandb cannot be reached (no route to host); going on without it") == 1
+    assert capsys.readouterr().err.count("wandb cannot be reached (no route to host); continuing without it") == 1
     assert read_jsonl(tmp_path / "log.jsonl")[0]["loss"] == 1.0
 
     class Closing(loggers.Logger):

@@ -99,7 +99,7 @@ def test_another_or_a_damaged_base_is_refused(home: Path, capsys: pytest.Capture
     with pytest.raises(UserError, match="its weights are not the ones used in training: sha256 "):
         load_policy(policy)
     assert main(["eval", "--run-id", "clare"]) == 2
-    assert "weights are not those" in capsys.readouterr().err
+    assert "weights are not the ones" in capsys.readouterr().err
     assert not (home / "results" / "clare" / "eval").exists()
     shutil.rmtree(base_of(home))
     with pytest.raises(UserError, match=rf"was not found\. Looked at .*{home}/cache/bases/.*CLBENCH_MODEL_ROOT"):

@@ -123,9 +123,9 @@ def test_a_run_that_waits_for_anothers_base_says_for_whose(
         fcntl.flock(lock, fcntl.LOCK_EX)
         if signed:
             sign(lock.fileno())
-        with pytest.raises(Interrupted, match="another run makes the base"):
+        with pytest.raises(Interrupted, match="another run is making the base"):
             pretrain.ensure_base(config, Backend(config.train), stop)
     text = "".join(heard)
-    assert text.count(f"another run makes the base {folder} (process {os.getpid()} on ") == 1
-    assert (", since 20" in text) is signed and "waiting for the base that another run makes … " in text
+    assert text.count(f"another run is making the base {folder} (process {os.getpid()} on ") == 1
+    assert (", since 20" in text) is signed and "waiting for the base that another run is making … " in text
     assert waits < 1000

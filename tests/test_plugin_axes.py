@@ -94,7 +94,7 @@ def test_a_plugins_logger_gets_what_is_logged(known: Any, tmp_path: Path, capsys
         log.event("step", loss=0.5, total=step)
     log.close()
     assert seen == [("r", {"a": 1}, 16, {"seed": 3}), (1, {"loss": 0.5}), (2, {"loss": 0.5})]
-    assert "kept failed (gone); going on without it" in capsys.readouterr().err
+    assert "kept failed (gone); continuing without it" in capsys.readouterr().err
     assert [r["total"] for r in read_jsonl(tmp_path / "log.jsonl")] == [1, 2, 3]
 
 
@@ -106,7 +106,7 @@ def test_loggers_that_cannot_be_are_refused() -> None:
     ]
     for loggers, words in (
         ({"tensorbord": {}}, "Did you mean 'tensorboard'"),
-        ({"wandb": {}}, r"have keys of their own: log\.wandb"),
+        ({"wandb": {}}, r"have separate keys: log\.wandb"),
     ):
         with pytest.raises(UserError, match=words):
             wanted_loggers(LogConfig(loggers=loggers))

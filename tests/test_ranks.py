@@ -287,7 +287,7 @@ def as_rank(monkeypatch: pytest.MonkeyPatch, **other: str) -> None:
     [
         ({}, dist.DistNetworkError("The server socket … EADDRINUSE"), "127.0.0.1:29500, is in use by another program"),
         ({}, dist.DistStoreError("Timed out after 9 seconds waiting for clients"), "rank 1 did not meet the other 1"),
-        ({}, dist.DistNetworkError("The client socket has timed out"), "Look whether all were started"),
+        ({}, dist.DistNetworkError("The client socket has timed out"), "Check that all were started"),
         ({"RANK": "7"}, None, "RANK=7 is not below WORLD_SIZE=2"),
         ({"MASTER_ADDR": ""}, None, "MASTER_ADDR is not set"),
         ({"MASTER_PORT": "http"}, None, "MASTER_PORT=http"),

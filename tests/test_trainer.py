@@ -135,7 +135,7 @@ def test_compiling_without_a_compiler_is_said_at_once(
 @pytest.mark.parametrize(
     ("section", "overrides", "says"),
     [
-        ({"name": "seqfft"}, {"policy": {"type": "act"}}, "policy.type=act cannot be made for this stream's data"),
+        ({"name": "seqfft"}, {"policy": {"type": "act"}}, "policy.type=act cannot be built for this stream's data"),
         ({"name": "seqfft"}, {"policy": {"type": ["act"]}}, "unknown policy type"),
         ({"name": "seqlora"}, {"lora": LoraConfig(target_modules="nope.*")}, "lora.target_modules 'nope.*' matches no"),
         ({"name": "clare", "target_modules": "ffn"}, {}, "algorithm.target_modules 'ffn' matches no module"),
@@ -456,7 +456,7 @@ def test_an_unfinished_pretraining_of_an_earlier_version_starts_again(
 
     write_whole(state, fill, lambda: 0)
     folder = train(config, "s", resume=True)
-    assert "is of an earlier version of clbench; the pretraining starts again" in capsys.readouterr().err
+    assert "is from an earlier version of clbench; pretraining starts again" in capsys.readouterr().err
     assert read_json(folder / "manifest.json")["base"]["sha256"] == whole
 
 

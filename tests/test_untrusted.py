@@ -465,7 +465,7 @@ def test_a_state_without_a_checksum_is_still_read(tmp_path: Path) -> None:
         '{"d": [[[], {"v": 1}]]}',
     ):
         (tmp_path / "s.json").write_text(bad)
-        with pytest.raises(UserError, match="does not fit"):
+        with pytest.raises(UserError, match="does not match"):
             load_state(tmp_path, "s")
 
 

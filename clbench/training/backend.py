@@ -1,6 +1,6 @@
 """Devices, processes, precision, backward and step. The only file that imports Accelerate and DeepSpeed.
 
-One process, or one per rank (`accelerate launch`, torchrun, srun). Every rank has the whole policy and its share of
+One process, or one per rank (`accelerate launch`, torchrun, srun). Every rank has the full policy and its share of
 each global batch. Two strategies:
 
     ddp     gradients are averaged over ranks, in buckets, after a step's last micro-batch; every rank steps
@@ -40,11 +40,11 @@ from clbench.terminal import tell
 
 ZERO2_FILE = shipped("accelerate", "zero2.json")
 MASTER = "master"  # key of a low-precision parameter's fp32 value in a saved optimizer state
-BUCKET_NUMBERS = 2**23  # gradients that are averaged in one collective call (32 MB in fp32)
+BUCKET_NUMBERS = 2**23  # gradients averaged in one collective call (32 MB in fp32)
 
 
 def autocast_precision(config: TrainConfig) -> str:
-    """Accelerate's word for `train.mixed_precision`."""
+    """Accelerate's name for `train.mixed_precision`."""
     return "no" if config.mixed_precision == "fp32" else config.mixed_precision
 
 
@@ -122,7 +122,7 @@ class ZeroWeights:
     def get(self, name: str) -> Tensor:
         p = self._parameters[name]
         if p.dtype == torch.float32:
-            return p.detach()  # every rank has them all, and they are the masters' values
+            return p.detach()  # every rank has all of them, with the masters' values
         from deepspeed.utils import safe_get_full_fp32_param
 
         return safe_get_full_fp32_param(p)
@@ -139,13 +139,13 @@ class ZeroWeights:
         self.set(name, torch.where(mask, value.float(), self.get(name).float()))
 
 
-# Without train.threads, on the CPU. Fixed numbers, whatever the machine has: the number decides how sums are rounded.
-CPU_THREADS = 1  # runs stand side by side in sweeps
-BASE_THREADS = 2  # a base is made alone, before them
+# Without train.threads, on the CPU. Fixed, whatever the machine has: the number decides how sums are rounded.
+CPU_THREADS = 1  # runs go side by side in sweeps
+BASE_THREADS = 2  # a base is trained alone, before them
 
 
 class Backend:
-    """Accelerate (and DeepSpeed) behind the few verbs that training needs."""
+    """Accelerate (and DeepSpeed) behind the few operations that training needs."""
 
     def __init__(self, config: TrainConfig) -> None:
         if config.device == "cuda" and not torch.cuda.is_available():
@@ -160,13 +160,13 @@ class Backend:
         started = world_size()
         if started > 1:
             _join(cpu, config)
-        # A process may train several runs, each with a precision and, where it is no rank, a device of its own.
+        # A process may train several runs, each with its own precision and, unless it is a rank, its own device.
         AcceleratorState._reset_state(reset_partial_state=started == 1 and not torch.distributed.is_initialized())
         self.accelerator = Accelerator(mixed_precision=autocast_precision(config), cpu=cpu)
         asked = int(os.environ.get(EXPECTED_RANKS, str(started)))
         if self.accelerator.num_processes != asked or started != asked:
             raise UserError(
-                f"{asked} processes were asked for, {started} were launched, and this one sees "
+                f"{asked} processes were requested, {started} were launched, and this one sees "
                 f"{self.accelerator.num_processes}. Each would train alone; nothing was started."
             )
         if self.strategy == "zero2" and started == 1:
@@ -193,7 +193,7 @@ class Backend:
         return self.accelerator.is_main_process
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank gets here."""
         self.accelerator.wait_for_everyone()
 
     def agree(self, value: bool) -> bool:
@@ -205,7 +205,7 @@ class Backend:
         return bool(flag.item())
 
     def any(self, *flags: bool) -> list[bool]:
-        """Of each flag, whether it is set on any rank."""
+        """For each flag, whether it is set on any rank."""
         if self.world_size == 1:
             return list(flags)
         found = torch.tensor([int(f) for f in flags], device=self.device)
@@ -254,14 +254,14 @@ class Backend:
         return self.accelerator.autocast()
 
     def compiled(self, policy: nn.Module) -> nn.Module:
-        """The policy compiled anew: its structure may have changed since the last phase."""
+        """The policy, compiled afresh: its structure may have changed since the last phase."""
         torch.compiler.reset()
         return torch.compile(policy)  # type: ignore[return-value]
 
     def prepare(
         self, policy: nn.Module, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
     ) -> None:
-        """Say what the coming phase trains and with which optimizer."""
+        """Set what the coming phase trains and with which optimizer."""
         self.parameters = parameters
         if self.strategy == "zero2":
             self._engine = _zero2_engine(policy, optimizer, self.world_size)
@@ -278,7 +278,7 @@ class Backend:
 
     @contextmanager
     def making_a_base(self) -> Iterator[None]:
-        """Inside the block torch has the threads that a base is made with."""
+        """Inside the block, torch uses the number of threads for training a base."""
         before = torch.get_num_threads()
         torch.set_num_threads(self.base_threads or before)
         try:
@@ -324,9 +324,9 @@ class Backend:
         optimizer.zero_grad(set_to_none=True)
 
     def skip(self, optimizer: torch.optim.Optimizer) -> None:
-        """Leave the step out: drop its gradients."""
+        """Skip the step: drop its gradients."""
         if self._engine is not None:
-            # DeepSpeed leaves out a step whose gradients are not finite, when it looks: let it look and find one.
+            # DeepSpeed skips a step whose gradients are not finite, if it checks: let it check and find one.
             first = next(iter(self.parameters))
             poison = torch.full_like(self.parameters[first], float("nan"), dtype=torch.float32)
             ZeroGradients(self.parameters).set(first, poison)
@@ -338,9 +338,9 @@ class Backend:
         optimizer.zero_grad(set_to_none=True)
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The optimizer's state_dict, whole on every rank, in torch's form whatever the strategy.
+        """The optimizer's full state_dict, on every rank, in torch's form whatever the strategy.
 
-        Under ZeRO-2 with low-precision parameters it has their fp32 masters too. Every rank must call this.
+        Under ZeRO-2 with low-precision parameters it includes their fp32 masters. Every rank must call this.
         """
         if self._engine is None:
             return optimizer.state_dict()
@@ -408,17 +408,17 @@ def ranks_together() -> Iterator[None]:
             raise
         waited = re.search(r"[Tt]imed? ?out", str(e)) is not None
         why = (
-            "waited for another rank in vain: it hangs, or is slower by more than train.collective_timeout_s"
+            "waited in vain for another rank, which hangs or is slower by more than train.collective_timeout_s"
             if waited
             else "lost another rank, which has ended"
         )
         raise RankLost(
-            f"rank {os.environ.get('RANK', '?')} {why}. What was saved is kept: once the cause is fixed, the same "
-            "command with --resume goes on."
+            f"rank {os.environ.get('RANK', '?')} {why}. What was saved is kept: fix the cause, then run the same "
+            "command with --resume."
         ) from e
 
 
-# How gloo, NCCL and the ranks' key-value store begin to say that another rank is gone or late.
+# How messages of gloo, NCCL and the ranks' key-value store begin when another rank is gone or late.
 _OF_RANKS = re.compile(r"gloo/|NCCL|TCPStore|ProcessGroup")
 
 
@@ -430,7 +430,7 @@ def _join(cpu: bool, config: TrainConfig) -> None:
     if not dist.is_initialized():
         _meet(cpu, timeout)
     if config.strategy == "zero2":
-        with patience("loading DeepSpeed, which compiles a part of itself the first time", _left_by_a_compiler):
+        with patience("loading DeepSpeed, which compiles part of itself the first time", _left_by_a_compiler):
             try:
                 import deepspeed
             except ImportError as e:
@@ -443,8 +443,8 @@ def _join(cpu: bool, config: TrainConfig) -> None:
 
 
 def _left_by_a_compiler() -> str:
-    """What to do when compiling waits for one that was killed: its lock is a file, which nobody removes."""
-    from torch.utils.cpp_extension import get_default_build_root  # it looks for CUDA, and says so
+    """What to do when compiling waits for a killed compiler: its lock is a file, which nobody removes."""
+    from torch.utils.cpp_extension import get_default_build_root  # it looks for CUDA, and prints so
 
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     locks = {str(path.resolve()): path for path in folder.glob("**/lock")}
@@ -454,11 +454,11 @@ def _left_by_a_compiler() -> str:
     if not locks:
         return ""
     path = next(iter(locks.values()))
-    return f"no process here holds its lock {path}; if none elsewhere compiles, remove it: rm {shlex.quote(str(path))}"
+    return f"no process here holds its lock {path}; if none compiles elsewhere, remove it: rm {shlex.quote(str(path))}"
 
 
 def _meet(cpu: bool, timeout: timedelta) -> None:
-    """Wait for all ranks to be there, at MASTER_ADDR and MASTER_PORT."""
+    """Wait for all ranks to meet at MASTER_ADDR and MASTER_PORT."""
     found = {n: os.environ.get(n, "") for n in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
     wrong = [f"{n}={v}" if v else f"{n} is not set" for n, v in found.items() if not v.isdecimal()]
     wrong += [] if os.environ.get("MASTER_ADDR") else ["MASTER_ADDR is not set"]
@@ -466,7 +466,7 @@ def _meet(cpu: bool, timeout: timedelta) -> None:
         wrong = [f"RANK={found['RANK']} is not below WORLD_SIZE={found['WORLD_SIZE']}"]
     if wrong:
         raise UserError(
-            f"this is to be one of several ranks, but {', '.join(wrong)} in the environment. Start ranks with --nproc "
+            f"this should be one of several ranks, but {', '.join(wrong)} in the environment. Start ranks with --nproc "
             "or --gpus, or with a launcher that sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."
         )
     rank, ranks = found["RANK"], found["WORLD_SIZE"]
@@ -477,21 +477,21 @@ def _meet(cpu: bool, timeout: timedelta) -> None:
     except dist.DistError as e:
         if "EADDRINUSE" in str(e) or "address already in use" in str(e):
             raise UserError(
-                f"the port at which the ranks meet, {place}, is in use by another program. Choose another one "
-                "(--port, or MASTER_PORT for another launcher)."
+                f"the port where the ranks meet, {place}, is in use by another program. Choose another (--port, or "
+                "MASTER_PORT with another launcher)."
             ) from e
         raise UserError(
             f"rank {rank} did not meet the other {int(ranks) - 1} at {place} (MASTER_ADDR, MASTER_PORT) within "
-            f"{timeout.total_seconds():g} s (train.collective_timeout_s). Look whether all were started, each with a "
-            "RANK of its own, and whether rank 0's machine can be reached there."
+            f"{timeout.total_seconds():g} s (train.collective_timeout_s). Check that all were started, each with its "
+            "own RANK, and that rank 0's machine can be reached there."
         ) from e
 
 
 def _check_compiler(device: torch.device) -> None:
-    """Raise UserError unless torch.compile works here, before anything long is started."""
+    """Raise UserError unless torch.compile works here, before any long work starts."""
     try:
         torch.compile(lambda x: (x + 1).sin())(torch.zeros(2, device=device))
-    except Exception as e:  # whatever the compiler's trouble is
+    except Exception as e:  # whatever is wrong with the compiler
         reason = str(e).strip().splitlines()[0][:200] if str(e).strip() else type(e).__name__
         raise UserError(
             f"train.compile is on, but torch.compile does not work here ({reason}). On the CPU it needs a C++ compiler "
@@ -502,7 +502,7 @@ def _check_compiler(device: torch.device) -> None:
 def _zero2_engine(policy: nn.Module, optimizer: torch.optim.Optimizer, ranks: int) -> Any:
     """A DeepSpeed engine over the parameters of `optimizer`.
 
-    Bucket sizes and the like are in configs/accelerate/zero2.json. Micro-batches are split by the training loop, so the
+    Bucket sizes and the like are in configs/accelerate/zero2.json. The training loop splits micro-batches, so the
     engine gets one; clipping is set at each step.
     """
     import deepspeed

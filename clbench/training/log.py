@@ -1,6 +1,6 @@
-"""The run's log: log.jsonl always, and the loggers that are asked for (loggers.py).
+"""The run's log: log.jsonl always, and the requested loggers (loggers.py).
 
-The run's folder has loggers.json, under which id each service knows the run.
+loggers.json in the run's folder holds the id by which each service knows the run.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ IDS = "loggers.json"  # logger → the run's id there
 
 
 def wanted_loggers(config: LogConfig) -> dict[str, dict[str, Any]]:
-    """Which loggers beside log.jsonl are asked for, with their settings. Nothing is imported.
+    """Which loggers besides log.jsonl are requested, with their settings. Nothing is imported.
 
     Raises:
-        UserError: there is no logger of that name, or a package that it needs is not installed.
+        UserError: no logger has that name, or a package that it needs is not installed.
     """
     own = registry.OWN["loggers"]
     wanted = {n: asdict(config.wandb) if n == "wandb" else {} for n in own if _is_on(getattr(config, n))}
     known = registry.entries("loggers")
     for name, settings in config.loggers.items():
         if name in own:
-            raise UserError(f"log.loggers.{name}: clbench's own loggers have keys of their own: log.{name}.")
+            raise UserError(f"log.loggers.{name}: clbench's own loggers have separate keys: log.{name}.")
         if name not in known:
             raise UserError(f"log.loggers names '{name}'.{nearest(name, known)}")
         if not (settings is None or isinstance(settings, dict)):
@@ -81,7 +81,7 @@ class RunLog:
                 run = LoggedRun(folder, run_id, identity, config.project, settings, about or {})
                 self._loggers[name] = made(run)
             except Exception as e:  # noqa: BLE001 (a logger that is down must not keep a run from starting)
-                tell(f"warning: {name} cannot be reached ({e}); going on without it.")
+                tell(f"warning: {name} cannot be reached ({e}); continuing without it.")
 
     def event(self, event: str, /, **fields: Any) -> None:
         """Write {"event": …, fields…, "time": seconds since the epoch}."""
@@ -96,7 +96,7 @@ class RunLog:
                 self._try(name, lambda s: s.write(numbers, int(fields.get("total", self._steps))))
 
     def checkpoint(self, k: int, folder: Path) -> None:
-        """Visit k's checkpoint is in `folder`: loggers that were asked to keep it get it."""
+        """Visit k's checkpoint is in `folder`: pass it to loggers that were asked to keep it."""
         for name in list(self._loggers):
             self._try(name, lambda s: s.checkpoint(k, folder))
 
@@ -104,7 +104,7 @@ class RunLog:
         try:
             use(self._loggers[name])
         except Exception as e:  # noqa: BLE001 (a logger that is down must not end the run)
-            tell(f"warning: {name} failed ({e}); going on without it.")
+            tell(f"warning: {name} failed ({e}); continuing without it.")
             del self._loggers[name]
 
     def _write(self, line: bytes) -> None:
@@ -117,22 +117,22 @@ class RunLog:
             ) from e
 
     def flushed(self) -> int:
-        """Bring what was written to the disk; returns the file's length."""
+        """Flush what was written to disk; returns the file's length."""
         os.fsync(self._file.fileno())
         return int(os.fstat(self._file.fileno()).st_size)
 
     def cut(self, length: int | None, last_k: int) -> None:
         """Drop what was written after a checkpoint or training state, when the log had `length` bytes.
 
-        A resumed run writes those events anew. `length` None (saved by an earlier version): events of visits after
-        `last_k` are dropped. A log that is shorter than that has lost lines: a warning says so.
+        A resumed run writes those events again. `length` None (saved by an earlier version): events of visits after
+        `last_k` are dropped. A log that is shorter than `length` has lost lines, which gives a warning.
         """
         path = Path(self._file.name)
         if length is None:
             self._file.close()
             rows = read_jsonl(path)
             if not all(isinstance(r, dict) and isinstance(r.get("k", 0), int) for r in rows):
-                raise UserError(f"{path} holds lines that are no events; move the file away.")
+                raise UserError(f"{path} holds lines that are not events; move the file away.")
             write_jsonl(path, [r for r in rows if r.get("k", 0) <= last_k and r.get("event") != "run_end"])
             self._file = path.open("ab", buffering=0)
             return
@@ -152,7 +152,7 @@ class RunLog:
 
 
 def _plain(value: Any) -> Any:
-    """JSON can hold no NaN: a number that is not finite becomes its name."""
+    """JSON has no NaN: a number that is not finite becomes its name."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
@@ -161,11 +161,11 @@ def _plain(value: Any) -> Any:
 
 
 def _identity(folder: Path, name: str, run_id: str) -> str:
-    """The run's id with a logger: drawn when it starts, so that no two runs share it, and kept for when it goes on."""
+    """The run's id with a logger: drawn when it starts, so that no two runs share it, and kept for when it resumes."""
     path = folder / IDS
     known = read_json(path) if path.is_file() else {}
     if not isinstance(known, dict) or not all(isinstance(v, str) and v.isprintable() for v in known.values()):
-        raise UserError(f"{path} is damaged: it does not hold ids. Remove it, and the run gets new ones.")
+        raise UserError(f"{path} is damaged: it does not hold ids. Remove it to give the run new ones.")
     if name not in known:
         # Earlier versions of clbench logged to W&B under the run's name, from the run's folder.
         known[name] = run_id if name == "wandb" and (folder / "wandb").is_dir() else secrets.token_hex(8)

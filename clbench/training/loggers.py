@@ -1,7 +1,7 @@
-"""Loggers: where a run's numbers go beside log.jsonl. Subclass `Logger` for another one.
+"""Loggers: where a run's numbers go besides log.jsonl. Subclass `Logger` for another one.
 
 An installed package names it in the entry point group `clbench.loggers`, and `log.loggers={NAME: {KEY: VALUE}}` turns
-it on. clbench's own have keys of their own: log.tensorboard, log.wandb, log.trackio.
+it on. clbench's own have separate keys: log.tensorboard, log.wandb, log.trackio.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True)
 class LoggedRun:
-    """What a logger is given of its run.
+    """What a logger is told about its run.
 
     Attributes:
-        folder: the run's, which is there.
+        folder: the run's folder, which exists.
         run_id: the run's name.
-        identity: drawn when the run starts, and kept for when it goes on; "" unless the logger `wants_identity`.
+        identity: drawn when the run starts, and kept for when it resumes; "" unless the logger `wants_identity`.
         project: log.project.
-        settings: the logger's own, as the configuration has them.
+        settings: the logger's own, as in the configuration.
         about: the run's configuration, without secrets.
     """
 
@@ -35,12 +35,12 @@ class LoggedRun:
 
 
 class Logger:
-    """Gets the numbers of steps as they are logged, on rank 0. One that raises is named and left out; the run goes on.
+    """Gets steps' numbers as they are logged, on rank 0. One that raises is reported and dropped; the run continues.
 
-    A run that was stopped makes a new logger when it goes on; steps after its newest saved state come again.
+    A stopped run makes a new logger when it resumes; steps after its newest saved state are logged again.
 
     Attributes:
-        needs: distributions that it needs, as a literal tuple: they are looked for before the run starts.
+        needs: distributions that it needs, as a literal tuple: they are checked before the run starts.
         wants_identity: whether the service tells runs apart by an id that has to be kept (loggers.json).
     """
 
@@ -83,8 +83,8 @@ class TensorBoard(Logger):
 class Wandb(Logger):
     """Weights & Biases.
 
-    It puts links to the user's cache among its files, so they are kept beside the runs' folders and not in them:
-    .loggers/wandb, or where $WANDB_DIR says.
+    It puts links to the user's cache among its files, so they are kept next to the runs' folders and not in them:
+    .loggers/wandb, or in $WANDB_DIR.
     """
 
     needs = ("wandb",)
@@ -120,7 +120,7 @@ class Wandb(Logger):
 
 
 class Trackio(Logger):
-    """trackio, which tells a project's runs apart by their names alone."""
+    """trackio, which distinguishes a project's runs only by name."""
 
     needs = ("trackio",)
     wants_identity = True

@@ -1,10 +1,10 @@
 """The base: a policy trained once on tasks outside the stream, cached and shared by all algorithms and seeds.
 
 A base's folder is named by a hash of everything it depends on: policy section, pretraining section, tasks, and
-the data's fingerprint. A base made with other settings (a smoke run's, say) can never be taken for it.
+the data's fingerprint. A base made with other settings (a smoke run's, say) can never be mistaken for it.
 
-A stream without pretraining tasks, or `policy.init=random`, gives a base of random weights (drawn from pretrain.seed),
-whose normalisation statistics are those of all the stream's demonstrations.
+A stream without pretraining tasks, or `policy.init=random`, gives a base with random weights (drawn from
+pretrain.seed), whose normalisation statistics are those of all the stream's demonstrations.
 """
 
 from __future__ import annotations
@@ -69,14 +69,14 @@ from clbench.training.visits import Trainer
 
 BASE_RECORD = "base.json"
 
-# Settings of acting: they may differ from those a given checkpoint was trained with.
+# Settings for acting: they may differ from those a given checkpoint was trained with.
 ACTING = ("n_action_steps", "num_inference_steps")
 
 
 def base_key(config: Config, data: DataSource) -> dict[str, Any]:
     """Everything a base depends on.
 
-    The fingerprint of a set that clbench did not make leaves its images out: there, the set and its features count too.
+    The fingerprint of a set that clbench did not make omits its images, so for these the set and its features count.
     """
     policy = {k: v for k, v in config.policy.items() if k not in BASE_KEYS}
     origin = ("repo_id", "commit") if data.description.get("repo_id") else ("root",)
@@ -109,32 +109,32 @@ def base_folder(config: Config, data: DataSource) -> Path:
 
 
 def ensure_base(config: Config, backend: Backend, stop: Stop, progress: str = "auto") -> tuple[Path, dict[str, Any]]:
-    """Return the base's folder, training it first when it is not there; and its description for the manifest.
+    """Return the base's folder, training it first if needed, and its description for the manifest.
 
-    A pretraining run that was stopped or killed goes on from its newest state.
+    A pretraining run that was stopped or killed resumes from its newest state.
     """
     trusted.check_start(config.policy)
     if config.policy.get("path"):
         path = named_folder(str(config.policy["path"]), model_root())
         if not (path / "config.json").is_file():
             raise UserError(
-                f"policy.path={path} is no LeRobot checkpoint folder (it has no config.json). A model on a hub has to "
-                "be downloaded first; then give its local folder."
+                f"policy.path={path} is not a LeRobot checkpoint folder (it has no config.json). Download a model from "
+                "a hub first, and give its local folder."
             )
         if (path / "adapter_config.json").is_file():
-            raise UserError(f"policy.path={path} is an adapter over another base; only a whole policy can be a base.")
+            raise UserError(f"policy.path={path} is an adapter over another base; only a full policy can be a base.")
         _check_given(path, config)
         _check_targets(config, _modules_of(path))
         return path.resolve(), {"path": str(path.resolve()), "kind": "given", **identity(path.resolve())}
     random = base_origin(config) == "random"
     tasks, data = (stream_tasks if random else pretraining_tasks)(config.dataset, config.render)
-    own_word = config.policy.get("type") in trusted.given().types  # a configuration of such a type may fetch already
-    if not own_word:  # what is wrong is said before anything is made
+    own_word = config.policy.get("type") in trusted.given().types  # merely configuring such a type may fetch
+    if not own_word:  # report errors before anything is made
         policy_config(dict(config.policy), "cpu")
         _fitted_config(dict(config.policy), _described_features(tasks[0]), "cpu")
     said = False
     folder = base_folder(config, data)
-    if own_word:  # made by this very configuration
+    if own_word:  # made by this same configuration
         trusted.trust_also(folder, _unfinished(folder))
     whole = backend.agree(_is_whole(folder))
     if not whole:
@@ -148,17 +148,17 @@ def ensure_base(config: Config, backend: Backend, stop: Stop, progress: str = "a
             lock_file = (folder.parent / f".{folder.name}.lock").open("a+")
         except OSError as e:
             raise UserError(
-                f"the base cannot be made in {folder.parent}: {e.strerror}. Set CLBENCH_CACHE_ROOT to a folder that "
-                "can be written."
+                f"the base cannot be made in {folder.parent}: {e.strerror}. Set CLBENCH_CACHE_ROOT to a writable "
+                "folder."
             ) from e
         with lock_file as lock, ExitStack() as waiting:
             while not backend.agree(_locked(lock) if backend.is_main else True):
                 if backend.any(bool(stop.reason))[0]:
-                    raise Interrupted("stopped while another run makes the base. The same command goes on from there.")
+                    raise Interrupted("stopped while another run is making the base. The same command continues.")
                 if not said:
-                    say(backend, f"another run makes the base {folder} ({holder(lock.fileno())}); waiting for it")
+                    say(backend, f"another run is making the base {folder} ({holder(lock.fileno())}); waiting for it")
                     so_far = partial(_progress, _unfinished(folder), config.pretrain.steps)
-                    waiting.enter_context(patience("waiting for the base that another run makes", so_far))
+                    waiting.enter_context(patience("waiting for the base that another run is making", so_far))
                 said = True
                 time.sleep(1)
             waiting.close()
@@ -174,38 +174,38 @@ def ensure_base(config: Config, backend: Backend, stop: Stop, progress: str = "a
 
 
 def _unfinished(folder: Path) -> Path:
-    """Where a base is while it is made."""
+    """Where a base is while it is being made."""
     return folder.with_name(f".{folder.name}.training")
 
 
 def _is_littered(folder: Path) -> bool:
-    """Whether there is something to clear away of a pretraining run that was killed after it had made the base."""
+    """Whether a pretraining run that was killed after making the base left something to clean up."""
     return _unfinished(folder).is_dir() and os.access(folder.parent, os.W_OK)
 
 
 def _progress(temporary: Path, steps: int) -> str:
-    """How far another run's pretraining has come, by its log."""
+    """How far another run's pretraining has got, by its log."""
     try:
         with (temporary / LOG_FILE).open("rb") as f:
             f.seek(max(0, f.seek(0, os.SEEK_END) - 4096))
             done = re.findall(rb'"event": "step",.*?"step": (\d+)', f.read())
-    except OSError:  # it has not begun, or has just ended
+    except OSError:  # it has not started, or has just ended
         return ""
     return f"step {int(done[-1]) + 1} of {steps}" if done else ""
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a base is there; a damaged one is named and made again."""
+    """Whether a complete base exists; a damaged one is reported and made again."""
     if not (folder / BASE_RECORD).is_file():
         return False
-    reason = damage(folder) if (folder / DESCRIPTION).is_file() else None  # one of an earlier version has no sums
+    reason = damage(folder) if (folder / DESCRIPTION).is_file() else None  # earlier versions stored no checksums
     if reason is not None:
-        tell(f"warning: the base {folder} is damaged ({reason}); it is made again.")
+        tell(f"warning: the base {folder} is damaged ({reason}); it will be made again.")
     return reason is None
 
 
 def _locked(lock: IO[str]) -> bool:
-    """Lock a file, unless another process has; where a file system has no locks, go on without."""
+    """Lock a file, unless another process has; where a file system has no locks, go without."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -221,20 +221,20 @@ def _check_given(path: Path, config: Config) -> None:
     """The policy section describes the checkpoint it starts from; only what acting needs may differ."""
     stored = read_json(path / "config.json")
     if not isinstance(stored, dict):
-        raise UserError(f"policy.path={path}: its config.json holds no object, so it is no LeRobot checkpoint.")
+        raise UserError(f"policy.path={path}: its config.json is not a JSON object, so it is not a LeRobot checkpoint.")
     for key, value in config.policy.items():
         if key in ("path", *ACTING) or (key in stored and stored[key] == value):
             continue
         raise UserError(
-            f"policy.path={path} has {key} {stored.get(key)!r}, the configuration says {value!r}. Use "
-            f"--model checkpoint, which leaves all to the checkpoint ({', '.join(ACTING)} may be overridden)."
+            f"policy.path={path} has {key} {stored.get(key)!r}, but the configuration says {value!r}. Use "
+            f"--model checkpoint, which takes everything from the checkpoint ({', '.join(ACTING)} may be overridden)."
         )
     drawn, wanted = _images_learned_from(path), {"fidelity": config.render.fidelity, "size": config.render.size}
     if drawn and family(config.dataset.env_type).cameras and drawn != wanted and config.render.mismatch != "allow":
         raise UserError(
-            f"policy.path={path} learned from images drawn {drawn['fidelity']} at {drawn['size']} pixels, and this "
-            f"stream's are drawn {wanted['fidelity']} at {wanted['size']}. Take another base, data drawn like the "
-            "base's, or state render.mismatch=allow."
+            f"policy.path={path} learned from images drawn {drawn['fidelity']} at {drawn['size']} pixels, but this "
+            f"stream's are drawn {wanted['fidelity']} at {wanted['size']}. Use another base, use data drawn like the "
+            "base's, or set render.mismatch=allow."
         )
 
 
@@ -251,9 +251,9 @@ def _images_learned_from(path: Path) -> dict[str, Any] | None:
 
 
 def check_inputs(base: Path, task: Task) -> None:
-    """Raise UserError when a base wants other features than the stream's data has.
+    """Raise UserError if a base needs features that the stream's data do not have.
 
-    Images are compared by name alone: a policy may take any size.
+    Images are compared only by name: a policy may accept any size.
     """
     described = read_json(task.root / "meta" / "info.json")["features"]
     names = all_names(task.features, described)
@@ -264,18 +264,18 @@ def check_inputs(base: Path, task: Task) -> None:
         for key, feature in (wants.get(kind) or {}).items():
             if key not in have:
                 if "empty_camera" not in key:  # LeRobot's name for a camera that is left black
-                    problems.append(f"{key} is not there")
+                    problems.append(f"{key} is missing")
             elif feature["type"] != FeatureType.VISUAL.value and tuple(feature["shape"]) != have[key]:
                 problems.append(f"{key} has shape {have[key]}, not {tuple(feature['shape'])}")
     if problems:
         raise UserError(
-            f"the data in {task.root} is not what the base {base} was trained for: {'; '.join(problems)}. Take data "
-            "with the base's features (dataset.rename gives them its names), or another base."
+            f"the data in {task.root} is not what the base {base} was trained for: {'; '.join(problems)}. Use data "
+            "with the base's features (dataset.rename renames them), or another base."
         )
 
 
 def _fitted_config(section: dict[str, Any], features: dict[str, Any], device: str) -> PreTrainedConfig:
-    """The policy's configuration with the data's features; UserError where it is not valid, or cannot take those."""
+    """The policy's configuration with the data's features; UserError if it is invalid or does not support those."""
     config = policy_config(section, device)
     found = dataset_to_policy_features(features)
     config.output_features = {k: f for k, f in found.items() if f.type is FeatureType.ACTION}
@@ -290,17 +290,17 @@ def _fitted_config(section: dict[str, Any], features: dict[str, Any], device: st
 def _unfit(kind: str, features: dict[str, Any], e: Exception) -> UserError:
     given = ", ".join(f"{k} {tuple(f['shape'])}" for k, f in features.items() if k not in BOOKKEEPING)
     text = " ".join(str(e).split()) or type(e).__name__
-    return UserError(f"policy.type={kind} cannot be made for this stream's data ({given}): {text}")
+    return UserError(f"policy.type={kind} cannot be built for this stream's data ({given}): {text}")
 
 
 def _described_features(task: Task) -> dict[str, Any]:
-    """LeRobot's description of the features that are used of a task's data, by the names they have here."""
+    """LeRobot's description of the features that are used from a task's data, by their names here."""
     described = read_json(task.root / "meta" / "info.json")["features"]
     return {here: described_feature(described[there]) for there, here in all_names(task.features, described).items()}
 
 
 def _check_targets(config: Config, modules: Iterable[str]) -> None:
-    """Raise UserError when a given regular expression of layers names none of the policy's modules."""
+    """Raise UserError if a given regular expression for layers matches none of the policy's modules."""
     names = set(modules)
     patterns = {"algorithm.target_modules": config.algorithm.get("target_modules")}
     if config.lora.enabled or "seqlora" in _names(config):
@@ -312,7 +312,7 @@ def _check_targets(config: Config, modules: Iterable[str]) -> None:
         except re.error as e:
             raise UserError(f"{key} '{pattern}' is not a regular expression: {e}.") from e
         raise UserError(
-            f"{key} '{pattern}' matches no module of the policy. It is compared with whole names, such as "
+            f"{key} '{pattern}' matches no module of the policy. It must match full names, such as "
             f"{', '.join(sorted(names, key=lambda n: (-n.count('.'), n))[:3])}."
         )
 
@@ -323,7 +323,7 @@ def _names(config: Config) -> list[str]:
 
 
 def _modules_of(base: Path) -> set[str]:
-    """Names of the modules that have weights in a policy's folder, and of those that hold them."""
+    """Names of the modules that have weights in a policy's folder, and of their parent modules."""
     names = tensor_shapes(base / "model.safetensors")
     return {".".join(parts[:n]) for parts in (name.split(".") for name in names) for n in range(1, len(parts))}
 
@@ -337,7 +337,7 @@ def new_policy(section: dict[str, Any], frames: StreamFrames, device: str, seed:
             policy = get_policy_class(config.type)(config)  # type: ignore[call-arg]
         policy.to(device)
         pre, post = make_pre_post_processors(config, dataset_stats=frame_statistics(frames))
-    except Exception as e:  # LeRobot's policies raise anything for what they cannot take
+    except Exception as e:  # LeRobot's policies raise all kinds of errors for unsupported features
         if shortage(e) is not None:  # of memory, say
             raise
         raise _unfit(config.type, features, e) from e
@@ -386,7 +386,7 @@ def _pretrain(
     def start() -> tuple[LoadedPolicy, StreamFrames]:
         device = pick_device(config.train.device)
         frames = StreamFrames([tuple(tasks)], policy_config(dict(config.policy), device))
-        with patience("making the base's policy"):
+        with patience("building the base policy"):
             loaded = new_policy(dict(config.policy), frames, device, config.pretrain.seed)
         _check_targets(config, (name for name, _ in loaded.policy.named_modules()))
         say(backend, f"{what} → {folder}")
@@ -394,7 +394,7 @@ def _pretrain(
 
     trainer = Trainer(
         _as_run(config, progress), CLAlgorithm(None), stream, temporary, folder.name, backend, folder, keeper, stop,
-        start=start, again="The same command goes on from there.", place="in pretraining",
+        start=start, again="The same command continues from there.", place="in pretraining",
     )  # fmt: skip
     if position.step:
         say(backend, f"{what}, from step {position.step} on → {folder}")
@@ -429,13 +429,13 @@ def _draw(
     stop: Stop,
     progress: str,
 ) -> None:
-    """Make a base of random weights."""
+    """Make a base with random weights."""
     why = "" if config.dataset.pretrain is not None else f": {config.dataset.name} has no pretraining tasks"
     say(backend, f"the base's weights are random{why} (policy.path=FOLDER starts from a checkpoint) → {folder}")
     if backend.is_main:
         began = time.monotonic()
         frames = StreamFrames([tuple(tasks)], policy_config(dict(config.policy), "cpu"))
-        with patience("making the base's policy"):
+        with patience("building the base policy"):
             loaded = new_policy(dict(config.policy), frames, "cpu", config.pretrain.seed)
 
         def fill_base(base: Path) -> dict[str, Any]:
@@ -452,7 +452,7 @@ def _draw(
 def _describe(
     base: Path, config: Config, tasks: list[Task], data: DataSource, *, seconds: float, parameters: int
 ) -> None:
-    """Write what a base is, beside it."""
+    """Write the description of a base next to it."""
     described = {
         **base_key(config, data),
         "seconds": seconds,
@@ -464,7 +464,7 @@ def _describe(
 
 
 def _as_run(config: Config, progress: str) -> Config:
-    """The configuration of a pretraining run: the run's, with what `pretrain` says in the place of `train`."""
+    """The configuration of a pretraining run: the run's, with `pretrain` in place of `train`."""
     p, t = config.pretrain, config.train
     train = TrainConfig(
         steps=p.steps, batch_size=p.batch_size, optimizer=p.optimizer, log_every=p.log_every,
@@ -475,13 +475,13 @@ def _as_run(config: Config, progress: str) -> Config:
 
 
 def _position(temporary: Path, keeper: StateKeeper) -> Position:
-    """Where a pretraining run stands: at its newest whole state, or done."""
+    """How far a pretraining run has got: at its newest complete state, or done."""
     done = checkpoint_folder(temporary, 0)
     if (done / DESCRIPTION).is_file() and damage(done) is None:
         return Position(1, done)
     found = keeper.newest(0)
     if found is not None and "total_steps" not in load_state(found.source, "training"):  # type: ignore[arg-type]
-        tell(f"note: {found.source} is of an earlier version of clbench; the pretraining starts again.")
+        tell(f"note: {found.source} is from an earlier version of clbench; pretraining starts again.")
         return Position()
     return found or Position()
 

@@ -1,4 +1,4 @@
-"""A live line that names task, phase, step, loss and time left: a bar on a terminal, a line now and then elsewhere."""
+"""A live line with task, phase, step, loss and time left: a bar on a terminal, occasional lines elsewhere."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Progress:
             self._bar = tqdm(total=steps, initial=start, desc=printable(title), unit="step", leave=False)
 
     def update(self, step: int, loss: float | None) -> None:
-        """Say that `step` steps are done."""
+        """Report that `step` steps are done."""
         text = "" if loss is None else f"loss {loss:.4f}"
         if self._bar is not None:
             self._bar.update(step - self.done)
@@ -43,7 +43,7 @@ class Progress:
             )
 
     def each[T](self, items: Iterable[T], start: int) -> Generator[tuple[int, T]]:
-        """Number `items` from `start` on, as enumerate does; says so when one, or what is done with it, takes long."""
+        """Number `items` from `start` on, like enumerate; reports when one, or the work on it, takes long."""
         if self.mode == "quiet":
             yield from enumerate(items, start)
             return

@@ -1,4 +1,4 @@
-"""Between two steps: save a training state when it is time, on all ranks together."""
+"""Between two steps: save a training state when it is due, on all ranks together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from clbench.patience import patience
 from clbench.stopping import Stop
 from clbench.training.backend import Backend
 
-OptimizerState = dict[str, Any] | None  # an optimizer's whole state; None without an optimizer
+OptimizerState = dict[str, Any] | None  # an optimizer's full state; None without an optimizer
 
 
 def same_on_all(position: Position, backend: Backend) -> Position:
@@ -33,13 +33,13 @@ def save_if_due(
     size: Callable[[OptimizerState], int],
     every: int | None = None,
 ) -> bool:
-    """Save when a state is due or a stop was asked for; returns whether to stop, the same on every rank.
+    """Save when a state is due or a stop was requested; returns whether to stop, the same on every rank.
 
     Args:
-        place: visit, phase, and steps done of it.
+        place: visit, phase, and steps done in it.
         fill: writes a state's files into a folder and returns what else describes it.
-        size: about how many bytes that takes.
-        every: steps of this phase between states; None = as the run says for all phases.
+        size: approximate bytes that this takes.
+        every: steps of this phase between states; None = the run's setting for all phases.
     """
     due = backend.is_main and keeper.due(total_steps, place[2], every)
     stopping, due = backend.any(bool(stop.reason), due)
