@@ -423,7 +423,7 @@ def test_records_have_the_seeds_of_their_evaluation(run_folder: Path, split: str
     other_one = {**json.loads(rows[2]), "success_once": not json.loads(rows[2])["success_once"]}
     write(cell, good + json.dumps(other_one) + "\n")
     for read in both_readers(run_folder, 1, 2):
-        with pytest.raises(UserError, match="episode 2 is recorded twice, and not alike"):
+        with pytest.raises(UserError, match="episode 2 is recorded twice, with different results"):
             read()
     write(cell, good + rows[2])  # alike: it is one episode
     assert load_record(run_folder).episodes[1, 2] == 8  # type: ignore[index]

@@ -104,15 +104,15 @@ def rewrite(place: str, to: bytes) -> Callable[[list[tuple[tarfile.TarInfo, byte
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (add("../one/manifest.json"), "which no file of packed results has"),
-        (add("one/../../manifest.json"), "which no file of packed results has"),
-        (add("/one/manifest.json"), "which no file of packed results has"),
-        (add("one/checkpoints/x.json"), "which no file of packed results has"),
-        (add("one/eval/link.json", tarfile.SYMTYPE), "which no file of packed results has"),
+        (add("../one/manifest.json"), "which does not belong in packed results"),
+        (add("one/../../manifest.json"), "which does not belong in packed results"),
+        (add("/one/manifest.json"), "which does not belong in packed results"),
+        (add("one/checkpoints/x.json"), "which does not belong in packed results"),
+        (add("one/eval/link.json", tarfile.SYMTYPE), "which does not belong in packed results"),
         (add("one/eval/more.json"), "is damaged: its members are not those that were packed"),
         (add("three/manifest.json"), "is damaged: its members are not those that were packed"),
         (rewrite("one/manifest.json", b"{}"), "is damaged: its members are not those that were packed"),
-        (rewrite(INDEX, b"[]"), "has no proper results.json"),
+        (rewrite(INDEX, b"[]"), "has no valid results.json"),
         (rewrite(INDEX, json.dumps({"format": 2, "runs": [], "sha256": {}}).encode()), "has format 2"),
     ],
 )
@@ -130,11 +130,11 @@ def test_mistakes_are_named(runs: list[Path], tmp_path: Path) -> None:
     file = tmp_path / "r.tar.xz"
     pack(runs, file)
     unpack(file, tmp_path / "there")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         unpack(file, tmp_path / "there")
     with pytest.raises(UserError, match=r"ends with \.tar\.xz"):
         pack(runs, tmp_path / "r.zip")
-    with pytest.raises(UserError, match="is no evaluated run"):
+    with pytest.raises(UserError, match="is not an evaluated run"):
         pack([tmp_path], file)
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(UserError, match="is damaged"):

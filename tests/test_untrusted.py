@@ -431,7 +431,7 @@ def test_episode_records_are_checked(tmp_path: Path, row: dict[str, Any]) -> Non
     path = tmp_path / "cells/k00_j00.jsonl"
     path.parent.mkdir()
     path.write_text(json.dumps(row) + "\n")
-    with pytest.raises(UserError, match="no episode record"):
+    with pytest.raises(UserError, match="not an episode record"):
         CellFile(tmp_path, 0, 0)
 
 

@@ -1,11 +1,11 @@
-"""Learning curves, and matrices within tasks: playing the weights that training kept (checkpoints/kept.py).
+"""Learning curves, and matrices within tasks, from the weights that training kept (checkpoints/kept.py).
 
     eval/curves/k00.json            {"k", "task", "fractions", "steps", "success", "episodes", "split", "criterion"}
     eval/curves/task_00/            its episodes: cells/k03_j00.jsonl is point 3; settings.json as in an eval folder
     eval/steps/step_000100/         an eval folder: row k is visit k after 100 of its steps
 
 Points 0 and the last are the checkpoints before and after the task, played with the method's evaluation view. Those
-between are the policy as it trains: what a method chooses or masks by at test time is not there yet.
+in between are the policy as it trains: what a method chooses or masks at test time does not exist yet.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ FOLLOW_S = 1.0  # between looks at a training run for new weights
 
 @dataclass(frozen=True)
 class CurveState:
-    """How far a task's learning curve is.
+    """How complete a task's learning curve is.
 
     Attributes:
-        played: of its `points`, how many have all their episodes.
-        absent: steps of those whose weights are not there, yet or any more.
+        played: how many of its `points` have all their episodes.
+        absent: steps of incomplete points whose weights do not exist, yet or any more.
     """
 
     k: int
@@ -54,13 +54,13 @@ class CurveState:
 def play_curves(
     folder: Path, config: Config, stop: Stop, output: Path | None = None, progress: bool = True
 ) -> list[CurveState]:
-    """Play the missing episodes of all points whose weights are there; write the curves that are complete.
+    """Play the missing episodes of all points whose weights exist; write the curves that are complete.
 
-    Weights that are not needed any more are removed (all but those that train.keep_weights_every_steps asks for).
+    Weights that are no longer needed are removed (all but those that train.keep_weights_every_steps keeps).
 
     Raises:
-        UserError: the run keeps no weights within its tasks, records of another setting are in the way, another process
-            plays these curves, or episodes were given up.
+        UserError: the run keeps no weights within its tasks, records with other settings are in the way, another
+            process measures these curves, or episodes were abandoned.
         Interrupted: a signal asked to stop; finished episodes are kept.
     """
     manifest = playable(folder)
@@ -70,7 +70,7 @@ def play_curves(
     failed: list[tuple[Path, dict[str, Any]]] = []
     with ExitStack() as stack:
         stack.enter_context(held(whole, "curves"))
-        for left in (whole / FOLDER).rglob(".*.tmp"):  # of one that was killed while it wrote a file
+        for left in (whole / FOLDER).rglob(".*.tmp"):  # from a process that was killed while it wrote a file
             left.unlink()
         for k in range(len(manifest["checkpoints"])):
             points = read_points(folder, k)
@@ -92,7 +92,7 @@ def _play_curve(
     stop: Stop,
     failed: list[tuple[Path, dict[str, Any]]],
 ) -> CurveState:
-    """One visit's curve; `failed` collects what was given up."""
+    """One visit's curve; `failed` collects what was abandoned."""
     e, column = config.eval, manifest["visits"][k]
     out = curves / f"task_{k:02d}"
     rows = Kept(folder, manifest, [(k, step) for step in points], {k: points[-1]})
@@ -134,9 +134,9 @@ def _play_curve(
 def follow_curves(
     folder: Path, config: Config, stop: Stop, output: Path | None = None, progress: bool = True
 ) -> list[CurveState]:
-    """Play learning curves beside a training run, as it keeps weights, until all are complete; as `play_curves`.
+    """Measure learning curves alongside a training run, as it keeps weights, until all are complete; as `play_curves`.
 
-    Raises UserError also when the training is complete and weights that are still needed are not there.
+    Also raises UserError when training is complete but weights that are still needed are missing.
     """
     visits, said = len(playable(folder)["checkpoints"]), ""
     while True:
@@ -148,8 +148,8 @@ def follow_curves(
             said = text
         if len(states) == visits and all(s.played == s.points for s in states):
             return states
-        if trained:  # before all was looked at: nothing more will come
-            raise UserError(f"{text}, and no weights of the others are there: {_without_weights(states, visits)}.")
+        if trained:  # before the curves were checked: nothing more will come
+            raise UserError(f"{text}; the weights of the others do not exist: {_without_weights(states, visits)}.")
         stop.check("Finished episodes are kept.")
         time.sleep(FOLLOW_S)
 
@@ -162,18 +162,18 @@ def _without_weights(states: list[CurveState], visits: int) -> str:
 
 def summary(states: list[CurveState]) -> str:
     points = sum(s.points for s in states)
-    return f"learning curves: {sum(s.played for s in states)} of {points} points of {len(states)} tasks are played"
+    return f"learning curves: {sum(s.played for s in states)} of {points} points of {len(states)} tasks are measured"
 
 
 def check_has_curves(folder: Path, config: Config) -> None:
-    """Raise UserError for a run that has no learning curves to play."""
+    """Raise UserError for a run that has no learning curves to measure."""
     manifest = playable(folder)
     if manifest["mode"] == "multitask":
         raise UserError(f"run {folder.name} was trained jointly: no task has a learning curve of its own.")
     planned = any(read_points(folder, k) for k in range(len(manifest["checkpoints"])))
     if not planned and config.train.eval_during_training is None:
         raise UserError(
-            f"run {folder.name} kept no weights within its tasks, so there is no learning curve to play: train with "
+            f"run {folder.name} kept no weights within its tasks, so there is no learning curve to measure: train with "
             "train.eval_during_training=10 (or train.keep_weights_every_steps=N)."
         )
 
@@ -181,10 +181,10 @@ def check_has_curves(folder: Path, config: Config) -> None:
 def evaluate_step(
     folder: Path, config: Config, step: int, stop: Stop, output: Path | None = None, progress: bool = True
 ) -> tuple[dict[str, Any], Path]:
-    """Play the matrix whose row k is visit k after `step` of its steps; returns it and where it is.
+    """Play the matrix whose row k is visit k after `step` of its steps; returns it and its path.
 
     Raises:
-        UserError: those weights were not kept, for the first tasks and all later ones that are trained; as `evaluate`.
+        UserError: those weights were not kept for every task that is trained; as `evaluate`.
         Interrupted: a signal asked to stop; finished episodes are kept.
     """
     manifest, e = playable(folder), config.eval

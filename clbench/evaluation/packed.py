@@ -1,12 +1,12 @@
-"""Packed results: what runs recorded, in one small file, without weights; for archives, pages and other machines.
+"""Packed results: the records of runs in one small file, without weights; for archives, pages and other machines.
 
 A .tar.xz file, the same bytes for the same runs:
 
     results.json          {"format": 1, "clbench": version, "runs": [names], "sha256": {member: its sum}}
-    RUN/manifest.json     as in the run's folder, and so config.yaml, log.jsonl, and all JSON below eval/
+    RUN/manifest.json     as in the run's folder; likewise config.yaml, log.jsonl, and all JSON below eval/
 
-Paths of the machine in them are written as what they lie in: results/RUN, data/NAME, bases/NAME. `clbench metrics` and
-`clbench report` read such a file in the place of run folders. Reading checks names, sizes and sums, and runs nothing.
+The machine's own paths in them are replaced by results/RUN, data/NAME, bases/NAME. `clbench metrics` and `clbench
+report` read such a file in place of run folders. Reading checks names, sizes and checksums, and runs nothing.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ def pack(runs: Sequence[Path], file: Path) -> int:
     """Write the records of some evaluated runs into `file`; returns its size in bytes.
 
     Raises:
-        UserError: a folder is no evaluated run, two have one name, or the file cannot be written.
+        UserError: a folder is not an evaluated run, two have the same name, or the file cannot be written.
     """
     if not file.name.endswith(SUFFIX):
-        raise UserError(f"{file}: the name of a file of packed results ends with {SUFFIX}.")
+        raise UserError(f"{file}: the name of a file of packed results must end with {SUFFIX}.")
     if len({run.name for run in runs}) < len(runs):
-        raise UserError("two of the runs have one name: a file of packed results tells them apart by it.")
+        raise UserError("two of the runs have the same name: a file of packed results tells runs apart by name.")
     members: dict[str, bytes] = {}
     for run in runs:
         if not (run / "manifest.json").is_file() or not (run / "eval" / "matrix.json").is_file():
-            raise UserError(f"{run} is no evaluated run: manifest.json or eval/matrix.json is missing.")
+            raise UserError(f"{run} is not an evaluated run: manifest.json or eval/matrix.json is missing.")
         refuse_links(run)
         for path in sorted(p for p in run.rglob("*") if p.is_file()):
             name = f"{run.name}/{path.relative_to(run).as_posix()}"
@@ -67,7 +67,7 @@ def pack(runs: Sequence[Path], file: Path) -> int:
 
 
 def _without_places(data: bytes, run: Path) -> bytes:
-    """A file's text with this machine's folders replaced by what they hold."""
+    """A file's text with this machine's folders replaced by neutral names."""
     text = data.decode("utf-8", "replace")
     folders = {
         run.parent.resolve(): "results", results_root().resolve(): "results", data_root().resolve(): "data",
@@ -83,7 +83,7 @@ def unpack(file: Path, folder: Path) -> list[Path]:
     """Write the runs of a file of packed results into `folder`; returns their folders.
 
     Raises:
-        UserError: it is no such file, damaged, too large, or a run of one of its names is there already.
+        UserError: it is not such a file, damaged, too large, or a run with one of its names exists already.
     """
     found: dict[str, bytes] = {}
     total = 0
@@ -96,16 +96,16 @@ def unpack(file: Path, folder: Path) -> list[Path]:
                 parts = PurePosixPath(member.name).parts
                 good = member.isreg() and not member.issparse() and not any(p in ("..", ".") for p in parts)
                 if not good or not (member.name == INDEX or MEMBER.fullmatch(member.name)) or member.name in found:
-                    raise UserError(f"{file} holds {member.name!r}, which no file of packed results has.")
+                    raise UserError(f"{file} holds {member.name!r}, which does not belong in packed results.")
                 stream = tar.extractfile(member)
                 assert stream is not None  # it is a regular file
                 found[member.name] = stream.read()
     except (tarfile.TarError, lzma.LZMAError, EOFError) as e:
-        raise UserError(f"{file} is no file of packed results, or it is damaged: {e}.") from e
+        raise UserError(f"{file} is not a file of packed results, or it is damaged: {e}.") from e
     names = _check_index(file, found)
     for name in names:
         if (folder / name).exists():
-            raise UserError(f"{folder / name} is there already: unpack {file.name} into another folder.")
+            raise UserError(f"{folder / name} exists already: unpack {file.name} into another folder.")
     for name, data in found.items():
         if name != INDEX:
             write_bytes(folder / name, data)
@@ -113,12 +113,12 @@ def unpack(file: Path, folder: Path) -> list[Path]:
 
 
 def _check_index(file: Path, found: dict[str, bytes]) -> list[str]:
-    """The names of the runs; UserError where the members are not those that were packed."""
+    """The names of the runs; UserError if the members are not those that were packed."""
     try:
         index = parse_json(found[INDEX].decode())
         version, names, sums = index["format"], index["runs"], index["sha256"]
     except (KeyError, TypeError, ValueError, RecursionError) as e:
-        raise UserError(f"{file} is no file of packed results: it has no proper {INDEX}.") from e
+        raise UserError(f"{file} is not a file of packed results: it has no valid {INDEX}.") from e
     if version != FORMAT:
         raise UserError(f"{file} has format {version!r}; this version of clbench reads format {FORMAT}.")
     have = {name: hashlib.sha256(data).hexdigest() for name, data in found.items() if name != INDEX}
@@ -135,7 +135,7 @@ def is_packed(path: Path | str) -> bool:
 
 @contextmanager
 def unpacked(paths: Sequence[Path]) -> Iterator[list[Path]]:
-    """The same paths, with the runs of packed files in the files' places: in a temporary folder, inside the block."""
+    """The same paths, with packed files replaced by their runs, in a temporary folder inside the block."""
     with ExitStack() as stack:
         found: list[Path] = []
         for path in paths:

@@ -1,7 +1,7 @@
-"""Evaluation processes and the jobs they share out: a process that is lost is replaced, its episodes are played again.
+"""Evaluation processes and the jobs they share: a lost process is replaced, and its episodes are played again.
 
-An episode's outcome depends on the checkpoint, the task and its seed alone, so playing it again changes nothing. Each
-process has a pipe of its own: one that is killed while it sends or receives stops no other.
+An episode's outcome depends only on the checkpoint, the task and its seed, so playing it again changes nothing. Each
+process has its own pipe: one that is killed while it sends or receives stops no other.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from clbench.stopping import Stop, how_ended
 from clbench.terminal import printable, tell
 
 POLL_S = 0.5
-END_S = 2.0  # for a process to end by itself, or after it was killed
+END_S = 2.0  # for a process to exit by itself, or after it was killed
 MAKE_FACTOR = 10  # building a simulator may import, compile or load from a slow disk
 
 Cell = tuple[int, int]  # k, j
@@ -45,7 +45,7 @@ class _Worker:
     left: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)  # (j, episode): not recorded yet
     count: int = 0
     stuck_s: float = 0.0
-    slot: IO[bytes] | None = None  # what it runs in, when it is one more than `workers`
+    slot: IO[bytes] | None = None  # the slot it runs in, if it is one more than `workers`
 
     def call(self) -> tuple[dict[str, Any], str] | None:
         """The episode whose simulator is being called, or was when the process ended, and which call it is."""
@@ -56,11 +56,11 @@ class _Worker:
 
 
 class WorkerPool:
-    """Plays jobs. `record` gets every finished episode's row; `failed` has the cells that were given up, and why.
+    """Plays jobs. `record` gets every finished episode's row; `failed` has the abandoned cells, and why.
 
     Args:
-        workers: processes at most, and one more for each slot that a sweep has free (slots.py).
-        stop: asked between messages.
+        workers: maximum number of processes, plus one for each slot that a sweep has free (slots.py).
+        stop: checked between messages.
     """
 
     def __init__(
@@ -79,13 +79,13 @@ class WorkerPool:
         self.tries: Counter[Cell] = Counter()
         self.failed: dict[Cell, dict[str, Any]] = {}
         self.slots = Slots.shared()
-        self.lost = 0  # processes that ended outside simulators since the last finished episode
+        self.lost = 0  # processes that died outside simulators since the last finished episode
 
     def play(self) -> None:
         """Play all jobs.
 
         Raises:
-            UserError: a process failed for another reason than its simulators, or a record cannot be written.
+            UserError: a process failed for a reason other than its simulators, or a record cannot be written.
             Interrupted: a signal asked to stop.
         """
         before = time.monotonic()
@@ -96,11 +96,11 @@ class WorkerPool:
                 for pipe in wait([w.pipe for w in self.running], timeout=POLL_S):
                     self._read(next(w for w in self.running if w.pipe is pipe))
                 now = time.monotonic()
-                self._look_after(min(now - before, 2 * POLL_S))  # more: this process was suspended, as were they
+                self._look_after(min(now - before, 2 * POLL_S))  # if more, all processes were suspended
                 before = now
         except Interrupted:
             for w in self.running:
-                self._read(w)  # what they have finished meanwhile
+                self._read(w)  # what they have finished in the meantime
             raise
         finally:
             self._end()
@@ -115,7 +115,7 @@ class WorkerPool:
                     w.left = {(e["j"], e["episode"]): e for e in episodes}
                     self._send(w, w.job)
         for w in list(self.running):
-            if w.ready and w.slot is not None:  # nothing is left for it
+            if w.ready and w.slot is not None:  # nothing is left for it to do
                 self.running.remove(w)
                 self._send(w, None)
                 self._close(w)
@@ -130,11 +130,11 @@ class WorkerPool:
     def _send(self, w: _Worker, job: Job | None) -> None:
         try:
             w.pipe.send(job)
-        except OSError:  # it is dead: _look_after will see it
+        except OSError:  # it is dead: _look_after will notice
             w.stuck_s = 0.0
 
     def _read(self, w: _Worker) -> None:
-        """Take all messages that a process has sent."""
+        """Receive all messages that a process has sent."""
         try:
             while w.pipe.poll():
                 self._take(w, w.pipe.recv())
@@ -161,7 +161,7 @@ class WorkerPool:
             raise UserError(f"an evaluation process failed: {message[1].rstrip('.')}. Finished episodes are kept.")
 
     def _done(self, w: _Worker) -> None:
-        """A job has ended, or its process has: what is left of it becomes a job again."""
+        """A job or its process has ended: what is left of the job is queued again."""
         if w.job is not None:
             left = tuple(e for (j, _), e in w.left.items() if (w.job.k, j) not in self.failed)
             if left:
@@ -169,7 +169,7 @@ class WorkerPool:
         w.job, w.left = None, {}
 
     def _failed(self, k: int, episode: dict[str, Any], reason: str) -> None:
-        """An episode failed through its simulator: it is played again, or its cell is given up."""
+        """An episode failed because of its simulator: it is played again, or its cell is abandoned."""
         j = episode["j"]
         self.tries[k, j] += 1
         tries = self.tries[k, j]
@@ -177,7 +177,7 @@ class WorkerPool:
         if tries <= self.retries:
             _note(f"{where}: {reason}; playing it again (retry {tries} of {self.retries})")
         elif (k, j) not in self.failed:
-            _note(f"{where}: {reason}; giving this cell up")
+            _note(f"{where}: {reason}; giving up on this cell")
             self.failed[k, j] = {
                 "k": k,
                 "j": j,
@@ -208,7 +208,7 @@ class WorkerPool:
                 self._lose(w, f"did not return within {limit_s:g} s")
 
     def _lose(self, w: _Worker, how: str) -> None:
-        """A process is gone: blame the simulator it was in, if any."""
+        """A process is gone: blame the simulator that it was calling, if any."""
         self.running.remove(w)
         call = w.call()
         if call is not None and w.job is not None:
@@ -231,7 +231,7 @@ class WorkerPool:
             w.slot.close()
 
     def _end(self) -> None:
-        """End all processes; those that do not do so by themselves are killed."""
+        """End all processes; those that do not exit by themselves are killed."""
         for w in self.running:
             if w.ready:
                 self._send(w, None)
@@ -255,9 +255,9 @@ def _start(settings: Settings, slot: IO[bytes] | None = None) -> _Worker:
         process = start(work, settings, fds=[there.fileno(), memory], threads=settings.threads)
     finally:
         os.close(memory)
-        there.close()  # else the pipe would not end with the process
+        there.close()  # else the pipe would outlive the process
     return _Worker(process, here, beat, slot=slot)
 
 
 def _note(text: str) -> None:
-    tqdm.write(printable(f"note: {text}"), file=sys.stderr)  # beside the progress bar
+    tqdm.write(printable(f"note: {text}"), file=sys.stderr)  # without breaking the progress bar

@@ -1,9 +1,9 @@
 """Episode records on disk, and the matrix derived from them. Imports no torch.
 
 eval/cells/k00_j03.jsonl holds the episodes of checkpoint k on task j; base_j03 and random_j03 those of the base and
-of random actions. A file has one writer; it is appended to while episodes end and sorted when its cell is done.
-Every record says its cell and seed: one that stands in another cell's file is an error (`check_cell`).
-eval/failures.json lists the cells that were given up; there is none when there are none.
+of random actions. A file has one writer, which appends as episodes end and sorts it when its cell is done.
+Every record states its cell and seed: a record in another cell's file is an error (`check_cell`).
+eval/failures.json lists the abandoned cells; it exists only if there are any.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ BASE, RANDOM = -1, -2  # row numbers of the base and of random actions
 TEST, VALIDATION = "test", "validation"  # eval.split
 EPISODE_SEEDS = "episode_seeds"  # key of settings.json and of a matrix's "run": the rule's name
 SIMULATORS = "simulators"  # key of settings.json: environment type → {package: version} behind the episodes
-EARLIER, UNKNOWN = "earlier_simulators", "unknown"  # key and value, where episodes are older than that key
+EARLIER, UNKNOWN = "earlier_simulators", "unknown"  # key and value, if episodes are older than that key
 
 
 def eval_folder(run: Path, split: str = TEST) -> Path:
-    """Where the episodes of a split are below a run's folder: eval, or eval/validation, so that they never mix."""
+    """Where a split's episodes are in a run's folder: eval, or eval/validation, so that they never mix."""
     return run / "eval" if split == TEST else run / "eval" / split
 
 
@@ -46,16 +46,16 @@ def _is_record(row: Any) -> bool:
 def check_cell(
     path: Path, rows: Iterable[Mapping[str, Any]], k: int, j: int, seeds: EpisodeSeeds | None = None
 ) -> None:
-    """Raise UserError where records in the file of cell (k, j) are of another cell or other episodes.
+    """Raise UserError if records in the file of cell (k, j) belong to another cell or other episodes.
 
-    What a record does not say is not compared. `seeds`: null = not known.
+    What a record does not state is not compared. `seeds`: null = not known.
     """
-    remedy = "Move the file away; an evaluation plays the cell again."
+    remedy = "Move the file away; an evaluation will play the cell again."
     found: dict[int, tuple[Any, ...]] = {}
     for row in rows:
         if (row.get("k", k), row.get("j", j)) != (k, j):
             raise UserError(
-                f"{path} holds records of another cell (k={shown(row.get('k'))}, j={shown(row.get('j'))}): they stand "
+                f"{path} holds records of another cell (k={shown(row.get('k'))}, j={shown(row.get('j'))}): they are "
                 f"in the wrong place. {remedy}"
             )
         episode = row.get("episode")
@@ -63,16 +63,16 @@ def check_cell(
             continue
         if seeds is not None and row.get("seed", seeds.of(episode)) != seeds.of(episode):
             raise UserError(
-                f"{path}: episode {episode} has the seed {shown(row['seed'])}, and in this evaluation it has "
-                f"{seeds.of(episode)} ({seeds.split} episodes, eval.seed={seeds.seed}): it is of another one. {remedy}"
+                f"{path}: episode {episode} has the seed {shown(row['seed'])}, but in this evaluation its seed is "
+                f"{seeds.of(episode)} ({seeds.split} episodes, eval.seed={seeds.seed}). {remedy}"
             )
         outcome = tuple(row.get(key) for key in ("seed", "success_once", "success_at_end"))
         if found.setdefault(episode, outcome) != outcome:
-            raise UserError(f"{path}: episode {episode} is recorded twice, and not alike. {remedy}")
+            raise UserError(f"{path}: episode {episode} is recorded twice, with different results. {remedy}")
 
 
 class CellFile:
-    """The records of one cell: what is there, and appending to it. UserError for records of another one."""
+    """Reads and appends to the records of one cell. UserError for records of another cell."""
 
     def __init__(self, folder: Path, k: int, j: int, seeds: EpisodeSeeds | None = None) -> None:
         self.k, self.j = k, j
@@ -83,17 +83,17 @@ class CellFile:
             self._repaired = not read_bytes(self.path).endswith(b"\n")
             rows = read_jsonl(self.path)
             if not all(map(_is_record, rows)):
-                raise UserError(f"{self.path} holds a line that is no episode record; move the file away.")
+                raise UserError(f"{self.path} holds a line that is not an episode record; move the file away.")
             check_cell(self.path, rows, k, j, seeds)
             self.rows = {row["episode"]: row for row in rows}
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add one episode, so that it outlives this process and the machine's.
+        """Add one episode, so that it survives the death of this process and of the machine.
 
         Raises UserError when it cannot be written, for example on a full disk.
         """
         self.rows[row["episode"]] = row
-        if self._repaired:  # a torn last line: rewrite instead of appending behind it
+        if self._repaired:  # a torn last line: rewrite instead of appending after it
             self.sort()
             return
         try:
@@ -109,7 +109,7 @@ class CellFile:
             ) from e
 
     def sort(self) -> None:
-        """Rewrite the file in the order of episodes; a cell without any gets none."""
+        """Rewrite the file in the order of episodes; a cell without episodes gets no file."""
         if not self.rows:
             return
         self._repaired = False
@@ -119,7 +119,7 @@ class CellFile:
 def counted(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Episodes 0, 1, … up to the first that is missing, in that order.
 
-    Those behind a gap are of an evaluation that did not end. Which ones it has depends on their outcome (a success ends
+    Those after a gap come from an unfinished evaluation. Which ones it has depends on their outcome (a success ends
     sooner, a failing simulator never), so they do not count until it is continued.
     """
     by_number = {row["episode"]: row for row in rows}
@@ -130,9 +130,9 @@ def counted(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def read_failures(folder: Path, tasks: Sequence[str]) -> dict[tuple[int, int], dict[str, Any]]:
-    """(k, j) → what failures.json of an eval folder says of a cell that was given up: episode, reason, attempts.
+    """(k, j) → what failures.json of an eval folder says about an abandoned cell: episode, reason, attempts.
 
-    Raises UserError when the file is damaged, or is of other tasks than the columns `tasks`.
+    Raises UserError when the file is damaged, or is for tasks other than the columns `tasks`.
     """
     path = folder / "failures.json"
     if not path.is_file():
@@ -141,13 +141,13 @@ def read_failures(folder: Path, tasks: Sequence[str]) -> dict[tuple[int, int], d
     if not isinstance(listed, list) or not all(
         isinstance(f, dict) and isinstance(f.get("k"), int) and isinstance(f.get("j"), int) for f in listed
     ):
-        raise UserError(f"{path} is no list of cells; move the file away.")
+        raise UserError(f"{path} is not a list of cells; move the file away.")
     for f in listed:
         j = f["j"]
         if not 0 <= j < len(tasks) or f.get("task", tasks[j]) != tasks[j]:
             raise UserError(
                 f"{path} names a task j={shown(j)} ({shown(f.get('task'))}) that the matrix there does not have: it is "
-                "of another evaluation. Move the file away."
+                "from another evaluation. Move the file away."
             )
     return {(f["k"], f["j"]): f for f in listed}
 
@@ -163,12 +163,12 @@ def read_simulators(folder: Path) -> dict[str, dict[str, str]]:
     if not isinstance(found, dict) or not all(
         isinstance(v, dict) and all(isinstance(text, str) for text in v.values()) for v in found.values()
     ):
-        raise UserError(f"{path} is damaged: its '{SIMULATORS}' are no versions of packages.")
+        raise UserError(f"{path} is damaged: its '{SIMULATORS}' are not versions of packages.")
     return found
 
 
 def read_seeds(folder: Path) -> EpisodeSeeds | None:
-    """The seeds of an eval folder's episodes, from settings.json; None where there is none.
+    """The seeds of an eval folder's episodes, from settings.json; None if there is no such file.
 
     Raises UserError when the file is damaged.
     """
@@ -205,9 +205,9 @@ def build_matrix(
 ) -> dict[str, Any]:
     """Write matrix.json from the cells of the checkpoints `rows`.
 
-    A cell without episodes is null, and so is one of `failed`: its episodes may be the easy ones. "episodes" counts
-    what a rate is of, or what a failed cell has. `about` goes with it as "run": whose matrix it is. `seeds` are those
-    that the records must have; null = not known.
+    A cell without episodes is null, and so is one in `failed`: its episodes may be the easy ones. "episodes" counts
+    the episodes behind a rate, or those that a failed cell has. `about` is stored as "run": whose matrix it is. `seeds`
+    are those that the records must have; null = not known.
     """
 
     def rate(k: int, j: int) -> tuple[float | None, int]:

@@ -1,4 +1,4 @@
-"""What the rows of a matrix are played with: the run's checkpoints, weights kept within tasks, its base, or nothing."""
+"""What plays the rows of a matrix: the run's checkpoints, weights kept within tasks, its base, or random actions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Weights:
     Attributes:
         policy: its folder; None = random actions.
         state: the folder with the algorithm's state; None = the policy is played as it is, without an algorithm.
-        within: it is in the middle of a task, and is played as it trains: without the algorithm's evaluation view.
+        within: it is from the middle of a task, and is played as it trains: without the algorithm's evaluation view.
     """
 
     policy: str | None
@@ -31,10 +31,10 @@ class Weights:
 
 
 class Checkpoints:
-    """Row k is the checkpoint after visit k; BASE and RANDOM are those before the stream.
+    """Row k is the checkpoint after visit k; BASE and RANDOM are the rows before the stream.
 
     Args:
-        folder: the run's.
+        folder: the run's folder.
         count: how many checkpoints there are, counted from the first.
     """
 
@@ -50,21 +50,21 @@ class Checkpoints:
         return Weights(f"{checkpoint}/policy", str(checkpoint))
 
     def check(self, row: int) -> None:
-        """Raise UserError where a byte of a row's weights is not as it was saved."""
+        """Raise UserError if any byte of a row's weights has changed since it was saved."""
         reason = checkpoint_damage(self.folder, row) if row >= 0 else None
         if reason is not None:
             here = checkpoint_folder(self.folder, row)
             raise UserError(
-                f"{here} is damaged ({reason}). Put the file back from a copy, or remove the checkpoints from "
+                f"{here} is damaged ({reason}). Restore the file from a copy, or remove the checkpoints from "
                 f"{here.name} on and make them again: clbench train --resume {as_argument(self.folder)}"
             )
 
     def place(self, row: int) -> str:
-        """The row's weights, in a message."""
+        """The row's weights, as named in messages."""
         return str(checkpoint_folder(self.folder, row))
 
     def digests(self) -> list[str | None]:
-        """What tells each row's weights from others; None = not known."""
+        """What identifies each row's weights; None = not known."""
         return [read_checkpoint(checkpoint_folder(self.folder, k)).get("digest") for k in range(self.count)]
 
 
@@ -79,13 +79,13 @@ class Kept(Checkpoints):
         self.places, self.steps = list(places), steps
 
     def _checkpoint(self, row: int) -> int | None:
-        """The checkpoint that a row is; BASE = the base; None = weights within a task."""
+        """The checkpoint behind a row; BASE = the base; None = weights within a task."""
         k, step = self.places[row]
         if step == self.steps[k]:
             return k
         if step:
             return None
-        return BASE if self.manifest["mode"] == "singletask" else k - 1  # BASE, too, of visit 0
+        return BASE if self.manifest["mode"] == "singletask" else k - 1  # also BASE, for visit 0
 
     def _folder(self, row: int) -> Path:
         return kept_folder(self.folder, *self.places[row])
@@ -112,7 +112,7 @@ class Kept(Checkpoints):
         reason = damage(self._folder(row))
         if reason is not None:
             raise UserError(
-                f"{self._folder(row)} is damaged ({reason}). Put the file back from a copy, or remove that folder: "
+                f"{self._folder(row)} is damaged ({reason}). Restore the file from a copy, or remove that folder: "
                 "without these weights, the learning curve that needs them stays incomplete."
             )
 

@@ -1,4 +1,4 @@
-"""Which seed an episode of an evaluation has: a rule, whose name is recorded with the results to check them by."""
+"""The rule for the seeds of an evaluation's episodes; its name is recorded with the results, to check them by."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from clbench.envs.base import SEEDS_PER_SPLIT, SPLITS
 from clbench.errors import UserError
 from clbench.seeding import derive_seed
 
-CONSECUTIVE = "consecutive"  # the same for all tasks; also of results from before a rule was recorded
+CONSECUTIVE = "consecutive"  # the same for all tasks; also for results from before a rule was recorded
 BY_TASK = "by_task"
 RULES = (CONSECUTIVE, BY_TASK)
-RULE = BY_TASK  # of the episodes that are played from now on; a folder that has some goes on with theirs
+RULE = BY_TASK  # for new evaluations; a folder that has episodes continues with their rule
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,14 @@ class EpisodeSeeds:
     """The seeds of one task's episodes in one eval folder: the split's first + (seed + offset + i) modulo a million.
 
     The offset is a hash of the task's name under the rule "by_task", so that no two tasks start their episodes from the
-    same random numbers; under "consecutive" it is 0. Consecutive either way: 50 episodes play each of 50 published
-    initial states once. The same for every checkpoint and every method, so that these are paired.
+    same random numbers; under "consecutive" it is 0. Either way, seeds are consecutive: 50 episodes play each of 50
+    published initial states once. They are the same for every checkpoint and every method, so that these are paired.
 
     Attributes:
         rule: the rule's name ("episode_seeds" in settings.json and in a matrix's "run").
         split: test or validation.
         seed: eval.seed.
-        task: the task's name; None = not said yet.
+        task: the task's name; None = not set yet.
     """
 
     rule: str
@@ -38,7 +38,7 @@ class EpisodeSeeds:
         return EpisodeSeeds(self.rule, self.split, self.seed, task)
 
     def of(self, episode: int) -> int:
-        """The seed of an episode; UserError for a rule that this version does not have."""
+        """The seed of an episode; UserError for a rule that this version does not know."""
         if self.rule not in RULES:
             raise UserError(
                 f"the episodes' seeds follow the rule '{self.rule}', which this version of clbench does not know: use "

@@ -1,7 +1,7 @@
 """An evaluation process: takes rows of the matrix, plays their episodes, sends back records.
 
-A simulator that raises costs one try of its episode. One that takes the process with it, or never returns, is named in
-shared memory, where the parent (pool.py) finds it.
+A simulator that raises costs one try of its episode. One that kills the process, or never returns, is named in shared
+memory, where the parent (pool.py) finds it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Settings:
-    """The same for all jobs of an evaluation."""
+    """What is the same for all jobs of an evaluation."""
 
     config: Any
     slots: int
@@ -50,7 +50,7 @@ class Settings:
 
 
 class Beat(Protocol):
-    """Three numbers in memory that this process and its parent share: what a parent sees of a process that hangs."""
+    """Three numbers in memory shared by this process and its parent: what a parent sees of a hung process."""
 
     def __getitem__(self, i: int) -> int: ...
 
@@ -58,7 +58,7 @@ class Beat(Protocol):
 
 
 BEAT_BYTES = 3 * 8
-COUNT, EPISODE, CALL = range(3)  # calls of simulators so far; 1 + the episode of the one going on, 0 = none; which
+COUNT, EPISODE, CALL = range(3)  # simulator calls so far; 1 + the current call's episode, 0 = none; which call
 CALLS = ("make", "reset", "step")
 
 
@@ -79,7 +79,7 @@ class Reporter:
         self.beat[EPISODE] = 0
 
     def failed(self, episode: Episode, error: Exception) -> bool:
-        """Report it; drop the task when the parent, who sees no less, gives it up as well."""
+        """Report it; drop the task when the parent, which sees at least as many failures, gives up on it too."""
         j, number = episode.key
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         self.send(("failed", j, number, f"the simulator raised {reason}"))
@@ -94,7 +94,7 @@ class Reporter:
 
 
 def work(descriptors: list[int], settings: Settings) -> None:
-    """Play jobs that come through a pipe until None does. `descriptors`: of the pipe, and of the memory for `Beat`.
+    """Play jobs from a pipe until None arrives. `descriptors`: of the pipe, and of the memory for `Beat`.
 
     Sends ("ready",) before each job, ("episode", record), ("failed", j, episode, reason) when a simulator raised, and
     ("error", message, traceback) before it ends for any other exception.
@@ -112,12 +112,12 @@ def work(descriptors: list[int], settings: Settings) -> None:
             try:
                 for record in play(job, settings, pool, watch):
                     pipe.send(("episode", record))
-            except SimulatorDied as e:  # it had all the simulators: what is left of the job is played with others
+            except SimulatorDied as e:  # it had all the simulators: the rest of the job is played with new ones
                 watch.died(e.how)
                 pool = SimulatorPool(max_idle=2 * settings.slots)
             pipe.send(("ready",))
         pool.close()
-    except Exception as e:  # noqa: BLE001 (the parent raises it)
+    except Exception as e:  # noqa: BLE001 (the parent raises it again)
         pipe.send(("error", shortage(e) or str(e) or type(e).__name__, traceback.format_exc()))
 
 

@@ -1,6 +1,6 @@
 """What chooses actions: a policy with its processors, or uniform noise.
 
-An actor is asked for a few actions per slot at a time. All calls have one fixed batch size (`slots`, padded), and
+An actor is asked for a few actions per slot at a time. All calls have the same fixed batch size (`slots`, padded), and
 action noise comes from the episode's own generator, so an episode's actions do not depend on its companions.
 """
 
@@ -33,7 +33,7 @@ class Actor(Protocol):
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Return actions (n, steps, A) and named integers per row (n,), for n ≤ slots episodes.
 
-        `seeds` are the episodes' seeds, `calls` how often each has been asked before.
+        `seeds` are the episodes' seeds, `calls` how often actions were requested for each before.
         """
         ...
 

@@ -50,9 +50,9 @@ class Outcome:
 
 
 class SimulatorPool:
-    """Idle simulators, so that building one (up to seconds) is not paid per episode.
+    """Idle simulators, so that the cost of building one (up to seconds) is not paid for every episode.
 
-    At most `max_idle` are kept (None: all that ever ran): those used least recently are closed first. A simulator may
+    At most `max_idle` are kept (None: all that ever ran); the least recently used are closed first. A simulator may
     hold a hundred megabytes, and a row of the matrix has all tasks.
     """
 
@@ -60,7 +60,7 @@ class SimulatorPool:
         self, make: Callable[[dict[str, Any]], Simulator] = make_simulator, max_idle: int | None = None
     ) -> None:
         self._make, self._max_idle = make, max_idle
-        self._idle: list[tuple[str, Simulator]] = []  # the last used last
+        self._idle: list[tuple[str, Simulator]] = []  # most recently used last
 
     def take(self, spec: dict[str, Any]) -> Simulator:
         key = repr(sorted(spec.items()))
@@ -82,14 +82,14 @@ class SimulatorPool:
 
 
 def _return_memory() -> None:
-    """Have the C library give freed memory back: between what simulators leave in it, the next ones do not fit."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others do so themselves
+    """Make the C library return freed memory: in the gaps that simulators leave, the next ones do not fit."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others do it themselves
     if trim is not None:
         trim(0)
 
 
 class Watch:
-    """Is told before and after every call of a simulator, and when one raises. This one lets the exception pass."""
+    """Is notified before and after every simulator call, and when one raises. This one lets the exception pass."""
 
     def before(self, episode: Episode, call: str) -> None:
         """The simulator of `episode` is called next; `call`: make, reset or step."""
@@ -98,7 +98,7 @@ class Watch:
         """The call has ended."""
 
     def failed(self, episode: Episode, error: Exception) -> bool:
-        """`episode` was dropped, for its simulator raised `error`. True: drop the waiting ones of its task, too."""
+        """`episode` was dropped because its simulator raised `error`. True: drop its task's waiting episodes, too."""
         raise error
 
 
@@ -125,12 +125,12 @@ class _Slot:
         self.counts: dict[str, Counter[str]] = {}
 
     def _call[T](self, name: str, function: Callable[..., T], *arguments: Any) -> T:
-        """Call the simulator. What ends the process in it, SystemExit included, leaves the watch at this call; so does
-        the end of the process that has it, with which all other simulators of this one are lost."""
+        """Call the simulator. If the process ends in it (SystemExit included), the watch stays at this call; likewise
+        if the process that holds it ends, which also loses all other simulators of this process."""
         self.watch.before(self.episode, name)
         try:
             result = function(*arguments)
-        except (UserError, SimulatorDied):  # UserError is no fault of this episode: it is not installed, for example
+        except (UserError, SimulatorDied):  # UserError is not this episode's fault: e.g. something is not installed
             raise
         except Exception as e:
             self.watch.after()
@@ -141,7 +141,7 @@ class _Slot:
     def play(self, actions: np.ndarray, steps_after_success: int) -> None:
         """Play actions (steps, A) until they, the episode or its simulator end."""
         self.calls += 1
-        last = len(actions) - 1  # the policy looks again behind it
+        last = len(actions) - 1  # after it, the policy observes again
         for i, action in enumerate(actions):
             if self.done:
                 return
@@ -188,15 +188,15 @@ def run_episodes(
 ) -> Iterator[Outcome]:
     """Play all episodes, at most `slots` at a time, and yield each outcome as it ends.
 
-    Raises what a simulator raises, unless `watch` takes it: then its episode has no outcome, its simulator is not used
-    again (nor closed: its state is unknown), and the others go on.
+    Raises what a simulator raises, unless `watch` handles it: then its episode has no outcome, its simulator is not
+    used again (nor closed: its state is unknown), and the others continue.
     """
     watch = watch or Watch()
     queues: dict[str, deque[Episode]] = {}
     for e in episodes:
         queues.setdefault(repr(sorted(e.env.items())), deque()).append(e)
     running: list[_Slot] = []
-    preferred: deque[str] = deque()  # tasks whose simulators just became free
+    preferred: deque[str] = deque()  # tasks whose simulators have just become free
     while queues or running:
         if not (actor.stateful and running):
             if actor.stateful:
