@@ -212,7 +212,7 @@ def entry(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int = 
         (lambda p: archive(p, FILES | {"textures/wall.png": b"version https://git-lfs.x"}), "is a Git LFS pointer"),
         (lambda p: p.write_bytes(b"no archive") and p, "cannot be unpacked"),
         (lambda p: p.write_bytes(archive(p, FILES).read_bytes()[:150]) and p, "cannot be unpacked|is damaged"),
-        (lambda p: p, "there is no file or folder"),
+        (lambda p: p, "no file or folder"),
     ],
 )
 def test_what_is_no_assets_archive_is_refused(

@@ -118,7 +118,7 @@ def test_a_stream_takes_any_of_liberos_task_orders() -> None:
     [
         ("metaworld_quick", False, "'metaworld' has no published task orders"),
         ("metaworld_cw10", False, "'metaworld' has no published task orders"),  # ten tasks, too
-        ("libero_90", False, "dataset.tasks lists 90 tasks that are no such suite"),
+        ("libero_90", False, "dataset.tasks lists 90 tasks that are not such a suite"),
         ("libero_goal", True, "dataset.tasks lists those of libero_goal in another order"),
         ("libero_goal_state", True, "dataset.tasks lists those of libero_goal in another order"),
     ],
@@ -217,7 +217,7 @@ def test_how_images_are_drawn_is_checked(tmp_path: Path) -> None:
     ("chosen", "message"),
     [
         ("disable", "MUJOCO_GL=disable switches drawing off. Install libegl1"),
-        ("nonsense", "MUJOCO_GL=nonsense is none of egl, osmesa, glfw. Install libegl1"),
+        ("nonsense", "MUJOCO_GL=nonsense is not egl, osmesa or glfw. Install libegl1"),
         ("", "neither EGL nor OSMesa is installed. Install libegl1"),
     ],
 )

@@ -366,11 +366,11 @@ def test_what_is_no_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     wrong = script(tmp_path / "wrong", "")
     Path(wrong).write_bytes(b"\x7fELF no program")
     for value, message in (
-        (str(tmp_path / "nowhere"), "is no program that can be started. Name the Python interpreter"),
+        (str(tmp_path / "nowhere"), "is not a program that can be started. Name the Python interpreter"),
         (str(tmp_path), "is a folder. Name the Python interpreter .* e.g. "),
-        (str(tmp_path / "text"), "is no program that can be started"),
+        (str(tmp_path / "text"), "is not a program that can be started"),
         (wrong, "cannot be started: Exec format error"),
-        ("no-such-python", "is no program"),
+        ("no-such-python", "is not a program"),
     ):
         monkeypatch.setenv(VARIABLE, value)
         with pytest.raises(UserError, match=f"^{VARIABLE}={value} {message}"):
@@ -385,7 +385,7 @@ def test_what_is_no_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_files_that_changed_meanwhile(other: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "PROTOCOL", 0)
-    with pytest.raises(UserError, match="other files of clbench than this process: they changed"):
+    with pytest.raises(UserError, match="different clbench files than this process: they changed"):
         make_simulator(spec())
 
 
@@ -495,7 +495,7 @@ def test_messages_bring_values_as_they_were() -> None:
         with pytest.raises(TypeError):
             wire.pack(wrong)
     a.sendall(b"GET / HTTP/1.1\r\n")
-    with pytest.raises(ValueError, match="begins no message"):
+    with pytest.raises(ValueError, match="does not begin a message"):
         wire.receive(b)
     a.sendall(wire._PREFIX.pack(wire._MARK, 100) + b"cut")
     a.close()

@@ -341,7 +341,7 @@ def test_a_given_base_must_be_what_the_configuration_says(toy_data: Path, tmp_pa
     base = read_json(first / "manifest.json")["base"]["path"]
     common = (f"output_dir={tmp_path}", f"policy.path={base}", "train.steps=1")
     for changes, message in (
-        ("policy.n_heads=4", "has n_heads 2, the configuration says 4"),
+        ("policy.n_heads=4", "has n_heads 2, but the configuration says 4"),
         ("policy.type=dit_encdec", "has type 'dit_dec'"),
         ("policy.n_action_steps=99", "n_action_steps"),
     ):

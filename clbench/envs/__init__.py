@@ -1,1 +1,1 @@
-"""Simulators behind one small protocol; nothing here imports a simulator until one is asked for."""
+"""Simulators behind one small protocol; nothing here imports a simulator until one is requested."""

@@ -1,4 +1,4 @@
-"""The simulator protocol, and what a family of simulators says of itself.
+"""The simulator protocol, and what a family of simulators declares about itself.
 
 Only the standard library and numpy are imported here, and nothing else of `envs`, so that a worker under another
 interpreter can use it. `making.py` finds families by their names and makes their simulators.
@@ -15,14 +15,14 @@ import numpy as np
 from clbench.errors import UserError
 
 # Episodes that evaluate a policy have seeds from here on; demonstrations have seeds below it. So no policy is
-# ever tested on an initial state that it was shown. Those that policies are chosen by come behind those of the test, so
-# none is chosen by an initial state that it is reported on.
+# ever tested on an initial state that it was shown. Validation seeds come after the test seeds, so no policy is chosen
+# by an initial state that it is reported on.
 EVAL_SEED_BASE = 1_000_000
 VALIDATION_SEED_BASE = 2_000_000
 SPLITS = {"test": EVAL_SEED_BASE, "validation": VALIDATION_SEED_BASE}  # eval.split → its first seed
 SEEDS_PER_SPLIT = 1_000_000
 
-INTERPRETER = "simulator_"  # so begin the versions of another interpreter that has the simulators, and of its numpy
+INTERPRETER = "simulator_"  # prefix of the versions of another interpreter that has the simulators, and of its numpy
 
 STATE_KEY = "observation.state"  # LeRobot's name for the robot's (low-dimensional) state
 
@@ -31,7 +31,7 @@ Expert = Callable[[Observation], np.ndarray]
 
 
 class Step(NamedTuple):
-    """What one action led to. `observation` has LeRobot's keys; "observation.state" is float32, images are uint8."""
+    """The result of one action. `observation` has LeRobot's keys; "observation.state" is float32, images are uint8."""
 
     observation: Observation
     reward: float
@@ -41,12 +41,12 @@ class Step(NamedTuple):
 class Simulator(Protocol):
     """One task in one simulator. `reset(seed)` alone decides an episode, whatever was done before it.
 
-    A simulator with cameras may have a method `step_unseen(action)` besides: it is `step` without camera images in the
+    A simulator with cameras may also have a method `step_unseen(action)`: it is `step` without camera images in the
     observation, and saves the time of drawing them.
     """
 
     def reset(self, seed: int) -> Observation:
-        """Start the episode that `seed` names and return its first observation."""
+        """Start the episode of `seed` and return its first observation."""
         ...
 
     def step(self, action: np.ndarray) -> Step:
@@ -72,10 +72,10 @@ class SimulatorFamily:
 
     A subclass sets what differs from the defaults here, and offers `make`. It is registered under the name of its
     environment type (see `clbench.registry`, axis "simulators"). Only `make`, `versions` and what they return may
-    import the simulator's own packages: names, instructions and sizes are asked for without them.
+    import the simulator's own packages: names, instructions and sizes are needed without them.
 
     Attributes:
-        name: of the environment type; given when the family is made.
+        name: the environment type's; given when the family is made.
         fps: control steps per simulated second; data sets record it as frames per second.
         state_dim: numbers in `observation.state`, a float32 vector of shape (state_dim,).
         action_dim: numbers in an action, a vector of shape (action_dim,) in [-1, 1].
@@ -87,16 +87,16 @@ class SimulatorFamily:
         install: a sentence on how these are installed.
         python_variable: the environment variable that may name another interpreter which has the simulator (see
             remote.py). None: simulators are always made in this process.
-        cameras: key of a camera image in the observations → what the simulator calls the camera. Images are uint8 of
+        cameras: key of a camera image in the observations → the simulator's name for the camera. Images are uint8 of
             shape (size, size, 3). Empty: there are none.
         names: what data sets call the dimensions of the state and the action, by their keys.
-        gripper_opens: the value of an action's last number that opens the gripper; None: it does not say.
+        gripper_opens: the value of an action's last number that opens the gripper; None: unspecified.
         gripper_idle: tasks that can be done without commanding it to open.
-        test_states: how many initial states there are for test episodes, where their seeds go through a fixed list. All
+        test_states: how many initial states there are for test episodes, if their seeds cycle through a fixed list. All
             other seeds draw other states. None: each seed has its own.
         privileged: what the observations hold that no robot would see, in words: data sets, manifests and reports carry
             it as a label. None: nothing.
-        hub_data: a data set of the Hugging Face hub, in LeRobot's format, with these observations. None: none known.
+        hub_data: a data set on the Hugging Face hub, in LeRobot's format, with these observations. None: none known.
     """
 
     fps: int
@@ -138,31 +138,31 @@ class SimulatorFamily:
         return sorted(self.instructions)
 
     def instruction(self, task: str) -> str:
-        """Return the sentence that a policy is given for `task`, one of `tasks()`."""
+        """Return the instruction that a policy is given for `task`, one of `tasks()`."""
         return self.instructions[task]
 
     def versions(self) -> dict[str, str]:
-        """Return the versions of what decides an episode; UserError where something of it is not installed."""
+        """Return the versions of what decides an episode; UserError if any of it is not installed."""
         try:
             return {name: version(name) for name in self.needs}
         except PackageNotFoundError as e:
             raise UserError(f"'{self.name}' needs {e.name}, which is not installed. {self.install}".rstrip()) from e
 
     def suite_of(self, task: str) -> str:
-        """Return the suite that a task belongs to, where the tasks come in several; else ""."""
+        """Return the suite that a task belongs to, if there are several; else ""."""
         return ""
 
     def published_order(self, number: int, tasks: Sequence[str]) -> list[str]:
         """Return the tasks of a suite in the order that its authors published under that number.
 
         Raises:
-            UserError: there are no published orders, none of that number, or `tasks` are not a suite that has them.
+            UserError: there are no published orders, none with that number, or `tasks` are not a suite that has them.
         """
         raise UserError(
-            f"dataset.libero_order is for LIBERO's suites: '{self.name}' has no published task orders. Give an order "
-            "of your own with dataset.task_order instead."
+            f"dataset.libero_order is for LIBERO's suites: '{self.name}' has no published task orders. Give your own "
+            "order with dataset.task_order instead."
         )
 
     def gripper_command(self, tasks: Sequence[str]) -> float | None:
-        """Return `gripper_opens`; None where all of `tasks` can be done without it."""
+        """Return `gripper_opens`; None if all of `tasks` can be done without it."""
         return None if set(tasks) <= self.gripper_idle else self.gripper_opens

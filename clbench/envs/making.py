@@ -1,4 +1,4 @@
-"""Families of simulators by their names, and simulators: in this process, or in a child under another interpreter."""
+"""Looks up simulator families by name, and makes simulators in this process or in a child under another interpreter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _families: dict[str, SimulatorFamily] = {}
 
 
 class NoSimulator(SimulatorFamily):
-    """What a stream without a simulator has in its place: no cameras of its own, no rules for data, nothing to make."""
+    """Stands in for a simulator where a stream has none: no cameras, no rules for data, nothing to make."""
 
     fps = state_dim = action_dim = max_steps = 0
 
@@ -24,8 +24,8 @@ class NoSimulator(SimulatorFamily):
 
     def published_order(self, number: int, tasks: Sequence[str]) -> list[str]:
         raise UserError(
-            "dataset.libero_order is for LIBERO's suites, and this stream has no simulator (dataset.env: null). Give "
-            "an order of your own with dataset.task_order instead."
+            "dataset.libero_order is for LIBERO's suites, but this stream has no simulator (dataset.env: null). Give "
+            "your own order with dataset.task_order instead."
         )
 
 
@@ -36,7 +36,7 @@ def family(env_type: str | None) -> SimulatorFamily:
     """Return the simulators behind an environment type; `NO_SIMULATOR` for None.
 
     Raises:
-        UserError: there is no such type, or what is registered under its name cannot be imported or is none.
+        UserError: no such type, or what is registered under its name cannot be imported or is not a family.
     """
     if env_type is None:
         return NO_SIMULATOR
@@ -50,7 +50,7 @@ def family(env_type: str | None) -> SimulatorFamily:
 
 
 def check_task(env_type: str | None, task: str) -> None:
-    """Raise UserError when `env_type` has no task of that name. Without a simulator the data decide (matching.py)."""
+    """Raise UserError if `env_type` has no task of that name. Without a simulator, the data decide (matching.py)."""
     if env_type is None:
         return
     known = family(env_type).tasks()
@@ -65,9 +65,9 @@ def instruction(spec: Mapping[str, Any]) -> str:
 
 
 def make_simulator(spec: Mapping[str, Any]) -> Simulator:
-    """Build the simulator that `spec`, e.g. {"type": "metaworld", "task": "push-v3"}, describes.
+    """Build the simulator described by `spec`, e.g. {"type": "metaworld", "task": "push-v3"}.
 
-    It is in this process, or in a child of it where the user names another interpreter for its type (see remote.py).
+    It is in this process, or in a child process if the user names another interpreter for its type (see remote.py).
     A type with cameras also takes "render", {"fidelity": fast | full, "size": pixels}.
 
     Raises UserError for a missing or unknown key, an unknown type, or an unknown task.
@@ -79,43 +79,43 @@ def make_simulator(spec: Mapping[str, Any]) -> Simulator:
 
 
 def other_python(env_type: str | None) -> str | None:
-    """Return the environment variable that names another interpreter for an environment type; None: it is this one."""
+    """Return the environment variable that names another interpreter for an environment type; None: none is set."""
     variable = family(env_type).python_variable
     return variable if variable is not None and os.environ.get(variable) else None
 
 
 def simulator_versions(env_type: str | None) -> dict[str, str]:
-    """Return the versions of the packages that decide an environment type's physics, from where its simulators are.
+    """Return the versions of the packages that decide an environment type's physics, from where its simulators run.
 
-    Raises UserError, naming the variable, where another interpreter is named that cannot have them.
+    Raises UserError, naming the variable, if it names another interpreter that cannot have them.
     """
     variable = other_python(env_type)
     return family(env_type).versions() if variable is None else remote.versions(variable, family(env_type))
 
 
 def physics_versions(env_type: str) -> dict[str, str]:
-    """As `simulator_versions`, the same wherever the simulators are: without what only another interpreter adds."""
+    """Like `simulator_versions`, but the same wherever simulators run: without what another interpreter adds."""
     return {k: v for k, v in simulator_versions(env_type).items() if not k.startswith(INTERPRETER)}
 
 
 def check_other_python(env_type: str | None) -> None:
-    """Raise UserError where another interpreter is named for an environment type that cannot have its simulators."""
+    """Raise UserError if another interpreter is named for an environment type but cannot have its simulators."""
     if other_python(env_type) is not None:
         simulator_versions(env_type)
 
 
 def check_this_python(env_type: str) -> None:
-    """Raise UserError where another interpreter is named: for programs that look into simulators, or measure them."""
+    """Raise UserError if another interpreter is named: for programs that look into simulators, or measure them."""
     variable = other_python(env_type)
     if variable is not None:
         raise UserError(
-            f"{variable} names another interpreter, into whose simulators this program cannot look. Unset it, and run "
+            f"{variable} names another interpreter, whose simulators this program cannot inspect. Unset it, and run "
             "this where clbench and the simulator are both installed."
         )
 
 
 def _split(spec: Mapping[str, Any]) -> tuple[SimulatorFamily, str]:
-    """The family and the task that a checked `spec` names."""
+    """The family and the task named by `spec`, which is checked."""
     for key in spec:
         if key not in ("type", "task", "render"):
             raise UserError(f"unknown environment key '{key}'.{nearest(key, ('type', 'task', 'render'))}")

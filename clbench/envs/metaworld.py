@@ -2,7 +2,7 @@
 
 Environments are built directly rather than through `gym.make`, which costs ten times as much. Observations
 are those of Meta-World's own multi-task benchmarks (the goal observable); the random vector that places
-objects and goal is drawn from the seed, out of the task's whole space instead of fifty fixed vectors.
+objects and goal is drawn from the seed, from the task's full space instead of fifty fixed vectors.
 
 State (39,), metres: hand xyz, gripper opening in [0, 1], object 1 xyz + quaternion, object 2 xyz + quaternion
 (zeros where there is none); the same 18 numbers one step earlier; goal xyz.
@@ -31,8 +31,8 @@ GRIPPER_IDLE = frozenset({  # tasks whose expert does not both open and close th
     "reach-v3", "reach-wall-v3", "soccer-v3", "window-close-v3", "window-open-v3",
 })  # fmt: skip
 
-# LeRobot's wording, except for push-back: there it reads as push does, and two tasks of a benchmark must
-# never share an instruction.
+# LeRobot's wording, except for push-back: there LeRobot repeats that of push, and two tasks of a benchmark must never
+# share an instruction.
 INSTRUCTIONS: dict[str, str] = {
     "assembly-v3": "Pick up a nut and place it onto a peg",
     "basketball-v3": "Dunk the basketball into the basket",
@@ -88,12 +88,12 @@ INSTRUCTIONS: dict[str, str] = {
 
 
 class Metaworld(SimulatorFamily):
-    """Meta-World's fifty v3 tasks on states, the goal observable."""
+    """Meta-World's fifty v3 tasks on states, with the goal observable."""
 
     fps = 80
     state_dim = 39
     action_dim = 4
-    max_steps = 500  # the environments refuse to go further without a reset
+    max_steps = 500  # the environments refuse further steps without a reset
     robot_type = "sawyer"
     instructions: Mapping[str, str] = INSTRUCTIONS
     needs = ("metaworld", "mujoco", "gymnasium")
@@ -102,7 +102,7 @@ class Metaworld(SimulatorFamily):
     gripper_idle = GRIPPER_IDLE
 
     def make(self, task: str, render: Mapping[str, Any]) -> MetaworldSimulator:
-        """Return a simulator of `task`; UserError where Meta-World cannot be imported."""
+        """Return a simulator of `task`; UserError if Meta-World cannot be imported."""
         return MetaworldSimulator(task)
 
 
@@ -115,7 +115,7 @@ def import_metaworld(module: str) -> Any:
 
 
 class MetaworldSimulator:
-    """One Meta-World task as a `Simulator`; `success` is the task's own criterion at this very step."""
+    """One Meta-World task as a `Simulator`; `success` is the task's own criterion at this step."""
 
     def __init__(self, task: str) -> None:
         env = import_metaworld("metaworld.env_dict").ALL_V3_ENVIRONMENTS[task]()
@@ -150,8 +150,8 @@ class MetaworldSimulator:
     def render(self, width: int, height: int) -> np.ndarray:
         """Return the scene from LeRobot's viewpoint for these tasks, uint8 (height, width, 3).
 
-        Needs OpenGL: without a display set MUJOCO_GL=egl before anything imports mujoco; UserError where it
-        is missing. Shadows, reflections and multisampling are off: nine tenths of the time on a CPU.
+        Needs OpenGL: without a display set MUJOCO_GL=egl before anything imports mujoco; UserError if it is
+        missing. Shadows, reflections and multisampling are off: they take nine tenths of the time on a CPU.
         """
         mujoco = import_metaworld("mujoco")
         model = self._env.model

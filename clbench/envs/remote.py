@@ -2,10 +2,10 @@
 
 A family may name an environment variable (`python_variable`); a user sets it to an interpreter that has the simulator,
 e.g. LIBERO_PYTHON=/opt/conda/envs/libero/bin/python. Every process that makes such simulators then starts one child,
-which has all of them, and ends with it. Nothing of this process's packages reaches the child: its own, and clbench's
-folder, which is loaded from where this one was.
+which has all of them and ends with its parent. The child uses none of this process's packages, only its own and
+clbench, which is loaded from the same folder as here.
 
-An episode is the same as in one process, bit for bit, if the versions are. What goes wrong is reported as follows:
+An episode is the same as in one process, bit for bit, if the versions are. Failures are reported as follows:
     UserError, ValueError, NotImplementedError     as they were raised there
     RemoteError                                    any other exception, its traceback in a note
     SimulatorDied                                  the child has ended; all its simulators are lost, others can be made
@@ -39,8 +39,8 @@ OLDEST_PYTHON = (3, 10)
 STARTUP_S = 120.0  # for an interpreter to import numpy and answer, from a slow disk
 END_S = 5.0  # for a process to be gone after it closed its socket or was killed
 
-# What the child runs. Its first lines are for whatever Python there is. clbench is loaded by its path alone: with its
-# parent folder on sys.path, all packages beside it would be found there, too.
+# What the child runs. Its first lines must work in any Python. clbench is loaded by its path alone: with its parent
+# folder on sys.path, all packages next to it would be found there, too.
 BOOT = f"""
 import sys
 if sys.version_info < {OLDEST_PYTHON}:
@@ -79,7 +79,7 @@ class SimulatorDied(RuntimeError):
 
 
 def interpreter(variable: str) -> str | None:
-    """Return the interpreter that an environment variable names, or None where it is not set.
+    """Return the interpreter that an environment variable names, or None if it is not set.
 
     Raises UserError when there is no such program.
     """
@@ -88,16 +88,16 @@ def interpreter(variable: str) -> str | None:
         return None
     found = shutil.which(os.path.expanduser(value))
     if found is None:
-        what = "is a folder" if Path(value).expanduser().is_dir() else "is no program that can be started"
+        what = "is a folder" if Path(value).expanduser().is_dir() else "is not a program that can be started"
         raise UserError(
             f"{variable}={value} {what}. Name the Python interpreter that has the simulator, e.g. "
             "/opt/conda/envs/libero/bin/python."
         )
-    return os.path.abspath(found)  # not resolved: a virtual environment's is a link
+    return os.path.abspath(found)  # not resolved: a virtual environment's interpreter is a link
 
 
 class Child:
-    """A process with simulators, under `python`; `variable` is what a user set to choose it.
+    """A process with simulators, under `python`; `variable` is the variable that the user set to choose it.
 
     Raises UserError, naming the variable, when it cannot be started.
     """
@@ -135,7 +135,7 @@ class Child:
             here.settimeout(None)
         if hello.get("protocol") != wire.PROTOCOL:
             _reap(process, ended, 0.0)
-            raise self._cannot("runs other files of clbench than this process: they changed; start this again")
+            raise self._cannot("runs different clbench files than this process: they changed; restart this")
         return process, ended
 
     def _cannot(self, why: str) -> UserError:
@@ -143,7 +143,7 @@ class Child:
         return UserError(f"{self.who} {why}.")
 
     def ask(self, do: str, **values: Any) -> Any:
-        """Have `Server.do` called and return what it returns; for what is raised, see this module."""
+        """Call `Server.do` there and return its result; for what is raised, see this module's docstring."""
         if self._owner != os.getpid():
             raise RuntimeError("this simulator was made in another process, before a fork.")
         with self._lock:
@@ -157,7 +157,7 @@ class Child:
             except (EOFError, ConnectionError) as e:
                 self._end()
                 raise SimulatorDied(how_ended(self._process.returncode), self.who) from e
-            except BaseException:  # an interrupt, say: the answer to this would be taken for the next one's
+            except BaseException:  # an interrupt, say: this answer would be mistaken for the next one
                 self._end(patience_s=0.0)
                 raise
         if "error" in answer:
@@ -170,7 +170,7 @@ class Child:
             self._end()
 
     def _end(self, patience_s: float = END_S) -> None:
-        """Give it time to end by itself, as it does once the socket is closed and no call is going on."""
+        """Give it time to exit by itself, as it does once the socket is closed and no call is in progress."""
         self.alive = False
         self._socket.close()
         _reap(self._process, self._ended, patience_s)
@@ -185,7 +185,7 @@ class RemoteSimulator:
         self._drop = weakref.finalize(self, child.forgotten.append, self._number)
 
     def reset(self, seed: int) -> base.Observation:
-        """Start the episode that `seed` names and return its first observation."""
+        """Start the episode of `seed` and return its first observation."""
         observation: base.Observation = self._ask("reset", seed=int(seed))
         return observation
 
@@ -203,9 +203,9 @@ class RemoteSimulator:
         return image
 
     def expert(self, experts: str) -> base.Expert:
-        """Return the scripted expert for the next episode; it acts in the child, where it can look into the simulator.
+        """Return the scripted expert for the next episode; it acts in the child, where it can inspect the simulator.
 
-        Its first call starts it anew, so one is used at a time. `experts`: "module:attribute" of the class whose
+        Its first call restarts it, so only one is used at a time. `experts`: "module:attribute" of the class whose
         `expert(task, simulator)` returns it.
         """
         calls = itertools.count()
@@ -224,7 +224,7 @@ class RemoteSimulator:
             return
         number, self._number = self._number, None
         self._drop.detach()
-        with contextlib.suppress(SimulatorDied):  # then it holds nothing any more
+        with contextlib.suppress(SimulatorDied):  # then nothing is left to free
             self._child.ask("close", number=number)
 
     def _ask(self, do: str, **values: Any) -> Any:
@@ -238,7 +238,7 @@ _children_lock = threading.Lock()
 
 
 def _forget_children() -> None:
-    """After a fork: they are the other process's. Without this one's copies of its sockets, they end with it."""
+    """After a fork: children belong to the other process. Close copies of its sockets, so that they end with it."""
     global _children_lock
     _children_lock = threading.Lock()
     for child in _children.values():
@@ -250,7 +250,7 @@ os.register_at_fork(after_in_child=_forget_children)
 
 
 def shared_child(variable: str) -> Child:
-    """Return this process's child under the interpreter that `variable` names; starts one where there is none."""
+    """Return this process's child under the interpreter that `variable` names; starts it if needed."""
     python = interpreter(variable)
     assert python is not None
     with _children_lock:
@@ -266,7 +266,7 @@ def make(variable: str, family: base.SimulatorFamily, task: str, render: dict[st
 
 
 def _named(variable: str, family: base.SimulatorFamily) -> dict[str, str]:
-    """How the child finds a family. UserError for one that is in no module, e.g. of a notebook's cell."""
+    """How the child finds a family. UserError for one that is not in a module, e.g. from a notebook cell."""
     target = target_of(type(family))
     if target.startswith("__main__:") or "<" in target:
         raise UserError(f"{variable} names another interpreter, which cannot import {target}: put it into a module.")
@@ -293,8 +293,8 @@ def _spawn(
 ) -> tuple[subprocess.Popen[bytes], threading.Thread]:
     """Start the child from a thread that waits for its end.
 
-    The child asks Linux to be killed with its parent, which means: with the thread that started it. So that thread
-    lives as long as the child does.
+    The child asks Linux to be killed with its parent, that is, with the thread that started it. So that thread lives as
+    long as the child does.
     """
     env = {k: v for k, v in os.environ.items() if k not in (variable, "PYTHONPATH", "PYTHONHOME")}
     future: Future[subprocess.Popen[bytes]] = Future()
@@ -339,12 +339,12 @@ def _last_line(said: IO[bytes]) -> str:
 
 
 def _as_raised(answer: dict[str, Any], who: str) -> Exception:
-    """The exception that an answer tells of."""
+    """The exception that an answer reports."""
     kind, message = answer["error"], answer["message"]
     if answer["user"]:
         return UserError(f"{who}: {message}")
     error: Exception
-    if kind in ("ValueError", "NotImplementedError"):  # of the protocol
+    if kind in ("ValueError", "NotImplementedError"):  # part of the protocol
         error = ValueError(message) if kind == "ValueError" else NotImplementedError(message)
     else:
         error = RemoteError(f"{kind}: {message}")

@@ -1,13 +1,13 @@
 """Drawing what MuJoCo simulates, without a display: one OpenGL context per process, made when it is first needed.
 
-Fidelity is a trade between looks and time; physics is the same bit for bit, because the model that is simulated is
-only read (what is drawn is a copy of it):
+Fidelity trades looks for time; physics is the same bit for bit, because the simulated model is only read (a copy of it
+is drawn):
 
     full    what MuJoCo draws by default: shadows, reflections, four samples per pixel
     fast    none of these, and dense meshes without a texture (the robot's) thinned out; about a third of the time
 
 MUJOCO_GL chooses how: egl (a GPU, or Mesa on the CPU), osmesa or glfw (needs a display). Unset: the first that is
-there.
+available.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MIN_SIZE, MAX_SIZE = 16, 2048
 
 REMEDY = (
     "Install libegl1 (or libosmesa6) and leave MUJOCO_GL unset, or set it to egl or osmesa. "
-    "States need no OpenGL: the streams whose names end in _state"
+    "Streams whose names end in _state need no OpenGL"
 )
 LIBRARIES = {"egl": "EGL", "osmesa": "OSMesa"}
 DENSE_FACES = 1000  # meshes with more are thinned out
@@ -53,19 +53,19 @@ def check_render(render: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def libraries() -> list[str]:
-    """Return those of egl and osmesa that are installed."""
+    """Return which of egl and osmesa are installed."""
     return [name for name, library in LIBRARIES.items() if ctypes.util.find_library(library)]
 
 
 def backend_name() -> str:
-    """Return how MuJoCo is to draw: egl, osmesa or glfw. UserError, with the remedy, where nothing can."""
+    """Return what MuJoCo should draw with: egl, osmesa or glfw. UserError, with the remedy, if none is available."""
     chosen = os.environ.get("MUJOCO_GL", "").strip().lower()
     if chosen in ("disable", "disabled", "off", "false", "0"):
         raise UserError(f"camera images cannot be drawn: MUJOCO_GL={chosen} switches drawing off. {REMEDY}.")
     if chosen in ("egl", "osmesa", "glfw"):
         return chosen
     if chosen not in ("", "enable", "enabled", "on", "true", "1", "glx"):
-        raise UserError(f"camera images cannot be drawn: MUJOCO_GL={chosen} is none of egl, osmesa, glfw. {REMEDY}.")
+        raise UserError(f"camera images cannot be drawn: MUJOCO_GL={chosen} is not egl, osmesa or glfw. {REMEDY}.")
     for name in libraries():
         return name
     if os.environ.get("DISPLAY"):
@@ -77,16 +77,16 @@ def backend_name() -> str:
 def gl_context() -> Any:
     """Return this process's OpenGL context, made current. UserError, with the remedy, where there is none.
 
-    One for all: what MuJoCo frees it frees in the current context, so several would damage each other.
+    There is one for all: MuJoCo frees things in the current context, so several would damage each other.
     """
     name = backend_name()
     try:
         context = importlib.import_module(f"mujoco.{name}").GLContext(64, 64)
         context.make_current()
         if not _described():
-            raise RuntimeError("it made no OpenGL context")
-        atexit.register(context.free)  # later, when modules are gone, it would complain
-    except Exception as e:  # PyOpenGL and its libraries raise almost anything
+            raise RuntimeError("no OpenGL context was created")
+        atexit.register(context.free)  # later, when modules are gone, it would fail noisily
+    except Exception as e:  # PyOpenGL and its libraries raise all kinds of errors
         about = " ".join(f"{type(e).__name__}: {e}".split())[:200]
         raise UserError(f"camera images cannot be drawn with {name}: {about}. {REMEDY}.") from e
     return context
@@ -128,7 +128,7 @@ class Renderer:
         self.width, self.height = width, height
 
     def draw(self, data: Any, camera: str) -> np.ndarray:
-        """Return what `camera` sees, uint8 (height, width, 3), the lowest row first as OpenGL has it."""
+        """Return what `camera` sees, uint8 (height, width, 3), the lowest row first as in OpenGL."""
         mujoco = self._mujoco
         self._gl.make_current()
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
@@ -142,7 +142,7 @@ class Renderer:
         return image
 
     def close(self) -> None:
-        """Free what OpenGL holds for it. Closing twice is harmless."""
+        """Free the OpenGL resources. Closing twice is harmless."""
         if self._context is not None:
             self._gl.make_current()
             self._context.free()
@@ -158,7 +158,7 @@ def dense_plain_meshes(model: Any) -> list[int]:
 
 
 def thin_out(model: Any, mesh: int) -> None:
-    """Merge the vertices of a mesh that lie in one cell of a grid, and drop the faces that thereby vanish.
+    """Merge the vertices of a mesh that lie in the same cell of a grid, and drop the faces that vanish.
 
     Changes what is drawn of `model`, in place. Faces keep their normals, so that surfaces stay smooth.
     """

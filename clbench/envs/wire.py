@@ -1,7 +1,7 @@
-"""Messages between a process and the one that has its simulators: values and arrays over a socket, and no pickle.
+"""Messages between a process and the one that has its simulators: values and arrays over a socket, without pickle.
 
 A message is a mark and the length of its head, the head in JSON, and the bytes of its arrays one after another. In the
-head, {"$array": i} stands for array i and {"$tuple": [...]} for a tuple, so that a value arrives as what it was.
+head, {"$array": i} stands for array i and {"$tuple": [...]} for a tuple, so that a value keeps its type.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PROTOCOL = 2  # changes with the messages: a process may have started before its
 _PREFIX = struct.Struct("<4sI")
 _MARK = b"clb\n"
 _MAX_HEAD = 64 * 1024 * 1024
-_KINDS = "biufc"  # of arrays: numbers and truth values
+_KINDS = "biufc"  # of arrays: numbers and booleans
 _JOINED = 1 << 16  # bytes: smaller messages are sent in one call
 
 
@@ -38,7 +38,7 @@ def pack(value: Any) -> list[memoryview]:
 
 
 def send(connection: socket.socket, parts: list[memoryview]) -> None:
-    """Send a message that `pack` made. Raises OSError when nobody is there any more."""
+    """Send a message made by `pack`. Raises OSError when the other end is gone."""
     if sum(len(p) for p in parts) <= _JOINED:
         connection.sendall(b"".join(parts))
     else:
@@ -47,10 +47,10 @@ def send(connection: socket.socket, parts: list[memoryview]) -> None:
 
 
 def receive(connection: socket.socket) -> Any:
-    """Return the next message's value. Raises EOFError at the end, ValueError for what is no message."""
+    """Return the next message's value. Raises EOFError at the end, ValueError for anything but a message."""
     mark, length = _PREFIX.unpack(_read(connection, bytearray(_PREFIX.size)))
     if mark != _MARK or length > _MAX_HEAD:
-        raise ValueError(f"{mark!r} begins no message.")
+        raise ValueError(f"{mark!r} does not begin a message.")
     head = json.loads(bytes(_read(connection, bytearray(length))))
     arrays = []
     for text, shape in head["arrays"]:

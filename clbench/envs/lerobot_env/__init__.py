@@ -3,9 +3,9 @@
     lerobot-eval --env.discover_packages_path=clbench.envs.lerobot_env --env.type=clbench_metaworld \\
         --env.task=push-v3 --policy.path=... --seed=1000000
 
-LeRobot's own `metaworld` environment shows pixels only; this one shows the 39-d state as `observation.state`,
-and gives the same episode for the same seed as clbench's evaluation. It is a package because LeRobot's plugin
-discovery lists the submodules of what it is given, and a plain module has none to list.
+LeRobot's own `metaworld` environment gives only pixels; this one gives the 39-d state as `observation.state`,
+and the same episode for the same seed as clbench's evaluation. It is a package because LeRobot's plugin discovery
+lists the submodules of what it is given, and a plain module has none to list.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class SimulatorEnv(gym.Env):
     """A `Simulator` as a Gymnasium environment with the names LeRobot looks for.
 
     An episode ends (`terminated`) at the first success, and is truncated after `episode_length` steps. The
-    simulator is built at the first reset: in the worker process, and for no more tasks than are really run.
+    simulator is built at the first reset: in the worker process, and only for tasks that are really run.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": Metaworld.fps}  # noqa: RUF012 (as Gymnasium has it)
+    metadata = {"render_modes": ["rgb_array"], "render_fps": Metaworld.fps}  # noqa: RUF012 (as in Gymnasium)
 
     def __init__(self, env_type: str, task: str, episode_length: int, width: int, height: int) -> None:
         self.task = task
@@ -95,7 +95,7 @@ class SimulatorEnv(gym.Env):
 @EnvConfig.register_subclass("clbench_metaworld")
 @dataclass
 class ClbenchMetaworldEnv(EnvConfig):
-    """Meta-World on states. `task` is one task, or several with commas between, numbered in that order."""
+    """Meta-World on states. `task` is one task, or several separated by commas, numbered in that order."""
 
     task: str | None = "push-v3"
     fps: int = Metaworld.fps
@@ -125,7 +125,7 @@ class ClbenchMetaworldEnv(EnvConfig):
 
     @property
     def gym_kwargs(self) -> dict[str, Any]:
-        """The arguments of `SimulatorEnv` beside the task."""
+        """The arguments of `SimulatorEnv` besides the task."""
         return {
             "env_type": "metaworld",
             "episode_length": self.episode_length,
@@ -136,7 +136,7 @@ class ClbenchMetaworldEnv(EnvConfig):
     def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict[str, dict[int, gym.vector.VectorEnv]]:
         """Return {"clbench_metaworld": {number of the task: vector environment of n_envs}}.
 
-        An environment whose episode has ended stands still until a reset with LeRobot's new-rollout option.
+        An environment whose episode has ended stays as it is until a reset with LeRobot's new-rollout option.
         """
         vectors: dict[int, gym.vector.VectorEnv] = {}
         for number, task in enumerate(self.task_names):

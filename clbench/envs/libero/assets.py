@@ -1,15 +1,15 @@
-"""LIBERO's assets (meshes, textures, XML): installing them, finding them, and importing LIBERO without a question.
+"""LIBERO's assets (meshes, textures, XML): installing them, finding them, and importing LIBERO without prompts.
 
 hf-libero ships task definitions and initial states, but not the assets, which it fetches from the Hugging Face hub at
-first use; and its first import asks for folders on the terminal where its config.yaml is missing. Here both are done by
-one command beforehand, from an archive, a folder or the hub:
+first use; and its first import asks for folders on the terminal if its config.yaml is missing. Here one command does
+both beforehand, from an archive, a folder or the hub:
 
     clbench data assets libero --from FILE    # an archive, a folder, or hub
 
 They go to `root()`: assets/, the record assets.json, and a config.yaml of clbench's own. Nothing is written into the
 installed package, and ~/.libero is neither read nor changed. Every import of LIBERO goes through `import_libero`.
 
-`assets.json` lists what must be there: the sha256 of every file that decides the physics (.xml, .stl), and the
+`assets.json` lists what must be present: the sha256 of every file that decides the physics (.xml, .stl), and the
 names of those that are only seen (.msh, .png, and others). It is made from an installed set by
 
     python -m clbench.envs.libero.assets FOLDER > clbench/envs/libero/assets.json
@@ -56,7 +56,7 @@ def root() -> Path:
     return Path(value).expanduser() if value else cache_root() / "libero"
 
 
-# ------------------------------------------------------------------------------------------------ what must be there
+# ------------------------------------------------------------------------------------------------ what must be present
 
 
 @cache
@@ -67,17 +67,17 @@ def expected() -> tuple[dict[str, str], tuple[str, ...]]:
 
 
 def physics_digests(assets: Path) -> dict[str, str]:
-    """Return {path: sha256} of the expected physics files that are there."""
+    """Return {path: sha256} of the expected physics files that exist."""
     return _digests(assets, expected()[0])
 
 
 def _digests(assets: Path, names: Iterable[str]) -> dict[str, str]:
-    """{path: sha256} of those of `names` that are there."""
+    """{path: sha256} of those of `names` that exist."""
     return {n: hashlib.sha256((assets / n).read_bytes()).hexdigest() for n in names if (assets / n).is_file()}
 
 
 def differing(assets: Path) -> list[str]:
-    """Return the physics files of `assets` that are not those clbench was tested with. UserError: files are missing."""
+    """Return the physics files of `assets` that differ from those clbench was tested with. UserError: missing files."""
     physics, visual = expected()
     missing = [name for name in (*physics, *visual) if not (assets / name).is_file()]
     if missing:
@@ -98,7 +98,7 @@ def differing(assets: Path) -> list[str]:
 def installed() -> Path:
     """Return the folder of the installed assets.
 
-    Raises UserError, naming the command, when they are not there, incomplete, or not as they were installed.
+    Raises UserError, naming the command, when they are missing, incomplete, or not as they were installed.
     """
     assets = root() / "assets"
     if not (root() / RECORD).is_file() or not assets.is_dir():
@@ -111,7 +111,7 @@ def installed() -> Path:
         wrong = [name for name in changed if found[name] != accepted.get(name)]
         if wrong:
             raise UserError(
-                f"{assets / wrong[0]} is not the file that was installed ({len(wrong)} such). "
+                f"{assets / wrong[0]} is not the file that was installed ({len(wrong)} such files). "
                 f"Install the assets again: {COMMAND}"
             )
     return assets
@@ -144,11 +144,11 @@ def install(source: str, accept_differences: bool = False) -> tuple[Path, list[s
 
     Returns the folder and the names of physics files that differ from those clbench was tested with.
 
-    Raises UserError: the source is missing or unreadable, holds what no assets archive should (absolute paths, "..",
-    links, devices, too many or too large files), lacks files, or has other physics files and `accept_differences` is
-    not set. What was installed before is then as it was.
+    Raises UserError: the source is missing or unreadable, holds what an assets archive should not (absolute paths,
+    "..", links, devices, too many or too large files), lacks files, or has different physics files and
+    `accept_differences` is not set. What was installed before is then unchanged.
     """
-    from clbench.lock import held  # here, for other interpreters import this module, but never install
+    from clbench.lock import held  # here, because other interpreters import this module but never install
 
     place = root()
     try:
@@ -158,10 +158,10 @@ def install(source: str, accept_differences: bool = False) -> tuple[Path, list[s
         raise UserError(f"cannot write in {place}: {e.strerror}. Set CLBENCH_LIBERO_ROOT to a writable folder.") from e
     try:
         with held(place, "installation"):
-            for left in place.glob(".partial-*"):  # of one that was killed
+            for left in place.glob(".partial-*"):  # of a process that was killed
                 if left != working:
                     shutil.rmtree(left)
-            working.mkdir(exist_ok=True)  # another one may have taken it for left behind
+            working.mkdir(exist_ok=True)  # another process may have removed it as a leftover
             changed = _install(source, place, working, accept_differences)
     except OSError as e:
         raise UserError(f"cannot install LIBERO's assets in {place}: {e.strerror or e}.") from e
@@ -171,7 +171,7 @@ def install(source: str, accept_differences: bool = False) -> tuple[Path, list[s
 
 
 def _install(source: str, place: Path, working: Path, accept_differences: bool) -> list[str]:
-    """Install in `place` what `install` says, by way of the folder `working`; returns what differs."""
+    """Do the work of `install` in `place`, by way of the folder `working`; returns what differs."""
     if source == "hub":
         found = _download(working / "source")
     elif Path(source).expanduser().is_dir():
@@ -183,7 +183,7 @@ def _install(source: str, place: Path, working: Path, accept_differences: bool) 
     changed = differing(assets)
     if changed and not accept_differences:
         raise UserError(
-            f"{source}: {len(changed)} files that decide the physics differ from LIBERO's, first {changed[0]}: "
+            f"{source}: {len(changed)} files that decide the physics differ from LIBERO's, e.g. {changed[0]}: "
             "results would not be comparable. Use another source, or --accept-differences."
         )
     new = working / "assets"
@@ -200,7 +200,7 @@ def _install(source: str, place: Path, working: Path, accept_differences: bool) 
 
 
 def _find(folder: Path, source: str) -> Path:
-    """Return the folder of `folder` (itself, or up to two levels below) that holds the assets."""
+    """Return the folder in `folder` (itself, or up to two levels below) that holds the assets."""
     marks = sorted({name.split("/")[0] for name in expected()[0]})
     for pattern in (".", "*", "*/*"):
         for candidate in [folder] if pattern == "." else sorted(folder.glob(pattern)):
@@ -213,7 +213,7 @@ def _extract(archive: Path, folder: Path) -> None:
     """Unpack `archive` into `folder`, regular files and folders only, within bounds."""
     if not archive.is_file():
         raise UserError(
-            f"there is no file or folder {archive}. Give an archive of LIBERO's assets, a folder, or 'hub'."
+            f"no file or folder {archive}. Give an archive of LIBERO's assets, a folder, or 'hub'."
         )
     files = total = 0
     try:
@@ -225,7 +225,7 @@ def _extract(archive: Path, folder: Path) -> None:
                 total += member.size
                 if files > MAX_FILES or total > MAX_BYTES:
                     raise UserError(
-                        f"{archive} holds more than {MAX_FILES} files or {MAX_BYTES >> 30} GiB: no LIBERO assets."
+                        f"{archive} holds more than {MAX_FILES} files or {MAX_BYTES >> 30} GiB: not LIBERO's assets."
                     )
                 parts = Path(member.name).parts
                 if member.name.startswith(("/", "\\")) or ".." in parts:
@@ -267,7 +267,7 @@ def package() -> Path:
 
 
 def write_config() -> Path:
-    """Write the config.yaml that keeps LIBERO from asking, and return its folder."""
+    """Write the config.yaml that keeps LIBERO from prompting, and return its folder."""
     place, libero = root().resolve(), package()
     folders = {
         "assets": place / "assets",
@@ -278,13 +278,13 @@ def write_config() -> Path:
     }
     text = "".join(f"{key}: {json.dumps(str(path))}\n" for key, path in folders.items())
     file = place / "config.yaml"
-    if not file.is_file() or file.read_text() != text:  # missing, or of an environment that was elsewhere
+    if not file.is_file() or file.read_text() != text:  # missing, or from an environment that was elsewhere
         write_text(file, text)
     return place
 
 
 def import_libero() -> ModuleType:
-    """Import LIBERO's environments and return `libero.libero.envs`; no question, no download.
+    """Import LIBERO's environments and return `libero.libero.envs`, without prompts or downloads.
 
     Raises UserError when the package or its assets are missing, or when they cannot be imported.
     """
@@ -302,10 +302,10 @@ def import_libero() -> ModuleType:
 
 @contextlib.contextmanager
 def _quiet_robosuite() -> Iterator[None]:
-    """Have robosuite, imported meanwhile, leave two things alone.
+    """Keep robosuite, imported in the block, from two things.
 
-    It logs to /tmp/robosuite.log, which fails where another user owns that file; and it loads OpenGL, which fails where
-    there is none. What is drawn is drawn by clbench.envs.rendering.
+    It logs to /tmp/robosuite.log, which fails if another user owns that file; and it loads OpenGL, which fails if there
+    is none. Drawing is done by clbench.envs.rendering.
     """
     spec = importlib.util.find_spec("robosuite")
     if spec is None or spec.origin is None:
@@ -319,14 +319,14 @@ def _quiet_robosuite() -> Iterator[None]:
     macros: Any = importlib.util.module_from_spec(macros_spec)
     macros_spec.loader.exec_module(macros)
     macros.FILE_LOGGING_LEVEL = None
-    macros.CONSOLE_LOGGING_LEVEL = "ERROR"  # it would recommend a private settings file at every start,
-    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # also to whoever else listens
+    macros.CONSOLE_LOGGING_LEVEL = "ERROR"  # it would recommend a private settings file at every start
+    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # also to other listeners
     macros.MUJOCO_GPU_RENDERING = False
     sys.modules["robosuite.macros"] = macros
     os.environ["MUJOCO_GL"] = "disable"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)  # its sources have some, shown when they are compiled
+            warnings.simplefilter("ignore", SyntaxWarning)  # its sources cause some when they are compiled
             yield
     finally:
         if before is None:

@@ -1,16 +1,16 @@
 """LIBERO on camera images, "libero": two cameras and the robot's own state in, end-effector displacements out.
 
-The simulator, its seeds, initial states, experts and success are those of simulator.py, bit for bit; only what
-is seen differs. Observations are those of LeRobot's LIBERO environment behind its processors, and of the data sets on
-the Hugging Face hub:
+The simulator, its seeds, initial states, experts and success are those of simulator.py, bit for bit; only the
+observations differ. They are those of LeRobot's LIBERO environment after its processors, and of the data sets on the
+Hugging Face hub:
 
-    observation.images.image    uint8 (size, size, 3): the camera before the robot ("agentview")
+    observation.images.image    uint8 (size, size, 3): the camera in front of the robot ("agentview")
     observation.images.image2   uint8 (size, size, 3): the camera in its hand ("robot0_eye_in_hand")
     observation.state           float32 (8,): end-effector xyz, its rotation as axis-angle (3), two finger positions
 
-Images are what MuJoCo draws turned by 180 degrees, as in those sets: upright, but left and right are exchanged.
+Images are MuJoCo's, turned by 180 degrees, as in those sets: upright, but left and right are exchanged.
 
-Images and state are as old as LeRobot's: robosuite, once an initial state was set, senses after the 24th of a control
+Images and state are as old as LeRobot's: once an initial state is set, robosuite senses after the 24th of a control
 step's 25 substeps.
 """
 
@@ -43,11 +43,11 @@ class Libero(LiberoState):
     hub_data = "HuggingFaceVLA/libero"
 
     def make(self, task: str, render: Mapping[str, Any]) -> LiberoImageSimulator:
-        """Return a simulator of `task`; UserError when there is no such package, no assets or no OpenGL."""
+        """Return a simulator of `task`; UserError if the package, the assets or OpenGL are missing."""
         return LiberoImageSimulator(task, *check_render(render))
 
     def versions(self) -> dict[str, str]:
-        """Return the versions of what decides physics and images; UserError where nothing can draw."""
+        """Return the versions of what decides physics and images; UserError if nothing can draw."""
         return {"opengl": opengl_version()} | super().versions() | {"libero_looks": assets.looks_digest()}
 
 
@@ -55,7 +55,7 @@ class LiberoImageSimulator(LiberoSimulator):
     """One LIBERO task as a `Simulator` with two cameras."""
 
     def __init__(self, task: str, fidelity: str, size: int) -> None:
-        gl_context()  # where there is none, this is said before LIBERO is imported
+        gl_context()  # if there is none, report it before LIBERO is imported
         super().__init__(task)
         self._cameras = self._renderer(size, size, fidelity)
         self._sensed: Observation = {}
@@ -82,6 +82,6 @@ class LiberoImageSimulator(LiberoSimulator):
         return self._sensed
 
     def close(self) -> None:
-        """Free the model and what it was drawn with."""
+        """Free the model and the renderer."""
         self._cameras.close()
         super().close()

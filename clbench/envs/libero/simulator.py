@@ -1,7 +1,7 @@
 """LIBERO on states, "libero_state": the robot's and the objects' poses in, end-effector displacements out.
 
-These observations are PRIVILEGED: a real robot, and every published LIBERO result, has camera images in the place of
-the objects' poses. They make a whole suite trainable on a laptop; their success rates compare with nothing else.
+These observations are PRIVILEGED: a real robot, and every published LIBERO result, has camera images in place of the
+objects' poses. They make a full suite trainable on a laptop; their success rates cannot be compared with any others.
 
 State (89,) float32, lengths in metres, angles in radians:
     0..7    the robot as in LeRobot's LIBERO: end-effector xyz, its rotation as axis-angle (3), two finger positions
@@ -10,7 +10,7 @@ State (89,) float32, lengths in metres, angles in radians:
     85..88  four joints of the fixtures (drawers, doors, knobs), in the order of the fixtures; zeros likewise
 Action (7,) in [-1, 1]: end-effector displacement xyz (1 is 5 cm), rotation (1 is 0.5 rad), gripper (1 closes).
 
-Initial states. A seed of EVAL_SEED_BASE + i (test episodes) starts from entry i modulo 50 of the initial states that
+Initial states: a seed of EVAL_SEED_BASE + i (test episodes) starts from entry i modulo 50 of the initial states that
 LIBERO publishes for the task, as its own evaluation does. A smaller seed (demonstrations), or one from
 VALIDATION_SEED_BASE on (validation), draws a placement from the regions in the task's BDDL file, so nothing is trained
 or chosen on a state that is reported. Either way the scene then settles while the robot holds still with its gripper
@@ -45,7 +45,7 @@ PLACEMENTS = 100  # attempts to place a scene's objects
 
 SETTLE_STEPS = 10
 LONG_SETTLE_STEPS = 50
-# In these scenes objects start inside the table and are thrown up: after 10 steps they are still in the air.
+# In these scenes, objects start inside the table and are thrown up: after 10 steps they are still in the air.
 LONG_SETTLE_SCENES = ("LIVING_ROOM_SCENE1_", "LIVING_ROOM_SCENE2_", "LIVING_ROOM_SCENE3_")
 IDLE = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])  # hold still, gripper open
 
@@ -61,11 +61,11 @@ class LiberoState(SimulatorFamily):
     needs = ("hf-libero", "robosuite", "mujoco", "bddl")
     python_variable = "LIBERO_PYTHON"
     gripper_opens = -1.0
-    test_states = 50  # LIBERO's published ones, of every task
+    test_states = 50  # LIBERO's published ones, for every task
     privileged: str | None = "object poses instead of camera images"
 
     def make(self, task: str, render: Mapping[str, Any]) -> LiberoSimulator:
-        """Return a simulator of `task`; UserError when there is no such package, or no assets."""
+        """Return a simulator of `task`; UserError if the package or the assets are missing."""
         return LiberoSimulator(task)
 
     def tasks(self) -> list[str]:
@@ -82,7 +82,7 @@ class LiberoState(SimulatorFamily):
         try:
             found = {name: version(name) for name in self.needs}
         except PackageNotFoundError as e:
-            raise UserError(f"LIBERO is not installed as the package hf-libero: there is no {e.name}. {INSTALL}") from e
+            raise UserError(f"LIBERO is not installed as the package hf-libero: {e.name} is missing. {INSTALL}") from e
         return found | {"libero_assets": digest()}
 
     def suite_of(self, task: str) -> str:
@@ -96,7 +96,7 @@ class LiberoState(SimulatorFamily):
 
 @contextlib.contextmanager
 def _global_numpy_seed(seed: int) -> Iterator[None]:
-    """LIBERO draws placements from NumPy's global generator: seed it, and give it back as it was."""
+    """LIBERO draws placements from NumPy's global generator: seed it, and restore its state afterwards."""
     before = np.random.get_state()
     np.random.seed(seed)
     try:
@@ -118,7 +118,7 @@ def axis_angle(quaternion: np.ndarray) -> np.ndarray:
 
 
 class LiberoSimulator:
-    """One LIBERO task as a `Simulator`; `success` is LIBERO's own predicate at this very step.
+    """One LIBERO task as a `Simulator`; `success` is LIBERO's own predicate at this step.
 
     Attributes:
         task: its name.
@@ -164,11 +164,11 @@ class LiberoSimulator:
         self._fingers = np.array(robot._ref_gripper_joint_pos_indexes, dtype=np.int64)
 
     def _make_soft_resets_exact(self) -> None:
-        """Have robosuite's soft reset, which keeps the compiled model, start from what a new model would be.
+        """Make robosuite's soft reset, which keeps the compiled model, start like a new model.
 
-        Three things are missing in it: fixtures stay where the last episode put them, which moves what is placed in
-        relation to them; nothing is computed before the controller reads where the robot is; and the gripper, whose
-        command is integrated, remembers its last one.
+        It lacks three things: fixtures stay where the last episode put them, which moves what is placed relative to
+        them; nothing is computed before the controller reads the robot's position; and the gripper, whose command is
+        integrated, remembers its last one.
         """
         inner, gripper = self.env.env, self.env.robots[0].gripper
         mujoco, sim = importlib.import_module("mujoco"), inner.sim
@@ -185,17 +185,17 @@ class LiberoSimulator:
         sim.reset = reset_sim
 
     def _skip_what_is_known(self) -> None:
-        """Have a step compute nothing twice, with the same results bit for bit; it is a third of the time.
+        """Make a step compute nothing twice, with the same results bit for bit; this saves a third of the time.
 
-        Each of the 25 substeps of a control step, robosuite computes the positions and velocities of everything three
-        times (`forward`, the controller's own `forward`, `step`), and only the controls change in between; and it reads
-        sixty observations, all of them unused here.
+        In each of the 25 substeps of a control step, robosuite computes the positions and velocities of everything
+        three times (`forward`, the controller's own `forward`, `step`), although only the controls change in between;
+        and it reads sixty observations, none of them used here.
         """
         inner, mujoco = self.env.env, importlib.import_module("mujoco")
         after_velocities = mujoco.mjtStage.mjSTAGE_VEL
         if inner.sim.model._model.opt.integrator != mujoco.mjtIntegrator.mjINT_EULER:
-            raise RuntimeError(f"{self.task}: LIBERO's models are integrated by Euler's method, this one is not.")
-        known = False  # whether `data` is up to date for its positions and velocities; only a control step sets it
+            raise RuntimeError(f"{self.task}: LIBERO's models are integrated by Euler's method, but this one is not.")
+        known = False  # whether `data` is up to date with its positions and velocities; only a control step sets it
 
         def forward() -> None:
             nonlocal known
@@ -209,7 +209,7 @@ class LiberoSimulator:
         def step(with_udd: bool = True) -> None:
             nonlocal known
             model, data = inner.sim.model._model, inner.sim.data._data
-            if known:  # what mj_step does, from where it is
+            if known:  # what mj_step does from this point on
                 mujoco.mj_checkPos(model, data)
                 mujoco.mj_checkVel(model, data)
                 mujoco.mj_forwardSkip(model, data, after_velocities, False)
@@ -223,7 +223,7 @@ class LiberoSimulator:
 
         def control_step(action: np.ndarray) -> Any:
             nonlocal known
-            known = False  # outside of a step anything may have been moved
+            known = False  # outside a step anything may have been moved
             inner.sim.forward, inner.sim.step = forward, step
             try:
                 return control(action)
@@ -235,11 +235,11 @@ class LiberoSimulator:
         inner._get_observations = lambda force_update=False: {}
 
     def reset(self, seed: int) -> Observation:
-        """Start the episode of `seed` (0 or more; see this module on what it chooses); nothing before it matters."""
+        """Start the episode of `seed` (0 or more; see the module's docstring); nothing before it matters."""
         published = None
         if EVAL_SEED_BASE <= seed < VALIDATION_SEED_BASE:
             states = self.initial_states()
-            seed = (int(seed) - EVAL_SEED_BASE) % len(states)  # also decides where the fixtures stand
+            seed = (int(seed) - EVAL_SEED_BASE) % len(states)  # also decides where the fixtures are
             published = states[seed]
         with _global_numpy_seed(int(seed)):
             self._place()
@@ -252,7 +252,7 @@ class LiberoSimulator:
     def _place(self) -> None:
         """Reset robosuite's environment, with new placements while objects do not fit.
 
-        LIBERO's own `reset` does that too, but for ever and for every exception.
+        LIBERO's own `reset` does that too, but forever and for every exception.
         """
         randomization_error = importlib.import_module("robosuite.utils.errors").RandomizationError
         for _ in range(PLACEMENTS):
@@ -269,7 +269,7 @@ class LiberoSimulator:
         return Step(self._observation(), reward, success)
 
     def _apply(self, action: np.ndarray, look: bool) -> tuple[float, bool]:
-        """One control step; returns its reward and whether the goal holds. `look`: `_observation` is asked next."""
+        """One control step; returns its reward and whether the goal holds. `look`: `_observation` is called next."""
         action = np.asarray(action, dtype=np.float32)
         if action.shape != (ACTION_DIM,):
             raise ValueError(f"{self.task}: an action has shape ({ACTION_DIM},), not {action.shape}.")
@@ -301,7 +301,7 @@ class LiberoSimulator:
         return {STATE_KEY: state.astype(np.float32)}
 
     def render(self, width: int, height: int) -> np.ndarray:
-        """Return the scene for looking at, uint8 (height, width, 3), the way up that the cameras' images have.
+        """Return the scene for viewing, uint8 (height, width, 3), the same way up as the cameras' images.
 
         UserError where there is no OpenGL.
         """
@@ -319,7 +319,7 @@ class LiberoSimulator:
         return np.ascontiguousarray(renderer.draw(self.env.sim.data._data, camera)[::-1, ::-1])
 
     def close(self) -> None:
-        """Free the model and what it was drawn with."""
+        """Free the model and the renderer."""
         if self._view is not None:
             self._view.close()
             self._view = None
@@ -331,7 +331,7 @@ class LiberoSimulator:
 def load_initial_states(task: str) -> np.ndarray:
     """Read LIBERO's published initial states of a task, (50, 1 + nq + nv) float64, from the installed package.
 
-    They were saved by torch, as one array; it is read without, in half a second less.
+    They were saved by torch, as one array; reading it without torch takes half a second less.
     """
     path = package() / "init_files" / table.suite_of(task) / f"{task}.pruned_init"
     if not path.is_file():
@@ -343,7 +343,7 @@ def load_initial_states(task: str) -> np.ndarray:
 
 
 class _OneArray(pickle.Unpickler):
-    """Unpickles an array of numbers as NumPy 1 wrote it, which LIBERO's files are, and nothing else."""
+    """Unpickles an array of numbers as NumPy 1 wrote it (as in LIBERO's files), and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         """Return what an array's pickle may name."""
@@ -354,5 +354,5 @@ class _OneArray(pickle.Unpickler):
             ("_codecs", "encode"): codecs.encode,
         }
         if (module, name) not in parts:
-            raise pickle.UnpicklingError(f"{module}.{name} is no part of an array of numbers.")
+            raise pickle.UnpicklingError(f"{module}.{name} is not part of an array of numbers.")
         return parts[module, name]

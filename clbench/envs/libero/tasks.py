@@ -60,7 +60,7 @@ def suite_tasks(suite: str) -> list[str]:
 
 
 def task_order(number: int) -> tuple[int, ...]:
-    """Return LIBERO's published task order of that number, as indices into a suite of ten; UserError: there is none."""
+    """Return LIBERO's published task order of that number, as indices into a suite of ten; UserError if none."""
     if not 0 <= number < len(TASK_ORDERS):
         raise UserError(f"LIBERO has task orders 0 to {len(TASK_ORDERS) - 1}, not {number}.")
     return TASK_ORDERS[number]
@@ -70,23 +70,23 @@ def published_order(number: int, tasks: Sequence[str]) -> list[str]:
     """Return the tasks of a suite of ten in LIBERO's task order of that number.
 
     Raises:
-        UserError: `tasks` are not those of such a suite in its published order, or there is no order of that number.
+        UserError: `tasks` are not those of such a suite in its published order, or no order has that number.
     """
     order = task_order(number)
     of_ten = [name for name, suite in _table().items() if len(suite) == len(order)]
     if not any(list(tasks) == suite_tasks(name) for name in of_ten):
         raise UserError(
             f"dataset.libero_order counts the tasks of one of LIBERO's suites of {len(order)} ({', '.join(of_ten)}) in "
-            f"their published order, and dataset.tasks lists {_what_else(tasks, of_ten)}. Leave dataset.tasks as the "
-            "suite's stream has it, or give your own order with dataset.task_order instead."
+            f"their published order, but dataset.tasks lists {_what_else(tasks, of_ten)}. Leave dataset.tasks as in "
+            "the suite's stream, or give your own order with dataset.task_order instead."
         )
     return [tasks[i] for i in order]
 
 
 def _what_else(tasks: Sequence[str], of_ten: Sequence[str]) -> str:
-    """What `tasks` are, when not a suite in its order."""
+    """What `tasks` are, if not a suite in its order."""
     same = [name for name in of_ten if sorted(tasks) == sorted(suite_tasks(name))]
-    return f"those of {same[0]} in another order" if same else f"{len(tasks)} tasks that are no such suite"
+    return f"those of {same[0]} in another order" if same else f"{len(tasks)} tasks that are not such a suite"
 
 
 def task_names() -> list[str]:
@@ -107,7 +107,7 @@ def task_instruction(task: str) -> str:
 
 
 def read_package() -> dict[str, dict[str, str]]:
-    """Return the table as the installed package has it. Runs its list of tasks alone, not the simulator."""
+    """Return the table of the installed package. Runs only its list of tasks, not the simulator."""
     path = package() / "benchmark" / "libero_suite_task_map.py"
     spec = importlib.util.spec_from_file_location("_libero_suite_task_map", path)
     assert spec is not None and spec.loader is not None
@@ -118,7 +118,7 @@ def read_package() -> dict[str, dict[str, str]]:
 
 
 def _language(task: str) -> str:
-    """The sentence in a task's name: without the scene, words for underscores (LIBERO's own rule)."""
+    """The sentence in a task's name: without the scene, spaces for underscores (LIBERO's own rule)."""
     if task[0].isupper():
         task = task[task.find("SCENE") + (8 if "SCENE10" in task else 7) :]
     return task.replace("_", " ")
