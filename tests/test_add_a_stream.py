@@ -144,7 +144,7 @@ def test_a_foreign_sets_tasks_are_its_instructions(here: Path) -> None:
     assert [(t.name, t.episodes[0], len(t.episodes)) for t in stream("plain").columns] == [
         (names[0], 10, 10), (names[1], 0, 10),
     ]  # fmt: skip
-    with pytest.raises(UserError, match=r'up: "up" is not there.*The data has 2 tasks: "Move the cup to the left"'):
+    with pytest.raises(UserError, match=r'up: "up" is missing.*The data has 2 tasks: "Move the cup to the left"'):
         stream("plain", "dataset.tasks=[Move the cup to the left, up]")
     with pytest.raises(UserError, match="has no actions: a policy learns from action"):
         stream("plain", "dataset.rename={action: other}")

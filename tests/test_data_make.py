@@ -101,7 +101,7 @@ def test_what_the_expert_cannot_do_is_left_out_and_trained_without(
     alone = ["dataset.tasks=[push-v3,door-open-v3]", "dataset.pretrain.tasks=[window-close-v3]"]
     assert main(["data", "make", str(file), "--", *alone]) == 2
     assert (
-        "no demonstrations can be made of push-v3: its arm is too short; door-open-v3: it has no key. Leave them out."
+        "no demonstrations can be made for push-v3: its arm is too short; door-open-v3: it has no key. Leave them out."
         in capsys.readouterr().err
     )
 

@@ -97,5 +97,5 @@ def test_select_and_concat_are_inverse() -> None:
     parts = [select(batch, torch.tensor([0, 1])), select(batch, torch.tensor([2]))]
     joined = concat(parts)
     assert torch.equal(joined["x"], batch["x"]) and joined["task"] == batch["task"]
-    with pytest.raises(ValueError, match="differ in their features"):
+    with pytest.raises(ValueError, match="have different features"):
         concat([{"x": torch.zeros(1)}, {"y": torch.zeros(1)}])

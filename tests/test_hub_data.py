@@ -150,7 +150,7 @@ def test_everything_wrong_with_a_match_is_in_one_message() -> None:
         matched(GOALS, texts, {0: 1, 1: 1, 2: 1, 3: 0})
     message = str(e.value)
     assert "0 of 3 match" in message
-    assert f'{BOWL}: "put the bowl on the stove" is not there (nearest: "put the bowl on the stoves"' in message
+    assert f'{BOWL}: "put the bowl on the stove" is missing (nearest: "put the bowl on the stoves"' in message
     assert f'{STOVE}: several tasks of the data have its instruction: 0 ("turn on the stove"), 1' in message
     assert f'{DRAWER}: "{drawer}" has no episodes' in message
     assert "The data has 4 tasks" in message
@@ -160,7 +160,7 @@ def test_a_stream_goes_without_tasks_that_a_set_has_not(image_set: Path) -> None
     """What the message says is what to say: for the stream, and for the base."""
     rack = "put_the_wine_bottle_on_the_rack"
     config = goals(image_set, tasks=[BOWL, rack, DRAWER, STOVE], task_order=[STOVE, rack, BOWL])
-    with pytest.raises(UserError, match=rf"2 of 3 match; not: {rack}.* -- 'dataset\.task_order=\[3,0\]'$"):
+    with pytest.raises(UserError, match=rf"2 of 3 match, but: {rack}.* -- 'dataset\.task_order=\[3,0\]'$"):
         build_stream(config)
     config.task_order = [3, 0]
     assert [v.task for v in build_stream(config).visits] == [STOVE, BOWL]
@@ -175,7 +175,7 @@ def test_a_stream_goes_without_tasks_that_a_set_has_not(image_set: Path) -> None
 
 def test_an_instruction_of_several_scenes_is_refused() -> None:
     scenes = ["KITCHEN_SCENE1_open_the_top_drawer_of_the_cabinet", "KITCHEN_SCENE2_open_the_top_drawer_of_the_cabinet"]
-    with pytest.raises(UserError, match="also what KITCHEN_SCENE2_open_the_top_drawer_of_the_cabinet is called"):
+    with pytest.raises(UserError, match="also the instruction of KITCHEN_SCENE2_open_the_top_drawer_of_the_cabinet"):
         matched(scenes[:1], ["open the top drawer of the cabinet"])
     with pytest.raises(UserError, match="0 of 2 match"):
         matched(scenes, ["open the top drawer of the cabinet"])
@@ -308,7 +308,7 @@ def test_what_is_in_lerobots_cache_needs_no_network(
     assert build_stream(hub_goals(revision=COMMIT)).fingerprint == first.fingerprint
     missing = sorted((first.columns[0].root / "data").rglob("*.parquet"))[2]
     missing.unlink()
-    with pytest.raises(UserError, match=f"{REPO} .* not whole on this machine and the hub cannot be reached"):
+    with pytest.raises(UserError, match=f"{REPO} .* not complete on this machine and the hub cannot be reached"):
         build_stream(hub_goals())
     with served({REPO: image_set}) as (url, _):
         online(url)
@@ -350,7 +350,7 @@ def test_a_first_fetch_that_was_interrupted_goes_on(
             monkeypatch.setenv("HF_LEROBOT_HOME", str(cache.rename(tmp_path / "later")))
         online("http://127.0.0.1:9")
         assert cli.main(command) == 2
-        assert "not whole on this machine and the hub cannot be reached" in capsys.readouterr().err
+        assert "not complete on this machine and the hub cannot be reached" in capsys.readouterr().err
         online(url)
         assert cli.main(command) == 0
     shown = capsys.readouterr()
@@ -390,7 +390,7 @@ def test_a_folder_of_ones_own(image_set: Path, online: Callable[[str], None], tm
         assert build_stream(hub_goals(data=str(kept))).fingerprint == stream.fingerprint and asked == []
         with pytest.raises(UserError, match="not someone/libero_goal at later"):
             build_stream(hub_goals(data=str(kept), revision="later"))
-        with pytest.raises(UserError, match="not empty and is no copy that clbench fetched"):
+        with pytest.raises(UserError, match="not empty and is not a copy of"):
             build_stream(hub_goals(data=str(image_set)))
         made = make_toy_data(tmp_path / "made", ["push-v3"], episodes=1, length=3)
         with pytest.raises(UserError, match="holds a data set that clbench made"):
@@ -408,7 +408,7 @@ def test_videos_of_the_hub_in_a_folder(video_set: Path, online: Callable[[str], 
     item = whole(video_set, {"action": [0, 1, 2, 3]})[3 * 5 + 2]
     assert torch.equal(batch[IMAGES[1]][0], item["observation.images.wrist_image"])
     next((tmp_path / "kept" / "videos").rglob("*.mp4")).unlink()
-    with pytest.raises(UserError, match="not whole on this machine"):
+    with pytest.raises(UserError, match="not complete on this machine"):
         build_stream(hub_goals(data=str(tmp_path / "kept"), tasks=[STOVE, DRAWER], rename=rename))
 
 
@@ -473,7 +473,7 @@ def test_offline_for_real(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, *arguments], env=env, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("clbench: someone/libero (revision v3.0) is not whole on this machine and the hub cannot")
+    assert last.startswith("clbench: someone/libero (revision v3.0) is not complete on this machine and the hub cannot")
     assert "HF_HUB_OFFLINE" in last and "clbench data make" in last
 
 
@@ -514,21 +514,21 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "new format": (lambda r: edit_info(r, codebase_version="v4.0"), "format v4.0; clbench reads v3. Use a newer"),
     "no version": (lambda r: write_json(r / "meta/info.json", {}), "no 'codebase_version'"),
     "paths": (lambda r: edit_info(r, data_path="../{chunk_index}.parquet"), "data_path"),
-    "no state": (lambda r: drop_feature(r, "observation.state"), "observation.state is not there"),
-    "no action": (lambda r: drop_feature(r, "action"), "action is not there"),
-    "no camera": (lambda r: drop_feature(r, IMAGES[1]), "image2 is not there.*dataset.rename="),
+    "no state": (lambda r: drop_feature(r, "observation.state"), "observation.state is missing"),
+    "no action": (lambda r: drop_feature(r, "action"), "action is missing"),
+    "no camera": (lambda r: drop_feature(r, IMAGES[1]), "image2 is missing.*dataset.rename="),
     "state's shape": (lambda r: edit_feature(r, "observation.state", shape=[9]), r"is float32 \(9,\), not .*\(8,\)"),
     "state's type": (lambda r: edit_feature(r, "observation.state", dtype="int64"), "is int64"),
     "camera's type": (lambda r: edit_feature(r, IMAGES[0], dtype="float32"), "not square images"),
-    "feature's name": (lambda r: edit_info(r, features={"../x": {"dtype": "video", "shape": [1]}}), "no feature name"),
-    "no file": (lambda r: (r / FILE).unlink(), "1 of the files that this stream needs are missing, first " + FILE),
-    "empty file": (lambda r: (r / FILE).write_bytes(b""), "missing, first " + FILE),
+    "feature's name": (lambda r: edit_info(r, features={"../x": {"dtype": "video", "shape": [1]}}), "is not a feature"),
+    "no file": (lambda r: (r / FILE).unlink(), "1 of the files that this stream needs are missing, e.g. " + FILE),
+    "empty file": (lambda r: (r / FILE).write_bytes(b""), "missing, e.g. " + FILE),
     "cut file": (lambda r: cut(r / FILE), "is damaged"),
     "no tasks": (lambda r: (r / "meta/tasks.parquet").unlink(), "meta/tasks.parquet is missing"),
     "cut tasks": (lambda r: cut(r / "meta/tasks.parquet"), "is damaged"),
     "no episodes": (lambda r: shutil.rmtree(r / "meta/episodes"), "meta/episodes is missing"),
-    "fewer episodes": (lambda r: edit_info(r, total_episodes=13), "speaks of 13 episodes"),
-    "no description": (lambda r: (r / "meta/info.json").unlink(), "no whole data set"),
+    "fewer episodes": (lambda r: edit_info(r, total_episodes=13), "states 13 episodes"),
+    "no description": (lambda r: (r / "meta/info.json").unlink(), "not a complete data set"),
     "frames": (lambda r: edit_column(r, 1, "index", lambda v: [n + 1 for n in v]), "frames of episode 1 are not those"),
     "tasks of frames": (lambda r: edit_column(r, 1, "task_index", lambda v: [0] * len(v)), "1 have other tasks"),
     "not finite": (
@@ -759,8 +759,8 @@ def test_instructions_in_words_of_ones_own(image_set: Path) -> None:
     for wrong, says in (
         ({"light the stove": "x"}, "has no task 'x'"),
         ({"drawers": DRAWER}, "no instruction 'drawers'. Did you mean 'drawer'?"),
-        ({"drawer": DRAWER, "drawer 2": DRAWER}, "'drawer 2' and .* are not alone"),
-        ({"drawer": DRAWER, "Drawer": STOVE}, "'Drawer' and .* are not alone"),
+        ({"drawer": DRAWER, "drawer 2": DRAWER}, "'drawer 2' or .* occurs twice"),
+        ({"drawer": DRAWER, "Drawer": STOVE}, "'Drawer' or .* occurs twice"),
     ):
         with pytest.raises(UserError, match=says):
             named_tasks(ENV, wrong, dict(enumerate(texts)), "k")
@@ -796,7 +796,7 @@ def test_float64_is_read_as_float32(tmp_path: Path, toy_data: Path, copied: Path
 def test_other_frames_a_second_are_said(image_set: Path) -> None:
     data = build_stream(goals(image_set)).data
     said = fps_note(data)
-    assert said is not None and "says 10 frames a second, and the simulator makes 20 steps" in said
+    assert said is not None and "has 10 frames a second, but the simulator takes 20 steps" in said
     assert fps_note(data | {"fps": 20.0}) is None and fps_note({"kind": "made"}) is None
 
 
@@ -850,7 +850,7 @@ def test_data_check_where_the_bases_data_are_not_made_yet(
         assert f"clbench data make goals -- dataset.repo_id={REPO} render.fidelity=full" in said
         (absent / "meta").mkdir(parents=True)
         assert cli.main(command) == 2
-    assert f"{absent} is no whole data set" in capsys.readouterr().err
+    assert f"{absent} is not a complete data set" in capsys.readouterr().err
 
 
 def test_nothing_is_made_for_a_set_of_the_hub(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -923,7 +923,7 @@ def test_a_base_for_other_features_is_refused(image_set: Path, tmp_path: Path, t
     config = run_config(tmp_path, {"data": str(toy_data / "stream"), "env": {"type": "metaworld", "max_steps": 10},
                                    "tasks": ["hammer-v3", "push-v3"]})  # fmt: skip
     config.policy = {"path": str(policy)}
-    with pytest.raises(UserError, match=r"image is not there.*observation.state has shape \(39,\), not \(8,\)"):
+    with pytest.raises(UserError, match=r"image is missing.*observation.state has shape \(39,\), not \(8,\)"):
         train(config, "other")
 
 

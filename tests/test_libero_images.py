@@ -208,7 +208,7 @@ def test_how_images_are_drawn_is_checked(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             make_simulator(spec)
     data = record(tmp_path / "odd", [SOUP], {"fidelity": "fast"})
-    with pytest.raises(UserError, match="does not say how images were drawn"):
+    with pytest.raises(UserError, match="does not describe how images were drawn"):
         load_info(data)
     assert drawing("libero_state", RenderConfig()) is None and drawing("metaworld", None) is None
 

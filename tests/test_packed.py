@@ -132,7 +132,7 @@ def test_mistakes_are_named(runs: list[Path], tmp_path: Path) -> None:
     unpack(file, tmp_path / "there")
     with pytest.raises(UserError, match="exists already"):
         unpack(file, tmp_path / "there")
-    with pytest.raises(UserError, match=r"ends with \.tar\.xz"):
+    with pytest.raises(UserError, match=r"must end with \.tar\.xz"):
         pack(runs, tmp_path / "r.zip")
     with pytest.raises(UserError, match="is not an evaluated run"):
         pack([tmp_path], file)

@@ -1,6 +1,6 @@
 """Camera images on their way from the simulator to a data set: one archive of PNG files per episode.
 
-A whole set does not fit in memory (two cameras at 256 pixels: 0.4 MB a step), so images are written as they are taken.
+A full set does not fit in memory (two cameras at 256 pixels: 0.4 MB a step), so images are written as they are taken.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _entry(camera: str, frame: int) -> str:
 
 
 def read_images(path: Path, cameras: Sequence[str], frames: int) -> Iterator[dict[str, np.ndarray]]:
-    """Yield the images of each of an episode's `frames` steps, as `EpisodeImages` was given them."""
+    """Yield the images of each of an episode's `frames` steps, as they were given to `EpisodeImages`."""
     with zipfile.ZipFile(path) as archive:
         for frame in range(frames):
             yield {camera: decoded(archive.read(_entry(camera, frame))) for camera in cameras}

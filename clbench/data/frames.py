@@ -37,14 +37,14 @@ from clbench.terminal import tell
 Batch = dict[str, Any]
 Deltas = dict[str, list[int]]  # feature → frame offsets, e.g. {"action": [0, …, 7]}
 
-# LeRobot asks the hub for a set in which it misses something, a folder for its cache among it. What is read here is on
-# this machine, whole: this is no name that a hub could know, and the request ends before it is sent.
+# LeRobot asks the hub for a set in which it finds anything missing, even a folder for its cache. What is read here is
+# complete on this machine: this is not a valid name on a hub, so the request fails before it is sent.
 NO_HUB = "on this machine"
 NOT_NUMBERS = ("string", "language", "image", "video")
 
 
 def frame_deltas(policy: PreTrainedConfig, features: dict[str, Any]) -> Deltas:
-    """Return the frame offsets that a policy wants of each feature (its history and its action chunk)."""
+    """Return the frame offsets that a policy needs of each feature (its history and its action chunk)."""
     deltas: Deltas = {}
     for key in features:
         if key == "action" and policy.action_delta_indices is not None:
@@ -58,8 +58,8 @@ def frame_deltas(policy: PreTrainedConfig, features: dict[str, Any]) -> Deltas:
 class FrameTable:
     """All low-dimensional columns of one data set as tensors, with each frame's episode bounds.
 
-    Rows are in the order of the files. Of a set of which only some files are here, they are those files' frames; column
-    "index" has a frame's number in the whole set.
+    Rows are in the order of the files. If only some of a set's files are here, the rows are those files' frames; column
+    "index" has a frame's number in the full set.
     """
 
     columns: dict[str, Tensor]
@@ -72,7 +72,7 @@ class FrameTable:
         """Read the table from the parquet files; no image is read.
 
         Args:
-            names: features to read → what to call them; None = all, by their own names.
+            names: features to read → their names here; None = all, under their own names.
         """
         features = read_json(root / "meta" / "info.json")["features"]
         names = all_names(names, features)
@@ -80,7 +80,7 @@ class FrameTable:
         try:
             arrays = read_columns(sorted((root / "data").glob("*/*.parquet")), low)
         except (ValueError, KeyError, OSError) as e:
-            raise UserError(f"the data set in {root} is damaged: {' '.join(str(e).split())}. Get it anew.") from e
+            raise UserError(f"the data set in {root} is damaged: {' '.join(str(e).split())}. Get it again.") from e
         columns: dict[str, Tensor] = {}
         for key, array in arrays.items():
             columns[names[key]] = torch.tensor(array, dtype=torch.float32 if array.dtype == np.float64 else None)
@@ -88,20 +88,20 @@ class FrameTable:
         edges = [0, *((episode[1:] != episode[:-1]).nonzero()[:, 0] + 1).tolist(), len(episode)]
         start = {int(episode[a]): (a, b) for a, b in itertools.pairwise(edges)}
         if len(start) != len(edges) - 1:
-            raise UserError(f"the data set in {root} is damaged: an episode's frames are scattered. Get it anew.")
+            raise UserError(f"the data set in {root} is damaged: an episode's frames are scattered. Get it again.")
         lengths = torch.tensor(edges).diff()
         episode_from = torch.repeat_interleave(torch.tensor(edges[:-1]), lengths)
         return FrameTable(columns, episode_from, episode_from + torch.repeat_interleave(lengths, lengths), start)
 
     def window(self, key: str, frames: Tensor, offsets: list[int]) -> tuple[Tensor, Tensor]:
-        """Return values (n, len(offsets), …) and padding (n, len(offsets)): outside its episode the edge repeats."""
+        """Return values (n, len(offsets), …) and padding (n, len(offsets)): outside an episode its edge repeats."""
         want = frames[:, None] + torch.tensor(offsets)
         low, high = self.episode_from[frames][:, None], self.episode_to[frames][:, None] - 1
         return self.columns[key][want.clamp(low, high)], (want < low) | (want > high)
 
 
 def all_names(names: dict[str, str] | None, features: Iterable[str]) -> dict[str, str]:
-    """What each used feature of a data set is called here, with the bookkeeping columns."""
+    """Each used feature's name here, with the bookkeeping columns."""
     return {k: k for k in features} if names is None else {**{k: k for k in BOOKKEEPING}, **names}
 
 
@@ -109,7 +109,7 @@ class TaskFrames:
     """The samples of one task. `len` counts frames; `fetch(indices)` returns a raw batch.
 
     Attributes:
-        features: LeRobot's description of each used feature, by the name it has here.
+        features: LeRobot's description of each used feature, by its name here.
     """
 
     def __init__(self, task: Task, policy: PreTrainedConfig, tables: dict[Path, FrameTable]) -> None:
@@ -119,12 +119,12 @@ class TaskFrames:
         for part in ("meta/info.json", "meta/tasks.parquet", "meta/episodes", "data"):
             if not (task.root / part).exists():  # LeRobot would look for it on a hub
                 raise UserError(
-                    f"there is no whole LeRobot data set in {task.root} ({part} is missing): run `clbench data make "
+                    f"there is no complete LeRobot data set in {task.root} ({part} is missing): run `clbench data make "
                     f"{task.root.name}`."
                 )
         try:
             self.meta = LeRobotDatasetMetadata(repo_id=NO_HUB, root=task.root)
-        except Exception as e:  # LeRobot takes any missing file for a missing set
+        except Exception as e:  # LeRobot treats any missing file as a missing set
             raise _unreadable(task.root, e) from e
         self._names = all_names(task.features, self.meta.features)
         self.features = {here: described_feature(self.meta.features[there]) for there, here in self._names.items()}
@@ -139,7 +139,7 @@ class TaskFrames:
 
     @cached_property
     def _lerobot(self) -> tuple[LeRobotDataset, dict[int, int]]:
-        """LeRobot's view of the task's episodes, and where in it each frame of the whole set stands."""
+        """LeRobot's view of the task's episodes, and each frame's position in it, by its number in the full set."""
         there = {here: name for name, here in self._names.items()}
         seconds = {there[k]: [d / self.meta.fps for d in v] for k, v in self.deltas.items()}
         try:
@@ -148,7 +148,7 @@ class TaskFrames:
                 root=self.task.root,
                 episodes=sorted(self.task.episodes),
                 delta_timestamps=seconds or None,
-                video_backend=None if self.meta.video_keys else "pyav",  # not looked for where there are no videos
+                video_backend=None if self.meta.video_keys else "pyav",  # not searched for without videos
             )
         except Exception as e:
             raise _unreadable(self.task.root, e) from e
@@ -161,7 +161,7 @@ class TaskFrames:
         starts = self.table.episode_start
         missing = [e for e in self.task.episodes if e not in starts]
         if missing:
-            raise UserError(f"{self.task.root} has no episode {missing[0]}, which its own record lists. Make it anew.")
+            raise UserError(f"{self.task.root} has no episode {missing[0]}, which its own record lists. Make it again.")
         return torch.cat([torch.arange(*starts[e]) for e in self.task.episodes])
 
     def __len__(self) -> int:
@@ -213,7 +213,7 @@ class TaskFrames:
 
 
 def _unreadable(root: Path, e: Exception) -> UserError:
-    """What LeRobot missed, and not what asking a hub for it came to."""
+    """Reports what LeRobot found missing, rather than the failure of asking a hub for it."""
     first: BaseException = e
     while first.__context__ is not None:
         first = first.__context__
@@ -222,7 +222,7 @@ def _unreadable(root: Path, e: Exception) -> UserError:
 
 
 def described_feature(feature: dict[str, Any]) -> dict[str, Any]:
-    """A feature as LeRobot describes it; an image's shape is height, width, channels, and named so."""
+    """A feature as LeRobot describes it; an image's shape is (height, width, channels), with these names."""
     if feature["dtype"] not in ("image", "video"):
         return feature
     return {**feature, "shape": image_shape(feature), "names": ["height", "width", "channels"]}
@@ -248,11 +248,11 @@ class StreamFrames:
         return sum(len(p) for p in self._parts[k])
 
     def use_copy(self, k: int, indices: Tensor, samples: Batch) -> None:
-        """From now on take visit k's samples at `indices` (m,), ascending, from packed `samples`, not its data set."""
+        """Take visit k's samples at `indices` (m,), ascending, from packed `samples` from now on, not its data set."""
         self._copies[k] = indices, samples
 
     def _copied(self, k: int, index: Tensor) -> Batch | None:
-        """Samples of visit k that are all in its copy; else None."""
+        """Samples of visit k if all are in its copy; else None."""
         if k not in self._copies:
             return None
         indices, samples = self._copies[k]
@@ -289,7 +289,7 @@ PACKED = "/uint8"  # suffix of a key whose values are kept as bytes
 
 
 def packed(batch: Batch) -> Batch:
-    """The same samples for keeping: images in [0, 1] that came from bytes are bytes again (exactly, a quarter)."""
+    """The same samples for storing: images in [0, 1] that came from bytes become bytes again (exact, a quarter)."""
     out: Batch = {}
     for key, value in batch.items():
         if key.startswith("observation.image") and torch.is_tensor(value) and value.dtype == torch.float32:
@@ -314,7 +314,7 @@ def concat(batches: Sequence[Batch]) -> Batch:
     for b in batches[1:]:
         if b.keys() != keys:
             raise UserError(
-                f"the tasks' data differ in their features: {sorted(set(b) ^ set(keys))}. A stream needs one schema."
+                f"the tasks' data have different features: {sorted(set(b) ^ set(keys))}. A stream needs one schema."
             )
     return {
         k: torch.cat([b[k] for b in batches]) if torch.is_tensor(batches[0][k]) else [v for b in batches for v in b[k]]
@@ -334,7 +334,7 @@ def batch_size(batch: Batch) -> int:
 
 
 class SampleOrder:
-    """Shuffled epochs as one endless sequence: a pure function of (seed, visit, epoch), so any step can be had."""
+    """Shuffled epochs as one endless sequence: a pure function of (seed, visit, epoch), with random access to steps."""
 
     def __init__(self, n: int, *key: int | str) -> None:
         self.n, self.key = n, key
@@ -357,11 +357,11 @@ class SampleOrder:
         return torch.cat(parts)
 
 
-MAX_DEATHS = 3  # of data-loading processes, without a batch in between
+MAX_DEATHS = 3  # of data-loading processes, with no batch in between
 
 
 class _Referenced(Dataset[Batch]):
-    """Adapts StreamFrames to a loader whose sampler yields reference tensors."""
+    """Adapts StreamFrames for a loader whose sampler yields reference tensors."""
 
     def __init__(self, frames: StreamFrames) -> None:
         self.frames = frames
@@ -371,14 +371,14 @@ class _Referenced(Dataset[Batch]):
 
 
 def _begin(worker: int) -> None:
-    """A signal to the whole process group is for the training process, which stops its workers when it has saved."""
+    """A signal to the process group is for the training process, which stops its workers after saving."""
     belong_to(os.getppid())
 
 
 def _quietly_watched(loader: DataLoader[Batch]) -> Iterator[Batch]:
-    """The loader's batches. A worker that dies raises RuntimeError here, when its batch is asked for.
+    """The loader's batches. A worker that dies raises RuntimeError here, when its batch is requested.
 
-    torch's own handler of SIGCHLD would raise it wherever the main thread is, in the middle of a training step; torch
+    torch's own SIGCHLD handler would raise it wherever the main thread is, even in the middle of a training step; torch
     also notices a dead worker while it waits for a batch.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -392,13 +392,12 @@ def _quietly_watched(loader: DataLoader[Batch]) -> Iterator[Batch]:
 def load_batches(frames: StreamFrames, refs: Iterator[Tensor], workers: int) -> Iterator[Batch]:
     """Yield the batch of every reference tensor, in order. Data that must be decoded is read ahead by `workers`.
 
-    A worker process that dies is replaced, and what it was to read is read again. Raises UserError when they die
-    again and again.
+    A worker process that dies is replaced, and its batches are read again. Raises UserError if workers keep dying.
     """
     if not frames.decoded or workers == 0:
         yield from map(frames.fetch, refs)
         return
-    asked: deque[Tensor] = deque()  # references whose batches have not come yet
+    asked: deque[Tensor] = deque()  # references whose batches have not arrived yet
 
     def asking() -> Iterator[Tensor]:
         yield from list(asked)  # of workers that died
@@ -426,12 +425,12 @@ def load_batches(frames: StreamFrames, refs: Iterator[Tensor], workers: int) -> 
             tell(f"warning: a data-loading process {how}; starting new ones.")
     raise UserError(
         f"data-loading processes died {MAX_DEATHS} times in a row; the last one {how}. Often memory is short: lower "
-        "train.num_workers (0 reads the data in the training process itself), or make /dev/shm larger (docker run "
-        "--shm-size=8g), through which they hand data over."
+        "train.num_workers (0 reads the data in the training process itself), or make /dev/shm, through which they "
+        "pass data, larger (docker run --shm-size=8g)."
     )
 
 
 def _how_one_died(batches: Iterator[Batch]) -> str:
-    """How the first of a loader's processes that died ended; torch does not say it."""
+    """How the first of a loader's processes to die ended; torch does not report it."""
     codes = [process.exitcode for process in getattr(batches, "_workers", [])]
     return next((how_ended(code) for code in codes if code), "ended")

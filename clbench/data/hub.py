@@ -1,8 +1,8 @@
 """Copies of hub data sets: the same cache and the same files that LeRobot itself would use and fetch.
 
-huggingface_hub is called directly, not through LeRobotDataset: LeRobot asks the hub for a set's versions at every
-opening, so that a machine without a network could not open what is in its cache; and importing it takes 10 s.
-What has been fetched is used as it is and nobody is asked; only what is missing is fetched.
+huggingface_hub is called directly, not through LeRobotDataset: LeRobot asks the hub for a set's versions whenever it is
+opened, so a machine without a network could not open what is in its cache; and importing LeRobot takes 10 s.
+What has been fetched is used as it is, without contacting the hub; only what is missing is fetched.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from clbench.errors import UserError
 from clbench.io import read_json, write_json
 from clbench.terminal import tell
 
-RECORD = ".clbench_hub.json"  # in a folder of the user's: which set it is a copy of
+RECORD = ".clbench_hub.json"  # in a user's folder: which set it is a copy of
 META = "meta/"
 
 
 @dataclass(frozen=True)
 class HubCopy:
-    """A hub data set on this machine, of which files may be missing."""
+    """A hub data set on this machine; files may be missing."""
 
     repo_id: str
     revision: str
@@ -41,7 +41,7 @@ def cache_folder() -> Path:
 
 
 def local_copy(repo_id: str, revision: str | None = None, folder: Path | None = None) -> HubCopy | None:
-    """The copy that is on this machine, without asking the hub; None where its description has not all been fetched.
+    """The copy on this machine, without asking the hub; None if its description has not been fetched completely.
 
     Raises:
         UserError: `folder` holds something else.
@@ -63,8 +63,8 @@ def local_copy(repo_id: str, revision: str | None = None, folder: Path | None = 
     if not (folder / RECORD).is_file():
         if folder.is_dir() and any(p.name != ".cache" for p in folder.iterdir()):
             raise UserError(
-                f"{folder} is not empty and is no copy that clbench fetched of {repo_id}. Name another folder, or, to "
-                "use the data set that is there, leave repo_id away."
+                f"{folder} is not empty and is not a copy of {repo_id} that clbench fetched. Name another folder, or "
+                "omit repo_id to use the data set that is there."
             )
         return None
     record = read_json(folder / RECORD)
@@ -77,10 +77,10 @@ def local_copy(repo_id: str, revision: str | None = None, folder: Path | None = 
 
 
 def fetch_description(repo_id: str, revision: str | None = None, folder: Path | None = None) -> HubCopy:
-    """Fetch what a set says of itself (meta/, a few MB), saying so.
+    """Fetch a set's description (meta/, a few MB), with a message.
 
     Raises:
-        UserError: the hub cannot be reached; there is no such set or revision, or it is not open to this user; the disk
+        UserError: the hub cannot be reached; the set or revision does not exist or is not open to this user; the disk
             is full.
     """
     wanted = revision or FORMAT
@@ -95,9 +95,9 @@ def fetch_description(repo_id: str, revision: str | None = None, folder: Path | 
         write_json(folder / RECORD, record)
         root = Path(_snapshot(repo_id, wanted, commit, allow_patterns=META, local_dir=folder))
     if not is_described(root):
-        _commit(repo_id, wanted)  # without a network the client hands out what there is; this says so
+        _commit(repo_id, wanted)  # without a network the client returns what it has; this raises
     if not has_set(root):
-        raise UserError(f"{repo_id} (revision {wanted}) has no {INFO}: it is no LeRobot data set.")
+        raise UserError(f"{repo_id} (revision {wanted}) has no {INFO}: it is not a LeRobot data set.")
     if folder is not None:
         write_json(folder / RECORD, record | {"described": True})
     return HubCopy(repo_id, wanted, commit, root if folder is None else folder)
@@ -112,12 +112,12 @@ def size_of(copy: HubCopy, files: Sequence[str], in_cache: bool) -> int:
     absent = [f for f in files if f not in known]
     if absent:
         raise UserError(f"{copy.repo_id} (commit {copy.commit[:12]}) lacks {absent[0]}, which its own description "
-                        "lists: the set on the hub is not whole. Take another revision or set.")  # fmt: skip
+                        "lists: the set on the hub is incomplete. Use another revision or set.")  # fmt: skip
     return sum(p.file_size for p in parts if p.will_download)
 
 
 def fetch_files(copy: HubCopy, files: Sequence[str], in_cache: bool) -> None:
-    """Fetch these files of the copy's own commit, saying first how much that is and where it goes. Raises UserError."""
+    """Fetch these files at the copy's commit, first printing their size and destination. Raises UserError."""
     size = size_of(copy, files, in_cache)
     tell(f"fetching {len(files)} files ({size / 1e6:.1f} MB) of {copy.repo_id} from the hub into {copy.root}")
     _snapshot(copy.repo_id, copy.revision, copy.commit, allow_patterns=list(files), **_place(copy, in_cache))
@@ -146,7 +146,7 @@ def _snapshot(repo_id: str, revision: str, commit: str, **options: Any) -> Any:
 
 
 def _asked(repo_id: str, revision: str, call: Any) -> Any:
-    """`call()`, with everything that can go wrong between here and the hub said in one sentence."""
+    """`call()`, with any failure between here and the hub reported in one message."""
     import httpx
     from huggingface_hub import errors
 
@@ -155,7 +155,7 @@ def _asked(repo_id: str, revision: str, call: Any) -> Any:
         return call()
     except errors.GatedRepoError as e:
         raise UserError(
-            f"{repo_id} is open only to those who accepted its terms on the hub: accept them there, then log in with "
+            f"{repo_id} is open only to users who accepted its terms on the hub: accept them there, then log in with "
             "`hf auth login` (or set HF_TOKEN)."
         ) from e
     except errors.RepositoryNotFoundError as e:
@@ -172,14 +172,14 @@ def _asked(repo_id: str, revision: str, call: Any) -> Any:
             cause = cause.__cause__
         if isinstance(cause, errors.GatedRepoError | errors.RepositoryNotFoundError | errors.RevisionNotFoundError):
             return _asked(repo_id, revision, lambda: _raise(cause))
-        why = "HF_HUB_OFFLINE forbids it" if isinstance(cause, errors.OfflineModeIsEnabled) else _first_line(cause)
+        why = "HF_HUB_OFFLINE is set" if isinstance(cause, errors.OfflineModeIsEnabled) else _first_line(cause)
         raise UserError(
-            f"{repo_id} (revision {revision}) is not whole on this machine and the hub cannot be reached ({why}). Run "
-            f"this again with a network; what was fetched is kept. {both}"
+            f"{repo_id} (revision {revision}) is not complete on this machine and the hub cannot be reached ({why}). "
+            f"Run this again with a network; what was fetched is kept. {both}"
         ) from e
     except OSError as e:
-        raise UserError(f"cannot keep {repo_id} on this machine: {_first_line(e)}. dataset.data=FOLDER (a path) or "
-                        "HF_LEROBOT_HOME says where to.") from e  # fmt: skip
+        raise UserError(f"cannot store {repo_id} on this machine: {_first_line(e)}. Choose a place with "
+                        "dataset.data=FOLDER (a path) or HF_LEROBOT_HOME.") from e  # fmt: skip
 
 
 def _raise(error: BaseException) -> None:
@@ -187,12 +187,12 @@ def _raise(error: BaseException) -> None:
 
 
 def _no_revision(repo_id: str, revision: str) -> str:
-    """What to say about a revision that a set lacks: which it has."""
+    """The message about a revision that a set lacks: which ones it has."""
     from huggingface_hub import HfApi
 
     try:
         refs = HfApi().list_repo_refs(repo_id, repo_type="dataset")
-    except Exception:  # noqa: BLE001 (the sentence is only more helpful with them)
+    except Exception:  # noqa: BLE001 (they only make the message more helpful)
         names: list[str] = []
     else:
         names = [r.name for r in (*refs.tags, *refs.branches)]

@@ -1,4 +1,4 @@
-"""What a made data set says of itself: `meta/clbench.json` beside LeRobot's own metadata.
+"""The description of a data set that clbench made: `meta/clbench.json`, next to LeRobot's own metadata.
 
 Standard library and numpy only, so that listing data sets costs nothing.
 """
@@ -26,8 +26,8 @@ INFO_FILE = "meta/clbench.json"
 class TaskInfo:
     """One task's part of a data set.
 
-    `expert_*` were measured without noise on episodes of their own: the rate is the ceiling for a policy that
-    imitates the expert. `demo_*` count the noisy attempts behind the demonstrations.
+    `expert_*` were measured without noise on separate episodes: the rate is the ceiling for a policy that imitates
+    the expert. `demo_*` count the noisy attempts behind the demonstrations.
     """
 
     name: str
@@ -37,7 +37,7 @@ class TaskInfo:
     frames: int
     expert_attempts: int
     expert_successes: int
-    expert_success_rate: float | None  # None where no ceiling was measured
+    expert_success_rate: float | None  # None if no ceiling was measured
     demo_attempts: int
     demo_successes: int
     demo_success_rate: float
@@ -45,10 +45,10 @@ class TaskInfo:
 
 @dataclass(frozen=True)
 class DataInfo:
-    """A whole data set: how it was made, its tasks in order, and a fingerprint of its contents.
+    """A data set: how it was made, its tasks in order, and a fingerprint of its contents.
 
-    `files`: path → bytes and sha256 of every other file of the set (verify.py); None in a set of an earlier version.
-    `render`: how its camera images were drawn, {"fidelity", "size"}; None without images, or where that is not known.
+    `files`: path → bytes and sha256 of every other file in the set (verify.py); None in a set of an earlier version.
+    `render`: how its camera images were drawn, {"fidelity", "size"}; None without images, or if not known.
     """
 
     root: Path
@@ -89,7 +89,7 @@ class DataInfo:
 def load_info(root: Path | str) -> DataInfo:
     """Read the description of the data set in folder `root`.
 
-    Raises UserError when there is none, when it cannot be read, and when a newer clbench wrote it.
+    Raises UserError if there is none, if it cannot be read, or if a newer clbench wrote it.
     """
     root = Path(root)
     path = root / INFO_FILE
@@ -102,7 +102,7 @@ def load_info(root: Path | str) -> DataInfo:
     if type(found) is not int:
         raise UserError(f"{path} has no 'format': it is damaged. Make the set again with --force.")
     if found > FORMAT:
-        raise UserError(f"{path} has format {found}, this clbench reads up to {FORMAT}. Use a newer clbench.")
+        raise UserError(f"{path} has format {found}; this clbench reads up to {FORMAT}. Use a newer clbench.")
     try:
         info = _parse(root, raw)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
@@ -173,7 +173,7 @@ def _render(value: Any) -> dict[str, Any] | None:
     if value is None:
         return None
     if not isinstance(value, dict) or set(value) != {"fidelity", "size"}:
-        raise ValueError(f"{shown(value)} does not say how images were drawn")
+        raise ValueError(f"{shown(value)} does not describe how images were drawn")
     return {"fidelity": _text(value["fidelity"]), "size": _whole(value["size"])}
 
 
@@ -183,25 +183,25 @@ def _files(value: Any) -> dict[str, tuple[int, str]] | None:
     files = {_text(name): (_whole(size), _text(digest)) for name, (size, digest) in value.items()}
     for name in files:
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(f"{shown(name)} is no file of the set")
+            raise ValueError(f"{shown(name)} is not a file of the set")
     return files
 
 
 def _whole(value: Any) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
-        raise ValueError(f"{shown(value)} is no whole number")
+        raise ValueError(f"{shown(value)} is not a whole number")
     return value
 
 
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{shown(value)} is no number")
+        raise ValueError(f"{shown(value)} is not a number")
     return float(value)
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{shown(value)} is no text")
+        raise ValueError(f"{shown(value)} is not a string")
     return value
 
 

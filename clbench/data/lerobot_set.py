@@ -1,7 +1,7 @@
-"""What a LeRobot v3 data set says of itself, whoever made it, and whether its files agree.
+"""What a LeRobot v3 data set says about itself, whoever made it, and whether its files agree.
 
-Read from meta/ and from the low-dimensional columns alone: no image is decoded and LeRobot (10 s of imports) is not
-needed. Everything that LeRobot would find missing, and then look for on a hub, is found here first.
+Only meta/ and the low-dimensional columns are read: no image is decoded and LeRobot (10 s of imports) is not needed.
+Everything that LeRobot would find missing, and then look for on a hub, is found here first.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BOOKKEEPING = ("index", "episode_index", "frame_index", "timestamp", "task_index
 
 @dataclass(frozen=True)
 class Episode:
-    """One episode: its instructions (usually one), frames `start` to `stop` of the set, the files that hold them."""
+    """One episode: its instructions (usually one), its frames `start` to `stop` in the set, and their files."""
 
     index: int
     texts: tuple[str, ...]
@@ -63,10 +63,10 @@ def has_set(root: Path) -> bool:
 
 
 def is_described(root: Path) -> bool:
-    """Whether all that `read_set` needs has been fetched. A set that is damaged or of another format counts as that.
+    """Whether everything that `read_set` needs has been fetched. A damaged set, or one in another format, counts.
 
-    Files of meta/ come one by one, each whole, so an interrupted fetch shows in what is missing: the tasks, or files of
-    episodes, of which info.json says how many there are.
+    The files of meta/ are fetched one by one, each completely, so an interrupted fetch leaves files missing: the tasks,
+    or files of episodes, whose number is in info.json.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -79,7 +79,7 @@ def is_described(root: Path) -> bool:
             return True
         listed = sum(pq.read_metadata(path).num_rows for path in (root / EPISODES).glob("*/*.parquet"))
         return (root / TASKS).is_file() and listed >= int(info["total_episodes"])
-    except (UserError, KeyError, TypeError, ValueError, OSError, pa.ArrowException):  # `read_set` says what is wrong
+    except (UserError, KeyError, TypeError, ValueError, OSError, pa.ArrowException):  # `read_set` reports what is wrong
         return True
 
 
@@ -87,20 +87,20 @@ def read_set(root: Path, remedy: str) -> LeRobotSet:
     """Read a set's metadata.
 
     Args:
-        remedy: a sentence for the messages: how to get the set anew.
+        remedy: a sentence for the messages: how to get the set again.
 
     Raises:
-        UserError: a file is missing or damaged, or the set has another format than LeRobot v3.
+        UserError: a file is missing or damaged, or the set's format is not LeRobot v3.
     """
     info = read_json(root / INFO)
     version = info.get("codebase_version") if isinstance(info, dict) else None
     if not isinstance(version, str):
-        raise UserError(f"{root / INFO} has no 'codebase_version': it describes no LeRobot data set. {remedy}")
+        raise UserError(f"{root / INFO} has no 'codebase_version': it does not describe a LeRobot data set. {remedy}")
     if not version.startswith("v3."):
         older = version.startswith(("v1.", "v2."))
         raise UserError(
             f"the data set in {root} has LeRobot's format {version}; clbench reads v3. "
-            + ("Convert it with LeRobot's lerobot/scripts/convert_dataset_v21_to_v30.py, or take a set in format v3."
+            + ("Convert it with LeRobot's lerobot/scripts/convert_dataset_v21_to_v30.py, or use a set in format v3."
                if older else "Use a newer clbench.")
         )  # fmt: skip
     try:
@@ -125,8 +125,8 @@ def read_set(root: Path, remedy: str) -> LeRobotSet:
     listed = (len(found.episodes), sum(e.frames for e in found.episodes))
     if listed != total:
         raise UserError(
-            f"the data set in {root} is damaged or not whole: {INFO} speaks of {total[0]} episodes with {total[1]} "
-            f"frames, {EPISODES} lists {listed[0]} with {listed[1]}. {remedy}"
+            f"the data set in {root} is damaged or incomplete: {INFO} states {total[0]} episodes with {total[1]} "
+            f"frames, but {EPISODES} lists {listed[0]} with {listed[1]}. {remedy}"
         )
     return found
 
@@ -135,14 +135,14 @@ def _features(raw: Any) -> dict[str, dict[str, Any]]:
     features: dict[str, dict[str, Any]] = {}
     for name, f in raw.items():
         if "/" in name or name in ("", ".", "..") or not name.isprintable():
-            raise ValueError(f"{name!r} is no feature name")
+            raise ValueError(f"{name!r} is not a feature name")
         shape = [int(n) for n in f["shape"]]
         features[name] = {**f, "dtype": str(f["dtype"]), "shape": shape}
     return features
 
 
 def image_shape(feature: Mapping[str, Any]) -> tuple[int, ...]:
-    """An image feature's (height, width, channels), whichever way round the set writes it."""
+    """An image feature's (height, width, channels), in whichever order the set gives it."""
     shape, names = tuple(feature["shape"]), feature.get("names")
     first = str(names[0]) if isinstance(names, list | tuple) and names else ""
     channels_first = first.startswith("channel") or (not first and len(shape) == 3 and shape[0] == 3 != shape[2])
@@ -160,7 +160,7 @@ def _texts(path: Path) -> dict[int, str]:
         raise ValueError(f"{TASKS} has columns {table.column_names}")
     numbers, texts = table["task_index"].to_pylist(), table[columns[0]].to_pylist()
     if len(set(numbers)) != len(numbers) or not all(isinstance(t, str) for t in texts):
-        raise ValueError(f"{TASKS} gives a task index twice or an instruction that is no text")
+        raise ValueError(f"{TASKS} gives a task index twice or an instruction that is not a string")
     return {int(n): str(t) for n, t in zip(numbers, texts, strict=True)}
 
 
@@ -188,13 +188,13 @@ def _episodes(folder: Path, videos: Sequence[str]) -> tuple[Episode, ...]:
             if stop - start != row["length"] or start < 0 or stop <= start:
                 raise ValueError(f"episode {row['episode_index']} has length {row['length']}, frames {start} to {stop}")
             episodes.append(Episode(int(row["episode_index"]), tuple(row["tasks"]), start, stop, tuple(files)))
-    if [e.index for e in episodes] != list(range(len(episodes))):  # LeRobot looks episodes up by their place
+    if [e.index for e in episodes] != list(range(len(episodes))):  # LeRobot looks up episodes by position
         raise ValueError(f"{EPISODES} does not list episodes 0 to {len(episodes) - 1} in order")
     return tuple(episodes)
 
 
 def missing_files(found: LeRobotSet, episodes: Collection[int]) -> list[str]:
-    """Which of the files that hold these episodes are not there (or empty)."""
+    """Which of the files that hold these episodes are missing or empty."""
     return [f for f in found.files(episodes) if not _is_there(found.root / f)]
 
 
@@ -246,12 +246,12 @@ def check_frames(
         order, episode and task index and all values of the features. Images are not read.
 
     Raises:
-        UserError: a file is missing or damaged, or frames are not those that the metadata lists.
+        UserError: a file is missing or damaged, or the frames differ from those that the metadata lists.
     """
     absent = missing_files(found, task_of)
     if absent:
-        raise UserError(f"the data set in {found.root} is not whole: {len(absent)} of the files that this stream needs "
-                        f"are missing, first {absent[0]}. {remedy}")  # fmt: skip
+        raise UserError(f"the data set in {found.root} is incomplete: {len(absent)} of the files that this stream "
+                        f"needs are missing, e.g. {absent[0]}. {remedy}")  # fmt: skip
     low = {n: found.features[n]["shape"] for n in names}
     files = [f for f in found.files(task_of) if f.endswith(".parquet")]
     try:
@@ -282,7 +282,7 @@ def check_frames(
             )
         digest.update(np.array([episode.index, task_of[episode.index], episode.frames], dtype="<i8").tobytes())
         for name in sorted(low):
-            with np.errstate(over="ignore"):  # to infinity, which is refused
+            with np.errstate(over="ignore"):  # to infinity, which is rejected
                 values = arrays[name][rows].astype("<f4", copy=False)
             if not np.isfinite(values).all():
                 raise UserError(f"the data set in {found.root} has values in '{name}' (episode {episode.index}) that "

@@ -1,17 +1,17 @@
-"""Making demonstrations: scripted experts act in a simulator, and LeRobot's format keeps what they did.
+"""Making demonstrations: scripted experts act in a simulator, and their episodes are stored in LeRobot's format.
 
 For each task, attempt i runs the episode of seed `episode_seed(seed, env_type, task, "demo", i)`:
 
-    label    = clip(expert(observation), -1, 1)                  recorded beside the observation it answers
+    label    = clip(expert(observation), -1, 1)                  recorded with the observation it answers
     executed = clip(expert(observation) + N(0, action_noise²))   what the simulator is given
 
 The noise shows the policy states slightly off the expert's path together with the way back. An attempt that
 succeeds within `max_steps` is kept, up to `tail_steps` steps after its first success; others are dropped.
-Attempts go on until there are `demos_per_task`.
+Attempts continue until there are `demos_per_task`.
 
-The contents are a pure function of the parameters: worker processes collect whole tasks, and this process
-writes them in the order given, each as soon as it comes. Camera images pass through files, one per episode. All is
-written beside the final folder and renamed into place at the end, so a folder of the set's name is always a whole set.
+The contents are a pure function of the parameters: worker processes collect whole tasks, and this process writes them
+in the given order, each as soon as it arrives. Camera images pass through files, one per episode. Everything is written
+next to the final folder and renamed into place at the end, so a folder with the set's name is always complete.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ from clbench.terminal import tell
 ACTION_KEY = "action"
 ATTEMPTS_PER_DEMO = 10  # give up on a task after this many attempts for each demonstration wanted
 ROLES = ("demo", "ceiling")
-SIMULATOR_ONLY = ()  # what its processes share: nothing, for LeRobot would take longer to import than a task to collect
+SIMULATOR_ONLY = ()  # imports that its processes share: none, as LeRobot takes longer to import than a task to collect
 END_S = 5.0  # for a process to be gone once its pipe has ended
 _SEEDS_PER_ROLE = EVAL_SEED_BASE // len(ROLES)
 _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -72,7 +72,7 @@ _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 class TaskPlan:
     """What one worker needs to collect one task.
 
-    `render`: how cameras draw, `images`: how the paths of their files begin; None where there are no cameras.
+    `render`: how cameras draw, `images`: how the paths of their files begin; None without cameras.
     """
 
     env_type: str
@@ -113,14 +113,14 @@ class Collected:
 
 
 class OtherSet(UserError):
-    """Where a set is to be made there is one with other parameters."""
+    """The folder where a set is to be made holds one with other parameters."""
 
 
 def demonstrable(env_type: str, tasks: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Return those of `tasks` of which demonstrations can be made, in order, and why not of the others.
+    """Return those of `tasks` for which demonstrations can be made, in order, and why not for the others.
 
     Raises:
-        UserError: there are only others.
+        UserError: none can be made.
     """
     known = experts(env_type).cannot
     cannot = {task: known[task] for task in tasks if task in known}
@@ -131,14 +131,14 @@ def demonstrable(env_type: str, tasks: Sequence[str]) -> tuple[list[str], dict[s
 
 def _impossible(cannot: Mapping[str, str]) -> str:
     listed = "; ".join(f"{task}: {why}" for task, why in cannot.items())
-    return f"no demonstrations can be made of {listed}. Leave {'it' if len(cannot) == 1 else 'them'} out."
+    return f"no demonstrations can be made for {listed}. Leave {'it' if len(cannot) == 1 else 'them'} out."
 
 
 def episode_seed(seed: int, env_type: str, task: str, role: str, attempt: int) -> int:
     """Return the simulator seed of one attempt, in [0, EVAL_SEED_BASE).
 
-    An affine permutation of the range, drawn from (seed, env_type, task): within a task no two attempts, of
-    either role ("demo", "ceiling"), share a seed, and evaluation's seeds are out of reach.
+    An affine permutation of the range, drawn from (seed, env_type, task): within a task no two attempts, in
+    either role ("demo", "ceiling"), share a seed, and evaluation's seeds are never used.
     """
     if not 0 <= attempt < _SEEDS_PER_ROLE:
         raise ValueError(f"attempt {attempt} is outside [0, {_SEEDS_PER_ROLE}).")
@@ -255,22 +255,22 @@ def make_dataset(
 
     Args:
         root: the data set's own folder; its parent is made where missing.
-        name: what the set is called; its LeRobot `repo_id`.
+        name: the set's name; its LeRobot `repo_id`.
         env_type, tasks: the simulator and its tasks, in the order that numbers them (task_index).
         demos_per_task: successful episodes kept per task.
-        seed: with the task's name decides every episode; the number of workers decides nothing.
+        seed: determines every episode, together with the task's name; the number of workers has no effect.
         action_noise: standard deviation of the noise on executed actions (actions span [-1, 1]).
         tail_steps: steps kept after the first success.
         max_steps: the longest episode, in control steps.
         ceiling_episodes: noiseless episodes per task that measure the expert; 0 measures none.
         workers: processes; never more than there are tasks.
-        progress: report on stderr, a bar on a terminal and else a line per task.
+        progress: report on stderr: a bar on a terminal, otherwise a line per task.
         force: replace an existing set that differs, or is damaged.
         render: for a simulator with cameras, how they draw: {"fidelity": fast | full, "size": pixels}.
         only_check: raise what forbids making it, and make nothing.
 
     An existing set with the same parameters is left as it is. Raises UserError for a bad parameter, an
-    existing set with other parameters, a folder that is not clbench's to replace, and a task that its expert
+    existing set with other parameters, a folder that clbench may not replace, and a task that its expert
     cannot do.
     """
     root = Path(root)
@@ -308,7 +308,7 @@ def make_dataset(
             return root
         check_other_python(env_type)
         if drawn is not None:
-            simulator_versions(env_type)  # says at once when images cannot be drawn here
+            simulator_versions(env_type)  # reports at once if images cannot be drawn here
             (folder / "images").mkdir()
             plans = [replace(plan, images=str(folder / "images" / f"{k:04d}")) for k, plan in enumerate(plans)]
         new = folder / "dataset"
@@ -338,7 +338,7 @@ def _check(plans: list[TaskPlan], workers: int, longest: int) -> None:
     said: dict[str, str] = {}
     for plan in plans:
         first = said.setdefault(instruction({"type": plan.env_type, "task": plan.task}), plan.task)
-        if first != plan.task and not family(plan.env_type).cameras:  # a camera shows which of the scenes it is
+        if first != plan.task and not family(plan.env_type).cameras:  # a camera shows which scene it is
             raise UserError(f"{first} and {plan.task} have the same instruction: a data set can hold only one of them.")
     plan = plans[0]
     limits = (
@@ -357,7 +357,7 @@ def _check(plans: list[TaskPlan], workers: int, longest: int) -> None:
 
 
 def _is_made(root: Path, wanted: dict[str, Any], force: bool) -> bool:
-    """Whether `root` holds the wanted set; False: it is to be made there; UserError: it must not be."""
+    """Whether `root` holds the wanted set; False: it has to be made there; UserError: it must not be."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     if not (root / INFO_FILE).is_file():
@@ -385,7 +385,7 @@ def _is_made(root: Path, wanted: dict[str, Any], force: bool) -> bool:
 
 @contextlib.contextmanager
 def _working_folder(root: Path) -> Iterator[Path]:
-    """A working folder beside `root`, gone afterwards, whatever happens.
+    """A working folder next to `root`, gone afterwards, whatever happens.
 
     It is locked while in use; folders of makes that were killed hold no lock, and are removed first.
     """
@@ -402,10 +402,10 @@ def _working_folder(root: Path) -> Iterator[Path]:
         folder = root.parent / f".{root.name}.partial-{os.getpid()}"
         folder.mkdir()
     except OSError as e:
-        raise UserError(f"cannot write beside {root}: {e.strerror}. Choose a writable folder.") from e
+        raise UserError(f"cannot write next to {root}: {e.strerror}. Choose a writable folder.") from e
     try:
         with _lock(folder) as free:
-            if not free:  # another make took it for stale before it was locked
+            if not free:  # another make treated it as stale before it was locked
                 raise UserError(f"another process is making {root}. Wait for it to end.")
             yield folder
     finally:
@@ -427,10 +427,10 @@ def _lock(folder: Path) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def _collecting(plans: list[TaskPlan], workers: int, progress: bool) -> Iterator[Iterator[Collected]]:
-    """Have worker processes collect all plans; yields the results in the order of `plans`, each as it comes.
+    """Let worker processes collect all plans; yields the results in the order of `plans`, each as it arrives.
 
-    Each process has a pipe, and a thread that asks it. ProcessPoolExecutor would leave named semaphores in /dev/shm
-    when all of a make's processes are killed together, and not say how a process ended.
+    Each process has a pipe, and a thread that sends it plans. ProcessPoolExecutor would leave named semaphores in
+    /dev/shm when all of a make's processes are killed together, and would not report how a process ended.
     """
     count = min(workers, len(plans))
     idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
@@ -438,7 +438,7 @@ def _collecting(plans: list[TaskPlan], workers: int, progress: bool) -> Iterator
     threads = ThreadPoolExecutor(count)
     try:
         with _one_thread():
-            server(SIMULATOR_ONLY)  # before pipes are opened
+            server(SIMULATOR_ONLY)  # before any pipe is opened
             while len(started) < count:
                 started.append(_start_worker())
                 idle.put(started[-1])
@@ -465,12 +465,12 @@ class _Worker:
 def _start_worker() -> _Worker:
     here, there = Pipe()
     process = start(_work, fds=[there.fileno()], modules=SIMULATOR_ONLY)
-    there.close()  # else the pipe would not end with the process
+    there.close()  # else the pipe would outlive the process
     return _Worker(process, here)
 
 
 def _work(descriptors: list[int]) -> None:
-    """In a worker: collect the plans that come through a pipe, until killed; it leaves signals to its parent."""
+    """In a worker: collect plans from a pipe, until killed; signals are left to its parent."""
     belong_to(os.getppid())
     pipe: Connection[Any, Any] = Connection(descriptors[0])
     while True:
@@ -479,12 +479,12 @@ def _work(descriptors: list[int]) -> None:
             pipe.send((collect_task(plan), None, ""))
         except UserError as e:
             pipe.send((None, str(e), ""))
-        except Exception as e:  # noqa: BLE001 (the parent raises it)
+        except Exception as e:  # noqa: BLE001 (the parent raises it again)
             pipe.send((None, shortage(e) or "", traceback.format_exc()))
 
 
 def _collect(idle: queue.SimpleQueue[_Worker], plan: TaskPlan) -> Collected:
-    """In a thread of the parent: have the next idle process collect one task."""
+    """In a thread of the parent: let the next idle process collect one task."""
     w = idle.get()
     try:
         w.pipe.send(plan)
@@ -493,7 +493,7 @@ def _collect(idle: queue.SimpleQueue[_Worker], plan: TaskPlan) -> Collected:
         w.process.wait(END_S)
         raise UserError(
             f"a process that made the demonstrations of {plan.task} {how_ended(w.process.returncode)}. Nothing was "
-            "written. Give the command again, with --workers 1 if memory is short."
+            "written. Run the command again, with --workers 1 if memory is short."
         ) from e
     finally:
         idle.put(w)
@@ -518,7 +518,7 @@ def _in_order(futures: list[Future[Collected]]) -> Iterator[Collected]:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Have processes started meanwhile compute with one thread each."""
+    """Make processes that are started in the block compute with one thread each."""
     before = {key: os.environ.get(key) for key in _ONE_THREAD}
     os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))
     try:
@@ -563,13 +563,13 @@ def _reporting(plans: list[TaskPlan], futures: list[Future[Collected]], progress
 
         for plan, future in zip(plans, futures, strict=True):
             future.add_done_callback(partial(ended, plan))
-        with patience("making demonstrations", lambda: f"{done} of {len(plans)} tasks are collected", say=far):
+        with patience("making demonstrations", lambda: f"{done} of {len(plans)} tasks collected", say=far):
             yield
 
 
 @contextlib.contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """Hold back a progress bar per episode, and a page on video decoders (there are no videos here)."""
+    """Suppress a progress bar per episode, and a page about video decoders (there are no videos here)."""
     import datasets
 
     logger = logging.getLogger("lerobot.utils.import_utils")
@@ -603,7 +603,7 @@ def _write(
     collected: Iterator[Collected],
     wanted: dict[str, Any],
 ) -> None:
-    """Write the episodes, task by task, and the description. Images' files are removed once they are written."""
+    """Write the episodes, task by task, and the description. Image files are removed once they are written."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     seen = list(simulators.cameras)
@@ -617,7 +617,7 @@ def _write(
     )
     described = []
     marks = _Fingerprint()
-    numbers: dict[str, int] = {}  # of the instructions: LeRobot's task_index
+    numbers: dict[str, int] = {}  # of instructions: LeRobot's task_index
     episode = 0
     for plan, result in zip(plans, collected, strict=True):
         sentence = instruction(plan.spec)
@@ -653,7 +653,7 @@ def _write(
         episode += len(result.episodes)
     dataset.finalize()
     if seen:
-        shutil.rmtree(folder / "images", ignore_errors=True)  # LeRobot's, by now empty
+        shutil.rmtree(folder / "images", ignore_errors=True)  # LeRobot's, now empty
     label = simulators.privileged
     info = {
         "format": FORMAT,

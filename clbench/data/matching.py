@@ -1,4 +1,4 @@
-"""Which task of a data set is which task of the simulator: by their instructions, one to one."""
+"""Matching a data set's tasks to the simulator's by their instructions, one to one."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ SHOWN = 8  # problems named in one message
 
 
 def plain(text: str) -> str:
-    """An instruction for comparing: lower case, single spaces, no full stop at the end. Nothing else is changed."""
+    """An instruction for comparison: lower case, single spaces, no full stop at the end. Nothing else is changed."""
     return " ".join(text.casefold().split()).rstrip(".").rstrip()
 
 
 class Unmatched(UserError):
-    """The data has not all the tasks that are looked for; `tasks` are those it has not."""
+    """The data does not have all the tasks that are looked for; `tasks` are the missing ones."""
 
     def __init__(self, message: str, tasks: Iterable[str]) -> None:
         super().__init__(message)
@@ -26,16 +26,16 @@ class Unmatched(UserError):
 
 
 def named_tasks(env_type: str | None, given: Mapping[str, str], texts: Mapping[int, str], key: str) -> dict[str, int]:
-    """Return the task index of the data for each task that a configuration gives an instruction of the data for.
+    """Return the data's task index for each task to which a configuration assigns one of the data's instructions.
 
     Args:
         env_type: the simulator's; None: there is none, and a task may have any name.
         given: instruction of the data → task of the simulator.
-        texts: task index → instruction, all that the data set has.
-        key: where `given` stands in the configuration.
+        texts: task index → instruction, all of the data set's.
+        key: where `given` is in the configuration.
 
     Raises:
-        UserError: an instruction is not in the data, a task not in the simulator, or one of them is there twice.
+        UserError: an instruction is not in the data, a task not in the simulator, or one of them occurs twice.
     """
     found: dict[str, int] = {}
     known = family(env_type).tasks()
@@ -47,8 +47,8 @@ def named_tasks(env_type: str | None, given: Mapping[str, str], texts: Mapping[i
             what = "has no" if not indices else f"has {len(indices)} times the"
             raise UserError(f"{key}: the data {what} instruction '{text}'.{nearest(text, texts.values())}")
         if task in found or indices[0] in found.values():
-            raise UserError(f"{key} must give each instruction one task and each task one instruction: '{text}' and "
-                            f"{task} are not alone.")  # fmt: skip
+            raise UserError(f"{key} must give each instruction one task and each task one instruction: '{text}' or "
+                            f"{task} occurs twice.")  # fmt: skip
         found[task] = indices[0]
     return found
 
@@ -61,24 +61,24 @@ def match_tasks(
     named: Mapping[str, int] | None = None,
     key: str = "dataset.instructions",
 ) -> dict[str, int]:
-    """Return the task index of the data for each of `tasks`.
+    """Return the data's task index for each of `tasks`.
 
-    Without a simulator a task that is not `named` has its instruction as its name.
+    Without a simulator, the name of a task that is not `named` is its instruction.
 
-    A text that several scenes of the simulator share says nothing of the scene. Its suites decide which scenes a set
-    could hold: those of the wanted tasks, and every other suite of which the set has an instruction that no other
-    suite has.
+    An instruction shared by several of the simulator's scenes does not tell which scene is meant. Suites decide which
+    scenes a set could hold: those of the wanted tasks, and every other suite of which the set has an instruction that
+    no other suite has.
 
     Args:
         tasks: the simulator's tasks that are looked for, distinct.
-        texts: task index → instruction, all that the data set has.
+        texts: task index → instruction, all of the data set's.
         counts: task index → its number of episodes.
-        named: task → task index, those that need no matching (see `named_tasks`).
+        named: task → task index, for tasks that need no matching (see `named_tasks`).
         key: where a configuration can name them, for messages.
 
     Raises:
-        Unmatched: an instruction is not in the data, or twice, or has no episodes, or belongs to several of the
-            simulator's tasks that the data may hold; all that is wrong in one message.
+        Unmatched: an instruction is not in the data, occurs twice, has no episodes, or belongs to several of the
+            simulator's tasks that the data may hold; all problems are in one message.
     """
     named = named or {}
     simulators = family(env_type)
@@ -107,11 +107,11 @@ def match_tasks(
         elif not indices:
             close = difflib.get_close_matches(text, there, n=3, cutoff=0.5)
             near = " or ".join(f'"{texts[there[c][0]]}"' for c in close)
-            problems.append(f'{name}: "{said}" is not there' + (f" (nearest: {near})" if near else ""))
+            problems.append(f'{name}: "{said}" is missing' + (f" (nearest: {near})" if near else ""))
         elif rivals:
             problems.append(
-                f'{name}: "{said}" is also what {", ".join(rivals)} is called, and the data does not say which '
-                "of them its demonstrations show"
+                f'{name}: "{said}" is also the instruction of {", ".join(rivals)}, and the data does not say '
+                "which of them its demonstrations show"
             )
         elif len(indices) > 1:
             listed = ", ".join(f'{i} ("{texts[i]}")' for i in indices)
@@ -124,10 +124,10 @@ def match_tasks(
         more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         has = "; ".join(f'"{t}"' for t in list(texts.values())[:SHOWN]) + ("; …" if len(texts) > SHOWN else "")
         raise Unmatched(
-            f"the data's tasks and the stream's cannot be matched one to one by their instructions. {len(found)} "
-            f"of {len(tasks)} match; not: {'; '.join(problems[:SHOWN])}{more}. The data has {len(texts)} tasks: {has}. "
-            f"Say which instruction is of which task ('{key}={{TEXT: TASK}}'), take a data set of this suite, or leave "
-            "those tasks out.",
+            f"the data's tasks and the stream's cannot be matched one to one by their instructions. {len(found)} of "
+            f"{len(tasks)} match, but: {'; '.join(problems[:SHOWN])}{more}. The data has {len(texts)} tasks: {has}. "
+            f"State each instruction's task ('{key}={{TEXT: TASK}}'), use a data set of this suite, or leave those "
+            "tasks out.",
             [name for name in tasks if name not in found],
         )
     return found

@@ -1,7 +1,7 @@
 """Bounded memories of past tasks' samples, as references (visit, index).
 
-`ReplayMemory` keeps as many samples of every task; `ReservoirMemory` keeps one uniform sample of all that has passed
-(Vitter 1985, algorithm R).
+`ReplayMemory` keeps the same number of samples of every task; `ReservoirMemory` keeps one uniform sample of everything
+seen (Vitter 1985, algorithm R).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ReplayMemory:
         self.indices[k] = kept.sort().values
 
     def available(self, exclude: Collection[int]) -> int:
-        """How many samples are stored of visits that are not in `exclude`."""
+        """How many samples of visits outside `exclude` are stored."""
         return sum(len(v) for k, v in self.indices.items() if k not in exclude)
 
     def sample(self, n: int, generator: torch.Generator, *, balanced: bool, exclude: Collection[int]) -> Tensor:
@@ -83,11 +83,11 @@ class ReplayMemory:
 
 
 class ReservoirMemory(ReplayMemory):
-    """One uniform sample, without replacement, of all samples that have passed: Vitter's algorithm R.
+    """One uniform sample, without replacement, of all samples seen: Vitter's algorithm R.
 
-    The first `capacity` samples fill the reservoir. The t-th after that (t counted from 0 over the whole stream) draws
-    a slot s uniformly from 0 … t and takes the place of what is there if s < capacity. After t samples each of them
-    is stored with probability capacity / t. A visit's samples pass once, in random order, at its end.
+    The first `capacity` samples fill the reservoir. After that, sample t (counted from 0 over the whole stream) draws
+    a slot s uniformly from 0 … t and replaces what is there if s < capacity. After t samples each of them is stored
+    with probability capacity / t. A visit's samples are offered once, in random order, at its end.
 
     Args:
         capacity: frames kept in all.
@@ -99,7 +99,7 @@ class ReservoirMemory(ReplayMemory):
         self.slots = torch.empty(0, 2, dtype=torch.int64)  # (≤ capacity, 2) references, in slot order
 
     def store(self, k: int, episode_of: Tensor, generator: torch.Generator) -> None:
-        """Let visit k's samples pass."""
+        """Offer visit k's samples to the reservoir."""
         order = torch.randperm(len(episode_of), generator=generator)
         t = self.seen + torch.arange(len(order))
         drawn = (torch.rand(len(order), generator=generator, dtype=torch.float64) * (t + 1)).long()

@@ -1,6 +1,6 @@
-"""Where a stream's demonstrations come from: a set that clbench made, another LeRobot v3 set, or one of the hub.
+"""Where a stream's demonstrations come from: a set that clbench made, another LeRobot v3 set, or one from the hub.
 
-`open_data` finds the set, finds the stream's tasks in it, and checks all that can be checked without decoding images.
+`open_data` finds the set and the stream's tasks in it, and checks everything that does not require decoding images.
 Nothing is fetched unless a configuration names a `repo_id`.
 """
 
@@ -37,7 +37,7 @@ from clbench.terminal import tell
 ACTION_KEY = "action"
 IMAGES = "observation.images."
 Depth = Literal["all", "size", "meta"]
-ROUNDING = 1e-3  # an action so little outside of [-1, 1] is only rounded
+ROUNDING = 1e-3  # an action this close to [-1, 1] is only a rounding error outside
 
 
 class DataSettings(Protocol):
@@ -52,7 +52,7 @@ class DataSettings(Protocol):
 
 
 class NoData(UserError):
-    """There is nothing where a data set is to be; it has not been made yet."""
+    """There is nothing where a data set should be; it has not been made yet."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ class TaskData:
     """One task's demonstrations in a data set.
 
     Attributes:
-        name: of the simulator's task.
+        name: the simulator's task.
         instruction: what a policy reads.
-        task_index, text: the task in the data, with the instruction as it stands there.
+        task_index, text: the task in the data, with the instruction as written there.
         episodes: indices of its episodes.
-        frames: of all its episodes.
-        expert_success: the scripted expert's success rate, where the set says it.
+        frames: number of frames in all its episodes.
+        expert_success: the scripted expert's success rate, if the set states it.
     """
 
     name: str
@@ -79,11 +79,11 @@ class TaskData:
 
 @dataclass(frozen=True)
 class DataSource:
-    """A data set with the tasks that were asked for.
+    """A data set with the requested tasks.
 
     Attributes:
-        features: of the set → their names in clbench; one that is not listed is not used. None = all as they are.
-        fingerprint: sha256 of what is learned from; of a set that clbench did not make, images aside.
+        features: the set's → their names in clbench; one that is not listed is not used. None = all, unchanged.
+        fingerprint: sha256 of the training data; for a set that clbench did not make, without images.
         description: for manifest.json.
         render: how its camera images were drawn, {"fidelity", "size"}; None without images.
     """
@@ -113,17 +113,17 @@ def open_data(
     """Open a data set for some of the simulator's tasks.
 
     Args:
-        env_type: the simulator's; None: there is none, and what the data set has decides.
+        env_type: the simulator's; None: there is none, and the data set's contents decide.
         names: the tasks.
         stream: the stream's name, quoted for a shell, for messages: `clbench data make STREAM` makes its data.
-        key: where `settings` stand in the configuration, for messages.
-        depth: how far to go. all: fetch what is missing of a hub's set. size: only say, on stderr, how much that would
-            be, and return without a fingerprint. meta: read, and fetch, nothing but what the set says of itself. A set
-            that clbench made is compared with its sums as far as that is cheap, but for meta.
+        key: where `settings` are in the configuration, for messages.
+        depth: how far to go. all: fetch what is missing from a hub set. size: only print, on stderr, how much that is,
+            and return without a fingerprint. meta: read and fetch only the set's description. Except with meta, a
+            set that clbench made is compared with its checksums as far as that is cheap.
 
     Raises:
         NoData: there is no data set.
-        UserError: it is damaged, not whole, too old, or of another kind than the simulator; its
+        UserError: it is damaged, incomplete, too old, or does not fit the simulator; its
             tasks are not the stream's; the hub cannot be reached.
     """
     if settings.repo_id:
@@ -132,11 +132,11 @@ def open_data(
     if (root / INFO_FILE).exists():
         for name in ("rename", "instructions"):
             if getattr(settings, name):
-                raise UserError(f"{key}.{name} is for data sets that clbench did not make; {root} is one that it made.")
+                raise UserError(f"{key}.{name} is for data sets that clbench did not make; it made {root}.")
         return _made(root, names, settings, key, stream, depth)
     if not has_set(root):
         if (root / "meta").is_dir():
-            raise UserError(f"{root} is no whole data set: it has no {INFO}. {_remedy(root)}")
+            raise UserError(f"{root} is not a complete data set: it has no {INFO}. {_remedy(root)}")
         raise NoData(f"there is no data set in {root}. {_two_ways(env_type, stream, key)}")
     found = read_set(root, _remedy(root))
     features = _features(found, settings.rename, env_type, key)
@@ -146,7 +146,7 @@ def open_data(
 
 def _two_ways(env_type: str | None, stream: str, key: str) -> str:
     if env_type is None:
-        return f"Give the folder of a LeRobot data set ({key}.data), or one of the hub ({key}.repo_id)."
+        return f"Give the folder of a LeRobot data set ({key}.data), or one on the hub ({key}.repo_id)."
     make = f"Make it with: clbench data make {stream}"
     if key != "dataset":
         return f"{make} — or give a base with policy.path=FOLDER"
@@ -155,7 +155,7 @@ def _two_ways(env_type: str | None, stream: str, key: str) -> str:
 
 
 def _remedy(root: Path) -> str:
-    return f"Copy the whole set into {root} again, or take another one."
+    return f"Copy the full set into {root} again, or use another one."
 
 
 def _made(
@@ -187,7 +187,7 @@ def _made(
 
 
 def _excluded(found: LeRobotSet, settings: DataSettings, key: str) -> frozenset[int]:
-    """The episodes that are left out; UserError for one that the set has not."""
+    """The episodes that are left out; UserError for one that the set does not have."""
     known = len(found.episodes)
     for e in settings.exclude_episodes:
         if not 0 <= e < known:
@@ -202,9 +202,9 @@ def _left_out(episodes: Collection[int]) -> dict[str, list[int]]:
 
 
 def check_every_byte(root: Path, description: Mapping[str, Any], stream: str) -> None:
-    """Compare all of a set that clbench made with its sums, which of a large one takes a while; UserError for damage.
+    """Compare all of a set that clbench made with its checksums (slow for a large one); UserError for damage.
 
-    `description`: as in a `DataSource`. A set that clbench did not make has no sums.
+    `description`: as in a `DataSource`. A set that clbench did not make has no checksums.
     """
     if description["kind"] == "made":
         check_made(load_info(root), shlex.quote(stream), full=True)
@@ -216,14 +216,14 @@ def _episodes(tasks: dict[str, TaskData]) -> int:
 
 def _from_hub(settings: DataSettings, env_type: str | None, names: Sequence[str], key: str, depth: Depth) -> DataSource:
     assert settings.repo_id is not None
-    folder = data_folder(settings.data).absolute() if "/" in settings.data else None  # a name is that of a made set
+    folder = data_folder(settings.data).absolute() if "/" in settings.data else None  # a name: a made set
     if folder is not None and (folder / INFO_FILE).exists():
-        raise UserError(f"{folder} holds a data set that clbench made, no copy of {settings.repo_id}: name another "
-                        f"folder, or leave {key}.repo_id away.")  # fmt: skip
+        raise UserError(f"{folder} holds a data set that clbench made, not a copy of {settings.repo_id}: name "
+                        f"another folder, or omit {key}.repo_id.")  # fmt: skip
     copy = hub.local_copy(settings.repo_id, settings.revision, folder)
     if copy is None:
         copy = hub.fetch_description(settings.repo_id, settings.revision, folder)
-    remedy = f"Remove {copy.root} and run this again to fetch it anew."
+    remedy = f"Remove {copy.root} and run this again to fetch it again."
     found = read_set(copy.root, remedy)
     origin = {"kind": "hub", "repo_id": copy.repo_id, "revision": copy.revision, "commit": copy.commit}
     at = copy
@@ -253,7 +253,7 @@ def _foreign(
     get: Callable[[list[str]], bool],
     remedy: str,
 ) -> DataSource:
-    """A set that clbench did not make. `get` fetches the files that are missing; False: frames are not to be read."""
+    """A set that clbench did not make. `get` fetches the files that are missing; False: frames are not read."""
     left_out = _excluded(found, settings, key)
     of_task: dict[str, list[Any]] = {}
     for e in (e for e in found.episodes if e.index not in left_out):
@@ -269,8 +269,8 @@ def _foreign(
         if mixed:
             raise UserError(
                 f"episode {mixed[0].index} of the data set in {found.root} has several instructions "
-                f"({', '.join(mixed[0].texts)}): clbench's tasks are whole episodes. Leave out all such episodes "
-                f"({key}.exclude_episodes), or take another data set."
+                f"({', '.join(mixed[0].texts)}): in clbench an episode has one task. Leave out all such episodes "
+                f"({key}.exclude_episodes), or use another data set."
             )
         said = text if env_type is None else instruction({"type": env_type, "task": name})
         episodes = of_task[text]
@@ -301,46 +301,46 @@ def _foreign(
 
 
 def _size_of_images(found: LeRobotSet, features: dict[str, str], env_type: str | None) -> dict[str, Any] | None:
-    """How the images of a set that clbench did not make were drawn: in full, at the size that they have."""
+    """How the images of a set that clbench did not make were drawn: with full fidelity, at their size."""
     seen = [there for there, here in features.items() if here in family(env_type).cameras]
     return {"fidelity": "full", "size": int(image_shape(found.features[seen[0]])[0])} if seen else None
 
 
 def fps_note(data: dict[str, Any]) -> str | None:
-    """What to know of a data set, by its description, whose frames are not as far apart as the simulator's steps."""
+    """A note about a data set (given its description) whose frame rate is not the simulator's."""
     fps, steps = data.get("fps"), data.get("simulator_steps_per_second")
     if fps is None or steps in (None, fps):  # None: there is no simulator
         return None
-    return (f"note: the data set in {data['root']} says {fps:g} frames a second, and the simulator makes {steps:g} "
-            "steps: each frame is taken for one step.")  # fmt: skip
+    return (f"note: the data set in {data['root']} has {fps:g} frames a second, but the simulator takes {steps:g} "
+            "steps: each frame is used as one step.")  # fmt: skip
 
 
 def _check_actions(root: Path, env_type: str | None, names: Sequence[str], low: np.ndarray, high: np.ndarray) -> None:
-    """Raise UserError where the simulator could not execute the actions (A,), from `low` to `high`, as they are."""
+    """Raise UserError if the simulator could not execute the actions (A,), from `low` to `high`, as they are."""
     if env_type is None:
         return
     if low.min() < -1 - ROUNDING or high.max() > 1 + ROUNDING:
         raise UserError(
-            f"the actions of the data set in {root} go from {low.min():.3g} to {high.max():.3g}, and the simulator "
-            f"'{env_type}' takes [-1, 1]: they are of another kind (poses, say, instead of displacements). Take "
+            f"the actions of the data set in {root} go from {low.min():.3g} to {high.max():.3g}, but the simulator "
+            f"'{env_type}' takes [-1, 1]: they mean something else (e.g. poses instead of displacements). Use "
             "another data set."
         )
     opens = family(env_type).gripper_command(names)
     if opens is not None and (opens < 0 <= low[-1] or high[-1] <= 0 < opens):
         raise UserError(
             f"the gripper of the data set in {root}, the last number of an action, goes from {low[-1]:.3g} to "
-            f"{high[-1]:.3g} and never opens: the simulator '{env_type}' opens it at {opens:+.0f}. The set counts "
-            "otherwise. Take another data set."
+            f"{high[-1]:.3g} and never opens: the simulator '{env_type}' opens it at {opens:+.0f}. The set uses "
+            "another convention. Use another data set."
         )
 
 
 def _features(found: LeRobotSet, rename: dict[str, str], env_type: str | None, key: str) -> dict[str, str]:
     """Which features are used, and as what: exactly the simulator's observations, and the action.
 
-    Without a simulator: the action, the state and all camera images that the data set has.
+    Without a simulator: the action, the state and all camera images in the data set.
 
     Raises:
-        UserError: one is missing or of another kind than the simulator's.
+        UserError: one is missing or differs in kind from the simulator's.
     """
     for old in rename:
         if old not in found.features:
@@ -358,7 +358,7 @@ def _features(found: LeRobotSet, rename: dict[str, str], env_type: str | None, k
     problems = []
     for name in wanted:
         if name not in named:
-            problems.append(f"{name} is not there")
+            problems.append(f"{name} is missing")
             continue
         feature = found.features[named[name]]
         if name in numbers:
@@ -375,8 +375,8 @@ def _features(found: LeRobotSet, rename: dict[str, str], env_type: str | None, k
     if problems:
         has = ", ".join(f"{n} {f['dtype']} {tuple(f['shape'])}" for n, f in found.features.items())
         raise UserError(
-            f"the data set in {found.root} does not have what the simulator '{env_type}' gives and takes: "
-            f"{'; '.join(problems)}. It has {has}. Where only a name differs, give it with {key}.rename, as in "
+            f"the data set in {found.root} does not have the observations and actions of the simulator '{env_type}': "
+            f"{'; '.join(problems)}. It has {has}. If only a name differs, give it with {key}.rename, as in "
             f"'{key}.rename={{observation.images.wrist_image: observation.images.image2}}'."
         )
     return {named[name]: name for name in wanted}
@@ -389,7 +389,7 @@ def _own_features(found: LeRobotSet, named: Mapping[str, str], key: str) -> dict
         named: name in clbench → feature of the set.
 
     Raises:
-        UserError: there is no action, or nothing to see.
+        UserError: there is no action, or there are no observations.
     """
     vectors = [
         name
@@ -410,6 +410,6 @@ def _own_features(found: LeRobotSet, named: Mapping[str, str], key: str) -> dict
         raise UserError(
             f"the data set in {found.root} has no {'observations' if ACTION_KEY in vectors else 'actions'}: a policy "
             f"learns from {ACTION_KEY} (float32, one dimension) and from {STATE_KEY} (the same) or {IMAGES}* (images "
-            f"with 3 channels). It has {has}. Where only a name differs, give it with {key}.rename={{OLD: NEW}}."
+            f"with 3 channels). It has {has}. If only a name differs, give it with {key}.rename={{OLD: NEW}}."
         )
     return {named[name]: name for name in [*seen, ACTION_KEY]}

@@ -19,9 +19,9 @@ class Task:
         env: simulator spec, {"type": ..., "task": ...}; None without a simulator.
         max_steps: an episode not solved after this many steps has failed; 0 without a simulator.
         expert_success: the scripted expert's own success rate in [0, 1], the demonstrations' ceiling.
-        features: of the data set → names in clbench; the others are not used. None = all, as they are named.
+        features: the data set's features → names in clbench; others are not used. None = all, under their own names.
         task_index, text: the task in the data set and its instruction there.
-        frames: of all the data set's episodes of this task.
+        frames: number of frames in all the data set's episodes of this task.
     """
 
     name: str

@@ -1,9 +1,9 @@
 """Whether a data set that clbench made still holds what was made.
 
-Its description (meta/clbench.json) has size and sha256 of every file. At each start all sizes are compared, and the
-sums of as many files as START_BYTES hold, the smallest first: of sets on states those are all. `full` compares every
-byte, whatever it costs. A set of an earlier version has no sums but its fingerprint: it is computed anew, at each start
-where that takes no images and no more than START_BYTES.
+Its description (meta/clbench.json) has the size and sha256 of every file. At each start all sizes are compared, and the
+checksums of as many files as fit into START_BYTES, the smallest first: in sets on states, these are all files. `full`
+compares every byte, whatever it costs. A set of an earlier version has no checksums except its fingerprint, which is
+recomputed at each start if that takes no images and no more than START_BYTES.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from clbench.io import sha256
 
 ACTION_KEY = "action"
 START_BYTES = 32 * 2**20  # a tenth of a second or two
-_compared: dict[Path, tuple[int, int, str]] = {}  # in this process: file → size, time of change, sum
+_compared: dict[Path, tuple[int, int, str]] = {}  # in this process: file → size, time of change, checksum
 
 
 def check_made(info: DataInfo, stream: str, full: bool = False) -> None:
-    """Raise UserError where a set is not what was made. `stream`: what `clbench data make` makes it for."""
+    """Raise UserError if a set is no longer what was made. `stream`: the stream for `clbench data make`."""
     problem = damage(info, full)
     if problem is not None:
         raise UserError(
-            f"the data set in {info.root} is damaged: {problem}. Make it again, with the overrides that it was made "
-            f"with: clbench data make --force {stream}"
+            f"the data set in {info.root} is damaged: {problem}. Make it again, with the same overrides as before: "
+            f"clbench data make --force {stream}"
         )
 
 
 def damage(info: DataInfo, full: bool = False) -> str | None:
-    """What is not as it was made, or None."""
+    """What differs from when it was made, or None."""
     try:
         return _other_contents(info, full) if info.files is None else _other_files(info, info.files, full)
     except OSError as e:
@@ -43,7 +43,7 @@ def damage(info: DataInfo, full: bool = False) -> str | None:
 
 
 def file_sums(root: Path) -> dict[str, tuple[int, str]]:
-    """Path below `root` → bytes, sha256, of all files but the description."""
+    """Path below `root` → bytes, sha256, for all files except the description."""
     paths = sorted(p for p in root.rglob("*") if p.is_file() and p != root / INFO_FILE)
     return {str(p.relative_to(root)): (p.stat().st_size, sha256(p)) for p in paths}
 
@@ -90,7 +90,7 @@ def _tables(root: Path) -> list[Path]:
 
 
 def contents(root: Path, env_type: str, episodes: int) -> str:
-    """The fingerprint of what a set's files hold."""
+    """The fingerprint of the contents of a set's files."""
     tables, simulators = _tables(root), family(env_type)
     shapes = {STATE_KEY: (simulators.state_dim,), ACTION_KEY: (simulators.action_dim,)}
     columns = read_columns(tables, {**shapes, "episode_index": (), "task_index": ()})
@@ -99,7 +99,7 @@ def contents(root: Path, env_type: str, episodes: int) -> str:
 
 
 def _image_digests(tables: Sequence[Path], seen: Sequence[str], episodes: int) -> list[str]:
-    """The sha256 of every episode's pixels, a camera after the other."""
+    """The sha256 of every episode's pixels, one camera after the other."""
     if not seen:
         return []
     import pyarrow.parquet as pq

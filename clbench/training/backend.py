@@ -408,7 +408,7 @@ def ranks_together() -> Iterator[None]:
             raise
         waited = re.search(r"[Tt]imed? ?out", str(e)) is not None
         why = (
-            "waited in vain for another rank, which hangs or is slower by more than train.collective_timeout_s"
+            "waited for another rank in vain: it hangs, or is slower by more than train.collective_timeout_s"
             if waited
             else "lost another rank, which has ended"
         )

@@ -1,1 +1,1 @@
-"""Scripted experts, which demonstrations are made with: one module per family of simulators."""
+"""Scripted experts, which make demonstrations: one module per family of simulators."""

@@ -1,7 +1,7 @@
 """What a scripted expert is, and the expert of an environment type.
 
-Experts act where the simulators are: in a child process where these are under another interpreter. So this package is
-written for Python 3.10, as clbench.envs is.
+Experts act where the simulators are: in a child process if those are under another interpreter. So this package is
+written for Python 3.10, like clbench.envs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Experts:
     "experts").
 
     Attributes:
-        cannot: tasks that they cannot do, and why. No demonstrations are made of these.
+        cannot: tasks that they cannot do, and why. No demonstrations are made for these.
     """
 
     cannot: Mapping[str, str] = {}
@@ -32,14 +32,14 @@ class Experts:
     def expert(self, task: str, simulator: Simulator) -> Expert:
         """Return the expert for one episode, a function from an observation to an action (action_dim,), not clipped.
 
-        It is asked for after the episode's reset. It may remember what it saw, and look into the simulator: one that
-        does is privileged.
+        It is requested after the episode's reset. It may remember what it saw, and look into the simulator, which makes
+        it privileged.
         """
         raise NotImplementedError(f"{type(self).__name__} must define expert(task, simulator).")
 
 
 def experts(env_type: str) -> Experts:
-    """Return the experts of an environment type; UserError where it has none."""
+    """Return the experts of an environment type; UserError if it has none."""
     if env_type not in registry.names("experts"):
         raise UserError(f"environment type '{env_type}' has no scripted experts.")
     found: Experts = registry.load("experts", env_type)()
@@ -50,7 +50,7 @@ def episode_expert(spec: Mapping[str, Any], simulator: Simulator) -> Expert:
     """Return the scripted expert for the next episode of `simulator`; call it from that episode's first observation on.
 
     Args:
-        spec: what the simulator was made of, see `make_simulator`.
+        spec: what the simulator was made from, see `make_simulator`.
 
     Raises:
         UserError: the environment type has no experts.

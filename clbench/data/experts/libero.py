@@ -1,24 +1,24 @@
-"""A scripted expert for LIBERO, acting on the simulator's whole state: demonstrations without downloading any.
+"""A scripted expert for LIBERO, acting on the simulator's full state: demonstrations without downloads.
 
 The expert reads the goal's predicates and joins skills until they hold:
 
-    In, On              pick the object, carry it over what stands in the way, lower it, let go
+    In, On              pick the object, carry it over what is in the way, lower it, let go
     Open, Close         pull or push the handle's front along the drawer's rail; push a door about its hinge
     Turnon, Turnoff     grip the knob and turn the wrist
-    (In a drawer)       open it first, having put aside what it would hide
+    (In a drawer)       open it first, after moving aside what it would hide
     (On the table)      drag what is flat, a plate, instead of lifting it
     (In under a roof)   grip what sticks out, a handle, with the hand leaning, and put it in from the side; what has
                         nothing to grip there, e.g. a book, cannot be put under a roof
 
-A skill is a generator of actions. It runs until it is done, but holds no trajectory: every action is computed from
-the state found at that moment, as
+A skill is a generator of actions. It runs until it is done, but stores no trajectory: every action is computed from
+the state at that moment, as
 
     translation = clip(GAIN · position error / 0.05 m),  rotation = clip(TURN_GAIN · rotation error / 0.5 rad)
 
 so noise on the executed actions is corrected at the next step. A skill that fails (the object slipped, a target is
 out of reach) ends, and the goals that do not hold are tried again.
 
-Actions (7,) in [-1, 1] are those of robosuite's OSC_POSE controller at its defaults: displacement of the grip site
+Actions (7,) in [-1, 1] are those of robosuite's OSC_POSE controller with its defaults: displacement of the grip site
 in the world frame (1 is 5 cm), rotation vector in the world frame (1 is 0.5 rad), gripper (1 closes, -1 opens).
 Lengths are metres, angles radians, positions in the world frame.
 """
@@ -57,17 +57,17 @@ GAIN = 2.2  # the controller reaches about a third of its target within a step, 
 TURN_GAIN = 1.6
 MAX_TURN = 0.5  # of the controller's range: faster turns disturb the position
 STEP_M, STEP_RAD = 0.05, 0.5  # what an action of 1 asks for
-CLOSE_STEPS = 9  # until the fingers have closed (or opened) and press
+CLOSE_STEPS = 9  # until the fingers have closed (or opened) and are pressing
 CLEARANCE = 0.025  # between what moves and what it passes over
 DRAWER_OPEN = 0.15  # LIBERO calls a drawer open from 0.14
-IN_FRONT = 0.025  # things go into a drawer this much before its middle: the drawers above have handles
+IN_FRONT = 0.025  # things go into a drawer this far in front of its middle: the drawers above have handles
 UP = np.array([0.0, 0.0, 1.0])
 LEAN = np.pi / 3.0  # of the hand that reaches under a roof, from pointing down
 REAR_GAP = 0.012  # between what is put under a roof and the wall behind it
-LEAST_ROOM = 0.05  # between floor and roof of a room that something can be put into
-APART = 0.12  # between two things on one region, e.g. two pots on a stove
+LEAST_ROOM = 0.05  # between floor and roof, for something to be put into a room
+APART = 0.12  # between two things on the same region, e.g. two pots on a stove
 
-Skill = Generator[np.ndarray, None, bool]  # yields actions; returns whether it did what it is for
+Skill = Generator[np.ndarray, None, bool]  # yields actions; returns whether it achieved its purpose
 Goal = list[str]  # a predicate and its arguments, e.g. ["in", "milk_1", "basket_1_contain_region"]
 
 
@@ -81,7 +81,7 @@ class Cavity:
 
 
 class Scene:
-    """What the expert knows of a simulator: where everything is, now.
+    """What the expert knows about a simulator: where everything is now.
 
     Shapes are the collision geoms, as points on their surfaces. They are sampled once per body and moved with it.
     """
@@ -120,7 +120,7 @@ class Scene:
         return name in self.env.obj_body_id
 
     def origin(self, name: str) -> np.ndarray:
-        """Origin (3,) of an object's or fixture's body, which is the point that LIBERO's predicates look at."""
+        """Origin (3,) of an object's or fixture's body, which is the point that LIBERO's predicates use."""
         return self.data.xpos[self.env.obj_body_id[name]].copy()
 
     def points(self, name: str) -> np.ndarray:
@@ -128,7 +128,7 @@ class Scene:
         return self.points_below(self.env.obj_body_id[name])
 
     def points_below(self, root: int, without: int | None = None) -> np.ndarray:
-        """Points (N, 3) on the surfaces of a body and of all bodies attached to it, but those that a joint moves."""
+        """Points (N, 3) on the surfaces of a body and all bodies attached to it, except those that a joint moves."""
         bodies = [body for body in range(root, self.model.nbody) if self._is_below(body, root)]
         if without is not None:
             moved = int(self.model.jnt_bodyid[without])
@@ -136,7 +136,7 @@ class Scene:
         return np.concatenate([self._body_points(body) for body in bodies])
 
     def obstacles(self, *without: str) -> np.ndarray:
-        """Points (N, 3) on all objects and fixtures but those named."""
+        """Points (N, 3) on all objects and fixtures except those named."""
         parts = [self.points(name) for name in self.env.obj_body_id if name not in without]
         return np.concatenate([np.zeros((0, 3)), *parts])
 
@@ -165,13 +165,13 @@ class Scene:
         return name if name is not None and self.is_thing(name) else None
 
     def cavity(self, region: str) -> Cavity | None:
-        """The room that a region is in when it has a roof, e.g. a microwave's; None when it is open above."""
+        """The room that a region is in if it has a roof, e.g. a microwave's; None if it is open above."""
         parent = self.parent(region)
         if parent is None or self.joint_of(region) is not None:
             return None
         centre, rotation, half = self.region(region)
         extent = np.abs(rotation @ half)
-        points = self.points_below(self.env.obj_body_id[parent], without=self.joint_of(parent))  # a door is no wall
+        points = self.points_below(self.env.obj_body_id[parent], without=self.joint_of(parent))  # a door is not a wall
         over = points[(np.abs(points - centre)[:, :2] < 0.5 * extent[:2]).all(axis=1)]
         above, below = over[over[:, 2] > centre[2], 2], over[over[:, 2] < centre[2], 2]
         if not len(above) or not len(below) or above.min() - below.max() < LEAST_ROOM:
@@ -196,7 +196,7 @@ class Scene:
     # Joints of drawers, doors and knobs.
 
     def joint_of(self, name: str) -> int | None:
-        """The joint that moves a region or an articulated fixture, e.g. a drawer's; None where nothing moves it."""
+        """The joint that moves a region or an articulated fixture, e.g. a drawer's; None if nothing moves it."""
         if self.is_thing(name):
             body = self.env.obj_body_id[name]
             joints = [j for j in range(self.model.njnt) if self._is_below(int(self.model.jnt_bodyid[j]), body)]
@@ -207,7 +207,7 @@ class Scene:
         return first if count == 1 and self.model.jnt_type[first] >= 2 else None
 
     def joint_value(self, joint: int) -> float:
-        """How far a joint is: metres for a drawer, radians for a door or knob."""
+        """A joint's position: metres for a drawer, radians for a door or knob."""
         return float(self.data.qpos[self.model.jnt_qposadr[joint]])
 
     def joint_axis(self, joint: int) -> np.ndarray:
@@ -262,7 +262,7 @@ class Scene:
         return (point - self.data.xpos[body]) @ self.data.xmat[body].reshape(3, 3)
 
     def carried(self, joint: int, local: np.ndarray) -> np.ndarray:
-        """Where a point of what a joint moves, given in its body's frame, is now."""
+        """Where a point on what a joint moves, given in its body's frame, is now."""
         body = int(self.model.jnt_bodyid[joint])
         return self.data.xpos[body] + self.data.xmat[body].reshape(3, 3) @ local
 
@@ -290,7 +290,7 @@ class Scene:
             local = box_points(size, spacing=0.006 if size.max() < 0.08 else 0.012)
         elif kind in (3, 5):  # capsule, cylinder
             local = cylinder_points(size[0], size[1])
-        elif kind == 2:  # sphere: the cylinder around it is near enough
+        elif kind == 2:  # sphere: the cylinder around it is close enough
             local = cylinder_points(size[0], size[0])
         elif kind == 7:  # mesh
             mesh = int(self.model.geom_dataid[geom])
@@ -302,7 +302,7 @@ class Scene:
 
 
 class LiberoExpert:
-    """The expert of one episode: call it once per control step, after the reset, with whatever was observed.
+    """The expert for one episode: call it once per control step, after the reset, with whatever was observed.
 
     Make a new one for each episode. It looks at `simulator.env` and ignores the observation.
     """
@@ -322,7 +322,7 @@ class LiberoExpert:
     # The plan.
 
     def _episode(self) -> Generator[np.ndarray, None, None]:
-        """Achieve the goals in a sensible order, again and again as long as one does not hold."""
+        """Achieve the goals in a sensible order, repeatedly as long as one does not hold."""
         order = {"open": 0, "turnon": 1, "turnoff": 1, "on": 2, "in": 2, "up": 2, "close": 3}
         goals = sorted(self.scene.goals, key=lambda goal: order[goal[0].lower()])
         while True:
@@ -415,7 +415,7 @@ class LiberoExpert:
         return (yield from self._move(self.scene.hand + back, rotation, near=0.03, near_rad=9.0, steps=30))
 
     def _go_above(self, target: np.ndarray, rotation: np.ndarray, height: float = 0.0) -> Skill:
-        """Move the empty, top-down hand above `target`: up over what stands in the way, then across.
+        """Move the empty, top-down hand above `target`: up over what is in the way, then across.
 
         `height` is the least height of the grip site above the target on arrival.
         """
@@ -450,7 +450,7 @@ class LiberoExpert:
         return False
 
     def _come_out(self, name: str, rotation: np.ndarray) -> Skill:
-        """Draw the held object sideways from under what hangs over it, e.g. an open drawer."""
+        """Pull the held object sideways from under what hangs over it, e.g. an open drawer."""
         points, others = self.scene.points(name), self.scene.obstacles(name)
         middle = (points[:, :2].max(axis=0) + points[:, :2].min(axis=0)) / 2.0
         radius = float(np.linalg.norm(points[:, :2] - middle, axis=1).max())
@@ -462,7 +462,7 @@ class LiberoExpert:
         return (yield from self._move(target, rotation, near=0.01, near_rad=9.0, speed=0.7))
 
     def _choose_grasp(self, name: str, tried: list[Grasp]) -> Grasp | None:
-        """The cheapest grasp that differs from those tried; the cheapest again when there is none."""
+        """The cheapest grasp that differs from those tried; the cheapest of all if there is none."""
         grasps = plan_grasps(self.scene.points(name), self.scene.obstacles(name), self.scene.base_xy)
         for grasp in grasps:
             if all(
@@ -537,14 +537,14 @@ class LiberoExpert:
             z = max(deepest, rim - held + 0.005)  # the palm stays above the rim
             return (yield from self._place(name, np.array([*centre[:2], z]), over=rim + CLEARANCE))
         sharing = [goal[1] for goal in scene.goals if goal[2:] == [where]]
-        # Side by side, away from and towards the robot: there the fingers, which open sideways, have room.
+        # Side by side, away from and towards the robot: there, the fingers have room to open sideways.
         centre[0] += (0.5 * (len(sharing) - 1) - sharing.index(name)) * min(APART, 1.6 * extent[0])
         return (yield from self._place(name, np.array([*centre[:2], centre[2] - extent[2]])))
 
     def _park(self, name: str, joint: int) -> Skill:
-        """Draw an object aside that a drawer would hide when it is pulled out over it.
+        """Pull aside an object that a drawer would hide when pulled out over it.
 
-        So far that the palm reaches its middle; `_come_out` does the rest once it is held.
+        Just far enough for the palm to reach its middle; `_come_out` does the rest once it is held.
         """
         scene = self.scene
         points = scene.points(name)
@@ -587,7 +587,7 @@ class LiberoExpert:
         rear = float(max(cavity.low @ inwards, cavity.high @ inwards)) - REAR_GAP
 
         def error(outside: float, above: float) -> np.ndarray:
-            """Way of the object to the middle of the rear wall, but `outside` metres before and `above` the floor."""
+            """Way of the object to the middle of the rear wall, `outside` metres before it and `above` the floor."""
             points = scene.points(name)
             middle = (points.max(axis=0) + points.min(axis=0)) / 2.0
             along = rear - outside - float((points @ inwards).max())
@@ -612,7 +612,7 @@ class LiberoExpert:
         return bool(size[2] < 0.2 * size[:2].min())
 
     def _drag(self, name: str, target: np.ndarray) -> Skill:
-        """Grip a flat object and draw it over the table until its origin is over (x, y) of `target`, around others."""
+        """Grip a flat object and drag it over the table, around others, until its origin is over (x, y) of `target`."""
         scene = self.scene
         grasp = self._choose_grasp(name, [])
         if grasp is None:
@@ -634,7 +634,7 @@ class LiberoExpert:
         return (yield from self._let_go(grasp.rotation, np.array([0.0, 0.0, 0.10])))
 
     def _floor_of(self, name: str) -> float:
-        """Height of what carries a thing put into the middle of an object: a plate's or bowl's inside."""
+        """Height of the surface that carries a thing put into the middle of an object: a plate's or bowl's inside."""
         points, middle = self.scene.points(name), self.scene.origin(name)
         inner = points[np.linalg.norm(points[:, :2] - middle[:2], axis=1) < 0.03]
         return float(inner[:, 2].max()) if len(inner) else self.scene.bottom(name)
@@ -684,8 +684,8 @@ class LiberoExpert:
             return point, scene.closing(joint, point)
 
         point, inwards = contact()
-        # The fingers' opening is square to the push, so that the narrow side of the palm faces what stands behind;
-        # before a drawer the hand also leans back from the drawers above.
+        # The fingers' opening is square to the push, so that the narrow side of the palm faces what is behind; in front
+        # of a drawer the hand also leans back from the drawers above.
         rotation = top_down(self._nearest_yaw(float(np.arctan2(inwards[1], inwards[0]))))
         if scene.slides(joint):
             rotation = axis_rotation(np.cross(inwards, np.array([0.0, 0.0, 1.0])), np.pi / 5.0) @ rotation

@@ -1,7 +1,7 @@
 """Geometry behind the scripted LIBERO expert: rotations, points on collision geoms, grasps, clear heights.
 
 Pure functions of numpy arrays, no simulator. Lengths are metres and angles radians, in the world frame (z up)
-unless said otherwise. A top-down gripper of yaw ψ opens its fingers along f = (−sin ψ, cos ψ), and g = (cos ψ, sin ψ)
+unless stated otherwise. A top-down gripper of yaw ψ opens its fingers along f = (−sin ψ, cos ψ), and g = (cos ψ, sin ψ)
 is the horizontal direction across them.
 """
 
@@ -112,7 +112,7 @@ def highest_along(points: np.ndarray, start: np.ndarray, end: np.ndarray, radius
 
 
 def clear_corners(start: np.ndarray, end: np.ndarray, others: np.ndarray, radius: float) -> list[np.ndarray]:
-    """Return where to turn, `end` included, on the way from `start` (2,) to `end` (2,) for a disc of `radius`.
+    """Return the turning points, `end` included, on the way from `start` (2,) to `end` (2,) for a disc of `radius`.
 
     The way is straight, or first along one axis and then along the other: the straight one if it keeps `radius` away
     from the points `others` (N, 2), else the one that stays furthest away from them.
@@ -132,7 +132,7 @@ def shortest_escape(middle: np.ndarray, *keep_away: tuple[np.ndarray, float]) ->
     Args:
         keep_away: points (N, 2), and the distance to be kept from them; as many pairs as there are distances.
 
-    Zero when it is far enough away, and when no shift up to 20 cm brings it there.
+    Zero if it is far enough away already, or if no shift up to 20 cm achieves it.
     """
     pairs = [(points, distance) for points, distance in keep_away if len(points)]
     if not pairs:
@@ -182,7 +182,7 @@ def collisions(u: np.ndarray, v: np.ndarray, z: np.ndarray, give: float = 0.0) -
     """
     apart = np.abs(u)
     fingers = (
-        (apart > HALF_OPENING - 0.003)  # 3 mm inside, for the error of the approach
+        (apart > HALF_OPENING - 0.003)  # 3 mm inside, to allow for the error of the approach
         & (apart < HALF_OPENING + FINGER_THICKNESS)
         & (np.abs(v) < FINGER_HALF_WIDTH)
         & (z > give - TIP_DEPTH)
@@ -209,12 +209,12 @@ def plan_grasps(
     yaws: Sequence[float] | np.ndarray | None = None,
     depths: Sequence[float] = (0.003, 0.010, 0.018, 0.027),
 ) -> list[Grasp]:
-    """Return grasps of an object from above, best first; empty when nothing on it is narrow enough.
+    """Return grasps of an object from above, best first; empty if nothing on it is narrow enough.
 
     For every yaw, depth and lateral offset, the object's points between the finger pads fall into segments along
-    the opening: the whole width of a box, or one wall of a bowl. Each that fits between the fingers, and that they
-    reach without coming down on the object itself, is a candidate. Its cost adds up what makes it fail, in units of
-    a probable failure:
+    the opening: the whole width of a box, or one wall of a bowl. Each segment that fits between the fingers, and that
+    they reach without coming down on the object itself, is a candidate. Its cost adds up the causes of failure, in
+    units of a probable failure:
 
         contacts of the open gripper with obstacles on the way down, walls oblique to the fingers, width, lever arm
         to the middle of the object, shallowness, turning the wrist, reaching far
