@@ -266,7 +266,7 @@ def test_keys_without_groups_in_the_pattern_are_the_matched_names(tmp_path: Path
         ({"structure": {"policy.layers.0": [3, 3], "policy.layers.1": [1, 3]}}, "are 2 adapters and 3"),
         ({"target_modules": "nothing"}, "does not match the layer"),
         ({"target_modules": {"x": {}}}, "one regular expression"),
-        ({"use_trainable_copy": True}, "does not fit its adapter_config.json"),
+        ({"use_trainable_copy": True}, "does not match its adapter_config.json"),
         ({"discriminator_cfg": {"type": "vae"}}, "does not fit the kinds"),
         ({"func_adapter_cfg": LORA}, "does not fit the kinds"),
     ],

@@ -109,7 +109,7 @@ def test_targets_that_cannot_be_are_refused(toy_data: Path) -> None:
         lora.inject(policy, LoraConfig(target_modules="(("))
     with pytest.raises(ValueError, match=r"lora.target_modules is not a regular expression"):
         toy_config(toy_data, {"name": "er"}, "lora.target_modules='(('")
-    with pytest.raises(UserError, match="names no default layers"):
+    with pytest.raises(UserError, match="has no default layers"):
         lora.inject(torch.nn.Linear(2, 2), LoraConfig())
 
 

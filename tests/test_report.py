@@ -448,7 +448,7 @@ def test_pictures_show_characters_that_no_font_has_by_their_numbers(tmp_path: Pa
     change(path, privileged="$\\frac$ ü \U00013001")
     page = build_report([path], bootstrap=0).read_text()
     assert short("\U00013000") == "\\U00013000" and short("поставить Ω é") == "поставить Ω é"
-    assert "no font of this machine has" in page and "\U00013000" in page and "抓取杯子" in page
+    assert "no font on this machine has" in page and "\U00013000" in page and "抓取杯子" in page
     long = [f"replay with a {size} memory of exemplars" for size in ("small", "large")]
     assert len(set(distinct(long, 22))) == 2
 
@@ -611,7 +611,7 @@ def test_what_rows_differ_in_beyond_their_method_is_said(tmp_path: Path) -> None
     said = beyond_the_method(groups)
     steps = {g.label: g.runs[0].phases["train"][0] for g in groups}
     assert said == (
-        f"Beyond the method, rows differ in training of a task (seqfft: {steps['seqfft']} steps; clare: "
+        f"Beyond the method, rows differ in steps per task (seqfft: {steps['seqfft']} steps; clare: "
         f"{steps['clare']} steps, 50 detect batches, 400 discriminators steps; packnet (task id): 300 steps, "
         "150 retrain steps); in the task's identity at test time (given to packnet (task id)); in settings: "
         "train.optimizer.lr (0.001, 0.0003)."

@@ -333,7 +333,7 @@ def unit(name: str, *after: str, anyway: bool = False) -> Unit:
 
 def test_graphs_that_cannot_be_run_are_refused() -> None:
     for wrong, says in (
-        ([unit("a"), unit("a")], "two units are named alike"),
+        ([unit("a"), unit("a")], "two units have the same name"),
         ([unit("a", "b")], "come after"),
         ([unit("a", "c"), unit("b", "a"), unit("c", "b"), unit("d")], "wait for each other"),
     ):

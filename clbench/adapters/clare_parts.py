@@ -3,12 +3,12 @@
 Kinds of adapters, for a layer with input x of width D_in and output of width D_out:
 
     Adapter          out = base(x) + W_up · ReLU(W_down x + b) + b', or low-rank: base(x) + (α / r) · B A x
-    CopyAdapter      out = base(x) + copy(x), the copy starting as the base layer is
+    CopyAdapter      out = base(x) + copy(x), the copy starting equal to the base layer
     LinearsAdapter   (α / r) · B A added to every linear layer inside the base layer (`func_adapter_cfg.lora_layers:
                      linears`, what the released code calls `use_lora`)
 
-With `add_zero_init_conv_layer`, what the first two add passes through a 1 × 1 convolution over tokens, which is a
-linear map of each token, that starts at zero (Zhang et al. 2023, arXiv 2302.05543): a new adapter changes nothing.
+With `add_zero_init_conv_layer`, what the first two add passes through a 1 × 1 convolution over tokens (a linear map of
+each token) that starts at zero (Zhang et al. 2023, arXiv 2302.05543): a new adapter changes nothing.
 
 `DISCRIMINATORS` are the kinds that `discriminator_cfg.type` may name: chains of linear layers and ReLUs that
 reconstruct their input. With `feature_fusion` they reconstruct W_f [x_1; …; x_L], one vector for all L tokens.
@@ -137,7 +137,7 @@ class LowRankLinear(nn.Module):
 class Discriminator(nn.Module, ABC):
     """A chain of linear layers and ReLUs, with the running mean μ and standard deviation σ of its error on its task.
 
-    Subclasses say the widths of the chain and which of its layers have a ReLU before them.
+    Subclasses define the widths of the chain and which of its layers have a ReLU before them.
     """
 
     mean: Tensor
@@ -181,17 +181,17 @@ class Discriminator(nn.Module, ABC):
         return (x - self(x)).square().flatten(1).mean(1)
 
     def training_loss(self, x: Tensor) -> Tensor:
-        """What is minimized, per sample (B,); its mean and deviation are what μ and σ follow."""
+        """What is minimized, per sample (B,); μ and σ track its mean and deviation."""
         return self.error(x)
 
     @torch.no_grad()
     def track(self, error_B: Tensor) -> None:
-        """Fold one batch of errors into μ and σ, unless `max_batches_tracked` are in already.
+        """Fold one batch of errors into μ and σ, unless they already have `max_batches_tracked`.
 
         With momentum m: μ ← (1-m) μ + m·mean, σ ← (1-m) σ + m·std, the first batch setting both; without: the means
         of all batches' means and deviations. With `statistics: zero_one`, as in the released code, the first batch is
-        one like the others, on top of (0, 1), and without momentum μ and σ are mean and deviation of the batch means,
-        σ staying 1 until there are two.
+        treated like the others, on top of (0, 1), and without momentum μ and σ are the mean and deviation of the batch
+        means, with σ staying 1 until there are two.
         """
         if int(self.batches) >= self.max_batches:
             return
@@ -227,12 +227,12 @@ def _linear(dim_in: int, dim_out: int, cfg: dict[str, Any]) -> nn.Module:
 
 
 def fusable(x: Tensor, width: int) -> Tensor:
-    """x (B, …, D) as (B, L·D); UserError where that is not as wide as the fusion layer."""
+    """x (B, …, D) as (B, L·D); UserError if that is not as wide as the fusion layer."""
     x_BF = x.flatten(1)
     if x_BF.shape[1] != width:
         raise UserError(
-            f"CLARE configuration: discriminator_cfg.num_tokens makes a fusion layer of input width {width}, the layer "
-            f"has {x_BF.shape[1] // x.shape[-1]} tokens of width {x.shape[-1]}. Set num_tokens to that number."
+            f"CLARE configuration: discriminator_cfg.num_tokens makes a fusion layer of input width {width}, but the "
+            f"layer has {x_BF.shape[1] // x.shape[-1]} tokens of width {x.shape[-1]}. Set num_tokens to that number."
         )
     return x_BF
 
@@ -263,7 +263,7 @@ class SmallAutoencoder(Discriminator):
 class VariationalAutoencoder(Discriminator):
     """q(z|x) = N(μ_z, diag e^v) with μ_z = W_μ h, v = W_v h, h = ReLU(W x + b); the decoder is latent → hidden → d.
 
-    e(x) = mean (x - D(z))² + β/d · KL(q ‖ N(0, I)), the mean over tokens of both where there are several; z = μ_z,
+    e(x) = mean (x - D(z))² + β/d · KL(q ‖ N(0, I)), both averaged over tokens if there are several; z = μ_z,
     in training drawn from q (Kingma and Welling 2014, arXiv 1312.6114).
     """
 

@@ -1,10 +1,10 @@
-"""Adapters that CLARE's released code wrote (github.com/utiasDSL/clare), in our names.
+"""Adapters written by CLARE's released code (github.com/utiasDSL/clare), in our names.
 
 Their `adapter_model.safetensors` names weights `LAYER.clare_func_adapters.i.…` and `LAYER.clare_discriminators.j.…`,
-with PEFT's prefix and, in some files, `.default` behind either; LAYER starts with `policy.` or `_policy.`, the wrapper
+with PEFT's prefix and, in some files, `.default` after either; LAYER starts with `policy.` or `_policy.`, the wrapper
 around their policies. `structure` in `adapter_config.json` has one entry for every layer, "NAME.NUMBER" → [adapters,
 discriminators]: with groups `layer_name` and `layer_id` in `target_modules` what they match, else the matched text and
-0. Which adapter a discriminator belongs to stands among the weights, as `connected_adapter_indices`.
+0. The adapter that a discriminator belongs to is stored among the weights, as `connected_adapter_indices`.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def wrote(state: dict[str, Tensor]) -> bool:
 def converted(
     values: Any, state: dict[str, Tensor], policy: nn.Module, folder: Path
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and weights as ours are.
+    """Configuration and weights in our form.
 
     Args:
-        values: what `adapter_config.json` holds.
-        state: what `adapter_model.safetensors` holds.
+        values: the contents of `adapter_config.json`.
+        state: the contents of `adapter_model.safetensors`.
         policy: the base, whose modules have the layers' names, without the wrapper's.
         folder: where they are, for messages.
 
@@ -61,7 +61,7 @@ def converted(
     found = [(name, PART.fullmatch(name.removeprefix(PREFIX))) for name in state]
     foreign = sorted(name for name, match in found if match is None)
     if foreign:
-        raise UserError(f"{folder}: '{foreign[0]}' is no name of a weight that CLARE's released code writes.")
+        raise UserError(f"{folder}: '{foreign[0]}' is not the name of a weight that CLARE's released code writes.")
     parts = [(match, state[name]) for name, match in found if match is not None]
     names = _names(policy, list(dict.fromkeys(match["layer"] for match, _ in parts)), folder)
     discriminator = {**(values.get("discriminator_cfg") or {}), "latent_activation": "none", "statistics": "zero_one"}
@@ -73,7 +73,7 @@ def converted(
         layer, i, name = match["layer"], int(match["i"]), match["name"]
         discriminates = match["kind"] == "discriminators"
         if i >= len(state):
-            raise UserError(f"{folder}: '{match[0]}' has a number beyond those of the file's {len(state)} weights.")
+            raise UserError(f"{folder}: '{match[0]}' has a number too large for the file's {len(state)} weights.")
         counts[layer][discriminates] = max(counts[layer][discriminates], i + 1)
         if discriminates and name == LINK:
             links[layer][i] = int(tensor)
@@ -101,7 +101,7 @@ def converted(
 
 
 def _names(policy: nn.Module, layers: list[str], folder: Path) -> dict[str, str]:
-    """Layers as the file names them → the modules of the policy, in the policy's order."""
+    """Layers as named in the file → the policy's modules, in the policy's order."""
     modules = {name: i for i, (name, _) in enumerate(policy.named_modules())}
     found = {}
     for layer in layers:
@@ -110,7 +110,7 @@ def _names(policy: nn.Module, layers: list[str], folder: Path) -> dict[str, str]
         if name is None:
             raise UserError(
                 f"{folder} has adapters for a layer '{fits[-1]}', which the base policy does not have: it was trained "
-                "over another policy."
+                "on another policy."
             )
         found[layer] = name
     return dict(sorted(found.items(), key=lambda item: modules[item[1]]))
@@ -147,7 +147,7 @@ def _of_adapter(name: str, values: dict[str, Any], base: nn.Module) -> str | Non
 def _check_structure(
     values: dict[str, Any], counts: dict[str, list[int]], links: dict[str, dict[int, int]], folder: Path
 ) -> None:
-    """Raise UserError where `structure` or the links say something else than the weights."""
+    """Raise UserError if `structure` or the links contradict the weights."""
     keys = {layer: _key(layer, values["target_modules"], folder) for layer in counts}
     structure = values.get("structure") or {}
     for layer, (adapters, discriminators) in counts.items():
@@ -156,7 +156,7 @@ def _check_structure(
         shared = list(keys.values()).count(key) > 1  # the released code counts such layers under one key
         if said is None or (not shared and list(said) != [adapters, discriminators]):
             raise UserError(
-                f"{folder}: structure has {said} for '{key}', and the weights of '{layer}' are {adapters} adapters and "
+                f"{folder}: structure has {said} for '{key}', but the weights of '{layer}' are {adapters} adapters and "
                 f"{discriminators} discriminators."
             )
         missing = sorted(set(range(discriminators)) - links[layer].keys())

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685) through PEFT, put into a policy in place: W x + (α / r) · B A x.
+"""LoRA (Hu et al. 2021, arXiv 2106.09685) through PEFT, added to a policy in place: W x + (α / r) · B A x.
 
 A policy keeps its class and its methods; the targeted linear layers are replaced by PEFT's. Checkpoints are ordinary
 PEFT adapters (adapter_config.json, adapter_model.safetensors) over the base's folder.
@@ -41,7 +41,7 @@ def targets(policy: nn.Module, config: LoraConfig) -> str:
     pattern = default.get("target_modules") if isinstance(default, dict) else None
     if not pattern:
         raise UserError(
-            f"policy '{getattr(policy, 'name', type(policy).__name__)}' names no default layers for LoRA: set "
+            f"policy '{getattr(policy, 'name', type(policy).__name__)}' has no default layers for LoRA: set "
             "lora.target_modules to a regular expression over module names."
         )
     if not isinstance(pattern, str):  # PEFT's list form: module name suffixes
@@ -65,7 +65,7 @@ def inject(policy: nn.Module, config: LoraConfig) -> None:
         inject_adapter_in_model(settings, policy, ADAPTER)
     except ValueError as e:
         text = " ".join(str(e).split())
-        raise UserError(f"LoRA cannot be put into what lora.target_modules '{pattern}' matches: {text[:300]}") from e
+        raise UserError(f"LoRA cannot be added to what lora.target_modules '{pattern}' matches: {text[:300]}") from e
     train_only(policy)
 
 
@@ -87,7 +87,7 @@ def merge(policy: nn.Module) -> None:
 
 @contextmanager
 def taken_out(policy: nn.Module) -> Iterator[None]:
-    """The policy as it was before LoRA layers were put in, inside the block."""
+    """Inside the block, the policy as it was before LoRA layers were added."""
     layers = lora_layers(policy)
 
     def put(modules: Mapping[str, nn.Module]) -> None:
@@ -116,13 +116,13 @@ def save(policy: nn.Module, folder: Path, base_path: str) -> None:
 
 
 def load(policy: nn.Module, folder: Path) -> None:
-    """Put a saved LoRA adapter into its base policy."""
+    """Load a saved LoRA adapter into its base policy."""
     config = PeftConfig.from_pretrained(str(folder))
     config.inference_mode = False
     state = read_tensors(folder / WEIGHTS_FILE)
     ranks = {t.shape[0] for name, t in state.items() if ".lora_" in name and t.ndim}
     claimed = [getattr(config, "r", 0), *(getattr(config, "rank_pattern", None) or {}).values()]
-    if not all(type(r) is int and 0 < r <= max(ranks, default=0) for r in claimed):  # memory for it is taken next
+    if not all(type(r) is int and 0 < r <= max(ranks, default=0) for r in claimed):  # memory for it is allocated next
         raise UserError(f"{folder / 'adapter_config.json'} claims a rank that {WEIGHTS_FILE} does not have.")
     inject_adapter_in_model(config, policy, ADAPTER)
     own = get_peft_model_state_dict(policy, adapter_name=ADAPTER, save_embedding_layers=False)
@@ -134,4 +134,4 @@ def load(policy: nn.Module, folder: Path) -> None:
 def _check_names(folder: Path, have: Iterable[str], want: Iterable[str]) -> None:
     odd = sorted(set(have) ^ set(want))
     if odd:
-        raise UserError(f"{folder / WEIGHTS_FILE} does not fit its adapter_config.json (for example {odd[0]}).")
+        raise UserError(f"{folder / WEIGHTS_FILE} does not match its adapter_config.json (for example {odd[0]}).")

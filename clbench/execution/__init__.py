@@ -1,1 +1,1 @@
-"""Work as data: units (what is to be done, after what) and executors, which do it."""
+"""Work as data: units (what to do, and after what) and executors, which do it."""

@@ -1,4 +1,4 @@
-"""The executor of one machine: commands as processes of their own, `parallel` at once."""
+"""The executor for one machine: each command is a process, `parallel` at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from clbench.slots import VARIABLE, Slots
 from clbench.stopping import Stop
 from clbench.terminal import last_line, show
 
-KEPT = "What is done is kept: give the same command again."
+KEPT = "What is done is kept: run the same command again."
 PROGRESS_SECONDS = 10.0
 
 
@@ -34,10 +34,10 @@ class _Running:
 class LocalExecutor:
     """Runs commands on this machine.
 
-    Evaluations under way share the slots that nothing is left for (slots.py), so that no core is idle at the end.
+    Running evaluations share the slots that nothing else needs (slots.py), so that no core is idle at the end.
 
     Args:
-        parallel: commands at once.
+        parallel: number of commands at once.
         folder: where the slots' files are while it runs.
     """
 
@@ -62,7 +62,7 @@ class LocalExecutor:
                     statuses[job.unit.name] = status
                     if job.slot is not None:
                         held[id(job.slot)] = job.slot
-                    if status in (130, RESUME_EXIT):  # asked by someone else, or by the terminal
+                    if status in (130, RESUME_EXIT):  # stopped by someone else, or by the terminal
                         stop.signal = stop.signal or signal.SIGTERM
                     if stop.signal is None:
                         _tell_end(job.unit, status, units, began)
@@ -83,7 +83,7 @@ class LocalExecutor:
                     began.setdefault(unit.about, time.monotonic())
                     running.append(_Running(unit, process, slot))
                 if not admissible(todo, statuses):
-                    for free in held.values():  # for the evaluations that are under way
+                    for free in held.values():  # for the evaluations that are running
                         free.close()
                     held.clear()
                 if time.monotonic() - asked >= PROGRESS_SECONDS:
@@ -95,7 +95,7 @@ class LocalExecutor:
 
 
 def _tell_end(unit: Unit, status: int, units: Sequence[Unit], began: dict[str, float]) -> None:
-    """Say that a run has ended: after its last command, or one that failed."""
+    """Report that a run has ended: after its last command, or one that failed."""
     last = not any(u.about == unit.about and unit.name in u.after for u in units)
     if unit.kind in ("train", "evaluate") and (last or status):
         minutes = (time.monotonic() - began[unit.about]) / 60

@@ -1,7 +1,7 @@
-"""A unit of work as plain data: one command of clbench, what it needs, what it leaves. Standard library only.
+"""A unit of work as plain data: one clbench command, what it needs, what it produces. Standard library only.
 
-A graph of units can be printed, written as JSON, and run twice without harm: every command keeps what is done, goes on
-where it was stopped, and leaves the same bytes whichever admissible order units are run in.
+A graph of units can be printed, written as JSON, and run twice without harm: every command keeps what is done, resumes
+where it was stopped, and leaves the same bytes whatever admissible order units are run in.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class Unit:
     Attributes:
         name: unique in its graph.
         kind: one of KINDS.
-        arguments: of `clbench`.
+        arguments: arguments of `clbench`.
         log: the file that its output is appended to.
-        outputs: what it leaves, a folder.
+        outputs: what it produces, a folder.
         after: names of the units that must have succeeded.
-        anyway: units before it may also have failed: it works with what there is.
-        order: of the units that can be started, those with smaller ones come first.
-        cores: how many it uses; 0 = all that the machine has: nothing runs beside it.
-        about: what it works on, for messages: several units of a run have one.
+        anyway: units before it may also have failed: it works with what exists.
+        order: among units that can be started, smaller values come first.
+        cores: how many it uses; 0 = all of the machine's: nothing else runs at the same time.
+        about: what it works on, for messages; the same for several units of a run.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Unit:
     about: str = ""
 
 
-Statuses = dict[str, int | None]  # of what has ended, by name: its exit status; None = it was left out
+Statuses = dict[str, int | None]  # exit status of ended units, by name; None = it was left out
 
 
 class Executor(Protocol):
@@ -55,7 +55,7 @@ class Executor(Protocol):
         """Run the units and return their exit statuses by name; None for those that are left out, after a failed one.
 
         Raises:
-            Interrupted: `stop` asked for it; commands that were under way have been asked to stop, and have ended.
+            Interrupted: `stop` requested it; commands under way were asked to stop, and have ended.
         """
         ...
 
@@ -66,7 +66,7 @@ def admissible(units: Sequence[Unit], statuses: Statuses) -> list[Unit]:
 
 
 def leave_out(units: Sequence[Unit], statuses: Statuses) -> list[Unit]:
-    """Note in `statuses` which of `units` can never be started, for what they come after failed; returns the others."""
+    """Note in `statuses` which `units` can never start because a unit before them failed; returns the others."""
     while True:
         lost = [u for u in units if not u.anyway and any(a in statuses and statuses[a] != 0 for a in u.after)]
         if not lost:
@@ -76,13 +76,13 @@ def leave_out(units: Sequence[Unit], statuses: Statuses) -> list[Unit]:
 
 
 def check(units: Sequence[Unit]) -> None:
-    """Raise ValueError for a graph that cannot be run: a name twice, an unknown one, a circle."""
+    """Raise ValueError for a graph that cannot be run: a duplicate name, an unknown one, a cycle."""
     names = [u.name for u in units]
     if len(set(names)) != len(names):
-        raise ValueError(f"two units are named alike: {sorted(n for n in set(names) if names.count(n) > 1)}")
+        raise ValueError(f"two units have the same name: {sorted(n for n in set(names) if names.count(n) > 1)}")
     unknown = {a for u in units for a in u.after} - set(names)
     if unknown:
-        raise ValueError(f"units come after {sorted(unknown)}, which are not there")
+        raise ValueError(f"units come after {sorted(unknown)}, which do not exist")
     done: Statuses = {}
     while len(done) < len(units):
         ready = [u.name for u in admissible(units, done) if u.name not in done]

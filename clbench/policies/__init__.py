@@ -1,6 +1,6 @@
 """Policies. Importing this package registers clbench's own policies with LeRobot and CLARE with PEFT.
 
-LeRobot's command lines find them with `--policy.discover_packages_path=clbench.policies`, or, beside
+LeRobot's command lines find them with `--policy.discover_packages_path=clbench.policies` or, together with
 `--policy.path=FOLDER`, with `--plugins.discover_packages_path=clbench.policies`.
 """
 

@@ -1,4 +1,4 @@
-"""The names that plugins of earlier versions import: see view.py."""
+"""Names that plugins for earlier versions import: see view.py."""
 
 from clbench.policies.view import PolicyView as PolicyLoss
 from clbench.policies.view import without_dropout

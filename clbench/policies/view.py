@@ -1,11 +1,11 @@
-"""What a learner sees of a policy, whatever the policy: losses, what they compare, features, gradients.
+"""What a learner sees of any policy: losses, what they compare, features, gradients.
 
 A *draw* is everything random in a loss. A policy with `sample_draw` and `forward(batch, reduction="none", draw=…)`
 gives exact per-sample losses under a given draw. For any other policy a draw is one integer per sample: its forward
 runs under the global generator seeded from them, and per-sample losses come from a loop over single samples.
 
-A policy that names in `outputs` what else it gives (`clbench.policies.dit.flow_policy`: prediction, target, mask,
-features) takes `forward(…, want=NAMES)` and returns those by name beside its loss.
+A policy that names its other results in `outputs` (`clbench.policies.dit.flow_policy`: prediction, target, mask,
+features) takes `forward(…, want=NAMES)` and returns those by name along with its loss.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def without_dropout(policy: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a policy computes on n samples under a draw; null is what was not asked for.
+    """What a policy computes on n samples under a draw; null = not requested.
 
     Attributes:
         loss: ℓ(θ; x), (n,).
@@ -87,23 +87,23 @@ class PolicyView:
         return {"seed": torch.randint(2**31, (n,), generator=generator)}
 
     def outputs(self, batch: Batch, draw: dict[str, Tensor], want: Collection[str] = ("loss",)) -> Outputs:
-        """What `want` names of a raw batch under `draw`, in one forward pass where the policy takes draws.
+        """The outputs named by `want` for a raw batch under `draw`, in one forward pass if the policy takes draws.
 
         Nothing else is computed: without "loss", "prediction", "target" and "mask" no action is predicted.
 
         Raises:
-            UserError: the policy has no such output (most of LeRobot's policies have their loss alone).
+            UserError: the policy has no such output (most LeRobot policies have only their loss).
         """
         for name in want:
             if name not in NAMES:
-                raise ValueError(f"there is no output '{name}'; there are {', '.join(NAMES)}.")
+                raise ValueError(f"there is no output '{name}'; outputs are {', '.join(NAMES)}.")
         own = getattr(self.policy, "outputs", ())
         lacking = [n for n in want if n != "loss" and n not in own]
         if lacking:
             kind = getattr(getattr(self.policy, "config", None), "type", type(self.policy).__name__)
             raise UserError(
                 f"policy '{kind}' has no {lacking[0]} that a method could use"
-                + (f"; it has {', '.join(['loss', *own])}." if own else ": it gives its loss alone.")
+                + (f"; it has {', '.join(['loss', *own])}." if own else ": it gives only its loss.")
             )
         if not set(want) - {"loss"}:
             return Outputs(loss=self.per_sample(batch, draw)) if want else Outputs()
@@ -147,8 +147,8 @@ class PolicyView:
     ) -> dict[str, Tensor]:
         """Σ_n (∂ℓ(θ; x_n) / ∂θ_i)², by name, in fp32: gradients are squared per sample, then summed.
 
-        `vectorized` (default: where the policy takes its draw from outside and keeps its activations) differentiates
-        many samples in one call of torch.func.vmap; otherwise one sample after the other. Leaves `.grad` alone.
+        `vectorized` (default: if the policy takes its draw from outside and keeps its activations) differentiates many
+        samples in one call of torch.func.vmap; otherwise one sample after the other. Leaves `.grad` alone.
         """
         total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
         n = batch_size(batch)

@@ -1,4 +1,4 @@
-"""What the rows of a table differ in beyond their method: steps, phases, settings, the task's identity."""
+"""How the rows of a table differ beyond their method: steps, phases, settings, the task's identity."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ METHOD = ("algorithm.", "lora.")
 
 
 def beyond_the_method(groups: Sequence[Group]) -> str:
-    """One line about the rows of a table but joint and single-task ones; "" where nothing is known to differ."""
+    """One line about a table's rows, except joint and single-task ones; "" if nothing is known to differ."""
     rows = [(g.label, g.runs[0]) for g in groups if not (g.multitask or g.singletask)]
     if len(rows) < 2:
         return ""
@@ -20,7 +20,7 @@ def beyond_the_method(groups: Sequence[Group]) -> str:
     steps = {label: _steps(run) for label, run in rows}
     if len(set(steps.values()) - {""}) > 1:
         known = "; ".join(f"{label}: {text}" for label, text in steps.items() if text)
-        parts.append(f"training of a task ({known})")
+        parts.append(f"steps per task ({known})")
     told = [label for label, run in rows if _is_told(run)]
     if told and len(told) < len(rows):
         parts.append(f"the task's identity at test time (given to {', '.join(told)})")

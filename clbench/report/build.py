@@ -1,4 +1,4 @@
-"""Put a report together: read the runs, draw, write the page and the files beside it."""
+"""Build a report: read the runs, draw, write the page and the files next to it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from clbench.report.beyond import beyond_the_method
 from clbench.report.page import Image, by_name, page
 from clbench.report.runs import Group, Run, group_runs, load_runs
 
-MAX_NAME = 100  # characters of a run's name in the names of its files
+MAX_NAME = 100  # maximum characters of a run's name in its file names
 
 
 def build_report(
@@ -36,13 +36,13 @@ def build_report(
     """Write the report of one run, or of several side by side, and return its index.html.
 
     Args:
-        runs: run folders, evaluated.
-        out: folder to write to; by default RUN/report, or reports/NAME beside the runs for several; of validation
+        runs: folders of evaluated runs.
+        out: folder to write to; by default RUN/report, or reports/NAME next to the runs for several; for validation
             episodes, the folder "validation" in it.
         name: NAME of a report of several runs; by default their data set.
-        bootstrap: resamplings behind each interval; 0 for none.
+        bootstrap: resamples behind each interval; 0 for none.
         command: the command to print as provenance; by default this process's.
-        split: which episodes, of the test or of validation.
+        split: which episodes, test or validation.
 
     Raises:
         UserError: no run, a run without an evaluation, or runs that learned different tasks.
@@ -67,7 +67,7 @@ def build_report(
     strange = figures.undrawable(shown + "".join(g.label for g in groups))
     if strange:
         notes.append(
-            f"no font of this machine has {', '.join(strange[:8])}{', …' if len(strange) > 8 else ''}: pictures show "
+            f"no font on this machine has {', '.join(strange[:8])}{', …' if len(strange) > 8 else ''}: pictures show "
             f"such characters by their numbers ({figures.drawable(strange[0])}) until a font that has them is installed"
         )
     for file_name, _, png in [*matrices, *drawn]:
@@ -91,7 +91,7 @@ def build_report(
 
 
 def _paired(groups: Sequence[Group], bootstrap: int) -> tuple[list[Difference] | None, str | None]:
-    """The differences of the methods that learned in sequence; None, with the reason if there is one to tell."""
+    """The differences between the methods that learned in sequence; None, with the reason if there is one to report."""
     methods = {g.label: [r.record for r in g.runs] for g in groups if not (g.multitask or g.singletask)}
     if len(methods) < 2 or bootstrap < 2:
         return None, None
@@ -102,19 +102,19 @@ def _paired(groups: Sequence[Group], bootstrap: int) -> tuple[list[Difference] |
 
 
 def _beside(path: Path, folder: Path) -> str:
-    """`path` relative to `folder` where they lie in one results folder, else its name: nothing of the machine."""
+    """`path` relative to `folder` if both are in the same results folder, else its name: nothing about the machine."""
     return os.path.relpath(path, folder) if folder.is_relative_to(path.parent) else path.name
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
-    """What has to stand beside every result of these runs."""
+    """What has to be stated with every result of these runs."""
     return sorted({label for run in runs for label in run.labels})
 
 
 def _metrics(runs: Sequence[Run], groups: Sequence[Group], folder: Path) -> dict[str, object]:
     """One run: {"about", "metrics"} as `clbench metrics --json` prints it; several: that per run and per group.
 
-    Where a run is stands as seen from the report's `folder`, or is left out where the report is elsewhere.
+    A run's path is relative to the report's `folder`, or left out if the report is elsewhere.
     """
     if len(runs) == 1:
         return {"about": runs[0].record.about, "metrics": runs[0].metrics}
@@ -136,9 +136,9 @@ def _metrics(runs: Sequence[Run], groups: Sequence[Group], folder: Path) -> dict
 
 
 def file_names(names: Sequence[str]) -> list[str]:
-    """A file name for each of these names: plain ASCII, and never the same for two, on whatever file system.
+    """A file name for each of these names: plain ASCII, and never the same for two, on any file system.
 
-    What a file name cannot show, or another one shows too, is told by some digits of the name's digest.
+    Names that a file name cannot show, or that would coincide, get some digits of the name's digest.
     """
     plain = [re.sub(r"[^A-Za-z0-9_.+-]+", "_", name).strip("._")[:MAX_NAME] for name in names]
     alike = Counter(text.casefold() for text in plain)
@@ -153,7 +153,7 @@ def _digest(name: str) -> str:
 
 
 def folder_name(name: str) -> str:
-    """A folder's name; also where file systems do not tell capital letters."""
+    """A folder's name, as seen by file systems that ignore case."""
     text = file_names([name])[0]
     return text if text != name or name == name.casefold() else f"{text}-{_digest(name)}"
 
@@ -196,13 +196,13 @@ def _draw(runs: Sequence[Run], groups: Sequence[Group], own: Sequence[str]) -> t
         "parameters.png",
         "Parameters added to the base after each task.",
         figures.parameter_growth(groups),
-        "parameter growth: nothing was added to the base, or no log tells",
+        "parameter growth: nothing was added to the base, or no log has it",
     )
     add(
         "cost.png",
         "Wall time and peak memory, mean over seeds.",
         figures.cost(groups),
-        "time and memory: no log or eval/summary.json tells them",
+        "time and memory: no log or eval/summary.json has them",
     )
     for run, file_name in zip(runs, own, strict=True):
         suffix = f"_{file_name}" if len(runs) > 1 else ""

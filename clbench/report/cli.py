@@ -19,9 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="name of a report of several runs (default: the data set)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write to")
     parser.add_argument(
-        "--split", choices=(TEST, VALIDATION), default=TEST, help="which episodes (default: those of the test)"
+        "--split", choices=(TEST, VALIDATION), default=TEST, help="which episodes (default: test)"
     )
-    parser.add_argument("--bootstrap", type=whole, default=1000, metavar="N", help="resamplings (0: none)")
+    parser.add_argument("--bootstrap", type=whole, default=1000, metavar="N", help="resamples (0: none)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     named = [default_run(r) for r in args.runs]
     packed = next((path for path in named if is_packed(path)), None)
     out = args.out
-    if out is None and packed is not None:  # beside the file: its runs are in a temporary folder
+    if out is None and packed is not None:  # next to the file: its runs are in a temporary folder
         out = packed.with_name(packed.name.removesuffix(SUFFIX) + "_report")
     with unpacked(named) as runs:
         show(build_report(runs, out, name=args.name, bootstrap=args.bootstrap, split=args.split))

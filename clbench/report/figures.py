@@ -1,7 +1,7 @@
 """The report's figures. Every function returns a matplotlib Figure; matplotlib is imported when one is drawn.
 
-The colours can be told apart by colour-blind readers (Okabe & Ito's palette, the cividis map); lines also
-differ in marker and are labelled.
+Colour-blind readers can tell the colours apart (Okabe & Ito's palette, the cividis map); lines also differ in
+marker and are labelled.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def figure(width: float, height: float) -> Figure:
 
 
 def to_png(fig: Figure, note: str = "") -> bytes:
-    """The figure as PNG, with a note above it that has to go wherever the picture goes."""
+    """The figure as PNG, with a note above it that has to accompany the picture."""
     if note:
         note = short(note, 200)
         title = fig.get_suptitle()
@@ -56,7 +56,7 @@ def to_png(fig: Figure, note: str = "") -> bytes:
 
 
 def short(name: str, length: int = 22) -> str:
-    """A name that fits an axis: its middle is left out; `$` and what no font has would not print."""
+    """A name that fits an axis: its middle is left out; `$` and characters that no font has would not print."""
     name = drawable("".join(c if c.isprintable() else " " for c in name))
     if len(name) > length:
         head = (length - 1) * 2 // 3
@@ -65,12 +65,12 @@ def short(name: str, length: int = 22) -> str:
 
 
 def distinct(names: Sequence[str], length: int) -> list[str]:
-    """Names that fit, numbered where leaving out their middles made two alike."""
+    """Names that fit, numbered where leaving out their middles made two identical."""
     texts = [short(name, length) for name in names]
     return [f"{text} #{i}" if texts.count(text) > 1 else text for i, text in enumerate(texts, 1)]
 
 
-# Families that have what matplotlib's own font lacks, where one of them is installed.
+# Families that have what matplotlib's own font lacks, if one of them is installed.
 FALLBACKS = (
     "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Noto Sans JP", "Noto Sans KR", "Source Han Sans SC",
     "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Droid Sans Fallback", "PingFang SC", "Hiragino Sans",
@@ -89,7 +89,7 @@ def _own_font() -> frozenset[int]:
 
 @functools.cache
 def _fallbacks() -> tuple[tuple[str, frozenset[int]], ...]:
-    """The installed ones of `FALLBACKS`, with their characters."""
+    """The installed fonts among `FALLBACKS`, with their characters."""
     from matplotlib.font_manager import fontManager, get_font
 
     files: dict[str, str] = {}
@@ -99,13 +99,13 @@ def _fallbacks() -> tuple[tuple[str, frozenset[int]], ...]:
 
 
 def undrawable(text: str) -> list[str]:
-    """The printable characters of a text that no font here has, each once."""
+    """The printable characters of a text that no installed font has, each once."""
     strange = sorted({c for c in text if ord(c) > 126 and c.isprintable() and ord(c) not in _own_font()})
     return [c for c in strange if not any(ord(c) in characters for _, characters in _fallbacks())]
 
 
 def drawable(text: str) -> str:
-    """The text with the numbers of characters that no font here has, which would all be the same empty box."""
+    """The text with the numbers of characters that no installed font has, which would all be the same empty box."""
     if text.isascii():
         return text
     strange = set(undrawable(text))
@@ -156,7 +156,7 @@ def _matrix(axes: Axes, values: FloatArray, texts: Sequence[Sequence[str]], scal
 
 
 def success_matrix(record: Record, title: str) -> Figure:
-    """Heat map of success: the random policy and the base on top, experts below, where they were measured."""
+    """Heat map of success: the random policy and the base on top, experts below, if they were measured."""
     above = [("random", record.random), ("base", record.base)]
     rows = [(name, r) for name, r in above if r is not None]
     n_above = len(rows)
@@ -201,7 +201,7 @@ def _expert(record: Record) -> FloatArray | None:
 
 
 def mean_seen(record: Record) -> FloatArray:
-    """(K,) mean success of row k over the tasks learned by then (j ≤ k); NaN where one was not evaluated."""
+    """(K,) mean success of row k over the tasks learned by then (j ≤ k); NaN if one was not evaluated."""
     return np.array([row[: k + 1].mean() for k, row in zip(record.rows, record.success, strict=True)])
 
 
@@ -295,10 +295,10 @@ def _mean(row: FloatArray) -> float | None:
 
 
 def parameter_growth(groups: Sequence[Group]) -> Figure | None:
-    """Parameters added since the base, after each task; None when no log tells of any."""
+    """Parameters added since the base, after each task; None when no log has any."""
     lines = []
     for g, name in zip(groups, distinct([g.label for g in groups], 34), strict=True):
-        for run in g.runs[:1]:  # seeds of one algorithm grow alike
+        for run in g.runs[:1]:  # seeds of one algorithm grow the same way
             if run.growth:
                 lines.append((name, run.growth))
     if not any(y for _, points in lines for _, y in points):

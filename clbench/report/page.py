@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing beside it."""
+"""The report as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def page(
     command: str,
     paired: Sequence[Difference] | None = None,
 ) -> str:
-    """The whole page: table and pictures, definitions with intervals, how wide they are, provenance."""
+    """The full page: table and pictures, definitions with intervals, how wide they are, provenance."""
     body = [
         f"<h1>{escape_html(title)}</h1>",
         f'<p class="sub">{escape_html(_subtitle(runs))}</p>',
@@ -57,7 +57,7 @@ def page(
         f'<div class="{"grid" if len(matrices) > 1 else ""}">{"".join(map(_image, matrices))}</div>',
         *map(_image, figures),
         *([] if paired is None else ["<h2>Differences, paired by episode</h2>", _differences(paired)]),
-        _list("Left out, for want of records", absent),
+        _list("Left out, for lack of records", absent),
         "<h2>Every metric with its definition</h2>",
         _paragraph(NOT_COMPARABLE),
         f'<div class="wide">{_metrics_table(groups)}</div>',
@@ -80,7 +80,7 @@ def page(
 
 
 def _differences(found: Sequence[Difference]) -> str:
-    """What methods differ in, over the episodes that both played."""
+    """Differences between methods, over the episodes that both played."""
     head = ["metric", "first − second", "difference", "95 % interval", "p (Holm)", "", "training seeds"]
     rows = [
         [d.metric, f"{d.first} − {d.second}", f"{d.value:+.3f}", f"[{d.low:+.3f}, {d.high:+.3f}]", p_text(d.holm),
@@ -88,8 +88,8 @@ def _differences(found: Sequence[Difference]) -> str:
         for d in found
     ]  # fmt: skip
     about = (
-        "Intervals of differences, from draws that weigh an episode alike in both; p by a normal approximation, after "
-        "Holm's correction over the pairs of a metric. That two intervals of the table above overlap says nothing."
+        "Intervals of differences, from draws that weight an episode alike in both; p by a normal approximation, after "
+        "Holm's correction over the pairs of a metric. Whether two intervals in the table above overlap says nothing."
     )
     return f'<p class="note">{escape_html(about)}</p><div class="wide">{tables.to_html(head, rows)}</div>'
 
@@ -147,7 +147,7 @@ def _metrics_table(groups: Sequence[Group]) -> str:
 
 
 def _reasons(groups: Sequence[Group]) -> str:
-    """Why metrics are missing, for tables of several groups, whose cells have no room for it."""
+    """Why metrics are missing, for tables of several groups, whose cells have no room for that."""
     reasons: dict[str, list[str]] = {}
     for g in groups if len(groups) > 1 else ():
         by_reason: dict[str, list[str]] = {}
@@ -200,7 +200,7 @@ _PATH = re.compile(r"(?<![\w./~-])~?(?:/[^\s/'\"<>|,;:=(){}\[\]]+){2,}/?")
 
 
 def without_paths(text: str) -> str:
-    """The text with names instead of absolute paths: the page tells nothing of the machine it was made on."""
+    """The text with names instead of absolute paths: the page reveals nothing about the machine that made it."""
     return _PATH.sub(lambda m: m[0].rstrip("/").rsplit("/", 1)[-1], text)
 
 
@@ -208,7 +208,7 @@ def by_name(value: Any) -> Any:
     """A value (an argument /DIR/NAME or KEY=/DIR/NAME, a list, a dictionary) with names instead of absolute paths."""
     if isinstance(value, str):
         key, equals, path = value.rpartition("=")
-        whole = path.startswith(("/", "~/"))  # blanks in it and all
+        whole = path.startswith(("/", "~/"))  # including blanks in it
         return f"{key}{equals}{path.rstrip('/').rsplit('/', 1)[-1]}" if whole else without_paths(value)
     if isinstance(value, list):
         return [by_name(v) for v in value]

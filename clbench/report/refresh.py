@@ -1,4 +1,4 @@
-"""Pages of results made anew from packed records (scripts/refresh_results.sh)."""
+"""Regenerates pages of results from packed records (scripts/refresh_results.sh)."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def refresh(page: Path) -> list[str]:
 
 
 def _replaced(text: str, block: str, file: Path, page: Path) -> str:
-    """The page's text with the block's contents replaced by the file's; as it is where it has no such block."""
+    """The page's text with the block's contents replaced by the file's; unchanged if it has no such block."""
     pattern = re.compile(rf"(<!-- {block} -->\n).*?(<!-- /{block} -->)", re.S)
     if not pattern.search(text):
         return text
     if not file.is_file():
-        raise UserError(f"{page / 'README.md'} has a block '{block}', and the report of its runs has no {file.name}.")
+        raise UserError(f"{page / 'README.md'} has a block '{block}', but the report of its runs has no {file.name}.")
     new = read_text(file)
     return pattern.sub(lambda m: f"{m[1]}{new}{m[2]}", text)
 

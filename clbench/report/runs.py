@@ -1,4 +1,4 @@
-"""What a report reads from run folders, and how runs are put side by side."""
+"""What a report reads from run folders, and how runs are compared."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from clbench.metrics.definitions import FloatArray
 from clbench.metrics.record import read_cell
 from clbench.report import settings
 
-MAX_TASKS = 200  # that figures can show
+MAX_TASKS = 200  # at most, in figures
 MAX_ADAPTERS = 100
-MAX_VALUE = 1e18  # of sizes, times and losses
+MAX_VALUE = 1e18  # for sizes, times and losses
 Routing = dict[str, list[dict[int, int]]]  # layer → per task j, {adapter: count}
 
 
@@ -25,7 +25,7 @@ Routing = dict[str, list[dict[int, int]]]  # layer → per task j, {adapter: cou
 class Run:
     """One run folder: its record, metrics, training log and costs. None or empty = not recorded.
 
-    `view`: the evaluation view that the record is of (eval/views/NAME); "" = the run's own.
+    `view`: the evaluation view of the record (eval/views/NAME); "" = the run's own.
     """
 
     path: Path
@@ -35,7 +35,7 @@ class Run:
     draws: dict[str, FloatArray] = field(default_factory=dict)
     task_ends: list[dict[str, Any]] = field(default_factory=list)
     steps: list[dict[str, Any]] = field(default_factory=list)
-    phases: dict[str, tuple[int, bool]] = field(default_factory=dict)  # phase → steps (batches) a task, does it train
+    phases: dict[str, tuple[int, bool]] = field(default_factory=dict)  # phase → steps (batches) per task, trains?
     train_seconds: float | None = None
     eval_seconds: float | None = None
     routing: Routing = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Run:
 
     @property
     def algorithm(self) -> str:
-        """Its name; with whether it is given the task's identity at test time, where that is a choice."""
+        """Its name; and whether it is given the task's identity at test time, if that is a choice."""
         value = self.manifest.get("algorithm") or self.path.name
         name = "+".join(map(str, value)) if isinstance(value, list) else str(value)
         settings = self.manifest.get("algorithm_config")
@@ -74,7 +74,7 @@ class Run:
 
     @property
     def labels(self) -> list[str]:
-        """What has to stand beside its results: observations that no robot would have, episodes to choose by."""
+        """What has to be stated with its results: observations that no robot would have, episodes to choose by."""
         seen = self.manifest.get("privileged")
         labels = [f"privileged observations: {seen}"] if seen else []
         return labels + ([] if self.record.split == TEST else [f"{self.record.split} episodes"])
@@ -106,7 +106,7 @@ class Run:
 
 @dataclass
 class Group:
-    """Runs that differ in their seed alone."""
+    """Runs that differ only in their seed."""
 
     label: str
     runs: list[Run]
@@ -127,7 +127,7 @@ class Group:
 
 
 def load_run(path: Path, view: str = "", split: str = TEST) -> Run:
-    """Read a run folder; what is absent stays empty. Raises UserError when there is no evaluated matrix of `split`."""
+    """Read a run folder; what is absent stays empty. Raises UserError if there is no evaluated matrix of `split`."""
     if not path.is_dir():
         raise UserError(f"{path} is not a run folder.")
     refuse_links(path)  # the report is written into it
@@ -139,7 +139,7 @@ def load_run(path: Path, view: str = "", split: str = TEST) -> Run:
     if len(run.record.tasks) > MAX_TASKS:
         raise UserError(f"{path} has {len(run.record.tasks)} tasks; a report draws at most {MAX_TASKS}.")
     if run.record.split != split:
-        raise UserError(f"{folder} has a matrix of {run.record.split} episodes in the place of {split} episodes.")
+        raise UserError(f"{folder} has a matrix of {run.record.split} episodes in place of {split} episodes.")
     run.notes += run.record.notes
     if not run.manifest:
         run.notes.append("no manifest.json: algorithm, seed and versions are unknown")
@@ -155,12 +155,12 @@ def load_run(path: Path, view: str = "", split: str = TEST) -> Run:
 
 
 def views_of(path: Path, split: str = TEST) -> list[str]:
-    """Names of the other views that a run was evaluated under."""
+    """Names of the other views under which a run was evaluated."""
     return sorted(p.parent.name for p in (eval_folder(path, split) / "views").glob("*/matrix.json"))
 
 
 def _number(value: Any) -> float | None:
-    """A number that can be added up and drawn, else None."""
+    """A number that can be summed and drawn, else None."""
     good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_VALUE
     return float(value) if good else None
 
@@ -174,8 +174,8 @@ def _read_log(run: Run) -> None:
     try:
         events = [e for e in read_jsonl(path) if isinstance(e, dict)]
         if not all(_number(e.get(key, 0)) is not None and e.get(key, 0) >= 0 for e in events for key in ("k", "step")):
-            raise UserError(f"{path} has an event at no proper k or step.")
-    except UserError as error:  # results are still worth reporting when the log of a crashed run is damaged
+            raise UserError(f"{path} has an event without a valid k or step.")
+    except UserError as error:  # results are still worth reporting if the log of a crashed run is damaged
         run.notes.append(f"the training log is left out: {error}")
         return
     steps: dict[tuple[int, str, int], dict[str, Any]] = {}
@@ -255,7 +255,7 @@ def load_runs(paths: Sequence[Path], bootstrap: int = 1000, split: str = TEST) -
 
 
 def _is_prefix(run: Run, runs: Sequence[Run]) -> bool:
-    """Whether it is joint training on the first tasks alone of another one's stream."""
+    """Whether it is joint training on only the first tasks of another run's stream."""
     mine = set(run.record.tasks)
     return run.record.mode == "multitask" and any(
         mine == set(other.record.tasks[:k]) and len(mine) < len(set(other.record.tasks))
@@ -266,7 +266,7 @@ def _is_prefix(run: Run, runs: Sequence[Run]) -> bool:
 
 
 def _prefix_references(run: Run, prefixes: Sequence[Run]) -> list[Run]:
-    """For each number of first tasks the joint run that `run` is measured against, where there is one."""
+    """For each number of first tasks, the joint run that `run` is measured against, if any."""
     found = []
     for tasks in {frozenset(p.record.tasks) for p in prefixes}:
         reference = _reference(run, [p for p in prefixes if frozenset(p.record.tasks) == tasks], "multitask")
@@ -286,7 +286,7 @@ def _check_same_tasks(runs: Sequence[Run]) -> None:
         same = set(ours) == set(theirs) if unordered else ours == theirs
         if not same or first.record.criterion != run.record.criterion:
             what = "tasks, or tasks in another order" if not same else "success criteria"
-            raise UserError(f"{first.name} and {run.name} have different {what}; report them apart.")
+            raise UserError(f"{first.name} and {run.name} have different {what}; report them separately.")
 
 
 def _reference(run: Run, runs: Sequence[Run], mode: str) -> Run | None:
@@ -305,12 +305,12 @@ def _reference(run: Run, runs: Sequence[Run], mode: str) -> Run | None:
 
 
 def _why_not_seeds(runs: Sequence[Run]) -> str:
-    """Why runs of one algorithm differ in more than their seed; "" when they do not."""
+    """How runs of one algorithm differ in more than their seed; "" if they do not."""
     if len({r.seed for r in runs}) < len(runs):
         return "several runs share a seed"
     if any(r.manifest.get("data_fingerprint") != runs[0].manifest.get("data_fingerprint") for r in runs):
         return "the data differ between runs"
-    played = [r.record.simulators for r in runs if r.record.simulators]  # older ones do not say
+    played = [r.record.simulators for r in runs if r.record.simulators]  # older ones do not record it
     if any(p != played[0] for p in played):
         return "the simulators' versions differ between runs"
     found = settings.differing(runs)
@@ -334,7 +334,7 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
         members = sorted(members, key=lambda r: (str(r.seed).zfill(8), r.name))
         why_not = _why_not_seeds(members)
         if why_not:
-            notes.append(f"{label}: {why_not}, so its runs are listed one by one and not averaged")
+            notes.append(f"{label}: {why_not}, so its runs are listed individually and not averaged")
         parts = [(f"{label} [{r.name}]", [r]) for r in members] if why_not else [(label, members)]
         for name, part in parts:
             groups.append(Group(name, part, aggregate([r.metrics for r in part], [r.draws for r in part])))

@@ -1,8 +1,8 @@
-"""What decides a run's numbers beside its seed, so that runs that differ in it are neither averaged nor compared.
+"""What decides a run's numbers besides its seed, so that runs that differ in it are neither averaged nor compared.
 
-Known from the run's config.yaml and manifest.json, and from what its episodes were evaluated with. What changes no
-weight or only last bits of sums (threads, ranks, devices, logs, paths) does not count, nor does which cells were
-evaluated: a metric that lacks some says so itself.
+Taken from the run's config.yaml and manifest.json, and from the settings of its evaluation. Whatever changes no weight,
+or only the last bits of sums (threads, ranks, devices, logs, paths), does not count, nor does which cells were
+evaluated: a metric that lacks some reports that itself.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from clbench.metrics.cli import evaluated_counts
 if TYPE_CHECKING:
     from clbench.report.runs import Run
 
-# Keys of config.yaml that do not count, or of which something else tells what they came to: the manifest tells of the
-# algorithm, LoRA, the base, the data and how images were drawn; the episodes of their own settings.
+# Keys of config.yaml that do not count, or whose outcome is recorded elsewhere: the manifest records the algorithm,
+# LoRA, the base, the data and how images were drawn; the episodes record their own settings.
 ELSEWHERE = (
     *FREE_ON_RESUME, "seed", "model", "algorithm.", "lora.", "pretrain.", "render.", "policy.path", "dataset.name",
     "dataset.data", "dataset.repo_id", "dataset.revision", "dataset.tasks", "dataset.task_order",
     "dataset.libero_order", "dataset.env.", "dataset.make.", "dataset.pretrain",
 )  # fmt: skip
-# What a run that others are measured against (joint or single-task training) has to share with them.
+# What a reference run (joint or single-task training) has to share with the runs measured against it.
 OF_REFERENCES = ("policy.", "base.", "pretrain.", "data", "render.", "dataset.env.", "eval.steps_after_success")
-BASE = ("tasks", "data_fingerprint", "mixed_precision", "instructions", "exclude_episodes")  # of a base made here
-DEFAULT = "(default)"  # of a policy's key that a configuration does not name
+BASE = ("tasks", "data_fingerprint", "mixed_precision", "instructions", "exclude_episodes")  # for a base made here
+DEFAULT = "(default)"  # for a policy key that a configuration does not name
 MAX_SHOWN = 6
 
 
@@ -77,9 +77,9 @@ def deciding(run: Run) -> dict[str, Any]:
 
 
 def differing(runs: Sequence[Run], keys: tuple[str, ...] = ("",)) -> dict[str, list[Any]]:
-    """Keys that start like one of `keys` and decide numbers in which the runs differ: key → the runs' values.
+    """Deciding keys that start with one of `keys` and differ between the runs: key → the runs' values.
 
-    A key that a run lacks (an option that came later) counts with its default, or not, where that is not known.
+    A key that a run lacks (an option added later) counts as its default, or not at all if that is not known.
     """
     known = [run.deciding for run in runs]
     found = {}
@@ -98,7 +98,7 @@ def differing(runs: Sequence[Run], keys: tuple[str, ...] = ("",)) -> dict[str, l
 
 
 def listed(found: dict[str, list[Any]]) -> str:
-    """Keys with the values that they have, in words."""
+    """Keys with their values, in words."""
     texts = []
     for key, values in list(found.items())[:MAX_SHOWN]:
         different = [v for i, v in enumerate(values) if v not in values[:i]]
@@ -123,7 +123,7 @@ def _one(limits: list[Any], tasks: list[str]) -> Any:
 
 
 def _base(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The recipe of a base that was made here, or the name of one that was given."""
+    """The recipe of a base made here, or the name of a given one."""
     base = _dict(manifest, "base")
     if base.get("kind") == "given":
         found = {"base.name": base.get("name") or Path(str(base.get("path"))).name}
@@ -134,7 +134,7 @@ def _base(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _changed(manifest: dict[str, Any]) -> list[Any]:
-    """What was changed when the run was continued: (visit, key, new value)."""
+    """What was changed when the run was resumed: (visit, key, new value)."""
     found = []
     for session in _list(manifest, "sessions"):
         for key, values in _dict(session, "changed").items():
@@ -145,7 +145,7 @@ def _changed(manifest: dict[str, Any]) -> list[Any]:
 
 
 def _evaluated(record: Record, episodes: str, limit: str) -> dict[str, Any]:
-    """What the episodes were played with; `episodes` and `limit` are the keys of their number and longest length."""
+    """The settings of the episodes; `episodes` and `limit` are the keys for their number and maximum length."""
     found: dict[str, Any] = {}
     counts = evaluated_counts(record)
     if counts:
@@ -162,13 +162,13 @@ def _evaluated(record: Record, episodes: str, limit: str) -> dict[str, Any]:
 
 
 def _default(run: Run, key: str) -> list[Any]:
-    """[the default of an algorithm's key], or [] where it is not known."""
+    """[the default of an algorithm's key], or [] if it is not known."""
     from clbench.registry import algorithm_class
 
     for name in str(run.manifest.get("algorithm")).split("+"):
         try:
             options = inspect.signature(algorithm_class(name).Config).parameters  # type: ignore[attr-defined]
-        except UserError:  # of a package that is not installed here
+        except UserError:  # from a package that is not installed here
             continue
         if key in options and options[key].default is not inspect.Parameter.empty:
             return [options[key].default]

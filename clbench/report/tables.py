@@ -17,14 +17,14 @@ METRIC_COLUMNS = {"AUC": "auc_clare", "FWT": "fwt_clare", "NBT": "nbt_clare", "A
 COST_COLUMNS = ("added params", "exemplars", "state", "train min", "eval min", "peak memory")
 CAPTION = (
     "AUC, FWT and NBT as in CLARE (FWT is the diagonal), not as in LIBERO, ASR: mean of the last row, BWT as in GEM; "
-    "95 % intervals: of one seed about these very checkpoints, of several about the method over training seeds, with "
-    "base and demonstrations as they are. Pretraining tasks: the base's own, before → after the stream. State: "
-    "what the method itself keeps (anchors, masks, references)."
+    "95 % intervals: with one seed, for these checkpoints; with several, for the method over training seeds, given the "
+    "base and demonstrations. Pretraining tasks: the base's own, before → after the stream. State: what the method "
+    "itself keeps (anchors, masks, references)."
 )
 
 
 def header(groups: Sequence[Group]) -> list[str]:
-    """Column titles; the base's pretraining tasks have one if any run was evaluated on them."""
+    """Column titles; the base's pretraining tasks have a column if any run was evaluated on them."""
     return ["algorithm", "seeds", *METRIC_COLUMNS, *(["pretraining tasks"] if _heldout(groups) else []), *COST_COLUMNS]
 
 
@@ -41,7 +41,7 @@ def heldout_text(g: Group) -> str:
 
 
 def _mean(rates: FloatArray) -> float | None:
-    """None when a task was not evaluated: a mean over the others would be of other tasks."""
+    """None if a task was not evaluated: a mean over the others would be for different tasks."""
     return None if np.isnan(rates).any() else float(rates.mean())
 
 
@@ -112,7 +112,7 @@ def to_html(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def escape_html(text: str) -> str:
-    """Text as HTML shows it, in an element or a quoted attribute; without control and direction characters."""
+    """Text escaped for HTML, in an element or a quoted attribute; without control and direction characters."""
     return html.escape(plain(text))
 
 
@@ -122,7 +122,7 @@ def plain(text: str) -> str:
 
 
 def to_markdown(head: Sequence[str], body: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
-    """A Markdown table, with what it shows and `notes` below it."""
+    """A Markdown table, with its caption and `notes` below it."""
     rows = [[_escape_markdown(row[0]), *row[1:]] for row in body]  # the other cells are numbers
     lines = [head, ["---"] * len(head), *rows]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
@@ -158,7 +158,7 @@ def paired_markdown(found: Sequence[Difference]) -> str:
 def to_latex(head: Sequence[str], body: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
     r"""A LaTeX tabular for \usepackage{booktabs}; `notes` become comments."""
     columns = "lr" + "c" * (len(head) - 2 - len(COST_COLUMNS)) + "r" * len(COST_COLUMNS)
-    beyond = any(ord(c) > 0x17F and c not in _LATEX for row in body for c in row[0])  # pdflatex has the Latin ones
+    beyond = any(ord(c) > 0x17F and c not in _LATEX for row in body for c in row[0])  # pdflatex has Latin characters
     lines = [
         r"% \usepackage{booktabs}",
         "% " + CAPTION,
@@ -197,7 +197,7 @@ _LATEX = {
 
 
 def escape_latex(text: str) -> str:
-    """Text as LaTeX prints it."""
+    """Text escaped for LaTeX."""
     return "".join(_LATEX.get(c, c) for c in plain(text))
 
 

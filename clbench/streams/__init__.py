@@ -1,4 +1,4 @@
-"""Task streams: what is learned in which order, from which data, tested in which simulator."""
+"""Task streams: what is learned in which order, from which data, and tested in which simulator."""
 
 from clbench.streams.stream import Task, TaskStream, Visit, build_stream
 

@@ -1,6 +1,6 @@
 """Task, Visit and TaskStream, and how a configuration becomes one. Imports no torch.
 
-A stream is a list of visits. Visit k trains on the data of its tasks; evaluation columns j are the visits too, so
+A stream is a list of visits. Visit k trains on the data of its tasks; evaluation columns j are also the visits, so
 a task visited twice has two columns. Two transforms serve as references for the sequence: `joint` (one visit
 with the data of all tasks) and `independent` (every visit starts from the base again).
 """
@@ -57,7 +57,7 @@ class TaskStream:
 
 
 def _union_episodes(tasks: Sequence[Task]) -> list[Task]:
-    """Tasks whose episodes are all those that any visit of theirs has."""
+    """Tasks with the episodes of all their visits combined."""
     episodes: dict[str, set[int]] = {}
     for t in tasks:
         episodes.setdefault(t.name, set()).update(t.episodes)
@@ -67,7 +67,7 @@ def _union_episodes(tasks: Sequence[Task]) -> list[Task]:
 def visit_order(config: DatasetConfig) -> list[str]:
     """Return the task names in visiting order; raises UserError for an unknown, empty or impossible order.
 
-    One of LIBERO's orders is of a whole suite; it permutes those of its tasks that `task_order` names (null: all).
+    One of LIBERO's orders covers a full suite; it permutes those of its tasks that `task_order` names (null: all).
     """
     tasks = list(config.tasks)
     if len(set(tasks)) != len(tasks):
@@ -100,7 +100,7 @@ def visit_order(config: DatasetConfig) -> list[str]:
     if len(set(order)) != len(order):
         raise UserError(
             f"dataset.libero_order is for tasks that are each visited once: dataset.task_order has {len(order)} visits "
-            f"of {len(set(order))} tasks."
+            f"to {len(set(order))} tasks."
         )
     return [t for t in family(config.env_type).published_order(config.libero_order, tasks) if t in order]
 
@@ -108,9 +108,9 @@ def visit_order(config: DatasetConfig) -> list[str]:
 def drawing(
     env_type: str | None, render: RenderConfig | None = None, data: Mapping[str, Any] | None = None
 ) -> dict[str, Any] | None:
-    """Return how a simulator is to draw camera images, {"fidelity", "size"}; None for one without cameras.
+    """Return how a simulator should draw camera images, {"fidelity", "size"}; None for one without cameras.
 
-    What `render` leaves open is as in `data`, what is known of the training data.
+    What `render` leaves open is taken from `data`, which is what is known about the training data.
     """
     if not family(env_type).cameras:
         return None
@@ -120,23 +120,23 @@ def drawing(
 
 
 def _check_drawing(env_type: str | None, data: DataSource, render: RenderConfig | None) -> None:
-    """Raise UserError when a policy would learn from other images than those it is tested on."""
+    """Raise UserError if a policy would learn from images that differ from those it is tested on."""
     wanted, found = drawing(env_type, render, data.render), data.render
     if wanted is None or found is None or found == wanted or (render is not None and render.mismatch == "allow"):
         return
     raise UserError(
         f"the images in {data.root} were drawn {_in_words(found)}, but the simulator would draw them "
-        f"{wanted['fidelity']} at {wanted['size']}: a policy would be tested on other images than "
+        f"{wanted['fidelity']} at {wanted['size']}: a policy would be tested on images unlike those "
         f"it learned from. Set render.fidelity={found['fidelity']} render.size={found['size']}, make the data "
-        "again (clbench data make NAME --force), or state render.mismatch=allow."
+        "again (clbench data make NAME --force), or set render.mismatch=allow."
     )
 
 
 def build_stream(config: DatasetConfig, *, sequential: bool = True, render: RenderConfig | None = None) -> TaskStream:
-    """Build the stream from its configuration and what its data set says of itself; may fetch it from the hub.
+    """Build the stream from its configuration and its data set's description; may fetch the set from the hub.
 
     Raises:
-        UserError: the order is impossible, a sequence of one task is asked for, or the data set is missing, lacks a
+        UserError: the order is impossible, a sequence of one task is requested, or the data set is missing, lacks a
             task, does not fit the simulator, or its images were not drawn as `render` says.
     """
     order = checked_order(config)
@@ -174,16 +174,16 @@ def checked_order(config: DatasetConfig) -> list[str]:
 
 
 def check_images(config: DatasetConfig, render: RenderConfig, base: bool = True) -> None:
-    """Look at how the images of the stream's and of the base's data were drawn, which their descriptions (meta/) say.
+    """Check how the images of the stream's and the base's data were drawn, according to their descriptions (meta/).
 
-    Of a hub's set nothing else is fetched, so this comes before all that opens the data.
+    Nothing else of a hub set is fetched, so this comes before anything that opens the data.
 
     Args:
         base: the base is pretrained on the tasks of `config.pretrain`; False: it comes from elsewhere.
 
     Raises:
-        UserError: a policy would learn from other images than those it is tested on, or was pretrained on others; a
-            data set is missing or has not the tasks.
+        UserError: a policy would learn from images unlike those it is tested on or was pretrained on; a data set is
+            missing or lacks the tasks.
     """
     if not family(config.env_type).cameras:
         return
@@ -199,12 +199,12 @@ def check_images(config: DatasetConfig, render: RenderConfig, base: bool = True)
     assert config.pretrain is not None
     make = "" if config.pretrain.repo_id else (
         f" (clbench data make {_base_of(config)} dataset.pretrain.data=NAME render.fidelity={wanted['fidelity']} "
-        f"render.size={wanted['size']} makes it, for the training to be given that name as well)"
+        f"render.size={wanted['size']} makes it; give that name to the training run as well)"
     )  # fmt: skip
     raise UserError(
         f"the images of the base's tasks in {pretrain.root} were drawn {_in_words(pretrain.render)}, those of the "
-        f"stream in {data.root} {_in_words(wanted)}: a policy would be pretrained on other images than it learns from. "
-        f"Take a set for the base that was drawn like the stream's{make}, or state render.mismatch=allow."
+        f"stream in {data.root} {_in_words(wanted)}: a policy would be pretrained on images unlike those it learns "
+        f"from. Use a set for the base that was drawn like the stream's{make}, or set render.mismatch=allow."
     )
 
 
@@ -213,13 +213,13 @@ def _in_words(render: Mapping[str, Any]) -> str:
 
 
 def _base_of(config: DatasetConfig) -> str:
-    """What `clbench data make` has to be told for it to make the base's data alone, where the stream's are a hub's."""
+    """Arguments with which `clbench data make` makes only the base's data, if the stream's come from a hub."""
     repo = f" {shlex.quote(f'dataset.repo_id={config.repo_id}')}" if config.repo_id else ""
     return f"{shlex.quote(config.name)} --{repo}"
 
 
 def without(stream: DatasetConfig, part: DatasetConfig | PretrainDataConfig, tasks: Collection[str]) -> str:
-    """Return the override with which a training run does without some tasks of the stream, or of its base (`part`)."""
+    """Return the override with which a training run omits some tasks of the stream, or of its base (`part`)."""
     if part is not stream:
         return f"dataset.pretrain.tasks=[{','.join(t for t in part.tasks if t not in tasks)}]"
     visits = [str(stream.tasks.index(t)) for t in visit_order(stream) if t not in tasks]
@@ -229,7 +229,7 @@ def without(stream: DatasetConfig, part: DatasetConfig | PretrainDataConfig, tas
 def _open(
     stream: DatasetConfig, part: DatasetConfig | PretrainDataConfig, names: list[str], make: str, key: str, depth: Depth
 ) -> DataSource:
-    """`open_data`, which says how to go without the tasks that the data has not."""
+    """`open_data`, with advice on how to go without the tasks that the data lacks."""
     try:
         return open_data(part, stream.env_type, names, stream=make, key=key, depth=depth)
     except Unmatched as e:
@@ -254,7 +254,7 @@ def pretraining_data(config: DatasetConfig, render: RenderConfig | None = None, 
         )
     names = list(config.pretrain.tasks)
     make = shlex.quote(config.name)
-    if config.repo_id:  # makes this set alone, and draws its images as those of the hub are
+    if config.repo_id:  # makes only this set, and draws its images like the hub's
         make = _base_of(config) + (" render.fidelity=full" if family(config.env_type).cameras else "")
     for name in names:
         check_task(config.env_type, name)
@@ -264,7 +264,7 @@ def pretraining_data(config: DatasetConfig, render: RenderConfig | None = None, 
 
 
 def make_task(config: DatasetConfig, data: DataSource, name: str, render: RenderConfig | None = None) -> Task:
-    """Build one Task from what its data set says of it."""
+    """Build one Task from its data set's description."""
     entry = data.tasks[name]
     drawn = drawing(config.env_type, render, data.render)
     return Task(
@@ -287,7 +287,7 @@ def _render(drawn: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def pretraining_tasks(config: DatasetConfig, render: RenderConfig | None = None) -> tuple[list[Task], DataSource]:
-    """Return the base's tasks and their data. Their episodes are as long as those that demonstrations are made in."""
+    """Return the base's tasks and their data. Their episodes are as long as when demonstrations are made."""
     data = pretraining_data(config, render)
     assert config.pretrain is not None
     tasks = [make_task(config, data, n, render) for n in data.tasks]

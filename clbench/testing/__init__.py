@@ -1,4 +1,4 @@
-"""Tests that a plugin's author runs on a method of his own, and the toy data that they train on (needs pytest)."""
+"""Tests that a plugin's author runs on a new method, and the toy data that they train on (needs pytest)."""
 
 from clbench.testing.algorithms import AlgorithmTests
 from clbench.testing.cases import Case

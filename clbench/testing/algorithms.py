@@ -1,4 +1,4 @@
-"""What must hold for every algorithm, as tests: a plugin's author runs them on a method of his own.
+"""What must hold for every algorithm, as tests: a plugin's author runs them on a new method.
 
     # tests/test_my_algo.py
     from clbench.testing import AlgorithmTests, Case
@@ -7,8 +7,8 @@
     class TestMyAlgo(AlgorithmTests):
         cases = [Case("my_algo", {"strength": 10.0}), Case(["er", "my_algo"], stores_exemplars=True)]
 
-Each case trains a policy of 20 thousand numbers on three toy tasks, some seconds long. What the tests cannot know is
-whether the method's mathematics are right: compare those with something independent (docs/add_an_algorithm.md).
+Each case trains a policy with 20 thousand parameters on three toy tasks for some seconds. The tests cannot know whether
+the method's mathematics are right: compare those with something independent (docs/add_an_algorithm.md).
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class AlgorithmTests:
     @pytest.fixture(scope="class", autouse=True)
     @classmethod
     def _own_bases(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-        """Bases go to a temporary folder, and nothing is said of slow machines."""
+        """Bases go to a temporary folder, and there are no messages about slow machines."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(patience, "FIRST_S", 1e6)
             patch.setenv("CLBENCH_CACHE_ROOT", str(tmp_path_factory.mktemp("cache")))
@@ -89,7 +89,7 @@ class AlgorithmTests:
     @pytest.fixture(scope="class")
     @classmethod
     def run(cls, case: Case, toy_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """The folder of one uninterrupted run of the case, which also kept weights within its tasks."""
+        """The folder of one uninterrupted run of the case, which also keeps weights within its tasks."""
         return cls.train(case, toy_root, tmp_path_factory.mktemp("runs"), "train.keep_weights_every_steps=3")
 
     @staticmethod
@@ -100,7 +100,7 @@ class AlgorithmTests:
 
     # ---- the tests ------------------------------------------------------------------------------
     def test_leaves_what_a_run_must_leave(self, case: Case, run: Path) -> None:
-        """A checkpoint per visit; parameters and exemplars as the case says."""
+        """A checkpoint per visit; parameters and exemplars as the case states."""
         manifest = read_json(run / "manifest.json")
         assert [v["task"] for v in manifest["visits"]] == STREAM
         assert len(manifest["checkpoints"]) == case.visits
@@ -127,7 +127,7 @@ class AlgorithmTests:
         assert loss(learned) < 0.95 * loss(base)
 
     def test_trains_what_it_says_and_nothing_else(self, case: Case, run: Path) -> None:
-        """Exactly the parameters that match `case.trains` move; with `keeps_old` no later task changes them."""
+        """Exactly the parameters that match `case.trains` change; with `keeps_old` no later task changes them."""
         base = load_policy(read_json(run / "manifest.json")["base"]["path"]).policy.state_dict()
         after = weights(run, 0)
         moved = set()
@@ -146,12 +146,12 @@ class AlgorithmTests:
     def test_same_command_twice_gives_the_same_bytes(
         self, case: Case, run: Path, toy_root: Path, tmp_path: Path
     ) -> None:
-        """Every byte of every checkpoint, though one of the two keeps weights within tasks and the other does not."""
+        """Every byte of every checkpoint is equal, though only one of the two runs keeps weights within tasks."""
         again = self.train(case, toy_root, tmp_path)
         assert files(run / "checkpoints") == files(again / "checkpoints")
 
     def test_resumed_equals_uninterrupted(self, case: Case, run: Path, toy_root: Path, tmp_path: Path) -> None:
-        """A run whose later checkpoints are gone makes the same ones again."""
+        """A run whose later checkpoints are deleted makes the same ones again."""
         copy = tmp_path / run.name
         shutil.copytree(run, copy)
         for k in range(min(1, case.visits - 1), case.visits):
@@ -163,7 +163,7 @@ class AlgorithmTests:
     def test_stopped_anywhere_and_resumed_equals_uninterrupted(
         self, case: Case, run: Path, toy_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
     ) -> None:
-        """Asked to stop again and again, every few steps: in every phase, at its first steps, middle and last."""
+        """Stopped repeatedly, every few steps: in every phase, at its first, middle and last steps."""
         asked = itertools.cycle([*[""] * (every - 1), "a test"])
         monkeypatch.setattr(Stop, "reason", property(lambda self: next(asked)))
         stopped = []
@@ -177,7 +177,7 @@ class AlgorithmTests:
         assert_same_run(run, tmp_path / run.name)
 
     def test_state_survives_saving_and_loading(self, case: Case, run: Path, toy_root: Path) -> None:
-        """What was saved is loaded and saved again as the same; a state that is not the algorithm's is refused."""
+        """A loaded state is saved again identically; a state that is not the algorithm's is rejected."""
         checkpoint = checkpoint_folder(run, case.visits - 1)
         state = load_state(checkpoint, "algorithm")
         config = toy_config(toy_root, case.section, *case.overrides)
@@ -194,7 +194,7 @@ class AlgorithmTests:
             restore_state(build_algorithm(config), {"nonsense": 1}, policy)
 
     def test_eval_view_restores_the_policy(self, case: Case, run: Path, toy_root: Path) -> None:
-        """Every byte of it, also when an evaluation fails inside."""
+        """Every byte of it, even when an evaluation fails inside."""
         checkpoint = checkpoint_folder(run, case.visits - 1)
         policy = load_policy(checkpoint / "policy").policy
         algorithm = build_algorithm(toy_config(toy_root, case.section, *case.overrides))
@@ -208,7 +208,7 @@ class AlgorithmTests:
         assert all(torch.equal(before[k], after[k]) for k in before)
 
     def test_weights_kept_within_a_task_can_be_played(self, case: Case, run: Path, toy_root: Path) -> None:
-        """The last that the run kept: an evaluation loads them, with the method's state, and they act."""
+        """The last weights that the run kept: an evaluation loads them with the method's state, and they act."""
         k = case.visits - 1
         kept = kept_folder(run, k, kept_steps(run, k)[-1])
         assert files(kept / "policy") != files(checkpoint_folder(run, k) / "policy")
@@ -221,7 +221,7 @@ class AlgorithmTests:
         assert np.isfinite(actions).all()
 
     def test_checkpoints_hold_no_pickle(self, case: Case, run: Path) -> None:
-        """JSON and safetensors alone, which run no code when they are read."""
+        """Only JSON and safetensors, which run no code when they are read."""
         for folder in (run / "checkpoints", run / "weights"):
             kinds = {p.suffix for p in folder.rglob("*") if p.is_file()}
             assert kinds <= {".json", ".safetensors"}

@@ -1,4 +1,4 @@
-"""An algorithm as the table tests train it: one row."""
+"""One row of the table of tests: an algorithm and how it is trained."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ class Case:
 
     Attributes:
         name, config: the `algorithm` section: name (a list for a combination) and keys.
-        trains: regular expression of the names of the parameters that move during a task; no others may.
+        trains: regular expression for the names of the parameters that change during a task; no others may.
         stores_exemplars: samples are kept after a task.
         adds_parameters: the policy grows.
         visits: checkpoints that a run on the toy stream of three tasks leaves (joint training: 1).
         keeps_old: no later task changes what an earlier one trained.
-        overrides: of the rest of the configuration.
+        overrides: for the rest of the configuration.
         label: the test's name; "" = the algorithm's.
     """
 

@@ -1,4 +1,4 @@
-"""The data to replay a finished run in a plain loop, for tests of a method's mathematics: no trainer, no hooks."""
+"""Replay a finished run in a plain loop, for tests of a method's mathematics: no trainer, no hooks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class PlainRun:
         self.frames = StreamFrames([v.tasks for v in visits], self._loaded.policy.config)
 
     def policy_before(self, k: int) -> nn.Module:
-        """The policy that visit k started from, ready to be trained: a new one with every call."""
+        """The policy that visit k started from, ready for training: a new one with every call."""
         base = read_manifest(self.folder)["base"]["path"]
         folder = base if k == 0 else checkpoint_folder(self.folder, k - 1) / "policy"
         policy: nn.Module = load_policy(folder).policy.train()
@@ -61,7 +61,7 @@ class PlainRun:
             yield batch, view.draw(size, generator(self.config.seed, k, phase, "draw", step))
 
     def draw(self, n: int, gen: torch.Generator) -> dict[str, Tensor]:
-        """Noise and timesteps for n samples, from `gen`, as `ctx.draw` gives them."""
+        """Noise and timesteps for n samples, from `gen`, like `ctx.draw`."""
         return self._view(self._loaded.policy).draw(n, gen)
 
     def losses(self, policy: nn.Module, batch: Batch, draw: dict[str, Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Whether two runs left the same: every byte of checkpoints, every event, time stamps aside."""
+"""Whether two runs left the same files: every byte of checkpoints, every event, apart from time stamps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TIMES = ("time", "seconds", "saving_seconds", "peak_memory_mb")
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Name → contents of all files below a folder; of a checkpoint's description what is no time stamp."""
+    """Name → contents of all files below a folder; for a checkpoint's description, without time stamps."""
     found = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
     for name in found:
         if name.endswith("checkpoint.json"):

@@ -1,4 +1,4 @@
-"""What tests train on: LeRobot data sets made without a simulator, and a policy that trains in milliseconds."""
+"""What tests train: LeRobot data sets made without a simulator, and a policy that trains in milliseconds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STREAM, PRETRAIN = list(TASKS)[:3], list(TASKS)[3:]
 
 
 def make_toy_data(root: Path, tasks: list[str], episodes: int = 3, length: int = 20, images: bool = False) -> Path:
-    """Write a LeRobotDataset whose states cluster by task, with clbench's own record beside it."""
+    """Write a LeRobotDataset whose states cluster by task, with clbench's own description."""
     from lerobot.datasets import LeRobotDataset
 
     features: dict[str, Any] = {

@@ -12,7 +12,7 @@ from clbench.config.dit import DitSettings
 
 @dataclass
 class DitConfig(DitSettings, PreTrainedConfig):
-    """`DitSettings` as a policy of LeRobot's, with what its own classes describe."""
+    """`DitSettings` as a LeRobot policy configuration, with what LeRobot's own classes describe."""
 
     normalization_mapping: dict[str, NormalizationMode] = field(
         default_factory=lambda: {
@@ -34,7 +34,7 @@ class DitConfig(DitSettings, PreTrainedConfig):
         self.check()
 
     def check_weights(self, shapes: dict[str, tuple[int, ...]]) -> bool:
-        """Whether weights of these shapes can be of such sizes: asked before memory is taken for them."""
+        """Whether weights of these shapes fit these sizes: checked before memory is allocated for them."""
         widest = max((n for shape in shapes.values() for n in shape), default=0)
         fits = self.d_model * self.ffn_mult <= widest and self.text_vocab_size * self.text_dim <= 2**26
         fits &= self.encoder_layers + self.decoder_layers <= len(shapes) and self.image_tokens_side <= 256

@@ -44,7 +44,7 @@ class FlowMatchingPolicy(PreTrainedPolicy):
     config_class = DitConfig
     name = "dit"
     config: DitConfig
-    outputs = ("prediction", "target", "mask", "features")  # beside the loss (clbench.policies.view)
+    outputs = ("prediction", "target", "mask", "features")  # besides the loss (clbench.policies.view)
 
     def __init__(self, config: PreTrainedConfig, **kwargs: Any) -> None:
         super().__init__(config)
@@ -73,7 +73,7 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         return self._flow(batch, draw, {"loss"})["loss"]
 
     def _flow(self, batch: dict[str, Tensor], draw: dict[str, Tensor], want: Collection[str]) -> dict[str, Tensor]:
-        """What `want` names: loss (B,), prediction v and target u (B, H, A), mask (B, H), features (B, D)."""
+        """The outputs named by `want`: loss (B,), prediction v and target u (B, H, A), mask (B, H), features (B, D)."""
         found: dict[str, Tensor] = {}
         context = self.model.encode(batch)
         if "features" in want:
@@ -115,7 +115,7 @@ class FlowMatchingPolicy(PreTrainedPolicy):
     ) -> tuple[Tensor | None, dict[str, Any] | None]:
         """LeRobot's training entry: the loss under a fresh draw of the global generator, or under `draw`.
 
-        With `want` (names in `outputs`, and "loss") the loss (B,), null unless it is asked for, and the others by name.
+        With `want` (names in `outputs`, and "loss") the loss (B,), null unless requested, and the others by name.
         """
         if draw is None:
             draw = self.sample_draw(batch[ACTION].shape[0])
@@ -160,4 +160,4 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         return {"target_modules": r".*\.(q|kv|out|up|down|cond_proj)"}
 
     def _validate_peft_config(self, peft_config: Any) -> None:
-        """Any PEFT configuration is accepted, also on a policy that was built in memory."""
+        """Any PEFT configuration is accepted, even on a policy that was built in memory."""

@@ -2,7 +2,7 @@
 P action tokens (H / action_patch).
 
 Every layer keeps rows of the batch independent (no batch statistics), so an episode's actions do not depend
-on what else is evaluated beside it.
+on what else is evaluated with it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from clbench.policies.dit.text import frozen_word_table
 
 
 def run_block(block: nn.Module, recompute: bool, *inputs: Any) -> Tensor:
-    """block(*inputs); with `recompute` its activations are not kept for the backward pass but computed again there."""
+    """block(*inputs); with `recompute` its activations are not kept for the backward pass but recomputed there."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
     return block(*inputs)  # type: ignore[no-any-return]
@@ -78,7 +78,7 @@ class EncoderLayer(nn.Module):
 class AdaLNBlock(nn.Module):
     """Transformer block whose norms are shifted, scaled and gated by a condition (AdaLN-zero, Peebles & Xie 2023).
 
-    With `cross=True` a cross-attention over encoder tokens stands between self-attention and feed-forward.
+    With `cross=True` a cross-attention over encoder tokens comes between self-attention and feed-forward.
     """
 
     def __init__(self, dim: int, heads: int, ffn_mult: int, cross: bool = False) -> None:
@@ -156,7 +156,7 @@ class StateTokens(nn.Module):
 
 
 class LanguageTokens(nn.Module):
-    """Hashed words → frozen random embedding → linear: one token a word, or their mean as one token (`pooled`)."""
+    """Hashed words → frozen random embedding → linear: one token per word, or their mean as one token (`pooled`)."""
 
     def __init__(self, config: DitConfig, pooled: bool) -> None:
         super().__init__()
@@ -231,7 +231,7 @@ class ObservationEncoder(nn.Module):
         return sum(counts)
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return tokens (B, L, D) and their mask (B, L), True where there is something."""
+        """Return tokens (B, L, D) and their mask (B, L), True for actual tokens."""
         parts, masks = [], []
         for i, tokenizer in enumerate(self.tokenizers.values()):
             tokens, mask = tokenizer(batch)

@@ -20,7 +20,7 @@ from clbench.policies.dit.text import HashedWordsProcessorStep
 def stable_stats(
     stats: dict[str, dict[str, Any]] | None, config: DitConfig
 ) -> dict[str, dict[str, torch.Tensor]] | None:
-    """Return statistics that do not explode on data they were not computed from.
+    """Return statistics that do not blow up on data they were not computed from.
 
     A dimension with std < `raw_below` (constant in the data) passes through raw: mean 0, std 1.
     Any other std is at least `std_floor`. Together with the model's clipping at ± `state_clip`, a base's

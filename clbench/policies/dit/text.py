@@ -60,7 +60,7 @@ class HashedWordsProcessorStep(ObservationProcessorStep):
 
 
 def frozen_word_table(vocab_size: int, dim: int) -> Tensor:
-    """Return the (vocab_size, dim) table: row 0 zero, other rows ~ N(0, 1), from a fixed seed of its own."""
+    """Return the (vocab_size, dim) table: row 0 zero, other rows ~ N(0, 1), from its own fixed seed."""
     table = torch.randn(vocab_size, dim, generator=torch.Generator().manual_seed(20260901))
     table[0] = 0.0
     return table
