@@ -34,7 +34,7 @@ MARKS = {"ok": "ok     ", "missing": "MISSING", "note": "–      "}
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the answer. `state`: ok, missing (something essential), or note (something optional is not there)."""
+    """One line of the answer. `state`: ok, missing (something essential), or note (something optional is missing)."""
 
     state: str
     what: str
@@ -57,7 +57,7 @@ def versions() -> Iterator[Finding]:
 
 
 def devices() -> Iterator[Finding]:
-    """Processors, GPUs, and what ZeRO-2 needs beside DeepSpeed."""
+    """Processors, GPUs, and what ZeRO-2 needs besides DeepSpeed."""
     yield Finding("ok", f"{os.cpu_count()} processor cores")
     if importlib.util.find_spec("torch") is None:
         return
@@ -77,7 +77,7 @@ def devices() -> Iterator[Finding]:
 
 
 def renderers() -> Iterator[Finding]:
-    """What can draw camera images. State streams need none of it."""
+    """What can draw camera images. State streams do not need it."""
     chosen = os.environ.get("MUJOCO_GL", "").strip().lower()
     found = libraries()
     if found:
@@ -94,7 +94,7 @@ def renderers() -> Iterator[Finding]:
 
 
 def simulators() -> Iterator[Finding]:
-    """What LIBERO needs beside its package; looked at without importing it, which could ask a question."""
+    """What LIBERO needs besides its package; checked without importing it, which could prompt for input."""
     variable = other_python("libero_state")
     if variable is not None:
         try:
@@ -119,20 +119,20 @@ def simulators() -> Iterator[Finding]:
 
 
 def settings() -> Iterator[Finding]:
-    """What .env sets, by name alone: a value may be a secret."""
+    """What .env sets, by name only: a value may be a secret."""
     file = env_file()
     if file is None:
-        yield Finding("ok", "no .env (.env.example lists what may stand there)")
+        yield Finding("ok", "no .env (.env.example lists what it may contain)")
         return
     found = read_env_file(file)
     lost = [k for k, v in found.items() if os.environ.get(k, v) != v]
     yield Finding("ok", f"{file} sets {', '.join(k for k in found if k not in lost) or 'nothing'}")
     if lost:
-        yield Finding("note", f"{file} has other values of {', '.join(lost)}", "the environment's are used")
+        yield Finding("note", f"{file} has other values for {', '.join(lost)}", "the environment's are used")
 
 
 def folders() -> Iterator[Finding]:
-    """Data, results, caches: are they there, writable, and what do they hold?"""
+    """Data, results, caches: do they exist, are they writable, and what do they hold?"""
     for label, variable, root in (
         ("data", "CLBENCH_DATA_ROOT", data_root()),
         ("results", "CLBENCH_RESULTS_ROOT", results_root()),
@@ -151,7 +151,7 @@ def folders() -> Iterator[Finding]:
         Finding("ok", f"{len(bases)} pretrained bases")
         if bases
         else Finding(
-            "note", "no pretrained base yet", "the first training makes it (or clbench pretrain --dataset NAME)"
+            "note", "no pretrained base yet", "the first training run makes it (or clbench pretrain --dataset NAME)"
         )
     )
 

@@ -1,12 +1,12 @@
 """The variables of .env, which the `clbench` command reads with the rules of scripts/bootstrap.sh (`_clb_load_env`).
 
-A line is KEY=VALUE, with or without `export` before it; any other counts as a comment. Nothing is evaluated. A value
-may stand in single or double quotes, which end it; without them it ends before white space and "#". `~/` at the
-beginning of a value is the home directory. Variables that are set already win, the first line of a name wins, and empty
-values set nothing.
+A line is KEY=VALUE, with or without `export` before it; any other line counts as a comment. Nothing is evaluated. A
+value may be in single or double quotes, which end it; without them it ends before white space and "#". `~/` at the
+beginning of a value is the home directory. Variables that are already set win, the first line for a name wins, and
+empty values set nothing.
 
-Both readers go by bytes, as in the C locale, and a test compares them. Only the standard library is imported here: what
-other modules read when they are imported has to be set before.
+Both readers work on bytes, as in the C locale, and a test compares them. Only the standard library is imported here:
+what other modules read at import has to be set before.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _COMMENT = re.compile(rb"[ \t\v\f\r]#")
 
 
 def env_file() -> Path | None:
-    """.env of the checkout that clbench runs from, or the file that $CLBENCH_ENV_FILE names; None: there is none.
+    """.env of the checkout that clbench runs from, or the file that $CLBENCH_ENV_FILE names; None if there is none.
 
     Raises:
         UserError: $CLBENCH_ENV_FILE names a file that cannot be read. Empty, it means none.
@@ -36,7 +36,7 @@ def env_file() -> Path | None:
         file = PROJECT_ROOT / ".env"
         return file if in_checkout and _readable(file) else None
     if named and not _readable(Path(named)):
-        raise UserError(f"{VARIABLE}={named} is no file that can be read. Unset it for the project's .env.")
+        raise UserError(f"{VARIABLE}={named} is not a readable file. Unset it to use the project's .env.")
     return Path(named) if named else None
 
 
@@ -68,7 +68,7 @@ def read_env_file(file: Path) -> dict[str, str]:
 
 
 def load_env_file() -> None:
-    """Set the variables of `env_file` that are not set, for this process and its children."""
+    """Set the variables of `env_file` that are not set yet, for this process and its children."""
     file = env_file()
     if file is not None:
         for key, value in read_env_file(file).items():

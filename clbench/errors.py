@@ -1,4 +1,4 @@
-"""The exception type that means "the user can fix this", and the one that means "stopped, to be continued"."""
+"""The exceptions that mean "the user can fix this" and "stopped, to be continued"."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import re
 from collections.abc import Iterable
 
 # The exit status of a command that a signal stopped cleanly: run again, it continues. This is EX_TEMPFAIL of
-# sysexits.h, on which schedulers can requeue.
+# sysexits.h, which schedulers can use to requeue.
 RESUME_EXIT = 75
 
-# The exit status of a rank that ends because another one is gone or does not answer: that one is to blame. This is
+# The exit status of a rank that ends because another one, which is to blame, is gone or does not answer. This is
 # EX_UNAVAILABLE of sysexits.h.
 LOST_EXIT = 69
 
@@ -19,7 +19,7 @@ LOST_EXIT = 69
 class UserError(ValueError):
     """Something a user can get wrong: the message says what is wrong and what to do about it.
 
-    The command line prints the message alone and exits with status 2; `--debug` adds the traceback.
+    The command line prints only the message and exits with status 2; `--debug` adds the traceback.
     """
 
 
@@ -41,21 +41,21 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 MEMORY = (
-    "memory is short: the machine's, or what a limit leaves (ulimit -v, a container's, a job's). Lower "
-    "train.batch_size (or share it out with train.gradient_accumulation), train.num_workers, eval.slots or the number "
+    "out of memory: the machine's, or what a limit allows (ulimit -v, a container's, a job's). Lower "
+    "train.batch_size (or split it with train.gradient_accumulation), train.num_workers, eval.slots or the number "
     "of processes"
 )
 SHARED_MEMORY = (
-    "/dev/shm is full, through which processes hand over data. Make it larger (docker run --shm-size=8g), or set "
-    "train.num_workers=0, with which no data goes through it"
+    "/dev/shm, through which processes pass data, is full. Make it larger (docker run --shm-size=8g), or set "
+    "train.num_workers=0, which does not use it"
 )
-# What libraries say when a machine has no more to give → what it means.
+# What libraries say when a machine runs out of something → what it means.
 _SHORTAGES = (
     (r"</torch_|Bus error", SHARED_MEMORY),
     (
         r"CUDA out of memory|CUDA error: out of memory",
-        "the GPU's memory is short. Lower train.batch_size, or share it out with train.gradient_accumulation; "
-        "train.mixed_precision=bf16 takes less, too",
+        "the GPU is out of memory. Lower train.batch_size, or split it with train.gradient_accumulation; "
+        "train.mixed_precision=bf16 also takes less",
     ),
     (
         r"can't allocate memory|[Cc]annot allocate memory|not enough memory|std::bad_alloc|failed to map segment",
@@ -63,7 +63,7 @@ _SHORTAGES = (
     ),
     (
         r"can't start new thread|pthread_create|Resource temporarily unavailable",
-        "no more threads or processes may be started here: raise the limit (ulimit -u, a container's pids limit), or "
+        "no more threads or processes can be started here: raise the limit (ulimit -u, a container's pids limit), or "
         "use fewer processes (train.num_workers, --workers, --nproc) and train.threads=1",
     ),
     (
@@ -75,7 +75,7 @@ _SHORTAGES = (
 
 
 def shortage(error: BaseException) -> str | None:
-    """Say what the machine is short of when that is what an exception of a library means; else None."""
+    """Say what the machine is short of if that is what a library's exception means; else None."""
     if isinstance(error, MemoryError):
         return f"{MEMORY}."
     text = str(error)

@@ -1,6 +1,6 @@
-"""Reading and writing small files: a reader never sees half of one, and what is read is taken for hostile.
+"""Reading and writing small files: a reader never sees half of one, and what is read is treated as hostile.
 
-Parsed files are bounded in size and in nesting; only regular files are opened (a pipe would block for ever).
+Parsed files are bounded in size and in nesting; only regular files are opened (a pipe would block forever).
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from clbench.errors import UserError
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
 MAX_DEPTH = 64  # of nested lists and objects
-# What clbench reads and writes in a run's folder, beside names that begin with a point (locks, temporary files).
+# What clbench reads and writes in a run's folder, besides names that begin with a dot (locks, temporary files).
 OF_A_RUN = ("config.yaml", "manifest.json", "peft_config.json", "log.jsonl", "loggers.json", "tensorboard",
             "checkpoints", "training_state", "weights", "curves.log", "eval", "report")  # fmt: skip
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write `text` to `path` atomically (see `write_bytes`). What UTF-8 cannot hold becomes "?"."""
+    """Write `text` to `path` atomically (see `write_bytes`). What UTF-8 cannot encode becomes "?"."""
     write_bytes(path, text.encode("utf-8", "replace"))
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:
-    """Write `data` to `path` atomically and durably: temporary file beside it, flush, rename, flush the folder.
+    """Write `data` to `path` atomically and durably: temporary file next to it, flush, rename, flush the folder.
 
     Raises:
-        UserError: it could not be written; the old file is as it was and no temporary file stays.
+        UserError: it could not be written; the old file is unchanged and no temporary file stays.
     """
     path = Path(path)
     tmp = None
@@ -66,12 +66,12 @@ def write_bytes(path: Path | str, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut, where the file system can."""
+    """Make a rename in `folder` survive a power cut, if the file system can."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
     except OSError as e:
-        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems sync no folders
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync folders
             raise
     finally:
         os.close(fd)
@@ -83,17 +83,17 @@ def write_json(path: Path | str, obj: Any, indent: int | None = 1) -> None:
 
 
 def write_jsonl(path: Path | str, rows: Iterable[Any]) -> None:
-    """Write one strict JSON object a line, atomically."""
+    """Write one strict JSON object per line, atomically."""
     write_text(path, "".join(json.dumps(r, allow_nan=False) + "\n" for r in rows))
 
 
 def read_bytes(path: Path | str, limit: int = MAX_JSON_BYTES) -> bytes:
-    """Read a whole regular file of at most `limit` bytes; UserError for anything else."""
+    """Read a full regular file of at most `limit` bytes; UserError for anything else."""
     path = Path(path)
     try:
         with open(path, "rb", opener=_open) as f:
             if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
-                raise UserError(f"cannot read {path}: it is no regular file.")
+                raise UserError(f"cannot read {path}: it is not a regular file.")
             data = f.read(limit + 1)
     except FileNotFoundError as e:
         raise UserError(f"{path} does not exist.") from e
@@ -113,7 +113,7 @@ def _open(path: str, flags: int) -> int:
 
 
 def read_text(path: Path | str, limit: int = MAX_JSON_BYTES) -> str:
-    """Read a whole UTF-8 file of at most `limit` bytes (a byte order mark is dropped); UserError for anything else."""
+    """Read a full UTF-8 file of at most `limit` bytes (a byte order mark is dropped); UserError for anything else."""
     try:
         return read_bytes(path, limit).decode("utf-8-sig")
     except UnicodeDecodeError as e:
@@ -124,8 +124,8 @@ def read_json(path: Path | str, limit: int = MAX_JSON_BYTES) -> Any:
     """Read a JSON file.
 
     Raises:
-        UserError: that names the file when it is missing, larger than `limit`, nested too deeply, or not strict JSON:
-            NaN, Infinity, numbers that overflow, an object with a key twice and halves of characters are refused.
+        UserError: that names the file if it is missing, larger than `limit`, nested too deeply, or not strict JSON:
+            NaN, Infinity, numbers that overflow, duplicate keys and halves of characters are rejected.
     """
     try:
         return parse_json(read_text(path, limit))
@@ -163,10 +163,10 @@ def seal(description: dict[str, Any]) -> str:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raise UserError for a symbolic link in a run's folder that leaves it: what is written there would go elsewhere.
+    """Raise UserError for a symbolic link in a run's folder that leads out of it: writing there would go elsewhere.
 
-    The folder itself, and those above it, may be links. What clbench has no part in (`is_foreign`) is not looked at, so
-    a link that leads there leaves the folder, too.
+    The folder itself, and those above it, may be links. What does not belong to clbench (`is_foreign`) is not checked,
+    so a link that leads there also counts as leading out.
     """
     root = folder.resolve()
     for own in (p for p in root.iterdir() if not is_foreign(p.name)):
@@ -174,24 +174,24 @@ def refuse_links(folder: Path) -> None:
         for path in itertools.chain([own], inside):
             if path.is_symlink() and not _is_own(path.resolve(), root):
                 raise UserError(
-                    f"{folder / path.relative_to(root)} is a link to {os.readlink(path)}, outside of the run's "
-                    "folder or of what clbench keeps in it. Replace it by what it stands for; to keep runs elsewhere, "
+                    f"{folder / path.relative_to(root)} is a link to {os.readlink(path)}, outside the run's "
+                    "folder or what clbench keeps in it. Replace it with what it points to; to keep runs elsewhere, "
                     "set CLBENCH_RESULTS_ROOT."
                 )
 
 
 def _is_own(path: Path, root: Path) -> bool:
-    """Whether a path lies in what clbench reads and writes of the run's folder `root`."""
+    """Whether a path is in the part of the run's folder `root` that clbench reads and writes."""
     return path.is_relative_to(root) and path != root and not is_foreign(path.relative_to(root).parts[0])
 
 
 def is_foreign(name: str) -> bool:
-    """Whether a file or folder of that name in a run's folder is none that clbench reads or writes."""
+    """Whether clbench neither reads nor writes a file or folder of that name in a run's folder."""
     return name not in OF_A_RUN and not name.startswith(".")
 
 
 def remove_if_empty(folder: Path) -> None:
-    """Remove a folder in which nothing was left."""
+    """Remove a folder if it is empty."""
     with contextlib.suppress(OSError):  # it holds something, or is gone
         folder.rmdir()
 
@@ -221,12 +221,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"key {twice[:60]!r} stands twice in one object")
+        raise ValueError(f"key {twice[:60]!r} occurs twice in one object")
     return result
 
 
 def _constant(text: str) -> Any:
-    raise ValueError(f"{text} is no JSON number; write null for a cell or value that is not known")
+    raise ValueError(f"{text} is not a JSON number; write null for a cell or value that is not known")
 
 
 def _float(text: str) -> float:

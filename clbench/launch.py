@@ -1,7 +1,7 @@
 """Starts one process per rank on this machine, and ends them all when one fails.
 
-Ranks find each other through the environment that torchrun, `accelerate launch` and SLURM scripts also set (RANK,
-LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT). Several machines are started by those; see docs/multi_gpu.md.
+Ranks find each other through the variables that torchrun, `accelerate launch` and SLURM scripts also set (RANK,
+LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT). Use those for several machines; see docs/multi_gpu.md.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from clbench.stopping import how_ended
 from clbench.terminal import tell
 
 EXPECTED_RANKS = "CLBENCH_RANKS"  # how many processes there must be; read by training/backend.py
-GRACE_S = 10.0  # between asking the other ranks to end and ending them
-SETTLE_S = 3.0  # from when ranks say that another one is gone, for that one to have ended
+GRACE_S = 10.0  # between asking the other ranks to end and killing them
+SETTLE_S = 3.0  # for a rank to have ended after others report that it is gone
 
 
 def launched() -> bool:
@@ -30,10 +30,10 @@ def launched() -> bool:
 
 
 def world_size() -> int:
-    """How many ranks a launcher says that there are; 1 without one."""
+    """How many ranks there are according to a launcher; 1 without one."""
     text = os.environ.get("WORLD_SIZE", "1")
     if not text.isdecimal() or text == "0":
-        raise UserError(f"WORLD_SIZE={text} in the environment is no number of ranks: unset it, or give 1 or more.")
+        raise UserError(f"WORLD_SIZE={text} in the environment is not a number of ranks: unset it, or give 1 or more.")
     return int(text)
 
 
@@ -44,15 +44,15 @@ def free_port() -> int:
 
 
 def check_port(port: int) -> None:
-    """Raise UserError unless ranks can meet at a port of this machine."""
+    """Raise UserError unless ranks can meet at a port on this machine."""
     try:
         with socket.socket() as s:
-            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the ranks do: one that was just left is free
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as ranks do: a port just released is free
             s.bind(("", port))
             s.listen()
     except OSError as e:
-        why = "in use by another program" if e.errno == errno.EADDRINUSE else f"no port to be had ({e.strerror})"
-        raise UserError(f"--port {port} is {why}. Choose another one, or leave --port away for a free one.") from e
+        why = "in use by another program" if e.errno == errno.EADDRINUSE else f"not available ({e.strerror})"
+        raise UserError(f"--port {port} is {why}. Choose another one, or omit --port for a free one.") from e
 
 
 def launch(arguments: Sequence[str], ranks: int, port: int | None = None) -> int:
@@ -72,7 +72,7 @@ def launch(arguments: Sequence[str], ranks: int, port: int | None = None) -> int
     signals: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        signals.append(number)  # no more: this may come in the middle of a message from or to the ranks' server
+        signals.append(number)  # nothing else: this may come in the middle of a message from or to the ranks' server
 
     before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -81,7 +81,7 @@ def launch(arguments: Sequence[str], ranks: int, port: int | None = None) -> int
                 break
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads), **shared, **own}
-            # A session of their own: a signal reaches them once, through `_wait`, and not from the terminal as well.
+            # In their own session: a signal reaches them once, through `_wait`, and not from the terminal as well.
             processes.append(start_command(arguments, env=environment, session=True))
         return _wait(processes, signals) if len(processes) == ranks else _end(processes)
     finally:
@@ -90,9 +90,9 @@ def launch(arguments: Sequence[str], ranks: int, port: int | None = None) -> int
 
 
 def _wait(processes: Sequence[Child], signals: Sequence[int]) -> int:
-    """Wait for all, passing on the signals that come; when one fails, end the others, which would wait for it in vain.
+    """Wait for all, passing on signals; when one fails, end the others, which would wait for it in vain.
 
-    A rank that a passed-on signal ended before it could listen has lost nothing: that counts as stopped.
+    A rank that a passed-on signal ended before it could listen has lost nothing and counts as stopped.
     """
     lost_since: float | None = None
     passed = 0
@@ -118,7 +118,7 @@ def _wait(processes: Sequence[Child], signals: Sequence[int]) -> int:
 
 
 def _blame(rank: int, code: int, codes: Sequence[int | None]) -> str:
-    """Say which rank ended the run, and how: `rank` with status `code`, or one that still runs and does not answer."""
+    """Which rank ended the run, and how: `rank` with status `code`, or one that still runs and does not answer."""
     if code == LOST_EXIT:
         hung = [str(r) for r, c in enumerate(codes) if c is None]
         return f"rank {', '.join(hung)} did not answer" if hung else "the ranks lost each other"
@@ -126,7 +126,7 @@ def _blame(rank: int, code: int, codes: Sequence[int | None]) -> str:
 
 
 def _end(processes: Sequence[Child]) -> int:
-    """End all that still run, and wait for them."""
+    """End all that are still running, and wait for them."""
     for p in processes:
         if p.poll() is None:
             p.terminate()

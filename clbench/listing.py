@@ -1,7 +1,7 @@
 """`clbench list`: every name of every axis, what it is, where it comes from and what it needs. Nothing is imported.
 
-YAML files say what they are in the first sentence of the comment they begin with, code in the first line of its
-docstring (registry.describe).
+YAML files are described by the first sentence of the comment they begin with, code by the first line of its docstring
+(registry.describe).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from clbench.config.compose import load_yaml
 from clbench.errors import UserError, nearest
 from clbench.io import read_text
 
-WIDTH = 100  # at most, and where the output is no terminal
-# Axis → how one of its names is given.
+WIDTH = 100  # at most, and if the output is not a terminal
+# Axis → how to use one of its names.
 GIVEN = {
     "models": "--model NAME",
     "algorithms": "--algo NAME, or several joined by commas",
@@ -40,7 +40,7 @@ ALIASES = {"model": "models", "algorithm": "algorithms", "algos": "algorithms", 
 
 @dataclass(frozen=True)
 class Item:
-    """One name of an axis; `needs`: what it wants beside clbench, in words."""
+    """One name of an axis; `needs`: what it requires besides clbench, in words."""
 
     name: str
     origin: str
@@ -57,7 +57,7 @@ def listing(axis: str | None = None) -> Iterator[str]:
     """The lines of `clbench list [AXIS]`.
 
     Raises:
-        UserError: there is no such axis, or two plugins bring one name.
+        UserError: there is no such axis, or two plugins provide the same name.
     """
     if axis is not None:
         axis = ALIASES.get(axis, axis)
@@ -74,7 +74,7 @@ def items(axis: str) -> list[Item]:
     if axis in FILES:
         found = {name: _file_item(axis, name, *at) for name, at in folders.files(FILES[axis]).items()}
         in_code = registry.entries(axis) if axis in registry.AXES else {}
-        found = {name: _code_item(entry) for name, entry in in_code.items()} | found  # the user's file counts
+        found = {name: _code_item(entry) for name, entry in in_code.items()} | found  # the user's file takes precedence
         return [found[name] for name in sorted(found)]
     found = {name: _code_item(entry) for name, entry in registry.entries(axis).items()}
     if axis == "policies":
@@ -100,7 +100,7 @@ def _table(axis: str) -> Iterator[str]:
 def _file_item(axis: str, name: str, folder: folders.Folder, path: Path) -> Item:
     try:
         needs = _needs_of_file(axis, path)
-    except UserError:  # it is said in full when it is used
+    except UserError:  # reported in full when it is used
         needs = "not valid: see clbench's message when it is used"
     return Item(name, folder.origin, comment(path), needs)
 
@@ -112,7 +112,7 @@ def _needs_of_file(axis: str, path: Path) -> str:
     if axis == "streams":
         dataset = load_yaml(path).get("dataset", {})
         if "env" in dataset and dataset["env"] is None:
-            return "no simulator: is trained on, not evaluated"
+            return "no simulator: for training only, not evaluated"
         env = dataset.get("env") or {}
         simulators = registry.entries("simulators")
         return _code_item(simulators[env["type"]]).needs if env.get("type") in simulators else ""
@@ -144,7 +144,7 @@ def _needs(names: tuple[str, ...], missing: tuple[str, ...]) -> str:
 
 
 def _policy_item(kind: str) -> Item:
-    """A policy type of LeRobot's."""
+    """A LeRobot policy type."""
     try:
         origin = f"lerobot {version('lerobot')}"
     except PackageNotFoundError:

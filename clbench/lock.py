@@ -1,16 +1,16 @@
-"""One writer per folder: a lock that its holder's death frees, and that says who holds it. Standard library only.
+"""One writer per folder: a lock that is freed when its holder dies, and names its holder. Standard library only.
 
     with held(run_folder / "eval", "evaluation"):
         ...
 
 FOLDER/.evaluation.lock is locked by the operating system (`flock`) and names its holder: host, process, time, command.
-Released, it is removed. A holder that was killed leaves the file behind, but not the lock, so the next one takes over.
+When released, it is removed. A killed holder leaves the file behind, but not the lock, so the next one takes over.
 Where a file system has no `flock` (ENOLCK, EOPNOTSUPP, ENOSYS; some network mounts), the file alone is the lock: its
-holder counts as dead when its process is gone from this machine. From another machine nothing can be told, neither
-there nor where `flock` reaches no further than one machine: its file is respected until someone removes it.
+holder counts as dead when its process is gone from this machine. A holder on another machine cannot be checked, either
+there or where `flock` works only within one machine: its file is respected until someone removes it.
 
 A run's folder may come from somebody else, and a lock file with it: what it says is checked before it is believed, and
-a link is never followed, for the file is overwritten.
+a link is never followed, because the file is overwritten.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ from clbench.redaction import redact_command, secrets_of
 from clbench.terminal import printable, tell
 
 NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
-TRIES = 100  # at a file that is being taken or given back this very moment
+TRIES = 100  # at a file that is just being taken or released
 DAY_S = 86400
 MAX_BYTES = 1 << 20  # of a lock file that is read
 MAX_TEXT = 500  # characters of it in a message
 SETTLE_S = 0.1  # without flock: longer than two processes need to find the same dead holder
 
-_held: dict[int, int] = {}  # descriptors of the lock files that this process holds → its pid
+_held: dict[int, int] = {}  # descriptors of lock files held by this process → its pid
 
 
 @contextlib.contextmanager
 def held(folder: Path | str, what: str) -> Iterator[None]:
-    """Be the only `what` ("training", "evaluation") in `folder`, which is made if need be, while the block runs.
+    """Be the only `what` ("training", "evaluation") in `folder`, which is made if needed, while the block runs.
 
     A process started inside the block does not hold the lock, so nothing that outlives this process keeps it. A folder
-    that was made for the lock alone goes with it.
+    that was made only for the lock is removed with it.
 
     Raises:
         UserError: another process holds it (the message says who, since when, what to do), or the folder is not
@@ -65,13 +65,13 @@ def held(folder: Path | str, what: str) -> Iterator[None]:
         if new:
             remove_if_empty(path.parent)
         if e.errno == errno.ELOOP or path.is_symlink():
-            raise UserError(f"{path} is a link, and no lock. Remove it: rm {shlex.quote(str(path))}") from e
+            raise UserError(f"{path} is a link, not a lock. Remove it: rm {shlex.quote(str(path))}") from e
         raise UserError(f"cannot write {path}: {e.strerror}. Choose a writable folder with free space.") from e
     _held[descriptor] = os.getpid()
     try:
         yield
     finally:
-        if _held.pop(descriptor, None) == os.getpid():  # a forked child that comes by here holds nothing
+        if _held.pop(descriptor, None) == os.getpid():  # a forked child that gets here holds nothing
             if _same_file(descriptor, path):
                 path.unlink(missing_ok=True)
             os.close(descriptor)
@@ -81,7 +81,7 @@ def held(folder: Path | str, what: str) -> Iterator[None]:
 
 @functools.cache
 def _hook_forks() -> None:
-    """A forked child (a loader process) closes its copies, or a lock would outlive this process in it."""
+    """A forked child (a loader process) closes its copies; otherwise a lock would outlive this process in it."""
     os.register_at_fork(after_in_child=_let_go)
 
 
@@ -92,21 +92,21 @@ def _let_go() -> None:
 
 
 def sign(descriptor: int) -> None:
-    """Name this process in a lock file that it has locked in its own way."""
+    """Name this process in a lock file that it has locked by other means."""
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, (json.dumps(_owner()) + "\n").encode(), 0)
 
 
 def holder(descriptor: int) -> str:
-    """Who has a lock file locked, "process 7 on HOST, since …": as it says in the file, or as Linux knows."""
+    """Who has a lock file locked, "process 7 on HOST, since …": according to the file, or to Linux."""
     owner, number = _read(descriptor), _lock_owner(descriptor)
     if number is not None and owner.get("pid") != number and not (owner and not _is_here(owner)):
-        owner = {"pid": number, "host": socket.gethostname()}  # it says nothing, or what is left of an earlier one
-    return f"{_name(owner)}{_since(owner)}" if owner else "a process that does not say who it is"
+        owner = {"pid": number, "host": socket.gethostname()}  # the file says nothing, or names an earlier holder
+    return f"{_name(owner)}{_since(owner)}" if owner else "an unknown process"
 
 
 def taken_by(folder: Path, what: str) -> str | None:
-    """Who holds `what` in `folder` now, as far as Linux lists that; None: nobody. Nothing is locked to find out."""
+    """Who holds `what` in `folder` now, as far as Linux lists it; None: nobody. Nothing is locked to find out."""
     try:
         descriptor = os.open(folder / f".{what}.lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -118,7 +118,7 @@ def taken_by(folder: Path, what: str) -> str | None:
 
 
 def _lock_owner(descriptor: int) -> int | None:
-    """The process that has the file locked, if it is one of this machine that Linux lists."""
+    """The process that has the file locked, if it is on this machine and Linux lists it."""
     file = os.fstat(descriptor)
     place = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}:{file.st_ino}"
     try:
@@ -138,7 +138,7 @@ def _take(path: Path, what: str) -> int:
         try:
             descriptor, new = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), True
         except FileNotFoundError:
-            continue  # its folder was made for another lock, which is given back just now
+            continue  # its folder was made for another lock, which is just being released
         except FileExistsError:
             try:
                 descriptor, new = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK), False
@@ -152,13 +152,13 @@ def _take(path: Path, what: str) -> int:
             raise
         os.close(descriptor)
         time.sleep(0.01)
-    raise UserError(f"{path} changes hands all the time: another {what} runs here. Try again when it has ended.")
+    raise UserError(f"{path} keeps changing hands: another {what} is running here. Try again when it has ended.")
 
 
 def _try(descriptor: int, path: Path, what: str, new: bool) -> bool:
-    """Lock the open lock file; False when it was removed meanwhile. Raises UserError when another holds it."""
+    """Lock the open lock file; False if it was removed meanwhile. Raises UserError if another process holds it."""
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        raise UserError(f"{path} is no regular file, and no lock. Remove it: rm {shlex.quote(str(path))}")
+        raise UserError(f"{path} is not a regular file, so not a lock. Remove it: rm {shlex.quote(str(path))}")
     locked = _flock(descriptor)
     owner = _read(descriptor)
     if locked is False or (owner and not _is_gone(owner, locked is True)) or (locked is None and not (owner or new)):
@@ -167,16 +167,16 @@ def _try(descriptor: int, path: Path, what: str, new: bool) -> bool:
         raise UserError(_refusal(path, what, owner))
     if not _same_file(descriptor, path):
         return False
-    if os.fstat(descriptor).st_nlink > 1:  # it would be written into another file, too
-        raise UserError(f"{path} is another file's second name, and no lock. Remove it: rm {shlex.quote(str(path))}")
+    if os.fstat(descriptor).st_nlink > 1:  # writing it would overwrite another file
+        raise UserError(f"{path} is another file's second name, not a lock. Remove it: rm {shlex.quote(str(path))}")
     if owner:
         tell(f"note: {_name(owner)} is gone and left {path} behind; taking over.")
     if locked is None and not new:
-        path.unlink(missing_ok=True)  # and make a new one, which only one process can
+        path.unlink(missing_ok=True)  # then make a new one, which only one process can do
         return False
     _write(descriptor, path)
     if locked is None:
-        time.sleep(SETTLE_S)  # for a process that took this file for the one of the dead holder, and removes it
+        time.sleep(SETTLE_S)  # for a process that mistook this file for the dead holder's, and removes it
     return _same_file(descriptor, path)
 
 
@@ -212,7 +212,7 @@ def _write(descriptor: int, path: Path) -> None:
 
 
 def _owner() -> dict[str, Any]:
-    """What tells this process from all others."""
+    """What distinguishes this process from all others."""
     return {
         "host": socket.gethostname(),
         "boot": _boot(),
@@ -224,20 +224,20 @@ def _owner() -> dict[str, Any]:
 
 
 def _read(descriptor: int) -> dict[str, Any]:
-    """The holder that the file names; {} in a new file, one whose writer was killed over it, or one of no holder."""
+    """The holder that the file names; {} if it is new, its writer was killed midway, or it names no holder."""
     try:
         owner = parse_json(os.pread(descriptor, MAX_BYTES, 0).decode())
     except (ValueError, RecursionError):
         return {}
     if not isinstance(owner, dict) or type(owner.get("pid")) is not int or not isinstance(owner.get("host"), str):
         return {}
-    return owner if 0 < owner["pid"] < 2**31 else {}  # others name no process, and `kill -1` ends them all
+    return owner if 0 < owner["pid"] < 2**31 else {}  # others are not processes, and `kill -1` would end them all
 
 
 def _is_gone(owner: dict[str, Any], locked: bool) -> bool:
     """Whether the holder that the file names has ended. `locked`: we have the file's lock, so nobody here has it."""
     if not _is_here(owner):
-        return owner.get("host") == socket.gethostname()  # this machine, before it was started anew
+        return owner.get("host") == socket.gethostname()  # this machine, before it was restarted
     if locked:
         return True
     try:
@@ -250,13 +250,13 @@ def _is_gone(owner: dict[str, Any], locked: bool) -> bool:
 
 
 def _is_here(owner: dict[str, Any]) -> bool:
-    """Whether the holder ran on this machine, since it was started last."""
+    """Whether the holder ran on this machine since its last start."""
     boot = _boot()
     return owner.get("boot") == boot if boot else owner.get("host") == socket.gethostname()
 
 
 def _boot() -> str | None:
-    """What tells this machine, since it was started, from others. Containers on it share it."""
+    """What distinguishes this machine, since its last start, from others. Its containers share it."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:
@@ -264,12 +264,12 @@ def _boot() -> str | None:
 
 
 def _start_of(pid: int) -> int | None:
-    """When a process started, in clock ticks since the machine did; None where that cannot be read."""
+    """When a process started, in clock ticks since the machine did; None if that cannot be read."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    return int(text.rpartition(")")[2].split()[19])  # field 22; the second, the program's name, may hold anything
+    return int(text.rpartition(")")[2].split()[19])  # field 22; field 2, the program's name, may hold anything
 
 
 def _name(owner: dict[str, Any]) -> str:
@@ -277,7 +277,7 @@ def _name(owner: dict[str, Any]) -> str:
 
 
 def _text(value: Any) -> str:
-    """What a lock file says, for a message."""
+    """A lock file's text, for a message."""
     text = printable(value)
     return text if len(text) <= MAX_TEXT else text[:MAX_TEXT] + " …"
 
@@ -293,13 +293,13 @@ def _refusal(path: Path, what: str, owner: dict[str, Any]) -> str:
     if _is_here(owner):
         return text + f"Wait for it to end, or end it: kill {owner['pid']}"
     return (
-        text + "It cannot be seen from this machine whether it still runs there. If not, remove the lock: "
+        text + "This machine cannot see whether it is still running there. If not, remove the lock: "
         f"rm {shlex.quote(str(path))}"
     )
 
 
 def _since(owner: dict[str, Any]) -> str:
-    """ ", since …" where the file says it."""
+    """ ", since …" if the file says so."""
     began, now = owner.get("time"), time.time()
     if not isinstance(began, int | float) or not 0 <= began <= now + DAY_S:  # clocks of machines differ
         return ""

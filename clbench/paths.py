@@ -1,7 +1,7 @@
-"""Where things are: the data, model, results and cache roots, which variables move.
+"""Where things are: the data, model, results and cache roots, which environment variables can move.
 
-In a checkout they lie in the project. A wheel has no project: they are then in the working directory, the cache in the
-user's, and nothing is written where the package lies.
+In a checkout they are in the project. A wheel has no project: they are then in the working directory (the cache in the
+user's cache), and nothing is written where the package is installed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
 PROJECT_ROOT = PACKAGE.parent
-INSTALLED = (PACKAGE / "configs").is_dir()  # from a wheel, which has the configurations inside the package
+INSTALLED = (PACKAGE / "configs").is_dir()  # from a wheel, which contains the configurations
 
 
 def _root(variable: str, default: str) -> Path:
@@ -40,7 +40,7 @@ def results_root() -> Path:
 
 
 def cache_root() -> Path:
-    """What can be made again: $CLBENCH_CACHE_ROOT, else .cache/ in the project, or clbench/ in the user's cache."""
+    """What can be regenerated: $CLBENCH_CACHE_ROOT, else .cache/ in the project, or clbench/ in the user's cache."""
     if INSTALLED and not os.environ.get("CLBENCH_CACHE_ROOT"):
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "clbench"
     return _root("CLBENCH_CACHE_ROOT", ".cache")

@@ -1,10 +1,10 @@
-"""No long silence: what takes more than a few seconds says so on stderr, and again every ten seconds.
+"""No long silence: what takes more than a few seconds is reported on stderr, and again every ten seconds.
 
     with patience("loading LeRobot"):
         import lerobot
 
-Lines come from a thread, which is there within such blocks only. It also ends before this process is forked (os.fork,
-multiprocessing's "fork"), so that no child inherits a lock that the thread holds, and goes on in the parent afterwards.
+Lines come from a thread, which exists only within such blocks. It also ends before this process is forked (os.fork,
+multiprocessing's "fork"), so that no child inherits a lock that the thread holds, and restarts in the parent later.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from dataclasses import dataclass
 
 from clbench.terminal import printable, tell
 
-FIRST_S = 5.0  # until something is called long
+FIRST_S = 5.0  # until something counts as long
 EVERY_S = 10.0  # between two lines
 
-quiet = False  # whether nothing is said: log.progress=quiet
+quiet = False  # whether nothing is printed: log.progress=quiet
 
 
 @dataclass(eq=False)
@@ -35,18 +35,18 @@ class Patience:
     began: float
 
     def now(self, what: str) -> None:
-        """Something else is going on from now on."""
+        """From now on, something else is going on."""
         self.what, self.began = what, time.monotonic()
 
 
-_under_way: list[Patience] = []  # the last one is what is done now, within those before it
+_under_way: list[Patience] = []  # the last one is what is going on now, nested in those before it
 _change = threading.Condition()
 _thread: threading.Thread | None = None
-_last_line = -EVERY_S  # when the last line came, whatever about
+_last_line = -EVERY_S  # when the last line was printed, about anything
 
 
 def say_line(line: str) -> None:
-    """Print to stderr, above the progress bar where there is one."""
+    """Print to stderr, above the progress bar if there is one."""
     if "tqdm" in sys.modules:  # else there is no bar, and importing it takes a while
         from tqdm import tqdm
 
@@ -64,11 +64,11 @@ def patience(
     at_once: bool = False,
     say: Callable[[str], None] = say_line,
 ) -> Iterator[Patience]:
-    """Say that `what` is going on when the block takes long, unless `quiet`. Of several ranks the first one speaks.
+    """Report that `what` is going on if the block takes long, unless `quiet`. Of several ranks, only the first reports.
 
     Args:
-        more: asked for each line, how far it is ("" = not known).
-        at_once: say it at the start, too.
+        more: called for each line: how far it is ("" = not known).
+        at_once: report at the start, too.
         say: prints a line, or draws a progress bar anew.
     """
     global _last_line
@@ -94,7 +94,7 @@ def patience(
 
 
 def _start() -> None:
-    """Have the thread run; for the holder of `_change`."""
+    """Make the thread run; for the holder of `_change`."""
     global _thread
     if _thread is None:
         _thread = threading.Thread(target=_watch, name="patience", daemon=True)
@@ -111,7 +111,7 @@ def _watch() -> None:
                 return
             here = _under_way[-1]
             left = max(here.began + FIRST_S, _last_line + EVERY_S) - now
-            if left > 0:  # what comes meanwhile is due later still
+            if left > 0:  # what starts in the meantime is due even later
                 _change.wait(left)
                 continue
             _last_line, what, seconds = now, here.what, now - here.began
@@ -119,12 +119,12 @@ def _watch() -> None:
         more = "" if here.more is None else here.more()
         try:
             here.say(f"{text}: {more}" if more else text)
-        except (OSError, ValueError):  # nobody reads it any more
+        except (OSError, ValueError):  # nobody reads stderr any more
             return
 
 
 def _let_go() -> threading.Thread | None:
-    """Have the thread end, and return it; for the holder of `_change`."""
+    """Make the thread end, and return it; for the holder of `_change`."""
     global _thread
     thread, _thread = _thread, None
     _change.notify_all()

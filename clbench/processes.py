@@ -1,18 +1,17 @@
 """Starts the Python processes that clbench consists of: ranks, a sweep's commands, evaluation processes.
 
-LeRobot's package imports every policy it has, with torch, transformers and datasets: 15 s of processor time where this
-was written, in every process. So there is a server: one process that has imported what the others need, has one thread
-and has touched no device, and forks itself for each of them, which takes hundredths of a second.
+LeRobot's package imports all its policies, with torch, transformers and datasets: 15 s of processor time where this was
+written, in every process. So there is a server: one process that has imported what the others need, has one thread and
+has not used any device, and forks itself for each of them, which takes hundredths of a second.
 
-    child = start(function, 1, 2)                   # function(1, 2) in a process of its own
+    child = start(function, 1, 2)                   # function(1, 2) in its own process
     child = start_command(["train", …], log=file)   # the command `clbench train …`
     child.wait()
 
-A server is made at the first call: by forking this process where that has one thread, else by starting an interpreter.
-A process that was forked by a server has a server of its own as soon as it starts others, without importing anything
-again. Whatever is started this way ends with the process that asked for it, however that ended: the server sees its
-connection closed and exits; the kernel then kills workers, and asks commands to stop (SIGTERM), so that training runs
-save.
+A server is made at the first call: by forking this process if it has one thread, else by starting an interpreter. A
+process that was forked by a server gets its own server as soon as it starts others, without importing anything again.
+Whatever is started this way ends with the process that requested it, however that ended: the server sees its connection
+closed and exits; the kernel then kills workers, and asks commands to stop (SIGTERM), so that training runs save.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from clbench.errors import UserError
 from clbench.patience import patience
 from clbench.terminal import tell
 
-# What most processes import sooner or later, and is worth sharing.
+# Modules that most processes import sooner or later, and are worth sharing.
 HEAVY: tuple[str, ...] = ("clbench.training.trainer", "clbench.rollout.actors")
 
 # Threads that libraries start when they are imported, which a process that forks must not have.
@@ -70,7 +69,7 @@ class Child:
         return self.returncode
 
     def wait(self, timeout: float = math.inf) -> int | None:
-        """Wait for the end, at most `timeout` seconds; returns the exit status, None when it still runs."""
+        """Wait for the end, at most `timeout` seconds; returns the exit status, None if it is still running."""
         deadline, pause = time.monotonic() + timeout, 0.001
         while self.poll() is None and time.monotonic() < deadline:
             time.sleep(pause)
@@ -95,13 +94,13 @@ def start(
     threads: int | None = None,
     modules: Sequence[str] | None = None,
 ) -> Child:
-    """Run `function(*args)` in a process of its own, which is killed when this one ends.
+    """Run `function(*args)` in its own process, which is killed when this one ends.
 
     Args:
-        function: of a module's top level; it and `args` are pickled.
+        function: at a module's top level; it and `args` are pickled.
         fds: descriptors that the process gets, passed to `function` as a list before `args`.
-        threads: of torch's operations and of the programs that it starts; None = as here.
-        modules: what it needs of what takes long to import; None = HEAVY.
+        threads: for torch's operations and the programs that it starts; None = as here.
+        modules: the slow imports that it needs; None = HEAVY.
     """
     work = pickle.dumps((function, args))
     env = {} if threads is None else dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
@@ -111,13 +110,13 @@ def start(
 def start_command(
     arguments: Sequence[str], *, log: IO[Any] | None = None, env: Mapping[str, str] | None = None, session: bool = False
 ) -> Child:
-    """Run `clbench ARGUMENTS` in a process of its own, which gets SIGTERM when this one ends.
+    """Run `clbench ARGUMENTS` in its own process, which gets SIGTERM when this one ends.
 
     Args:
         log: where its output goes; None = where this process's goes.
-        env: variables beside this process's. What libraries read when they are imported comes too late; of these only
-            OMP_NUM_THREADS is obeyed.
-        session: give it a session of its own, out of reach of the terminal's Ctrl-C.
+        env: variables in addition to this process's. Those that libraries read at import come too late, except
+            OMP_NUM_THREADS.
+        session: give it its own session, out of reach of the terminal's Ctrl-C.
     """
     out = [1, 2] if log is None else [log.fileno()] * 2
     request = {"arguments": list(arguments), "kind": "command", "env": dict(env or {}), "session": session}
@@ -133,7 +132,7 @@ _lock = threading.Lock()
 def server(modules: Sequence[str] | None = None) -> _Server:
     """This process's server that has imported `modules` (None = HEAVY); made when there is none yet.
 
-    It inherits what is open: call this before opening what must end with this process.
+    It inherits what is open: call this before opening anything that must end with this process.
     """
     names = tuple(HEAVY if modules is None else modules)
     with _lock:
@@ -145,7 +144,7 @@ def server(modules: Sequence[str] | None = None) -> _Server:
 
 
 def _may_fork(modules: Sequence[str]) -> bool:
-    """Whether this process can be a server's parent: with all imported it has one thread, and has touched no device."""
+    """Whether this process can be forked into a server: all is imported, it has one thread and used no device."""
     if not _alone():
         return False
     load(modules)
@@ -161,12 +160,12 @@ def _alone() -> bool:
             return True
         if threading.active_count() - waiting > 1:
             return False
-        time.sleep(0.01)  # one that has ended is still to be seen for a moment
+        time.sleep(0.01)  # a thread that has ended stays visible for a moment
     return False
 
 
 def no_threads() -> None:
-    """Let libraries that are imported from now on start no threads; what they compute is the same."""
+    """Keep libraries that are imported from now on from starting threads; what they compute is the same."""
     for name, value in NO_THREADS.items():
         os.environ.setdefault(name, value)
 
@@ -174,7 +173,7 @@ def no_threads() -> None:
 def load(modules: Sequence[str] | None = None) -> None:
     """Import `modules` (None = HEAVY), leaving no thread behind.
 
-    Without the garbage collector, which would look through all that comes again and again: a tenth of the time.
+    Without the garbage collector, which would repeatedly scan everything loaded: this saves a tenth of the time.
     """
     names = HEAVY if modules is None else modules
     if all(name in sys.modules for name in names):
@@ -202,7 +201,7 @@ class _Server:
         self._answers: list[tuple[Any, ...]] = []
 
     def fork(self, request: dict[str, Any], fds: Sequence[int]) -> Child:
-        """Ask for a process and return it."""
+        """Request a process and return it."""
         with _flushed(), self._lock:
             here = {"cwd": os.getcwd(), "env": {**os.environ, **request.get("env", {})}}
             if not self.tell(("fork", {**request, **here}), fds):
@@ -222,17 +221,17 @@ class _Server:
         """Let the server end and wait for it, so that its time counts as this process's children's."""
         if self.alive and self.owner == os.getpid():
             with contextlib.suppress(OSError):  # the server has just ended
-                self._connection.shutdown(socket.SHUT_RDWR)  # ends it whoever has a copy of the descriptor
+                self._connection.shutdown(socket.SHUT_RDWR)  # ends it, whoever has a copy of the descriptor
             self._connection.close()
             self._lost()
 
     def abandon(self) -> None:
-        """Close this process's copy of the connection, which it has from the one that it was forked from."""
+        """Close this process's copy of the connection, inherited from the process that it was forked from."""
         self.alive = False
         self._connection.close()
 
     def tell(self, message: tuple[Any, ...], fds: Sequence[int] = ()) -> bool:
-        """Send a message; returns whether the server was there to take it."""
+        """Send a message; returns whether the server was there to receive it."""
         data = pickle.dumps(message)
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
@@ -279,7 +278,7 @@ class _Server:
 
 
 def _exactly(connection: socket.socket, size: int, peeked: bool = False) -> bytes:
-    """Receive `size` bytes. `peeked`: only when all are there already."""
+    """Receive `size` bytes. `peeked`: only if all have arrived already."""
     if peeked and len(connection.recv(size, socket.MSG_PEEK)) not in (0, size):
         raise BlockingIOError
     data = b""
@@ -293,9 +292,9 @@ def _exactly(connection: socket.socket, size: int, peeked: bool = False) -> byte
 
 @contextlib.contextmanager
 def _flushed() -> Any:
-    """What this process has printed comes before what its children print."""
+    """Flush, so that what this process has printed comes before what its children print."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or none: nothing to flush
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed or missing: nothing to flush
             stream.flush()
     yield
 
@@ -326,7 +325,7 @@ def _spawned(modules: Sequence[str]) -> _Server:
 
 
 def _preparation() -> dict[str, Any]:
-    """What a new interpreter needs to be like this one: as multiprocessing's spawned processes get it."""
+    """What a new interpreter needs to be like this one, as passed to multiprocessing's spawned processes."""
     data = spawn.get_preparation_data("clbench")
     return {k: data[k] for k in data if k not in ("dir", "authkey", "start_method")}
 
@@ -335,19 +334,19 @@ def _preparation() -> dict[str, Any]:
 
 
 def main(descriptor: int, modules: Sequence[str]) -> None:
-    """A server in an interpreter of its own; what it forks imports no more than it did before forking in turn."""
+    """A server in its own interpreter; the processes it forks import nothing more before they fork in turn."""
     global HEAVY
     HEAVY = tuple(modules)
     connection = socket.socket(fileno=descriptor)
     load(modules)
-    assert _alone(), "a library has started a thread when it was imported"
+    assert _alone(), "a library started a thread when it was imported"
     _serve_and_end(connection)
 
 
 def _serve_and_end(connection: socket.socket) -> NoReturn:
-    """Be a server, and in its children what was asked for; then end the process, whatever happened.
+    """Be a server, and in its children what was requested; then end the process, whatever happened.
 
-    Below on the stack is what the process that was forked had to do: nothing may return or raise into that.
+    Further down the stack is the work of the process that was forked: nothing may return or raise into that.
     """
     code, work = 1, None
     try:
@@ -366,16 +365,16 @@ def _serve_and_end(connection: socket.socket) -> NoReturn:
 
 
 def _serve(connection: socket.socket) -> Callable[[], int] | None:
-    """Fork what is asked for. Returns None in the server, once it is not needed; in a child, what that has to do."""
+    """Fork what is requested. Returns None in the server, once it is not needed; in a child, the child's work."""
     global _lock
-    _lock = threading.Lock()  # it was held by who forked this process
+    _lock = threading.Lock()  # it was held by the process that forked this one
     for other in _servers.values():
         other.abandon()
     _servers.clear()
     for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
-        finalizer.atexit = False  # what it would remove, as a temporary folder, is of who forked this process
-    # Signals to the whole group (a terminal's, a scheduler's) are for the others. Children have them blocked until they
-    # can take them.
+        finalizer.atexit = False  # what it would remove, e.g. a temporary folder, belongs to this process's parent
+    # Signals to the process group (a terminal's, a scheduler's) are for the others. Children have them blocked until
+    # they can handle them.
     old = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
     gc.collect()
     gc.freeze()  # else the first collection in every child would copy all objects' memory
@@ -401,7 +400,7 @@ def _serve(connection: socket.socket) -> Callable[[], int] | None:
             if message[0] == "prepare":
                 preparation = message[1]
             elif message[0] == "signal":
-                if message[1] in children:  # else it has ended, and its number may be another's
+                if message[1] in children:  # else it has ended, and its number may be another process's
                     os.kill(message[1], message[2])
             else:
                 parent = os.getpid()
@@ -435,7 +434,7 @@ def _reap(children: set[int], connection: socket.socket) -> None:
 
 def _send(connection: socket.socket, message: tuple[Any, ...]) -> None:
     data = pickle.dumps(message)
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the next look at the connection finds its end
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the next read finds the connection's end
         connection.sendall(len(data).to_bytes(8, "little") + data)
 
 
@@ -453,11 +452,11 @@ def _receive(connection: socket.socket) -> tuple[Any, list[int]]:
 def _work(
     request: dict[str, Any], fds: list[int], parent: int, preparation: dict[str, Any], mask: set[Any]
 ) -> Callable[[], int]:
-    """Turn this process, just forked, into the one that was asked for; returns what it has to do."""
+    """Turn this process, just forked, into the one that was requested; returns its work."""
     command = request["kind"] == "command"
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM if command else signal.SIGKILL)
     if os.getppid() != parent:
-        os._exit(1)  # the server ended before
+        os._exit(1)  # the server has ended already
     if request.get("session"):
         os.setsid()
     os.chdir(request["cwd"])

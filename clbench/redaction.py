@@ -1,7 +1,7 @@
-"""Secrets are not written down, in configurations, manifests, logs and locks. Standard library only.
+"""Keeps secrets out of configurations, manifests, logs and locks. Standard library only.
 
-A secret is the value of an environment variable that is named like one, wherever it stands inside a text, and the value
-of a key that is named like one.
+A secret is the value of an environment variable that is named like one, wherever it occurs in a text, and the value of
+a key that is named like one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SECRET = re.compile(
     r"(^|_)(api_?key|key|token)$|(^|_)(secrets?|passwords?|passwd|passphrase|credentials?)(_|$)", re.IGNORECASE
 )
 REDACTED = "<redacted>"
-MIN_LENGTH = 8  # of a value that is looked for inside of texts: shorter ones are words
+MIN_LENGTH = 8  # of a value that is searched for in texts: shorter ones are words
 _ASSIGNED = re.compile(r"""([\w.-]+)(\s*[=:]\s*)("[^"]*"|'[^']*'|[^\s,{}\[\]]+)""")  # key=value, {key: value}
 
 
@@ -25,7 +25,7 @@ def is_secret(name: str) -> bool:
 
 
 def _is_value(text: str) -> bool:
-    """Whether a text can be looked for inside of others; the path of a file with a secret is none."""
+    """Whether a text can be searched for in others; the path of a file with a secret is not a secret."""
     return len(text) >= MIN_LENGTH and not (text.startswith("/") and os.path.exists(text))
 
 
@@ -57,7 +57,7 @@ def redact(value: Any, secrets: Collection[str] = ()) -> Any:
     if isinstance(value, list | tuple):
         return [redact(v, secrets) for v in value]
     if isinstance(value, str):
-        for secret in sorted(secrets, key=len, reverse=True):  # one may begin like another
+        for secret in sorted(secrets, key=len, reverse=True):  # one may be the beginning of another
             value = value.replace(secret, REDACTED)
     return value
 

@@ -1,15 +1,15 @@
 """One registry for what a configuration names: algorithms, policies, simulators and the other AXES.
 
-What clbench brings stands in `OWN`. An installed package adds to any axis without touching this one, through the entry
+clbench's own names are in `OWN`. An installed package adds to any axis without changing clbench, through the entry
 point group of that axis, `clbench.AXIS`:
 
     [project.entry-points."clbench.algorithms"]
     my_algo = "my_package.my_module:MyAlgo"
 
-and `--algo my_algo` finds it. `register` adds something for this process alone (a notebook, a test). A name that two of
+and `--algo my_algo` finds it. `register` adds something for this process only (a notebook, a test). A name that two of
 them claim is an error. Listing and describing import nothing: descriptions are read from the sources.
 
-Standard library only, and Python 3.10: a simulator's own interpreter reads it, too (envs/serve.py).
+Standard library only, and Python 3.10: a simulator's own interpreter also reads it (envs/serve.py).
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Entry:
 
     Attributes:
         target: "module:attribute", imported by `load`.
-        origin: the distribution that brings it, "clbench", or "this process".
+        origin: the distribution that provides it, "clbench", or "this process".
     """
 
     axis: str
@@ -117,11 +117,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Description:
-    """What the sources say of an entry.
+    """What the sources say about an entry.
 
     Attributes:
         text: the first line of its docstring.
-        needs: distributions that it needs beside clbench's own: its class attribute `needs`.
+        needs: distributions that it needs besides clbench's own: its class attribute `needs`.
         missing: those of them that are not installed.
     """
 
@@ -137,7 +137,7 @@ _registered: dict[tuple[str, str], Any] = {}
 
 
 def register(axis: str, name: str, thing: Any) -> None:
-    """Add a name to an axis for this process; `thing` is what `load` returns. `None` takes the name away again.
+    """Add a name to an axis for this process; `thing` is what `load` returns. `None` removes the name again.
 
     Raises:
         UserError: the name is taken, or there is no such axis.
@@ -152,7 +152,7 @@ def register(axis: str, name: str, thing: Any) -> None:
 
 
 def entries(axis: str) -> dict[str, Entry]:
-    """Every name of an axis, sorted. UserError for a name that two bring."""
+    """Every name of an axis, sorted. UserError for a name that two packages provide."""
     _check_axis(axis)
     found = {name: Entry(axis, name, target, "clbench") for name, target in OWN[axis].items()}
     for point in _points(axis):
@@ -193,7 +193,7 @@ def load(axis: str, name: str) -> Any:
 
 
 def describe(entry: Entry) -> Description:
-    """What the source of an entry says of it, without importing it; an empty text where it cannot be found."""
+    """What an entry's source says about it, without importing it; an empty text if it cannot be found."""
     thing = _registered.get((entry.axis, entry.name))
     if thing is not None:
         text, needs = (thing.__doc__ or "").strip().splitlines()[:1], getattr(thing, "needs", ())
@@ -212,17 +212,17 @@ def describe(entry: Entry) -> Description:
 
 
 def package_folders(group: str) -> list[tuple[str, Path]]:
-    """Folders of the packages that entry points of a group name, with the distribution; nothing is imported.
+    """Folders of the packages named by a group's entry points, with the distribution; nothing is imported.
 
     Raises:
-        UserError: a value names no package that can be found.
+        UserError: a value does not name a package that can be found.
     """
     found = []
     for point in sorted(_points(group), key=lambda p: (_origin(p), p.name)):
         folder = _folder(point.value)
         if folder is None:
             raise UserError(
-                f"{_origin(point)}: the entry point '{point.name}' of clbench.{group} names {point.value}, and there "
+                f"{_origin(point)}: the entry point '{point.name}' of clbench.{group} names {point.value}, but there "
                 "is no such package. Install it again, or fix its pyproject.toml."
             )
         found.append((_origin(point), folder))
@@ -230,7 +230,7 @@ def package_folders(group: str) -> list[tuple[str, Path]]:
 
 
 def algorithm_names() -> list[str]:
-    """Every name that `--algo` takes."""
+    """Every name that `--algo` accepts."""
     return names("algorithms")
 
 
@@ -266,7 +266,7 @@ def _origin(point: EntryPoint) -> str:
 
 
 def source(module: str) -> Path | None:
-    """The file of a module; only its top-level package is looked for, so that nothing is imported."""
+    """The file of a module; only its top-level package is searched for, so that nothing is imported."""
     top, *rest = module.split(".")
     try:
         spec = importlib.util.find_spec(top)
@@ -285,7 +285,7 @@ def source(module: str) -> Path | None:
 
 
 def _folder(package: str) -> Path | None:
-    """The folder of a package; only its top-level package is looked for, so that nothing is imported."""
+    """The folder of a package; only its top-level package is searched for, so that nothing is imported."""
     top, *rest = package.split(".")
     try:
         spec = importlib.util.find_spec(top)

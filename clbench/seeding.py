@@ -38,7 +38,7 @@ def seed_everything(*parts: int | str) -> None:
 
 @contextmanager
 def seeded(*parts: int | str) -> Iterator[None]:
-    """Run a block under global generators seeded by the parts; the callers' random state is restored after it.
+    """Run a block under global generators seeded by the parts; the caller's random state is restored after it.
 
     For library code that takes no generator, such as layer initialisation.
     """

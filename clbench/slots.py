@@ -1,8 +1,8 @@
-"""What the commands of one sweep share: N slots, each for one busy process. Standard library only.
+"""N slots shared by the commands of a sweep, each for one busy process. Standard library only.
 
-A slot is a file that is locked (`flock`) by whoever uses it, so one whose user was killed is free again. The sweep
-holds all of them for the commands it runs, and leaves those free that it has nothing to start in; an evaluation takes
-these for further processes while it has episodes left. So no core is idle while the last runs are evaluated.
+A slot is a file that is locked (`flock`) by its user, so it is free again if the user is killed. The sweep holds all
+slots for the commands it runs, and releases those that it has nothing to start in; an evaluation takes these for
+further processes while it has episodes left. So no core is idle while the last runs are evaluated.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Slots:
 
     @classmethod
     def shared(cls) -> Slots | None:
-        """Those of the sweep that started this process, or None where none did."""
+        """The slots of the sweep that started this process, or None if none did."""
         folder = Path(os.environ.get(VARIABLE, ""))
         return cls(folder, sum(1 for _ in folder.iterdir())) if os.environ.get(VARIABLE) and folder.is_dir() else None
 
@@ -39,7 +39,7 @@ class Slots:
             try:
                 fcntl.flock(slot, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return slot
-            except OSError as e:  # in use, or a file system without locks, where nothing can be shared
+            except OSError as e:  # in use, or on a file system without locks, where nothing can be shared
                 slot.close()
                 if not isinstance(e, BlockingIOError) and e.errno not in NO_LOCKS:
                     raise

@@ -1,4 +1,4 @@
-"""Stopping cleanly: the first SIGINT or SIGTERM is noted, for the work to end where it loses nothing."""
+"""Stopping cleanly: the first SIGINT or SIGTERM is noted, so that work can end where nothing is lost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SAME_S = 0.5  # signals so close together are one request: terminals and launche
 
 
 class Stop:
-    """Whether a signal asked to stop. The kernel sends one, too, when what started it has ended (processes.py)."""
+    """Whether a signal asked to stop. The kernel also sends one when the parent has ended (processes.py)."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -27,11 +27,11 @@ class Stop:
 
     @property
     def reason(self) -> str:
-        """Why to stop, or ""."""
+        """The reason to stop, or ""."""
         return "" if self.signal is None else self.signal.name
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal: note the first, let a later one end the process at once."""
+        """Handle a signal: note the first; a later one ends the process at once."""
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._since = signal.Signals(number), now
@@ -52,7 +52,7 @@ def stoppable() -> Iterator[Stop]:
     """Note signals while the block runs. Signals that are ignored (`nohup`, a script's background job) stay ignored."""
     stop = Stop()
     before = {}
-    if threading.current_thread() is threading.main_thread():  # others cannot, and get no signals
+    if threading.current_thread() is threading.main_thread():  # other threads cannot, and get no signals
         wanted = [s for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
         before = {s: signal.signal(s, stop.note) for s in wanted}
     try:
@@ -64,7 +64,7 @@ def stoppable() -> Iterator[Stop]:
 
 @contextlib.contextmanager
 def clearing_away() -> Iterator[None]:
-    """Have SIGTERM raise KeyboardInterrupt, as SIGINT does: what the block has begun to write is removed."""
+    """Make SIGTERM raise KeyboardInterrupt, as SIGINT does: what the block has begun to write is removed."""
     ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     if ours:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -76,13 +76,13 @@ def clearing_away() -> Iterator[None]:
 
 
 def belong_to(parent: int) -> None:
-    """Leave signals to the process `parent`, which may get them too, and die when it dies, be it in an endless call."""
+    """Leave signals to the process `parent`, which may get them too, and die when it dies, even in an endless call."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked by the parent while this process started
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
-        os._exit(1)  # it died before
+        os._exit(1)  # it has died already
 
 
 def how_ended(status: int | None) -> str:

@@ -1,8 +1,8 @@
-"""What a container may lack and libraries take for granted: a home, caches and a temporary folder that can be written.
+"""What a container may lack but libraries take for granted: a writable home, caches and temporary folder.
 
-`settle` is called once when a command starts, before the imports that read these variables. It changes nothing where
-all is as on a user's own machine; a variable that the user set is changed only where it cannot serve. Processes that
-the command starts inherit it. Standard library only.
+`settle` is called once when a command starts, before the imports that read these variables. It changes nothing if
+everything is as on a user's own machine; a variable that the user set is changed only if it cannot be used. Processes
+that the command starts inherit the changes. Standard library only.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pathlib import Path
 
 from clbench.paths import cache_root
 
-FOLDER = "libraries"  # in the cache: what libraries keep where the home cannot be written
+FOLDER = "libraries"  # in the cache: what libraries store when the home cannot be written
 
 
 def settle() -> None:
-    """Give this process, and those it starts, what can be written."""
+    """Give this process, and those it starts, writable folders."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a locale without a character that is printed: "?" and no error
+            stream.reconfigure(errors="replace")  # if the locale lacks a character: "?" and no error
     home = Path(os.path.expanduser("~"))
     if not home.is_dir():
         os.environ["HOME"] = str(_made("home"))
@@ -31,7 +31,7 @@ def settle() -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     hugging_face = Path(os.environ.get("HF_HOME") or cache / "huggingface").expanduser()
     if not _writable(hugging_face):
-        if hugging_face.is_dir():  # models that were put into an image: read there, nothing is written there
+        if hugging_face.is_dir():  # models that come with an image: read there, nothing is written there
             os.environ["HF_HOME"] = str(hugging_face)
         else:
             os.environ["HF_HOME"] = str(_made("huggingface"))
@@ -51,7 +51,7 @@ def settle() -> None:
 
 
 def _offer(variable: str, default: Path, name: str) -> None:
-    """Set a variable where what it names, or else `default`, cannot be written."""
+    """Set a variable if what it names, or else `default`, cannot be written."""
     if not _writable(Path(os.environ.get(variable) or default).expanduser()):
         os.environ[variable] = str(_made(name))
 
@@ -60,7 +60,7 @@ def _settle_temporary() -> None:
     """A temporary folder for this process and for programs that take TMPDIR as it is."""
     asked = os.environ.get("TMPDIR")
     try:
-        found = tempfile.gettempdir()  # what can be written of TMPDIR, /tmp, /var/tmp, /usr/tmp and the working folder
+        found = tempfile.gettempdir()  # the writable one of TMPDIR, /tmp, /var/tmp, /usr/tmp and the working folder
         if asked and Path(asked).absolute() != Path(found).absolute():
             os.environ["TMPDIR"] = found
     except FileNotFoundError:  # none of them
@@ -68,13 +68,13 @@ def _settle_temporary() -> None:
 
 
 def _writable(folder: Path) -> bool:
-    """Whether the folder is there and can be written, or can be made."""
+    """Whether the folder exists and can be written, or can be made."""
     existing = next((p for p in (folder, *folder.absolute().parents) if p.exists()), Path("/"))
     return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
 
 
 def _made(name: str) -> Path:
-    """A folder for libraries: in clbench's cache, or in a temporary folder where that cannot be written either."""
+    """A folder for libraries: in clbench's cache, or in a temporary folder if that cannot be written either."""
     folder = cache_root().absolute() / FOLDER / name
     if not _writable(folder):
         own = Path(tempfile.gettempdir()) / f"clbench-{os.getuid()}"

@@ -7,7 +7,7 @@ seeds: [0, 1, 2]
 algorithms: [seqfft, er, clare]     # names, or {algo: er, label: er_lr3, overrides: [train.optimizer.lr=3e-4]}
 overrides: [eval.episodes=20]       # for all runs
 parallel: 2                         # runs at once, each with one thread
-executor: local                     # who runs the commands (clbench list executors)
+executor: local                     # what runs the commands (clbench list executors)
 
 Its work is a graph of units (execution/units.py), which `--dry-run` prints; an executor runs them.
 """
@@ -42,7 +42,7 @@ from clbench.streams.stream import visit_order
 from clbench.terminal import last_line, show, tell
 
 NO_SIMULATOR = "the stream has no simulator (dataset.env: null)"
-LOCK_SECONDS = 60.0  # that another command of one of its runs is waited for
+LOCK_SECONDS = 60.0  # to wait for another command of one of its runs
 
 
 @dataclass
@@ -50,9 +50,9 @@ class Method:
     """One algorithm of an experiment, or a combination of several joined by commas.
 
     Attributes:
-        label: names its runs.
+        label: used in its runs' names.
         prefixes: also one run on the stream's first task, one on its first two, and so on (LABEL_first1, …); with
-            multitask the references of the metric intransigence_prefixes.
+            multitask, the references for the metric intransigence_prefixes.
     """
 
     algo: str = ""
@@ -91,7 +91,7 @@ def load_experiment(name: str) -> tuple[Experiment, list[PlannedRun]]:
 
     path = Path(name) if name.endswith((".yaml", ".yml")) else find("experiments", name)
     if path is None or not path.is_file():
-        raise UserError(f"there is no experiment '{name}'.{nearest(name, names('experiments'))}")
+        raise UserError(f"no experiment '{name}'.{nearest(name, names('experiments'))}")
     experiment = Experiment(**load_yaml(path, Experiment))
     if not experiment.algorithms or not experiment.seeds:
         raise UserError(f"{path}: algorithms and seeds must not be empty.")
@@ -101,11 +101,11 @@ def load_experiment(name: str) -> tuple[Experiment, list[PlannedRun]]:
     results_folder(experiment.name, None)  # its logs and its report go to folders of that name
     entries = [Method(e) if isinstance(e, str) else Method(**e) for e in experiment.algorithms]  # type: ignore[arg-type]
     if not all(e.algo for e in entries):
-        raise UserError(f"{path}: an algorithm is a name or {{algo, label, overrides}}; one has no algo.")
+        raise UserError(f"{path}: an algorithm is a name or {{algo, label, overrides}}; one lacks algo.")
     if any(e.prefixes for e in entries):
         entries = [part for e in entries for part in (e, *(_prefixes(e, experiment) if e.prefixes else ()))]
     runs = []
-    for seed in experiment.seeds:  # one seed of everything before the next
+    for seed in experiment.seeds:  # all of one seed before the next
         for entry in entries:
             algo = entry.algo
             run_id = f"{experiment.name}_{entry.label or algo}_s{seed}"
@@ -121,15 +121,15 @@ def load_experiment(name: str) -> tuple[Experiment, list[PlannedRun]]:
                 smoke=experiment.smoke,
                 source=str(path),
             )
-            if config.train.eval_during_training is not None:  # the evaluation's unit plays them
+            if config.train.eval_during_training is not None:  # measured by the evaluation's unit
                 own += ("--curves-later",)
             runs.append(PlannedRun(run_id, (*_axes(experiment), *own, "--", *overrides), config))
-    folders = [unicodedata.normalize("NFC", run.run_id).casefold() for run in runs]  # as some file systems tell them
+    folders = [unicodedata.normalize("NFC", run.run_id).casefold() for run in runs]  # as some file systems see them
     for run, folder in zip(runs, folders, strict=True):
         if folders.count(folder) > 1:
-            raise UserError(f"{path}: two runs for the folder {run.run_id}. Label algorithms apart, give a seed once.")
+            raise UserError(f"{path}: two runs for the folder {run.run_id}. Use different labels, and each seed once.")
     if len({run.config.eval.split for run in runs}) > 1:
-        raise UserError(f"{path}: its runs differ in eval.split, and one report cannot hold both. Write two files.")
+        raise UserError(f"{path}: its runs differ in eval.split, but one report cannot hold both. Write two files.")
     return experiment, runs
 
 
@@ -160,7 +160,7 @@ def _axes(experiment: Experiment) -> tuple[str, ...]:
 
 
 def finished(run: PlannedRun) -> bool:
-    """Whether a run is trained, and evaluated where it has a simulator, with the experiment's settings."""
+    """Whether a run is trained, and evaluated if it has a simulator, with the experiment's settings."""
     from clbench.checkpoints.changes import FREE_ON_RESUME, changed_keys
     from clbench.checkpoints.kept import curves_lack
     from clbench.checkpoints.run_folder import finished_visits, read_manifest
@@ -177,7 +177,7 @@ def finished(run: PlannedRun) -> bool:
         return not changed_keys(folder, run.config, FREE_ON_RESUME)
     done, asked = read_json(complete), run.config.eval
     if not isinstance(done, dict) or not isinstance(done.get("views", []), list):
-        raise UserError(f"{complete} is damaged: it does not say what was evaluated. Remove it and evaluate again.")
+        raise UserError(f"{complete} is damaged: it does not state what was evaluated. Remove it and evaluate again.")
     covered = done.get("cells") in {asked.cells, "full"} and done.get("episodes") == asked.episodes
     covered &= all(v in done.get("views", []) for v in asked.views)
     covered &= asked.heldout_episodes in (0, done.get("heldout_episodes", 0))
@@ -190,7 +190,7 @@ def run_sweep(name: str, dry_run: bool = False, trust: Sequence[str] = (), repor
     """Run what is left of an experiment; returns 1 when a run failed, after the others have finished.
 
     Args:
-        trust: what --trust names. Its commands get that and, beside it, the experiment's own runs.
+        trust: what --trust names. Its commands get that and the experiment's own runs.
         report: only draw the report of the runs that are finished.
 
     Raises Interrupted when a signal asked to stop; the runs under way have saved.
@@ -210,14 +210,14 @@ def _run_sweep(name: str, dry_run: bool, trust: Sequence[str], stop: Stop, stack
     left = [r for r in runs if not finished(r)]
     show(f"experiment {experiment.name}: {len(runs) - len(left)} of {len(runs)} runs are finished")
     if runs and runs[0].config.dataset.env is None:
-        show(f"{NO_SIMULATOR}: runs are trained, and not evaluated")
+        show(f"{NO_SIMULATOR}: runs are trained but not evaluated")
     for r in runs:
         check_policy(r.config.policy)
         check_fits(r.config)
-    with patience("looking at the configurations"):
+    with patience("checking the configurations"):
         from clbench.algorithms.build import build_algorithm
 
-        for r in runs:  # what a configuration can show to be wrong, before anything heavy
+        for r in runs:  # errors visible in a configuration, before any heavy work
             build_algorithm(r.config)
     graph = units(experiment, runs, logs, trust, name)
     if dry_run:
@@ -226,7 +226,7 @@ def _run_sweep(name: str, dry_run: bool, trust: Sequence[str], stop: Stop, stack
             after = f", after {', '.join(unit.after)}" if unit.after else ""
             show(f"  {'done' if done else 'left'}  {unit.name}{after}: {shlex.join(('clbench', *unit.arguments))}")
         return 0
-    for stale in logs.glob(".slots-*"):  # of a sweep that was killed
+    for stale in logs.glob(".slots-*"):  # left by a sweep that was killed
         shutil.rmtree(stale)
     if not left:
         return draw_report(name, experiment, runs)
@@ -245,11 +245,11 @@ def _run_sweep(name: str, dry_run: bool, trust: Sequence[str], stop: Stop, stack
 def units(
     experiment: Experiment, runs: Sequence[PlannedRun], logs: Path, trust: Sequence[str], name: str
 ) -> list[Unit]:
-    """The graph of an experiment: demonstrations where they are missing, the base, each run, the report.
+    """The graph of an experiment: demonstrations if they are missing, the base, each run, the report.
 
-    The base is shared: it is made before runs race for it, with all cores. One seed of everything comes before the
-    next. Of a seed, training runs come first, the longest of them first; for the evaluations, which can be shared among
-    slots, fill what is left (slots.py).
+    The base is shared: it is made before runs race for it, with all cores. All of one seed comes before the next.
+    Within a seed, training runs come first, the longest of them first, because the evaluations, which can be shared
+    among slots, fill what is left (slots.py).
     """
     found: list[Unit] = []
     first: tuple[str, ...] = ()
@@ -286,7 +286,7 @@ def units(
 
 
 def _lacks_data(config: Config) -> bool:
-    """Whether demonstrations have to be made, of the stream or of its base."""
+    """Whether demonstrations have to be made, for the stream or its base."""
     from clbench.data.source import NoData
     from clbench.streams.stream import pretraining_data, stream_data
 
@@ -296,19 +296,19 @@ def _lacks_data(config: Config) -> bool:
             pretraining_data(config.dataset, config.render, "meta")
     except NoData:
         return True
-    except UserError:  # said by the command that needs it
+    except UserError:  # reported by the command that needs it
         return False
     return False
 
 
 def _steps(config: Config) -> float:
-    """How long a training run takes compared with others: steps per task, those of its algorithm's own phases too."""
+    """How long a training run takes compared with others: steps per task, including its algorithm's own phases."""
     own = [v for k, v in config.algorithm.items() if k.endswith("steps") and isinstance(v, int)]
     return config.train.steps + sum(own)
 
 
 def draw_report(name: str, experiment: Experiment, runs: Sequence[PlannedRun]) -> int:
-    """Draw the report of the runs that are finished; 0, also when none is."""
+    """Draw the report of the runs that are finished; returns 0, even when none is."""
     if runs and runs[0].config.dataset.env is None:
         show(f"{NO_SIMULATOR}: there is no report")
         return 0

@@ -1,4 +1,4 @@
-"""Reading safetensors files, which can hold tensors and nothing else; their sizes are checked against the file's.
+"""Reading safetensors files, which can only hold tensors; the tensors' sizes are checked against the file's.
 
 `tensor_bytes` counts the bytes of tensors in memory.
 """
@@ -46,7 +46,7 @@ def tensor_bytes(state: Any) -> int:
 
 def _check_regular(path: Path) -> None:
     if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "it is no regular file")  # a pipe would block for ever
+        raise OSError(errno.EINVAL, "it is not a regular file")  # a pipe would block forever
 
 
 def _damaged(path: Path, e: Exception) -> UserError:

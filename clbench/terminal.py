@@ -1,6 +1,6 @@
-"""What commands print. Names and texts from files may hold escape sequences: none reaches the terminal.
+"""Printing. Names and texts from files may hold escape sequences: none reaches the terminal.
 
-Everything that the package prints goes through `show` and `tell`; a test keeps it so. Standard library only.
+Everything that the package prints goes through `show` and `tell`; a test enforces this. Standard library only.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def printable(text: object) -> str:
-    """The text on one line: control and direction characters, line breaks among them, become spaces."""
+    """The text on one line: control and direction characters, including line breaks, become spaces."""
     return "".join(c if c.isprintable() else " " for c in str(text))
 
 
@@ -26,7 +26,7 @@ def tell(*lines: object) -> None:
 
 
 def last_line(log: Path) -> str:
-    """The last line with something in it of a command's output."""
+    """The last non-empty line of a command's output."""
     with log.open("rb") as f:
         f.seek(max(0, os.fstat(f.fileno()).st_size - 4096))
         lines = f.read().decode("utf-8", "replace").replace("\r", "\n").split("\n")

@@ -390,7 +390,7 @@ _clb_install() {
 
 clbench_bootstrap() {
     if [[ -n ${CLBENCH_ENV_FILE:-} && ! (-f $CLBENCH_ENV_FILE && -r $CLBENCH_ENV_FILE) ]]; then
-        _clb_say "CLBENCH_ENV_FILE=$CLBENCH_ENV_FILE is no file that can be read. Unset it for the project's .env."
+        _clb_say "CLBENCH_ENV_FILE=$CLBENCH_ENV_FILE is not a readable file. Unset it to use the project's .env."
         return 2
     fi
     _clb_load_env "${CLBENCH_ENV_FILE-$CLBENCH_ROOT/.env}" # before the names below hide any of its

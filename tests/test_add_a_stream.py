@@ -56,7 +56,7 @@ def test_the_pages_streams_train(
     config, _ = compose(model="dit_dec_tiny", algorithms=["seqfft"], dataset="my_three", registered=["seqfft"])
     assert config.dataset.env_type == "metaworld" and len(config.dataset.tasks) == 3
     listed = "\n".join(listing("streams"))
-    assert "My lab's cups" in listed and "no simulator: is trained on, not evaluated" in " ".join(listed.split())
+    assert "My lab's cups" in listed and "no simulator: for training only, not evaluated" in " ".join(listed.split())
     commands = [line.split() for line in blocks("bash")[0].splitlines()]
     check, training = (c[1:] for c in commands if c[0] == "clbench")
     assert commands[0] == ["python", "record.py"]

@@ -372,7 +372,7 @@ def test_another_env_file_can_be_named(project: Project, tmp_path: Path) -> None
     assert project.run(show, CLBENCH_ENV_FILE=str(tmp_path / "mine")).stdout == "mine not clbench's neither\n"
     assert project.run(show, CLBENCH_ENV_FILE="").stdout == "nowhere  \n"
     absent = project.run(CLBENCH_ENV_FILE=str(tmp_path / "absent"))
-    assert absent.returncode == 2 and f"CLBENCH_ENV_FILE={tmp_path}/absent is no file" in absent.stderr
+    assert absent.returncode == 2 and f"CLBENCH_ENV_FILE={tmp_path}/absent is not a readable file" in absent.stderr
 
 
 def test_env_example_names_every_variable_that_users_may_set() -> None:

@@ -554,7 +554,7 @@ def test_commands_without_overrides(refused: Refused, command: list[str]) -> Non
 def test_numbers_of_flags_are_decimal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
-    assert f"{arguments[-1]!r} is no whole number" in capsys.readouterr().err
+    assert f"{arguments[-1]!r} is not a whole number" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- processes, sweeps

@@ -75,10 +75,10 @@ def test_a_file_that_is_named_must_be_there(
 ) -> None:
     for absent in (tmp_path / "absent", tmp_path):
         monkeypatch.setenv("CLBENCH_ENV_FILE", str(absent))
-        with pytest.raises(UserError, match="no file that can be read"):
+        with pytest.raises(UserError, match="not a readable file"):
             load_env_file()
         assert main(["list"]) == 2
-        assert f"clbench: CLBENCH_ENV_FILE={absent} is no file" in capsys.readouterr().err
+        assert f"clbench: CLBENCH_ENV_FILE={absent} is not a readable file" in capsys.readouterr().err
 
 
 def test_without_a_name_it_is_the_checkouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

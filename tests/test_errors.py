@@ -13,12 +13,12 @@ from clbench.errors import shortage
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        (MemoryError(), "memory is short"),
+        (MemoryError(), "out of memory"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you "
-                      "tried to allocate 4000000 bytes. Error code 12 (Cannot allocate memory)"), "memory is short"),
-        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "memory is short"),
-        (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory is short"),
-        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."), "GPU's memory is short"),
+                      "tried to allocate 4000000 bytes. Error code 12 (Cannot allocate memory)"), "out of memory"),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "out of memory"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."), "the GPU is out of memory"),
         (RuntimeError("unable to write to file </torch_12_3_0>: No space left on device (28)"), "/dev/shm is full"),
         (RuntimeError("can't start new thread"), "no more threads or processes"),
         (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "no more threads or processes"),

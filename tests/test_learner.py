@@ -94,7 +94,7 @@ def test_a_policy_without_outputs_is_refused_by_name() -> None:
         config = type("C", (), {"type": "plain"})()
 
     view = PolicyView(Plain(), Plain(), lambda b: b, nullcontext)
-    with pytest.raises(UserError, match="policy 'plain' has no prediction that a method could use: it gives only its loss"):
+    with pytest.raises(UserError, match="policy 'plain' has no prediction that a method could use: it gives only"):
         view.outputs({}, {}, ("loss", "prediction"))
     with pytest.raises(ValueError, match="no output 'logits'"):
         view.outputs({}, {}, ("logits",))

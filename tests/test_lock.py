@@ -220,7 +220,7 @@ def test_no_other_file_is_overwritten(tmp_path: Path, kind: str) -> None:
     lock = lock_file(tmp_path)
     {"link": lambda: lock.symlink_to(other), "second name": lambda: lock.hardlink_to(other),
      "pipe": lambda: os.mkfifo(lock)}[kind]()  # fmt: skip
-    with pytest.raises(UserError, match=r"no lock\. Remove it: rm "), held(tmp_path, "job"):
+    with pytest.raises(UserError, match=r"not a lock\. Remove it: rm "), held(tmp_path, "job"):
         pytest.fail("held")
     assert other.read_text() == "seed: 1\n"
 
@@ -229,7 +229,7 @@ def test_who_holds_a_lock_of_another_kind(tmp_path: Path) -> None:
     """The base's: named by its file, and where that says nothing, or what is left of an earlier holder, by Linux."""
     path = tmp_path / "own.lock"
     with path.open("w+") as file:
-        assert holder_of(file.fileno()) == "a process that does not say who it is"
+        assert holder_of(file.fileno()) == "an unknown process"
         fcntl.flock(file, fcntl.LOCK_EX)
         assert re.fullmatch(rf"process {os.getpid()} on \S+", holder_of(file.fileno()))
         sign(file.fileno())

@@ -140,7 +140,7 @@ def test_mistakes_are_named(runs: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is damaged"):
         unpack(file, tmp_path / "again")
     file.write_bytes(b"text")
-    with pytest.raises(UserError, match="no file of packed results"):
+    with pytest.raises(UserError, match="not a file of packed results"):
         unpack(file, tmp_path / "again")
 
 

@@ -330,7 +330,7 @@ def test_a_lost_rank_is_no_unexpected_error(text: str, why: str, monkeypatch: py
 def test_a_world_size_that_is_no_number(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("WORLD_SIZE", "two")
     assert main(["train"]) == 2
-    assert "WORLD_SIZE=two in the environment is no number of ranks" in capsys.readouterr().err
+    assert "WORLD_SIZE=two in the environment is not a number of ranks" in capsys.readouterr().err
 
 
 def test_a_lock_that_a_killed_compiler_left_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def _nothing_foreign() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"success": [[0.1]], "success": [[0.9]]}', "stands twice"),
+        (b'{"success": [[0.1]], "success": [[0.9]]}', "occurs twice"),
         (b"[[NaN]]", "null for a cell"),
         (b"[[1e999]]", "larger than any number"),
         (b"[[" + b"1" * 5000 + b"]]", "not valid JSON"),
@@ -317,7 +317,7 @@ def test_links_that_leave_a_run_are_refused(tmp_path: Path) -> None:
             lambda: build_report([run]),
             lambda: new_run_folder(run.name, str(tmp_path), True),
         ):
-            with pytest.raises(UserError, match="outside of the run's folder"):
+            with pytest.raises(UserError, match="outside the run's folder"):
                 use()
         link.unlink()
     (tmp_path / "elsewhere").symlink_to(run)  # the run's folder itself may be a link
@@ -479,7 +479,7 @@ def test_a_header_cannot_claim_more_than_its_file(tmp_path: Path) -> None:
             load_state(tmp_path, "s")
     (tmp_path / "s.safetensors").unlink()
     os.mkfifo(tmp_path / "s.safetensors")
-    with pytest.raises(UserError, match="no regular file"):
+    with pytest.raises(UserError, match="not a regular file"):
         load_state(tmp_path, "s")
 
 
