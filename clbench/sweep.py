@@ -96,7 +96,7 @@ def load_experiment(name: str) -> tuple[Experiment, list[PlannedRun]]:
     if not experiment.algorithms or not experiment.seeds:
         raise UserError(f"{path}: algorithms and seeds must not be empty.")
     if experiment.parallel < 1:
-        raise UserError(f"{path}: parallel must be at least 1, is {experiment.parallel}.")
+        raise UserError(f"{path}: parallel must be at least 1 but is {experiment.parallel}.")
     experiment.name = experiment.name or path.stem
     results_folder(experiment.name, None)  # its logs and its report go to folders of that name
     entries = [Method(e) if isinstance(e, str) else Method(**e) for e in experiment.algorithms]  # type: ignore[arg-type]

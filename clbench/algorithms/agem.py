@@ -56,7 +56,7 @@ class AGEM(CLAlgorithm):
         for key in ("buffer_size_per_task", "reference_batch_size"):
             value = getattr(self.config, key)
             if value is not None and value < 1:
-                raise UserError(f"algorithm.{key} must be at least 1, is {value}.")
+                raise UserError(f"algorithm.{key} must be at least 1 but is {value}.")
 
     def bind(self, ctx: Context) -> None:
         super().bind(ctx)

@@ -89,10 +89,10 @@ def algorithm_classes(config: Config) -> list[type[CLAlgorithm]]:
     """The classes that `config.algorithm.name` names, checked for misspelt hooks."""
     names = config.algorithm["name"]
     if not isinstance(names, str) and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
-        raise UserError(f"algorithm.name must be a name or a list of names, is {names!r}.")
+        raise UserError(f"algorithm.name must be a name or a list of names but is {names!r}.")
     names = [names] if isinstance(names, str) else names
     if not names or len(set(names)) != len(names):
-        raise UserError(f"algorithm.name must be one name or a list of different names, is {names}.")
+        raise UserError(f"algorithm.name must be one name or a list of different names but is {names}.")
     classes: list[type[CLAlgorithm]] = []
     for name in names:
         cls = algorithm_class(str(name))

@@ -79,7 +79,7 @@ class ER(CLAlgorithm):
         for key in ("buffer_size_per_task", "buffer_size"):
             value = getattr(c, key)
             if value is not None and value < 1:
-                raise UserError(f"algorithm.{key} must be at least 1, is {value}.")
+                raise UserError(f"algorithm.{key} must be at least 1 but is {value}.")
         for key, known in (
             ("mode", ("replace", "append")),
             ("memory_unit", ("frames", "episodes")),
@@ -87,7 +87,7 @@ class ER(CLAlgorithm):
             ("storage", STORAGES),
         ):
             if getattr(c, key) not in known:
-                raise UserError(f"algorithm.{key} is '{getattr(c, key)}', must be {' or '.join(known)}.")
+                raise UserError(f"algorithm.{key} is '{getattr(c, key)}' but must be {' or '.join(known)}.")
         if not 0 < c.replay_batch_ratio < (1 if c.mode == "replace" else math.inf):
             raise UserError(
                 f"algorithm.replay_batch_ratio must be {'in (0, 1)' if c.mode == 'replace' else 'positive'}, "

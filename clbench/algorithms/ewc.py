@@ -84,13 +84,13 @@ class EWC(CLAlgorithm):
     def check(self, config: Any) -> None:
         c = self.config
         if not 0 <= c.ewc_lambda < math.inf:
-            raise UserError(f"algorithm.ewc_lambda must not be negative, is {c.ewc_lambda}.")
+            raise UserError(f"algorithm.ewc_lambda must not be negative but is {c.ewc_lambda}.")
         if not 0 <= c.ewc_gamma <= 1:
-            raise UserError(f"algorithm.ewc_gamma must be in [0, 1], is {c.ewc_gamma}.")
+            raise UserError(f"algorithm.ewc_gamma must be in [0, 1] but is {c.ewc_gamma}.")
         if c.ewc_gamma != 1 and not c.ewc_online:
             raise UserError("algorithm.ewc_gamma belongs to the online form: set ewc_online=true or ewc_gamma=1.")
         if c.fisher_batches < 1:
-            raise UserError(f"algorithm.fisher_batches must be at least 1, is {c.fisher_batches}.")
+            raise UserError(f"algorithm.fisher_batches must be at least 1 but is {c.fisher_batches}.")
 
     # ---- the penalty ----------------------------------------------------------------------------
     def compute_penalty(self, model: nn.Module) -> Tensor | None:

@@ -86,14 +86,14 @@ class MIR(ER):
         c = self.config
         for key in ("mir_refresh_interval", "mir_candidate_size", "mir_top_k"):
             if getattr(c, key) < 1:
-                raise UserError(f"algorithm.{key} must be at least 1, is {getattr(c, key)}.")
+                raise UserError(f"algorithm.{key} must be at least 1 but is {getattr(c, key)}.")
         if c.mir_top_k > c.mir_candidate_size:
             raise UserError(
                 f"algorithm.mir_top_k ({c.mir_top_k}) must not exceed algorithm.mir_candidate_size "
                 f"({c.mir_candidate_size}): the samples to replay are chosen from the candidates."
             )
         if c.mir_virtual_lr is not None and not 0 < c.mir_virtual_lr < math.inf:
-            raise UserError(f"algorithm.mir_virtual_lr must be positive (or null), is {c.mir_virtual_lr}.")
+            raise UserError(f"algorithm.mir_virtual_lr must be positive (or null) but is {c.mir_virtual_lr}.")
 
     def bind(self, ctx: Context) -> None:
         super().bind(ctx)

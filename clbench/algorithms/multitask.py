@@ -35,7 +35,7 @@ class Multitask(CLAlgorithm):
         stands_alone(self.name, config)
         steps = self.config.steps_per_task
         if steps is not None and steps < 1:
-            raise UserError(f"algorithm.steps_per_task must be at least 1 (or null), is {steps}.")
+            raise UserError(f"algorithm.steps_per_task must be at least 1 (or null) but is {steps}.")
 
     def transform_stream(self, stream: TaskStream) -> TaskStream:
         return stream.joint()

@@ -102,11 +102,11 @@ class PackNet(CLAlgorithm):
     def check(self, config: Any) -> None:
         c = self.config
         if not 0 < c.prune_ratio < 1:
-            raise UserError(f"algorithm.prune_ratio must be between 0 and 1, is {c.prune_ratio}.")
+            raise UserError(f"algorithm.prune_ratio must be between 0 and 1 but is {c.prune_ratio}.")
         if c.capacity not in ("ratio", "equal"):
-            raise UserError(f"algorithm.capacity is '{c.capacity}', must be ratio or equal.")
+            raise UserError(f"algorithm.capacity is '{c.capacity}' but must be ratio or equal.")
         if c.retrain_steps is not None and c.retrain_steps < 1:
-            raise UserError(f"algorithm.retrain_steps must be at least 1 (or null), is {c.retrain_steps}.")
+            raise UserError(f"algorithm.retrain_steps must be at least 1 (or null) but is {c.retrain_steps}.")
         if config.train.optimizer_across_tasks == "carried":
             raise UserError("packnet needs fresh optimizer moments: train.optimizer_across_tasks must be fresh.")
 

@@ -232,12 +232,12 @@ def check_values(c: Config) -> None:
 
     for label, section in (("train", c.train), ("pretrain", c.pretrain)):
         o = section.optimizer
-        need(section.steps >= 1, f"{label}.steps must be at least 1, is {section.steps}")
-        need(section.batch_size >= 1, f"{label}.batch_size must be at least 1, is {section.batch_size}")
-        need(section.log_every >= 1, f"{label}.log_every must be at least 1, is {section.log_every}")
+        need(section.steps >= 1, f"{label}.steps must be at least 1 but is {section.steps}")
+        need(section.batch_size >= 1, f"{label}.batch_size must be at least 1 but is {section.batch_size}")
+        need(section.log_every >= 1, f"{label}.log_every must be at least 1 but is {section.log_every}")
         _choice(problems, f"{label}.optimizer.name", o.name, ("adamw", "sgd"))
         _choice(problems, f"{label}.optimizer.schedule", o.schedule, ("cosine", "constant"))
-        need(0 < o.lr < math.inf, f"{label}.optimizer.lr must be positive and finite, is {o.lr}")
+        need(0 < o.lr < math.inf, f"{label}.optimizer.lr must be positive and finite but is {o.lr}")
         need(0 <= o.weight_decay < math.inf, f"{label}.optimizer.weight_decay must not be negative")
         need(
             len(o.betas) == 2 and all(0 <= b < 1 for b in o.betas),
@@ -266,8 +266,8 @@ def check_values(c: Config) -> None:
         "train.save_every_minutes must be positive (or null)",
     )
     parts, every = t.eval_during_training, t.keep_weights_every_steps
-    need(parts is None or parts >= 1, f"train.eval_during_training must be at least 1 (or null), is {parts}")
-    need(every is None or every >= 1, f"train.keep_weights_every_steps must be at least 1 (or null), is {every}")
+    need(parts is None or parts >= 1, f"train.eval_during_training must be at least 1 (or null) but is {parts}")
+    need(every is None or every >= 1, f"train.keep_weights_every_steps must be at least 1 (or null) but is {every}")
     need(
         parts is None or parts <= max(1, t.steps),
         f"train.eval_during_training ({parts}) divides a task's steps, but train.steps is {t.steps}",
@@ -291,11 +291,11 @@ def check_values(c: Config) -> None:
     _choice(problems, "log.progress", c.log.progress, ("auto", "bar", "lines", "quiet"))
     need(t.num_workers >= 0, "train.num_workers must not be negative")
     need(t.threads is None or t.threads >= 1, "train.threads must be at least 1 (or null)")
-    need(1 <= e.episodes <= 100_000, f"eval.episodes must be between 1 and 100000, is {e.episodes}")
+    need(1 <= e.episodes <= 100_000, f"eval.episodes must be between 1 and 100000 but is {e.episodes}")
     most = max(e.episodes, e.heldout_episodes)
     need(
         0 <= e.seed <= SEEDS_PER_SPLIT - most,
-        f"eval.seed must be between 0 and {SEEDS_PER_SPLIT - most} (a million minus the episodes), is {e.seed}",
+        f"eval.seed must be between 0 and {SEEDS_PER_SPLIT - most} (a million minus the episodes) but is {e.seed}",
     )
     need(0 <= e.heldout_episodes <= 100_000, "eval.heldout_episodes must be between 0 and 100000")
     need(
@@ -313,9 +313,9 @@ def check_values(c: Config) -> None:
     need(0 < e.step_timeout_s < math.inf, "eval.step_timeout_s must be positive")
     need(0 <= e.retries <= 1000, "eval.retries must be between 0 and 1000")
     need(e.steps_after_success >= 0, "eval.steps_after_success must not be negative")
-    need(c.lora.rank >= 1, f"lora.rank must be at least 1, is {c.lora.rank}")
-    need(c.lora.alpha >= 1, f"lora.alpha must be at least 1, is {c.lora.alpha}")
-    need(0 <= c.lora.dropout < 1, f"lora.dropout must be in [0, 1), is {c.lora.dropout}")
+    need(c.lora.rank >= 1, f"lora.rank must be at least 1 but is {c.lora.rank}")
+    need(c.lora.alpha >= 1, f"lora.alpha must be at least 1 but is {c.lora.alpha}")
+    need(0 <= c.lora.dropout < 1, f"lora.dropout must be in [0, 1) but is {c.lora.dropout}")
     need(d.env is None or d.env.max_steps >= 1, "dataset.env.max_steps must be at least 1")
     need(
         d.env is not None or (c.render.fidelity is None and c.render.size is None),
@@ -325,7 +325,7 @@ def check_values(c: Config) -> None:
         d.env is not None or e.heldout_episodes == 0,
         "eval.heldout_episodes are played in a simulator, but the stream has none (dataset.env: null)",
     )
-    need(0 <= c.seed < 2**31, f"seed must be in [0, 2^31), is {c.seed}")
+    need(0 <= c.seed < 2**31, f"seed must be in [0, 2^31) but is {c.seed}")
     makes = [("dataset.make", d.make)]
     problems += _data_problems("dataset", d)
     if d.pretrain is not None:
@@ -347,10 +347,10 @@ def check_values(c: Config) -> None:
     if name is None:
         problems.append("algorithm.name is missing (for example --algo clare)")
     elif not isinstance(name, str) and not (isinstance(name, list) and name and all(isinstance(n, str) for n in name)):
-        problems.append(f"algorithm.name must be a name or a list of names, is {name!r}")
+        problems.append(f"algorithm.name must be a name or a list of names but is {name!r}")
     elif isinstance(name, list) and len(set(name)) != len(name):
-        problems.append(f"algorithm.name must be one name or a list of different names, is {name}")
-    need(c.policy.get("init") in (None, "random"), f"policy.init must be random (or null), is {c.policy.get('init')!r}")
+        problems.append(f"algorithm.name must be one name or a list of different names but is {name}")
+    need(c.policy.get("init") in (None, "random"), f"policy.init must be random (or null) but is {c.policy.get('init')!r}")
     need(
         not (c.policy.get("init") and c.policy.get("path")),
         "policy.init=random and policy.path exclude each other: a base is either random or given",
@@ -367,7 +367,7 @@ def _data_problems(label: str, data: DatasetConfig | PretrainDataConfig) -> list
     if not data.data and not data.repo_id:
         problems.append(f"{label}.data (a folder) or {label}.repo_id (a data set on the hub) is missing")
     if data.repo_id is not None and REPO_ID.fullmatch(data.repo_id) is None:
-        problems.append(f"{label}.repo_id must be OWNER/NAME (lerobot/libero_10_image), is {clip(data.repo_id, 60)!r}")
+        problems.append(f"{label}.repo_id must be OWNER/NAME (lerobot/libero_10_image) but is {clip(data.repo_id, 60)!r}")
     if data.revision is not None and data.repo_id is None:
         problems.append(f"{label}.revision belongs to {label}.repo_id, which is not given")
     twice = [name for name, n in Counter(data.rename.values()).items() if n > 1]
@@ -408,4 +408,4 @@ def _odd_numbers(value: Any, key: str = "") -> list[str]:
 
 def _choice(problems: list[str], key: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
-        problems.append(f"{key} is '{value}', must be one of {', '.join(known)}")
+        problems.append(f"{key} is '{value}' but must be one of {', '.join(known)}")

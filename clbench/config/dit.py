@@ -71,11 +71,11 @@ class DitSettings:
         for name in POSITIVE:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, is {value!r}.")
+                raise ValueError(f"{name} must be a positive integer but is {value!r}.")
         for name in ("state_clip", "std_floor", "raw_below"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
-                raise ValueError(f"{name} must be a non-negative number, is {value!r}.")
+                raise ValueError(f"{name} must be a non-negative number but is {value!r}.")
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model ({self.d_model}) must be a multiple of n_heads ({self.n_heads}).")
         if self.n_action_steps > self.chunk_size:

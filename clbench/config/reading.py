@@ -65,7 +65,7 @@ class _Place:
         """Raise UserError: what the key `must` be, what it is (`given`), and the right form."""
         shown = f"{key}={form}" if self.command else f"{key.rpartition('.')[2]}: {form}"
         shown = shlex.quote(shown) if self.command else shown
-        found = "" if given is None else f", is {clip(given, 200)!r}"
+        found = "" if given is None else f" but is {clip(given, 200)!r}"
         raise UserError(f"{self.source}: {clip(key)} must be {must}{found}; the form is {clip(shown)}")
 
 
@@ -383,7 +383,7 @@ def _section(node: Any, schema: type, key: str, place: _Place) -> dict[str, Any]
     if schema is WandbConfig and isinstance(node, yaml.ScalarNode):
         return {"enabled": _scalar(node.value, bool, key, place)}
     if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{place.source}: '{clip(key)}' must hold keys and values, is {clip(str(_said(node)))}.")
+        raise UserError(f"{place.source}: '{clip(key)}' must hold keys and values but is {clip(str(_said(node)))}.")
     known = _fields(schema)
     values: dict[str, Any] = {}
     prefix = f"{key}." if key else ""
@@ -397,7 +397,7 @@ def _section(node: Any, schema: type, key: str, place: _Place) -> dict[str, Any]
 def _map(node: Any, inner: Any, key: str, place: _Place) -> dict[str, Any]:
     if not isinstance(node, yaml.MappingNode):
         if inner is Any:
-            raise UserError(f"{place.source}: '{clip(key)}' must hold keys and values, is {clip(str(_said(node)))}.")
+            raise UserError(f"{place.source}: '{clip(key)}' must hold keys and values but is {clip(str(_said(node)))}.")
         place.refuse(key, "a map", _said(node), _map_form(key))
     values: dict[str, Any] = {}
     for name, child in _items(node, key, place):

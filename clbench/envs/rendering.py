@@ -48,7 +48,7 @@ def check_render(render: Mapping[str, Any]) -> tuple[str, int]:
     if fidelity not in FIDELITIES:
         raise UserError(f"render.fidelity is {fidelity!r}, must be one of {', '.join(FIDELITIES)}.")
     if type(size) is not int or not MIN_SIZE <= size <= MAX_SIZE:
-        raise UserError(f"render.size must be a whole number of pixels from {MIN_SIZE} to {MAX_SIZE}, is {size!r}.")
+        raise UserError(f"render.size must be a whole number of pixels from {MIN_SIZE} to {MAX_SIZE} but is {size!r}.")
     return fidelity, size
 
 
