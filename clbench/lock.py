@@ -6,8 +6,8 @@
 FOLDER/.evaluation.lock is locked by the operating system (`flock`) and names its holder: host, process, time, command.
 When released, it is removed. A killed holder leaves the file behind, but not the lock, so the next one takes over.
 Where a file system has no `flock` (ENOLCK, EOPNOTSUPP, ENOSYS; some network mounts), the file alone is the lock: its
-holder counts as dead when its process is gone from this machine. A holder on another machine cannot be checked, either
-there or where `flock` works only within one machine: its file is respected until someone removes it.
+holder counts as dead when its process is gone from this machine. A holder on another machine cannot be checked there,
+nor where `flock` works only within one machine: its file is respected until someone removes it.
 
 A run's folder may come from somebody else, and a lock file with it: what it says is checked before it is believed, and
 a link is never followed, because the file is overwritten.

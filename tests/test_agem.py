@@ -67,5 +67,5 @@ def test_a_run_is_a_plain_loop(toy_data: Path, tmp_path: Path, monkeypatch: pyte
 def test_impossible_settings_are_refused(toy_data: Path) -> None:
     for key in ("buffer_size_per_task", "reference_batch_size"):
         section: dict[str, Any] = {"name": "agem", key: 0}
-        with pytest.raises(UserError, match=f"algorithm.{key} must be at least 1, is 0"):
+        with pytest.raises(UserError, match=f"algorithm.{key} must be at least 1 but is 0"):
             build_algorithm(toy_config(toy_data, section))

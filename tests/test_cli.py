@@ -352,7 +352,7 @@ def test_base_that_is_no_checkpoint(refused: Refused, run_yaml: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["policy.init=zeros"], "policy.init must be random (or null), is 'zeros'"),
+        (["policy.init=zeros"], "policy.init must be random (or null) but is 'zeros'"),
         (["policy.init=random", "policy.path=somewhere"], "exclude each other"),
         (["policy.init=random", "eval.heldout_episodes=2"], "a given or random base has none"),
     ],

@@ -321,5 +321,5 @@ def test_wandb_is_a_switch_or_settings() -> None:
 
 
 def test_an_algorithm_named_twice_is_refused_by_the_configuration() -> None:
-    with pytest.raises(UserError, match=r"list of different names, is \['er', 'er'\]"):
+    with pytest.raises(UserError, match=r"list of different names but is \['er', 'er'\]"):
         compose(model="dit_dec_tiny", algorithms=["er", "er"], dataset="metaworld_quick", registered=["er"])

@@ -242,8 +242,8 @@ def test_metrics_appear_with_what_they_are_made_of(played: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["train.eval_during_training=0"], "train.eval_during_training must be at least 1 (or null), is 0"),
-        (["train.keep_weights_every_steps=0"], "train.keep_weights_every_steps must be at least 1 (or null), is 0"),
+        (["train.eval_during_training=0"], "train.eval_during_training must be at least 1 (or null) but is 0"),
+        (["train.keep_weights_every_steps=0"], "train.keep_weights_every_steps must be at least 1 (or null) but is 0"),
         (["train.eval_during_training=5", "train.steps=4"], "(5) divides a task's steps, but train.steps is 4"),
         (["eval.curve_split=train"], "eval.curve_split is 'train'"),
         (["dataset.env=null", "train.eval_during_training=2"], "the stream has no simulator"),

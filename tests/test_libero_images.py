@@ -191,7 +191,7 @@ def test_a_mismatch_is_said_before_training_starts(tmp_path: Path, capsys: pytes
 
 def test_how_images_are_drawn_is_checked(tmp_path: Path) -> None:
     for override, message in (
-        ("render.fidelity=fst", "render.fidelity is 'fst', must be one of fast, full"),
+        ("render.fidelity=fst", "render.fidelity is 'fst' but must be one of fast, full"),
         ("render.size=0", "render.size must be between 16 and 2048"),
         ("render.mismatch=maybe", "render.mismatch is 'maybe'"),
         ("render.sice=64", "unknown key 'render.sice'. Did you mean 'size'"),

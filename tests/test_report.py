@@ -611,7 +611,7 @@ def test_what_rows_differ_in_beyond_their_method_is_said(tmp_path: Path) -> None
     said = beyond_the_method(groups)
     steps = {g.label: g.runs[0].phases["train"][0] for g in groups}
     assert said == (
-        f"Beyond the method, rows differ in steps per task (seqfft: {steps['seqfft']} steps; clare: "
+        f"Beyond the method, rows differ in training per task (seqfft: {steps['seqfft']} steps; clare: "
         f"{steps['clare']} steps, 50 detect batches, 400 discriminators steps; packnet (task id): 300 steps, "
         "150 retrain steps); in the task's identity at test time (given to packnet (task id)); in settings: "
         "train.optimizer.lr (0.001, 0.0003)."

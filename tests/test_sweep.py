@@ -64,7 +64,7 @@ def test_two_runs_for_one_folder_are_refused(tmp_path: Path) -> None:
         ("overrides: [train.steps=many]", r"mine\.yaml: train\.steps must be a whole number"),
         ("modle: x", "Did you mean 'model'"),
         ("parallel: many", "parallel"),
-        ("parallel: -3", r"parallel must be at least 1, is -3"),
+        ("parallel: -3", r"parallel must be at least 1 but is -3"),
     ],
 )
 def test_mistakes_show_before_anything_runs(tmp_path: Path, text: str, message: str) -> None:

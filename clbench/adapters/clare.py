@@ -150,7 +150,7 @@ class ClareConfig(PeftConfig):
             ("func_adapter_cfg.lora_layers", a["lora_layers"], ("whole", "linears")),
         ):
             if value not in known:
-                raise UserError(f"CLARE configuration: {name} is {value!r}, must be one of {', '.join(known)}.")
+                raise UserError(f"CLARE configuration: {name} is {value!r} but must be one of {', '.join(known)}.")
         for name, value in (
             ("batch_first", self.batch_first),
             ("use_trainable_copy", self.use_trainable_copy),
@@ -159,7 +159,7 @@ class ClareConfig(PeftConfig):
             ("func_adapter_cfg.use_lora", a["use_lora"]),
         ):
             if not isinstance(value, bool):
-                raise UserError(f"CLARE configuration: {name} must be true or false, is {value!r}.")
+                raise UserError(f"CLARE configuration: {name} must be true or false but is {value!r}.")
         inner = a["use_lora"] and a["lora_layers"] == "linears"
         for wrong, message in (
             (self.batch_first != d["batch_first"], "batch_first and discriminator_cfg.batch_first differ: both see the "
@@ -189,13 +189,15 @@ class ClareConfig(PeftConfig):
             ("func_adapter_cfg.lora_rank", a["lora_rank"]),
         ):
             if type(value) is not int or value < 1:
-                raise UserError(f"CLARE configuration: {name} must be a positive integer, is {value!r}.")
+                raise UserError(f"CLARE configuration: {name} must be a positive integer but is {value!r}.")
         for name, value in (("discriminator_cfg.lora_alpha", d["lora_alpha"]), ("discriminator_cfg.beta", d["beta"]),
                             ("func_adapter_cfg.lora_alpha", a["lora_alpha"])):  # fmt: skip
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise UserError(f"CLARE configuration: {name} must be a number from 0 on, is {value!r}.")
+                raise UserError(f"CLARE configuration: {name} must be a number from 0 on but is {value!r}.")
         if not isinstance(d["momentum"], int | float) or not 0 < d["momentum"] <= 1:
-            raise UserError(f"CLARE configuration: discriminator_cfg.momentum must be in (0, 1], is {d['momentum']}.")
+            raise UserError(
+                f"CLARE configuration: discriminator_cfg.momentum must be in (0, 1] but is {d['momentum']}."
+            )
 
     def _check_structure(self) -> None:
         for key, counts in self.structure.items():

@@ -193,11 +193,11 @@ class CLARE(CLAlgorithm):
         ):  # fmt: skip
             value = getattr(c, name)
             if value is not None and value < 1:
-                raise UserError(f"algorithm.{name} must be at least 1, is {value}.")
+                raise UserError(f"algorithm.{name} must be at least 1 but is {value}.")
         for name in ("detect_num_workers", "discriminator_num_workers", "discriminator_eval_every"):
             value = getattr(c, name)
             if value is not None and value < 0:
-                raise UserError(f"algorithm.{name} must not be negative, is {value}.")
+                raise UserError(f"algorithm.{name} must not be negative but is {value}.")
         if c.discriminator_eval_every and c.discriminator_eval_every < c.discriminator_steps:
             raise UserError(
                 f"algorithm.discriminator_eval_every is {c.discriminator_eval_every}, and a task is evaluated after "
@@ -209,12 +209,12 @@ class CLARE(CLAlgorithm):
         for name in ("adapter_lr", "discriminator_lr"):
             value = getattr(c, name)
             if value is not None and not 0 < value < math.inf:
-                raise UserError(f"algorithm.{name} must be positive, is {value}.")
+                raise UserError(f"algorithm.{name} must be positive but is {value}.")
         for name in ("discriminator_weight_decay", "discriminator_grad_clip"):
             if not 0 <= getattr(c, name) < math.inf:
-                raise UserError(f"algorithm.{name} must not be negative, is {getattr(c, name)}.")
+                raise UserError(f"algorithm.{name} must not be negative but is {getattr(c, name)}.")
         if not math.isfinite(c.expand_threshold):
-            raise UserError(f"algorithm.expand_threshold must be a finite number, is {c.expand_threshold}.")
+            raise UserError(f"algorithm.expand_threshold must be a finite number but is {c.expand_threshold}.")
         if c.at_least_expand < 0 or (c.maximum_expand is not None and c.maximum_expand < c.at_least_expand):
             raise UserError(
                 f"algorithm.at_least_expand ({c.at_least_expand}) must be at least 0 and at most "
@@ -230,7 +230,7 @@ class CLARE(CLAlgorithm):
         ):
             value = getattr(c, name)
             if value not in known:
-                raise UserError(f"algorithm.{name} is '{value}', must be one of {', '.join(known)}.")
+                raise UserError(f"algorithm.{name} is '{value}' but must be one of {', '.join(known)}.")
         if config.train.optimizer_across_tasks == "carried":
             raise UserError("clare trains new parameters for every task: train.optimizer_across_tasks must be fresh.")
         self._peft = self._peft_config(str(config.policy.get("type", "")))

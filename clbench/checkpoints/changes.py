@@ -32,7 +32,7 @@ PLACES = ("dataset.data", "dataset.pretrain.data", "policy.path", "algorithm.pef
 
 
 def check_overrides(folder: Path, config: Config, allowed: Sequence[str]) -> None:
-    """Raise UserError for changes that the run in `folder` may not resume with, if visible without algorithms' imports.
+    """Raise UserError for changes that the run in `folder` may not resume with, as far as no algorithm is imported.
 
     `changes` checks everything: defaults of algorithms, and what paths name.
     """

@@ -350,7 +350,10 @@ def check_values(c: Config) -> None:
         problems.append(f"algorithm.name must be a name or a list of names but is {name!r}")
     elif isinstance(name, list) and len(set(name)) != len(name):
         problems.append(f"algorithm.name must be one name or a list of different names but is {name}")
-    need(c.policy.get("init") in (None, "random"), f"policy.init must be random (or null) but is {c.policy.get('init')!r}")
+    need(
+        c.policy.get("init") in (None, "random"),
+        f"policy.init must be random (or null) but is {c.policy.get('init')!r}",
+    )
     need(
         not (c.policy.get("init") and c.policy.get("path")),
         "policy.init=random and policy.path exclude each other: a base is either random or given",
@@ -367,7 +370,9 @@ def _data_problems(label: str, data: DatasetConfig | PretrainDataConfig) -> list
     if not data.data and not data.repo_id:
         problems.append(f"{label}.data (a folder) or {label}.repo_id (a data set on the hub) is missing")
     if data.repo_id is not None and REPO_ID.fullmatch(data.repo_id) is None:
-        problems.append(f"{label}.repo_id must be OWNER/NAME (lerobot/libero_10_image) but is {clip(data.repo_id, 60)!r}")
+        problems.append(
+            f"{label}.repo_id must be OWNER/NAME (lerobot/libero_10_image) but is {clip(data.repo_id, 60)!r}"
+        )
     if data.revision is not None and data.repo_id is None:
         problems.append(f"{label}.revision belongs to {label}.repo_id, which is not given")
     twice = [name for name, n in Counter(data.rename.values()).items() if n > 1]

@@ -46,7 +46,7 @@ def check_render(render: Mapping[str, Any]) -> tuple[str, int]:
             raise UserError(f"unknown rendering option '{key}'.{nearest(str(key), ('fidelity', 'size'))}")
     fidelity, size = render.get("fidelity", DEFAULT_FIDELITY), render.get("size", DEFAULT_SIZE)
     if fidelity not in FIDELITIES:
-        raise UserError(f"render.fidelity is {fidelity!r}, must be one of {', '.join(FIDELITIES)}.")
+        raise UserError(f"render.fidelity is {fidelity!r} but must be one of {', '.join(FIDELITIES)}.")
     if type(size) is not int or not MIN_SIZE <= size <= MAX_SIZE:
         raise UserError(f"render.size must be a whole number of pixels from {MIN_SIZE} to {MAX_SIZE} but is {size!r}.")
     return fidelity, size

@@ -20,7 +20,7 @@ def beyond_the_method(groups: Sequence[Group]) -> str:
     steps = {label: _steps(run) for label, run in rows}
     if len(set(steps.values()) - {""}) > 1:
         known = "; ".join(f"{label}: {text}" for label, text in steps.items() if text)
-        parts.append(f"steps per task ({known})")
+        parts.append(f"training per task ({known})")
     told = [label for label, run in rows if _is_told(run)]
     if told and len(told) < len(rows):
         parts.append(f"the task's identity at test time (given to {', '.join(told)})")

@@ -18,9 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, names under results/, or packed results")
     parser.add_argument("--name", help="name of a report of several runs (default: the data set)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write to")
-    parser.add_argument(
-        "--split", choices=(TEST, VALIDATION), default=TEST, help="which episodes (default: test)"
-    )
+    parser.add_argument("--split", choices=(TEST, VALIDATION), default=TEST, help="which episodes (default: test)")
     parser.add_argument("--bootstrap", type=whole, default=1000, metavar="N", help="resamples (0: none)")
 
 

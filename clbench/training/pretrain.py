@@ -154,7 +154,9 @@ def ensure_base(config: Config, backend: Backend, stop: Stop, progress: str = "a
         with lock_file as lock, ExitStack() as waiting:
             while not backend.agree(_locked(lock) if backend.is_main else True):
                 if backend.any(bool(stop.reason))[0]:
-                    raise Interrupted("stopped while another run is making the base. The same command continues.")
+                    raise Interrupted(
+                        "stopped while another run is making the base. The same command continues from there."
+                    )
                 if not said:
                     say(backend, f"another run is making the base {folder} ({holder(lock.fileno())}); waiting for it")
                     so_far = partial(_progress, _unfinished(folder), config.pretrain.steps)

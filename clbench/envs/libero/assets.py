@@ -212,9 +212,7 @@ def _find(folder: Path, source: str) -> Path:
 def _extract(archive: Path, folder: Path) -> None:
     """Unpack `archive` into `folder`, regular files and folders only, within bounds."""
     if not archive.is_file():
-        raise UserError(
-            f"no file or folder {archive}. Give an archive of LIBERO's assets, a folder, or 'hub'."
-        )
+        raise UserError(f"no file or folder {archive}. Give an archive of LIBERO's assets, a folder, or 'hub'.")
     files = total = 0
     try:
         with tarfile.open(archive, "r:*") as tar:

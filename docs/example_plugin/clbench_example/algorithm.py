@@ -30,7 +30,7 @@ class Average(CLAlgorithm):
 
     def check(self, config: object) -> None:
         if not 0 < self.config.share <= 1:
-            raise UserError(f"algorithm.share must be in (0, 1], is {self.config.share}.")
+            raise UserError(f"algorithm.share must be in (0, 1] but is {self.config.share}.")
 
     def on_task_start(self, ctx: Context) -> None:
         self.before = {n: p.detach().clone() for n, p in ctx.policy.named_parameters() if p.requires_grad}

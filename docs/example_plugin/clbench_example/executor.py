@@ -13,7 +13,7 @@ class OneByOne:
     def run(self, units, stop):
         statuses, todo = {}, list(units)
         while todo := leave_out(todo, statuses):
-            stop.check("What is done is kept: give the same command again.")
+            stop.check("What is done is kept: run the same command again.")
             unit = admissible(todo, statuses)[0]
             todo.remove(unit)
             unit.log.parent.mkdir(parents=True, exist_ok=True)
