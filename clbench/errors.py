@@ -46,7 +46,7 @@ MEMORY = (
     "of processes"
 )
 SHARED_MEMORY = (
-    "/dev/shm, through which processes pass data, is full. Make it larger (docker run --shm-size=8g), or set "
+    "/dev/shm is full (processes pass data through it). Make it larger (docker run --shm-size=8g), or set "
     "train.num_workers=0, which does not use it"
 )
 # What libraries say when a machine runs out of something → what it means.

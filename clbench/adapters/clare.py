@@ -633,7 +633,7 @@ def load_adapter(policy: nn.Module, folder: Path) -> ClareConfig:
     }
     if state.keys() != expected:
         odd = sorted(state.keys() ^ expected)
-        raise UserError(f"{folder / WEIGHTS_FILE} does not fit its adapter_config.json (for example {odd[0]}).")
+        raise UserError(f"{folder / WEIGHTS_FILE} does not match its adapter_config.json (for example {odd[0]}).")
     set_peft_model_state_dict(policy, state, adapter_name=ADAPTER)
     policy.requires_grad_(False)
     return config
