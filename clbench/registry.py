@@ -56,11 +56,13 @@ OWN: dict[str, dict[str, str]] = {
     },
     "simulators": {
         "metaworld": "clbench.envs.metaworld:Metaworld",
+        "metaworld_pixels": "clbench.envs.metaworld:MetaworldPixels",
         "libero": "clbench.envs.libero.images:Libero",
         "libero_state": "clbench.envs.libero.simulator:LiberoState",
     },
     "experts": {  # by environment type
         "metaworld": "clbench.data.experts.metaworld:MetaworldExperts",
+        "metaworld_pixels": "clbench.data.experts.metaworld:MetaworldExperts",
         "libero": "clbench.data.experts.libero:LiberoExperts",
         "libero_state": "clbench.data.experts.libero:LiberoExperts",
     },

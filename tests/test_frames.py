@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from lerobot.datasets import LeRobotDataset
 
 import clbench.policies  # noqa: F401
 from clbench.checkpoints.policy_io import policy_config
-from clbench.data.frames import FrameTable, SampleOrder, StreamFrames, concat, load_batches, select
+from clbench.data.frames import FrameTable, SampleOrder, StreamFrames, concat, load_batches, select, unpacked
 from clbench.streams.stream import Task, build_stream
 from clbench.testing.toy import TASKS, make_toy_data, toy_config
 
@@ -63,23 +65,98 @@ def test_joint_visit_indexes_all_its_tasks(toy_data: Path) -> None:
     assert batch["task_index"].tolist() == [0, 1, 2]
 
 
-def test_images_go_through_lerobot_with_and_without_workers(tmp_path: Path) -> None:
+def images_and_tasks(tmp_path: Path) -> list[Task]:
     root = make_toy_data(tmp_path / "images", ["hammer-v3", "push-v3"], episodes=2, length=6, images=True)
-    tasks = [
+    return [
         Task(n, TASKS[n], root, e, {"type": "metaworld", "task": n}, 10)
-        for n, e in (("hammer-v3", (0, 1)), ("push-v3", (2, 3)))
+        for n, e in (("hammer-v3", (0, 1)), ("push-v3", (3, 2)))  # not in the order of the files
     ]
-    frames = StreamFrames([(t,) for t in tasks], POLICY)
-    assert frames.decoded
-    refs = [torch.tensor([[1, 3], [0, 11]]), torch.tensor([[0, 0], [1, 1]])]
-    here = list(load_batches(frames, iter(refs), workers=0))
-    there = list(load_batches(frames, iter(refs), workers=2))
-    for a, b in zip(here, there, strict=True):
-        assert a["task"] == b["task"]
-        assert a["observation.images.top"].shape == (2, 3, 32, 32)
-        assert torch.equal(a["observation.images.top"], b["observation.images.top"])
-        assert torch.equal(a["action"], b["action"])
+
+
+def same_batches(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(
+        torch.equal(v, b[k]) and v.dtype == b[k].dtype if torch.is_tensor(v) else v == b[k] for k, v in a.items()
+    )
+
+
+REFS = [torch.tensor([[1, 3], [0, 11]]), torch.tensor([[0, 0], [1, 1]]), torch.tensor([[1, 11], [1, 0]])]
+TOP = "observation.images.top"
+
+
+def test_images_are_the_same_from_lerobot_from_workers_and_kept_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLBENCH_CACHE_ROOT", str(tmp_path / "cache"))
+    tasks = [(t,) for t in images_and_tasks(tmp_path)]
+    anew, kept = StreamFrames(tasks, POLICY, cache_gb=0), StreamFrames(tasks, POLICY)
+    assert anew.decoded and not kept.decoded
+    assert len(list((tmp_path / "cache" / "frames").glob("images-*/*.uint8"))) == 2  # one per task
+    here = list(load_batches(anew, iter(REFS), workers=0))
+    there = list(load_batches(anew, iter(REFS), workers=2))
+    indexed = list(load_batches(kept, iter(REFS), workers=2))
+    for a, b, c in zip(here, there, indexed, strict=True):
+        assert a[TOP].shape == (2, 3, 32, 32) and a[TOP].dtype == torch.uint8
+        assert same_batches(a, b) and same_batches(a, c)
     assert here[0]["task"] == [TASKS["push-v3"], TASKS["hammer-v3"]]
+    lerobot = kept.parts(1)[0]._lerobot[0][6 + 3]  # LeRobot's third frame of episode 3, the first of the task
+    assert torch.equal(unpacked(here[0])[TOP][0], lerobot[TOP])
+
+
+def test_a_history_of_images_repeats_the_first_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Looks(type(POLICY)):  # type: ignore[misc]
+        observation_delta_indices = (-2, 0)
+
+    monkeypatch.setenv("CLBENCH_CACHE_ROOT", str(tmp_path / "cache"))
+    policy = Looks(chunk_size=4, action_patch=2)
+    tasks = [(t,) for t in images_and_tasks(tmp_path)]
+    anew, kept = StreamFrames(tasks, policy, cache_gb=0), StreamFrames(tasks, policy)
+    for refs in REFS:
+        a, b = anew.fetch(refs), kept.fetch(refs)
+        assert a[TOP].shape == (2, 2, 3, 32, 32) and same_batches(a, b)
+    assert a[f"{TOP}_is_pad"].tolist() == [[False, False], [True, False]]
+
+
+def test_damaged_images_are_decoded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CLBENCH_CACHE_ROOT", str(tmp_path / "cache"))
+    tasks = [(t,) for t in images_and_tasks(tmp_path)]
+    before = StreamFrames(tasks, POLICY).fetch(REFS[0])
+    first, second = sorted((tmp_path / "cache").rglob("*.uint8"))
+    written = first.stat().st_mtime_ns
+    StreamFrames(tasks, POLICY)
+    assert first.stat().st_mtime_ns == written and "decoding" not in capsys.readouterr().err
+    data = bytearray(first.read_bytes())
+    data[1000] ^= 1
+    first.write_bytes(data)  # one bit
+    second.write_bytes(second.read_bytes()[:-1])  # cut
+    assert same_batches(StreamFrames(tasks, POLICY).fetch(REFS[0]), before)
+    said = capsys.readouterr().err
+    assert "is damaged; decoding" in said and "is not whole; decoding" in said
+    first.with_suffix(".json").write_text("{")
+    assert same_batches(StreamFrames(tasks, POLICY).fetch(REFS[0]), before)
+
+
+def test_images_that_take_too_much_room_are_decoded_for_every_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CLBENCH_CACHE_ROOT", str(tmp_path / "cache"))
+    tasks = [(t,) for t in images_and_tasks(tmp_path)]
+    needed = 24 * 32 * 32 * 3
+    assert StreamFrames(tasks, POLICY, cache_gb=(needed - 1) / 1e9).decoded
+    assert "more than train.frame_cache_gb" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+    assert not StreamFrames(tasks, POLICY, cache_gb=needed / 1e9).decoded
+
+
+def test_images_are_decoded_anew_for_changed_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLBENCH_CACHE_ROOT", str(tmp_path / "cache"))
+    tasks = images_and_tasks(tmp_path)
+    StreamFrames([(t,) for t in tasks], POLICY)
+    table = next((tasks[0].root / "data").rglob("*.parquet"))
+    os.utime(table, ns=(1, 1))  # of a set whose files have no sums, times count
+    StreamFrames([(t,) for t in tasks], POLICY)
+    assert len(list((tmp_path / "cache" / "frames").iterdir())) == 2
 
 
 def test_order_is_epochs_of_permutations_from_any_position() -> None:

@@ -185,7 +185,8 @@ def test_images_are_packed_without_loss() -> None:
     other = torch.rand(3, 3, 4, 4, generator=g(1))
     batch = {"observation.images.top": image, "observation.image_like": other, "x": torch.arange(3), "task": ["a"] * 3}
     kept = packed(batch)
-    assert kept["observation.images.top/uint8"].dtype == torch.uint8
+    assert kept["observation.images.top"].dtype == torch.uint8
+    assert kept["observation.image_like"].dtype == torch.float32  # these did not come from bytes
     back = unpacked(kept)
     assert back.keys() == batch.keys()
     assert all(torch.equal(back[n], v) if torch.is_tensor(v) else back[n] == v for n, v in batch.items())

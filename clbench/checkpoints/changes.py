@@ -21,9 +21,9 @@ from clbench.streams.stream import TaskStream, pretraining_data
 
 # What may differ when a run is resumed: no weight changes (threads, ranks and devices change the last bits of sums).
 FREE_ON_RESUME = (
-    "log.", "eval.", "output_dir", "train.threads", "train.num_workers", "train.log_every", "train.strategy",
-    "train.collective_timeout_s", "train.device", "train.save_every_", "train.compile", "train.on_nonfinite",
-    "train.eval_during_training", "train.keep_weights_every_steps",
+    "log.", "eval.", "output_dir", "train.threads", "train.num_workers", "train.frame_cache_gb", "train.log_every",
+    "train.strategy", "train.collective_timeout_s", "train.device", "train.save_every_", "train.compile",
+    "train.on_nonfinite", "train.eval_during_training", "train.keep_weights_every_steps",
     "dataset.recipes",
 )  # fmt: skip
 AS_THE_DATA = ("render.fidelity", "render.size")  # null: as the training data; the trainer records what they were

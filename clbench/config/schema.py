@@ -52,7 +52,9 @@ class TrainConfig:
         tf32: let NVIDIA GPUs round the inputs of fp32 matrix products to TF32: faster, less exact.
         compile: torch.compile the policy for training on the stream; on the CPU this needs a C++ compiler.
         log_every: steps between log lines.
-        num_workers: loader processes, for data that has to be decoded (images).
+        num_workers: loader processes, for images that have to be decoded anew for every batch.
+        frame_cache_gb: decoded camera images are kept on disk (in the cache root) while those of a stream take no more
+            than this; otherwise, and with 0, they are decoded for every batch.
         threads: torch threads; null = on the CPU 1 (2 for pretraining the base), however many cores there are, because
             another number changes the last bits of sums, and with them the run; on a GPU torch's default.
         device: cpu | cuda | auto.
@@ -78,6 +80,7 @@ class TrainConfig:
     compile: bool = False
     log_every: int = 25
     num_workers: int = 2
+    frame_cache_gb: float = 20.0
     threads: Optional[int] = None  # noqa: UP045 (OmegaConf reads this form)
     device: str = "auto"
     strategy: str = "ddp"

@@ -1,8 +1,10 @@
 """Training samples of tasks: the same dictionaries LeRobotDataset gives, fetched a batch at a time.
 
-A sample is one frame with its action chunk. Data without cameras is held as tensors and indexed (about 100 times
-faster than per-item reads); data with cameras goes through LeRobotDataset's own item access, in loader workers.
-Batches are raw: LeRobot keys, not normalised, with `task` texts.
+A sample is one frame with its action chunk. Numbers are held as tensors and indexed (about 100 times faster than
+per-item reads); camera images are decoded once, kept on disk (frame_cache.py) and indexed as well. Only where they
+would take too much room do samples with images go through LeRobotDataset's own item access, in loader workers.
+Batches are raw: LeRobot keys, not normalised, with `task` texts; images are uint8 (n, channels, height, width), or
+(n, steps, channels, height, width) for a policy that looks at several.
 """
 
 from __future__ import annotations
@@ -12,10 +14,11 @@ import os
 import re
 import signal
 import threading
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from clbench.data.frame_cache import cache_folder, cached_images, decoded_images
 from clbench.data.lerobot_set import BOOKKEEPING, image_shape, read_columns
 from clbench.data.task import Task
 from clbench.errors import UserError
@@ -41,6 +45,7 @@ Deltas = dict[str, list[int]]  # feature → frame offsets, e.g. {"action": [0, 
 # complete on this machine: this is not a valid name on a hub, so the request fails before it is sent.
 NO_HUB = "on this machine"
 NOT_NUMBERS = ("string", "language", "image", "video")
+CACHE_GB = 20.0  # of decoded images of a stream, unless train.frame_cache_gb says otherwise
 
 
 def frame_deltas(policy: PreTrainedConfig, features: dict[str, Any]) -> Deltas:
@@ -95,9 +100,14 @@ class FrameTable:
 
     def window(self, key: str, frames: Tensor, offsets: list[int]) -> tuple[Tensor, Tensor]:
         """Return values (n, len(offsets), …) and padding (n, len(offsets)): outside an episode its edge repeats."""
+        rows, pad = self.rows(frames, offsets)
+        return self.columns[key][rows], pad
+
+    def rows(self, frames: Tensor, offsets: list[int]) -> tuple[Tensor, Tensor]:
+        """Return which rows (n, len(offsets)) such a window has, and where it is padded."""
         want = frames[:, None] + torch.tensor(offsets)
         low, high = self.episode_from[frames][:, None], self.episode_to[frames][:, None] - 1
-        return self.columns[key][want.clamp(low, high)], (want < low) | (want > high)
+        return want.clamp(low, high), (want < low) | (want > high)
 
 
 def all_names(names: dict[str, str] | None, features: Iterable[str]) -> dict[str, str]:
@@ -110,6 +120,8 @@ class TaskFrames:
 
     Attributes:
         features: LeRobot's description of each used feature, by its name here.
+        decoded: whether each batch's images are decoded anew; otherwise they are kept decoded, or there are none.
+        cameras: name here → name in the data set.
     """
 
     def __init__(self, task: Task, policy: PreTrainedConfig, tables: dict[Path, FrameTable]) -> None:
@@ -128,7 +140,10 @@ class TaskFrames:
             raise _unreadable(task.root, e) from e
         self._names = all_names(task.features, self.meta.features)
         self.features = {here: described_feature(self.meta.features[there]) for there, here in self._names.items()}
-        self.decoded = any(f["dtype"] in ("image", "video") for f in self.features.values())
+        images = ("image", "video")
+        self.cameras = {here: n for n, here in self._names.items() if self.features[here]["dtype"] in images}
+        self.decoded = bool(self.cameras)
+        self._kept: dict[str, Tensor] = {}
         self.deltas = frame_deltas(policy, self.features)
 
     @property
@@ -164,6 +179,13 @@ class TaskFrames:
             raise UserError(f"{self.task.root} has no episode {missing[0]}, which its own record lists. Make it again.")
         return torch.cat([torch.arange(*starts[e]) for e in self.task.episodes])
 
+    @cached_property
+    def _place(self) -> Tensor:
+        """(N,) where each row of `table` stands in `frames`; −1 where it does not."""
+        place = torch.full((len(self.table.episode_from),), -1)
+        place[self.frames] = torch.arange(len(self.frames))
+        return place
+
     def __len__(self) -> int:
         return len(self.frames)
 
@@ -184,10 +206,68 @@ class TaskFrames:
             total += size * int(np.prod(feature["shape"])) * len(self.deltas.get(key, [0]))
         return total
 
+    def image_bytes(self) -> int:
+        """Bytes that all decoded images of the task take."""
+        shapes = [self.features[camera]["shape"] for camera in self.cameras]
+        return len(self) * sum(int(np.prod(shape)) for shape in shapes)
+
+    def keep_decoded(self) -> None:
+        """From now on index images that are decoded and kept on disk; they are decoded now where they are not yet."""
+        folder = cache_folder(self.task.root)
+        for here, there in self.cameras.items():
+            height, width, channels = self.features[here]["shape"]
+            video = self.features[here]["dtype"] == "video"
+            decode = partial(self._video_frames if video else self._image_frames, there)
+            what = f"{self.task.name}, {here}"
+            shape = (len(self), height, width, channels)
+            kept = cached_images(folder, there, self.task.episodes, shape, decode, what)
+            with warnings.catch_warnings():  # torch warns of arrays that cannot be written; nobody writes to this one
+                warnings.simplefilter("ignore", UserWarning)
+                self._kept[here] = torch.from_numpy(kept)
+        self.decoded = False
+
+    def _image_frames(self, column: str) -> Iterator[np.ndarray]:
+        """A column's images, in the order of `frames`; read file by file."""
+        import pyarrow.parquet as pq
+
+        wanted = set(self.task.episodes)
+        place = {int(n): i for i, n in enumerate(self.table.columns["index"][self.frames].tolist())}
+        ahead: dict[int, np.ndarray] = {}  # not their turn yet: the files' order of episodes may differ
+        turn = 0
+
+        columns = ["index", "episode_index", column]
+
+        def values() -> Iterator[tuple[int, dict[str, Any]]]:
+            for path in sorted((self.task.root / "data").glob("*/*.parquet")):
+                for rows in pq.ParquetFile(path).iter_batches(batch_size=64, columns=columns):
+                    for row in rows.to_pylist():
+                        if row["episode_index"] in wanted:
+                            yield place[row["index"]], row[column]
+
+        places, images = itertools.tee(values())
+        for (at, _), image in zip(places, decoded_images((v for _, v in images), self.task.root), strict=True):
+            ahead[at] = image
+            while turn in ahead:
+                yield ahead.pop(turn)
+                turn += 1
+
+    def _video_frames(self, camera: str) -> Iterator[np.ndarray]:
+        """A camera's frames, in the order of `frames`; decoded episode by episode."""
+        from lerobot.datasets.video_utils import decode_video_frames
+
+        table, meta = self.table, self.meta
+        for e in self.task.episodes:
+            path = self.task.root / meta.get_video_file_path(e, camera)
+            start = float(meta.episodes[e][f"videos/{camera}/from_timestamp"])
+            times = table.columns["timestamp"][slice(*table.episode_start[e])].double() + start
+            for some in times.split(64):
+                images = decode_video_frames(path, some.tolist(), 1e-4, return_uint8=True)
+                yield from images.permute(0, 2, 3, 1).numpy()
+
     def fetch(self, indices: Tensor) -> Batch:
         """Return the samples at `indices` (n,), each in [0, len)."""
         if self.decoded:
-            return default_collate([self._item(int(i)) for i in indices])
+            return packed(default_collate([self._item(int(i)) for i in indices]))
         frames = self.frames[indices]
         table = self.table
         batch: Batch = {}
@@ -196,6 +276,12 @@ class TaskFrames:
                 batch[key], batch[f"{key}_is_pad"] = table.window(key, frames, self.deltas[key])
             else:
                 batch[key] = column[frames]
+        for key, images in self._kept.items():
+            if key in self.deltas:
+                rows, batch[f"{key}_is_pad"] = table.rows(frames, self.deltas[key])
+                batch[key] = images[self._place[rows]].movedim(-1, -3)
+            else:
+                batch[key] = images[indices].movedim(-1, -3)
         batch["task"] = [self.task.instruction] * len(frames)
         return batch
 
@@ -231,10 +317,28 @@ def described_feature(feature: dict[str, Any]) -> dict[str, Any]:
 class StreamFrames:
     """The samples of several visits. A reference is a row (visit, index) of an int64 tensor (n, 2)."""
 
-    def __init__(self, visits: Sequence[tuple[Task, ...]], policy: PreTrainedConfig) -> None:
+    def __init__(
+        self, visits: Sequence[tuple[Task, ...]], policy: PreTrainedConfig, cache_gb: float = CACHE_GB
+    ) -> None:
+        """`cache_gb`: keep decoded images on disk while they take no more than this; else decode for every batch."""
         self._tables: dict[Path, FrameTable] = {}
         self._parts = [[TaskFrames(t, policy, self._tables) for t in tasks] for tasks in visits]
         self._copies: dict[int, tuple[Tensor, Batch]] = {}
+        self._keep_decoded(cache_gb)
+
+    def _keep_decoded(self, cache_gb: float) -> None:
+        seen = [p for parts in self._parts for p in parts if p.cameras]
+        if not seen or cache_gb == 0:
+            return
+        needed = sum({(p.task.root, p.task.episodes): p.image_bytes() for p in seen}.values())
+        if needed > cache_gb * 1e9:
+            tell(
+                f"note: the decoded images would take {needed / 1e9:.1f} GB, more than train.frame_cache_gb="
+                f"{cache_gb:g}: they are decoded anew for every batch, by train.num_workers processes."
+            )
+            return
+        for part in seen:
+            part.keep_decoded()
 
     @property
     def decoded(self) -> bool:
@@ -259,7 +363,7 @@ class StreamFrames:
         rows = torch.searchsorted(indices, index).clamp(max=len(indices) - 1)
         if not torch.equal(indices[rows], index):
             return None
-        return unpacked(select(samples, rows))
+        return select(samples, rows)
 
     def fetch(self, refs: Tensor) -> Batch:
         """Return the referenced samples, in the order of `refs`."""
@@ -285,31 +389,39 @@ class StreamFrames:
         return select(concat(groups), torch.cat(order).argsort())
 
 
-PACKED = "/uint8"  # suffix of a key whose values are kept as bytes
-
-
 def packed(batch: Batch) -> Batch:
-    """The same samples for storing: images in [0, 1] that came from bytes become bytes again (exact, a quarter)."""
+    """The same samples with images as bytes, if they came from bytes: exact, and a quarter of the size."""
     out: Batch = {}
     for key, value in batch.items():
-        if key.startswith("observation.image") and torch.is_tensor(value) and value.dtype == torch.float32:
+        out[key] = value
+        if is_image(key) and torch.is_tensor(value) and value.dtype == torch.float32:
             as_bytes = (value * 255).round().to(torch.uint8)
             if torch.equal(as_bytes.float() / 255, value):
-                out[key + PACKED] = as_bytes
-                continue
-        out[key] = value
+                out[key] = as_bytes
     return out
 
 
-def unpacked(batch: Batch) -> Batch:
-    """Undo `packed`."""
-    return {k.removesuffix(PACKED): v.float() / 255 if k.endswith(PACKED) else v for k, v in batch.items()}
+def unpacked(batch: Batch, device: torch.device | None = None) -> Batch:
+    """The samples as a policy's processors take them: images in [0, 1]. On `device` images are made there."""
+    return {
+        k: v.to(device or v.device).float() / 255
+        if torch.is_tensor(v) and v.dtype == torch.uint8 and is_image(k)
+        else v
+        for k, v in batch.items()
+    }
+
+
+def is_image(key: str) -> bool:
+    """Whether a feature of this name is a camera image (LeRobot's names)."""
+    return key.startswith("observation.image") and not key.endswith("_is_pad")
 
 
 def concat(batches: Sequence[Batch]) -> Batch:
     """Join batches with the same keys along the batch dimension."""
     if len(batches) == 1:
         return batches[0]
+    if any(is_image(k) and len({b[k].dtype for b in batches if k in b}) > 1 for k in batches[0]):
+        batches = [unpacked(b) for b in batches]  # images of some that came from bytes, and of others that did not
     keys = batches[0].keys()
     for b in batches[1:]:
         if b.keys() != keys:

@@ -1,4 +1,5 @@
-"""Meta-World (v3 tasks) on states: 39 numbers in, 4 out, the goal observable.
+"""Meta-World (v3 tasks): on states, "metaworld": 39 numbers in, 4 out, the goal observable; and on camera images,
+"metaworld_pixels": one camera and the robot's own state in.
 
 Environments are built directly rather than through `gym.make`, which costs ten times as much. Observations
 are those of Meta-World's own multi-task benchmarks (the goal observable); the random vector that places
@@ -7,6 +8,14 @@ objects and goal is drawn from the seed, from the task's full space instead of f
 State (39,), metres: hand xyz, gripper opening in [0, 1], object 1 xyz + quaternion, object 2 xyz + quaternion
 (zeros where there is none); the same 18 numbers one step earlier; goal xyz.
 Action (4,) in [-1, 1]: hand displacement xyz (1 is a centimetre), gripper effort (1 closes).
+
+On camera images the physics, seeds and success are those of the states, bit for bit. Observations have LeRobot's names:
+
+    observation.image    uint8 (size, size, 3): its "corner2" camera, opposite the robot, at LeRobot's position
+    observation.state    float32 (4,): the first four numbers of the state: hand xyz and gripper opening
+
+Neither objects' poses nor the goal are observed. What a task draws of its goal (a coloured sphere, in some tasks) is in
+the image, as in Meta-World's own renderings.
 """
 
 from __future__ import annotations
@@ -18,7 +27,12 @@ from typing import Any
 import numpy as np
 
 from clbench.envs.base import STATE_KEY, Observation, SimulatorFamily, Step
+from clbench.envs.rendering import DEFAULT_FIDELITY, Renderer, check_render, gl_context, opengl_version
 from clbench.errors import UserError
+
+IMAGE_KEY = "observation.image"
+CAMERA, CAMERA_POSITION = "corner2", (0.75, 0.075, 0.7)  # metres: where LeRobot puts it
+ROBOT_DIM = 4  # leading numbers of the state that are the robot's own
 
 INSTALL = "Install it with scripts/bootstrap.sh, or pip install -e '.[metaworld]' in the checkout."
 GRIPPER_IDLE = frozenset({  # tasks whose expert does not both open and close the gripper, which is open at the start
@@ -106,6 +120,22 @@ class Metaworld(SimulatorFamily):
         return MetaworldSimulator(task)
 
 
+class MetaworldPixels(Metaworld):
+    """Meta-World's fifty v3 tasks on camera images: one camera and the robot's own state."""
+
+    state_dim = ROBOT_DIM
+    needs = ("metaworld", "mujoco", "gymnasium")
+    cameras: Mapping[str, str] = {IMAGE_KEY: CAMERA}
+
+    def make(self, task: str, render: Mapping[str, Any]) -> MetaworldPixelsSimulator:
+        """Return a simulator of `task`; UserError where Meta-World cannot be imported, or nothing can draw."""
+        return MetaworldPixelsSimulator(task, *check_render(render))
+
+    def versions(self) -> dict[str, str]:
+        """Return the versions of what decides physics and images; UserError where nothing can draw."""
+        return {"opengl": opengl_version()} | super().versions()
+
+
 def import_metaworld(module: str) -> Any:
     """Import and return a module of Meta-World or MuJoCo; UserError where it is missing."""
     try:
@@ -126,59 +156,82 @@ class MetaworldSimulator:
         env._set_task_called = True
         self.task = task
         self._env: Any = env
-        self._renderer: Any = None
+        self._view: Renderer | None = None
+        self.state = np.zeros(Metaworld.state_dim, np.float32)
 
     def reset(self, seed: int) -> Observation:
         """Start the episode of `seed` (0 or more); nothing done before it in this simulator matters."""
         self._env.seed(int(seed))
         state, _ = self._env.reset()
-        return {STATE_KEY: state.astype(np.float32)}
+        self.state = state.astype(np.float32)
+        return self._observation()
 
     def step(self, action: np.ndarray) -> Step:
         """Apply `action` (4,), clipped to [-1, 1].
 
         Raises ValueError for a wrong shape, for NaN or infinity, and after `max_steps` steps without a reset.
         """
+        reward, success = self._apply(action)
+        return Step(self._observation(), reward, success)
+
+    def _apply(self, action: np.ndarray) -> tuple[float, bool]:
         action = np.asarray(action, dtype=np.float32)
         if action.shape != (Metaworld.action_dim,):
             raise ValueError(f"{self.task}: an action has shape ({Metaworld.action_dim},), not {action.shape}.")
         if not np.isfinite(action).all():
             raise ValueError(f"{self.task}: the action {action.tolist()} is not finite.")
         state, reward, _, _, info = self._env.step(np.clip(action, -1.0, 1.0))
-        return Step({STATE_KEY: state.astype(np.float32)}, float(reward), bool(info["success"]))
+        self.state = state.astype(np.float32)
+        return float(reward), bool(info["success"])
+
+    def _observation(self) -> Observation:
+        return {STATE_KEY: self.state}
 
     def render(self, width: int, height: int) -> np.ndarray:
         """Return the scene from LeRobot's viewpoint for these tasks, uint8 (height, width, 3).
 
-        Needs OpenGL: without a display set MUJOCO_GL=egl before anything imports mujoco; UserError if it is
-        missing. Shadows, reflections and multisampling are off: they take nine tenths of the time on a CPU.
+        UserError if there is no OpenGL.
         """
-        mujoco = import_metaworld("mujoco")
-        model = self._env.model
-        if self._renderer is None or (self._renderer.width, self._renderer.height) != (width, height):
-            self._close_renderer()
-            model.cam("corner2").pos = (0.75, 0.075, 0.7)
-            model.vis.quality.shadowsize = 0
-            model.vis.quality.offsamples = 0
-            model.vis.global_.offwidth = max(model.vis.global_.offwidth, width)
-            model.vis.global_.offheight = max(model.vis.global_.offheight, height)
-            try:
-                self._renderer = mujoco.Renderer(model, height, width)
-            except mujoco.FatalError as e:
-                raise UserError(f"cannot render: {e}. Set MUJOCO_GL=egl (or osmesa) before starting.") from e
-            for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
-                self._renderer.scene.flags[flag] = 0
-        self._renderer.update_scene(self._env.data, camera="corner2")
-        return self._renderer.render()[::-1, ::-1].copy()  # this camera is mounted upside down
+        if self._view is None or (self._view.width, self._view.height) != (width, height):
+            if self._view is not None:
+                self._view.close()
+            self._view = self._renderer(width, height, DEFAULT_FIDELITY)
+        return self._draw(self._view)
+
+    def _renderer(self, width: int, height: int, fidelity: str) -> Renderer:
+        self._env.model.cam(CAMERA).pos = CAMERA_POSITION
+        return Renderer(self._env.model, width, height, fidelity)
+
+    def _draw(self, renderer: Renderer) -> np.ndarray:
+        return np.ascontiguousarray(renderer.draw(self._env.data, CAMERA)[:, ::-1])  # it is mounted upside down
 
     def close(self) -> None:
-        """Free the model and the renderer."""
-        self._close_renderer()
+        """Free the model and what it was drawn with."""
+        if self._view is not None:
+            self._view.close()
+            self._view = None
         if self._env is not None:
             self._env.close()
             self._env = None
 
-    def _close_renderer(self) -> None:
-        if self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
+
+class MetaworldPixelsSimulator(MetaworldSimulator):
+    """One Meta-World task as a `Simulator` with a camera. `state` still has all 39 numbers, for experts."""
+
+    def __init__(self, task: str, fidelity: str, size: int) -> None:
+        gl_context()  # where there is none, this is said before Meta-World is imported
+        super().__init__(task)
+        self._camera = self._renderer(size, size, fidelity)
+
+    def step_unseen(self, action: np.ndarray) -> Step:
+        """As `step`, without the image."""
+        reward, success = self._apply(action)
+        return Step({STATE_KEY: self.state[:ROBOT_DIM]}, reward, success)
+
+    def _observation(self) -> Observation:
+        return {IMAGE_KEY: self._draw(self._camera), STATE_KEY: self.state[:ROBOT_DIM]}
+
+    def close(self) -> None:
+        """Free the model and what it was drawn with."""
+        self._camera.close()
+        super().close()

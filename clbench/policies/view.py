@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from clbench.data.frames import Batch, batch_size, select
+from clbench.data.frames import Batch, batch_size, select, unpacked
 from clbench.errors import UserError
 from clbench.seeding import seeded
 
@@ -77,8 +77,17 @@ class PolicyView:
         autocast: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self.policy, self.module = policy, module
-        self.processor, self.autocast = processor, autocast
+        self._processor, self.autocast = processor, autocast
         self.takes_draw = hasattr(policy, "sample_draw")
+
+    def processor(self, batch: Batch) -> Batch:
+        """A raw batch as the policy takes it: images in [0, 1], normalised, on its device."""
+        return self._processor(unpacked(batch, self.device))
+
+    @property
+    def device(self) -> torch.device | None:
+        """The policy's."""
+        return next((p.device for p in self.policy.parameters()), None)
 
     def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Draw for n samples from `generator`."""

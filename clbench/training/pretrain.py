@@ -387,7 +387,8 @@ def _pretrain(
 
     def start() -> tuple[LoadedPolicy, StreamFrames]:
         device = pick_device(config.train.device)
-        frames = StreamFrames([tuple(tasks)], policy_config(dict(config.policy), device))
+        cache = config.train.frame_cache_gb
+        frames = StreamFrames([tuple(tasks)], policy_config(dict(config.policy), device), cache)
         with patience("building the base policy"):
             loaded = new_policy(dict(config.policy), frames, device, config.pretrain.seed)
         _check_targets(config, (name for name, _ in loaded.policy.named_modules()))
@@ -436,7 +437,7 @@ def _draw(
     say(backend, f"the base's weights are random{why} (policy.path=FOLDER starts from a checkpoint) → {folder}")
     if backend.is_main:
         began = time.monotonic()
-        frames = StreamFrames([tuple(tasks)], policy_config(dict(config.policy), "cpu"))
+        frames = StreamFrames([tuple(tasks)], policy_config(dict(config.policy), "cpu"), cache_gb=0)  # not read
         with patience("building the base policy"):
             loaded = new_policy(dict(config.policy), frames, "cpu", config.pretrain.seed)
 
@@ -470,7 +471,8 @@ def _as_run(config: Config, progress: str) -> Config:
     p, t = config.pretrain, config.train
     train = TrainConfig(
         steps=p.steps, batch_size=p.batch_size, optimizer=p.optimizer, log_every=p.log_every,
-        mixed_precision=t.mixed_precision, num_workers=t.num_workers, device=t.device, strategy=t.strategy,
+        mixed_precision=t.mixed_precision, num_workers=t.num_workers, frame_cache_gb=t.frame_cache_gb,
+        device=t.device, strategy=t.strategy,
         save_every_steps=t.save_every_steps, save_every_minutes=t.save_every_minutes, on_nonfinite=t.on_nonfinite,
     )  # fmt: skip
     return replace(config, seed=p.seed, train=train, lora=LoraConfig(), log=LogConfig(progress=progress))

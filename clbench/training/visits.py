@@ -124,7 +124,9 @@ class Trainer:
         if self.config.lora.enabled and fresh:
             with seeded("lora", self.config.seed):
                 lora.inject(policy, self.config.lora)
-        frames = frames or StreamFrames([v.tasks for v in self.stream.visits], policy.config)
+        frames = frames or StreamFrames(
+            [v.tasks for v in self.stream.visits], policy.config, self.config.train.frame_cache_gb
+        )
         loss = PolicyView(policy, policy, self.loaded.preprocessor, self.backend.autocast)
         self.ctx = Context(
             stream=self.stream, policy=policy, frames=frames, train=self.config.train, seed=self.config.seed,
