@@ -60,6 +60,8 @@ def parser() -> argparse.ArgumentParser:
     ev.add_argument("--run-id", required=True, help="the run, by id or folder")
     ev.add_argument("--trials", type=whole, help="episodes per cell (default: the run's eval.episodes)")
     ev.add_argument("--cells", choices=("full", "lower", "last", "diagonal"), help="which cells (default: full)")
+    ev.add_argument("--views", metavar="NAME,NAME", help="beside the run's own: blind (cameras show their mean image), "
+                    "deaf (another task's instruction), or a view of the algorithm")  # fmt: skip
     ev.add_argument("--last-only", action="store_true", help="the last checkpoint only, as --cells last")
     ev.add_argument("--rows", metavar="K,K", help="a share: the cells of these checkpoints alone, counted from 0; the "
                     "command without it writes the matrix")  # fmt: skip
@@ -476,6 +478,7 @@ def _eval(args: argparse.Namespace, overrides: list[str]) -> int:
         *([f"eval.cells={cells}"] if cells else []),
         *(["eval.base_row=true"] if args.base else []),
         *(["eval.random_row=true"] if args.random else []),
+        *([f"eval.views=[{args.views}]"] if args.views else []),
         *overrides,
     ]
     config = override(run_config(folder), overrides)

@@ -23,7 +23,7 @@ from clbench.algorithms.hooks import (
     check_hooks,
 )
 from clbench.config.reading import fit
-from clbench.config.schema import Config
+from clbench.config.schema import CONTROL_VIEWS, Config
 from clbench.data.frames import Batch
 from clbench.errors import UserError, nearest
 from clbench.registry import algorithm_class
@@ -51,7 +51,7 @@ def build_algorithm(config: Config, check: bool = True) -> CLAlgorithm:
         parts.append(cls(_typed(cls, own)))
     for part in parts if check else ():
         part.check(config)
-    for view in config.eval.views if check else ():
+    for view in set(config.eval.views) - set(CONTROL_VIEWS) if check else ():
         view_overrides(config, view)
     if config.lora.enabled:
         for part in parts:
@@ -112,7 +112,10 @@ def view_overrides(config: Config, name: str) -> dict[str, Any]:
         known |= cls.views
     if name not in known:
         has = f"it has {', '.join(known)}" if known else "it has none"
-        raise UserError(f"eval.views names '{name}', which is not a view of {config.algorithm['name']}: {has}.")
+        raise UserError(
+            f"eval.views names '{name}', which is no view of {config.algorithm['name']}: {has}. Every policy has "
+            f"{' and '.join(CONTROL_VIEWS)}."
+        )
     return known[name]
 
 

@@ -28,6 +28,7 @@ from clbench.config.files import INVALID, load_yaml, one_line
 from clbench.config.reading import clip, overlay, plain, read_overrides
 from clbench.config.schema import Config, DatasetConfig, PretrainDataConfig, base_origin
 from clbench.envs.base import SEEDS_PER_SPLIT, SPLITS
+from clbench.envs.making import family
 from clbench.envs.rendering import FIDELITIES, MAX_SIZE, MIN_SIZE
 from clbench.errors import UserError, nearest
 from clbench.redaction import redact, secrets_of
@@ -308,6 +309,15 @@ def check_values(c: Config) -> None:
         except re.error as error:
             problems.append(f"lora.target_modules is not a regular expression ({error})")
     need(len(set(e.views)) == len(e.views), "eval.views names a view twice")
+    need(
+        "blind" not in e.views or d.env is None or bool(family(d.env_type).cameras),
+        f"eval.views=[blind] replaces what cameras see, and '{d.env_type}' has none",
+    )
+    for key in ("shift", "brightness", "contrast", "saturation", "hue"):
+        value = getattr(c.augment, key)
+        need(0 <= value <= (0.5 if key in ("shift", "hue") else 1), f"augment.{key} must be from 0 to "
+             f"{'0.5' if key in ('shift', 'hue') else 1}, is {value}")  # fmt: skip
+    need(0 < c.augment.crop <= 1, f"augment.crop must be above 0 and at most 1, is {c.augment.crop}")
     need(e.slots >= 1, "eval.slots must be at least 1")
     need(e.workers is None or e.workers >= 1, "eval.workers must be at least 1 (or null)")
     need(0 < e.step_timeout_s < math.inf, "eval.step_timeout_s must be positive")

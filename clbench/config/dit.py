@@ -21,6 +21,7 @@ OF_LEROBOT = (
 POSITIVE = (
     "chunk_size", "n_action_steps", "action_patch", "d_model", "n_heads", "encoder_layers", "decoder_layers",
     "ffn_mult", "num_inference_steps", "text_vocab_size", "text_dim", "text_max_words", "image_tokens_side",
+    "image_layers",
 )  # fmt: skip
 
 
@@ -38,6 +39,7 @@ class DitSettings:
         num_inference_steps: Euler steps from noise (t = 0) to action (t = 1).
         text_vocab_size, text_dim, text_max_words: hashed-word language input (see text.py).
         image_tokens_side: each camera becomes `image_tokens_side`² tokens.
+        image_layers: convolutions of each camera's encoder; the first three halve the image.
         state_clip: normalised state is clipped to ± this, in standard deviations.
         std_floor: smallest standard deviation used for normalising.
         raw_below: dimensions whose standard deviation is below this pass through un-normalised.
@@ -60,6 +62,7 @@ class DitSettings:
     text_dim: int = 64
     text_max_words: int = 12
     image_tokens_side: int = 4
+    image_layers: int = 3
 
     state_clip: float = 5.0
     std_floor: float = 0.05

@@ -93,6 +93,31 @@ class TrainConfig:
 
 
 @dataclass
+class AugmentConfig:
+    """Random changes of camera images in training, of the base as well (clbench/policies/augment.py has the equations).
+
+    All 0 and `crop` 1: none. They are part of each sample's draw: fixed where a method compares losses.
+
+    Attributes:
+        shift: by up to this share of the width, along both axes.
+        crop: share of the area that is seen, in (0, 1], at a random place; acting sees the middle of it.
+        brightness, contrast, saturation: factors up to 1 ± this.
+        hue: turned by up to this share of the circle.
+    """
+
+    shift: float = 0.0
+    crop: float = 1.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+
+    @property
+    def active(self) -> bool:
+        return self != AugmentConfig()
+
+
+@dataclass
 class PretrainConfig:
     """Training of the base, once, on tasks outside the stream. Its seed is its own: all runs share the base."""
 
@@ -210,6 +235,9 @@ class DatasetConfig:
         return None if self.env is None else self.env.type
 
 
+CONTROL_VIEWS = ("blind", "deaf")  # views of any policy, beside those that algorithms have
+
+
 @dataclass
 class EvalConfig:
     """Evaluation in the simulator.
@@ -325,6 +353,7 @@ class Config:
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     render: RenderConfig = field(default_factory=RenderConfig)

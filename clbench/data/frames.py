@@ -344,12 +344,33 @@ class StreamFrames:
     def decoded(self) -> bool:
         return any(f.decoded for parts in self._parts for f in parts)
 
+    @property
+    def cameras(self) -> list[str]:
+        """Keys of the camera images."""
+        return list(self._parts[0][0].cameras)
+
     def parts(self, k: int) -> list[TaskFrames]:
         """The tasks of visit k (one, except under joint training)."""
         return self._parts[k]
 
     def length(self, k: int) -> int:
         return sum(len(p) for p in self._parts[k])
+
+    def mean_images(self, at_most: int = 2048) -> dict[str, np.ndarray]:
+        """Each camera's mean image over all visits, uint8 (height, width, 3); of `at_most` frames, evenly spaced."""
+        counts = [self.length(k) for k in range(len(self._parts))]
+        refs = torch.cat([torch.stack([torch.full((n,), k), torch.arange(n)], 1) for k, n in enumerate(counts)])
+        refs = refs[torch.linspace(0, len(refs) - 1, min(at_most, len(refs))).long()]
+        sums: dict[str, Tensor] = {}
+        for some in refs.split(256):
+            batch = unpacked(self.fetch(some))
+            for key in self._parts[0][0].cameras:
+                images = batch[key][:, -1] if batch[key].ndim == 5 else batch[key]
+                sums[key] = sums.get(key, torch.zeros(())) + images.double().sum(0)
+        return {
+            key: (255 * total / len(refs)).round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+            for key, total in sums.items()
+        }
 
     def use_copy(self, k: int, indices: Tensor, samples: Batch) -> None:
         """Take visit k's samples at `indices` (m,), ascending, from packed `samples` from now on, not its data set."""

@@ -11,13 +11,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from clbench.checkpoints.base import ADAPTER, adapter_base
+from clbench.checkpoints.mean_images import read_mean_images
 from clbench.checkpoints.run_folder import describe_columns, finished_visits, read_manifest
 from clbench.checkpoints.trusted import check_checkpoint, given
 from clbench.config.compose import read_config
-from clbench.config.schema import Config
+from clbench.config.schema import CONTROL_VIEWS, Config
 from clbench.envs.making import family, physics_versions
 from clbench.errors import Interrupted, UserError
 from clbench.evaluation.pool import Cell, WorkerPool
@@ -189,8 +191,9 @@ def _evaluate(folder: Path, config: Config, output: Path | None, progress: bool,
         matrix = run.fill(out, columns, cells + extra, e.episodes, range(rows))
         for name, overrides in views.items():
             seen = replace(config, algorithm={**config.algorithm, **overrides})
-            view = replace(run, config=seen)
-            view.fill(out / "views" / name, columns, cells, e.episodes, range(rows))
+            view = replace(run, config=seen, shown=read_mean_images(folder) if name == "blind" else None)
+            there = deaf(columns) if name == "deaf" else columns
+            view.fill(out / "views" / name, there, cells, e.episodes, range(rows))
         if e.heldout_episodes:
             pairs = [(k, j) for k in (BASE, rows - 1) for j in range(len(heldout))]
             run.fill(out / "heldout", heldout, pairs, e.heldout_episodes, [rows - 1], first_id=len(columns))
@@ -227,7 +230,19 @@ def _view_overrides(config: Config) -> dict[str, dict[str, Any]]:
         return {}
     from clbench.algorithms.build import view_overrides  # imports torch
 
-    return {name: view_overrides(config, name) for name in config.eval.views}
+    return {name: {} if name in CONTROL_VIEWS else view_overrides(config, name) for name in config.eval.views}
+
+
+def deaf(columns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The columns, each with another's instruction: that of the next task with different words, in a circle.
+
+    Raises:
+        UserError: all have the same instruction.
+    """
+    said = list(dict.fromkeys(c["instruction"] for c in columns))
+    if len(said) == 1:
+        raise UserError("eval.views=[deaf] gives a task another's instruction, and the stream has only one.")
+    return [{**c, "instruction": said[(said.index(c["instruction"]) + 1) % len(said)]} for c in columns]
 
 
 def heldout_columns(manifest: dict[str, Any], config: Config) -> list[dict[str, Any]]:
@@ -247,7 +262,8 @@ def heldout_columns(manifest: dict[str, Any], config: Config) -> list[dict[str, 
 class Evaluation:
     """A run under evaluation. `fill` plays what a matrix lacks; `failed` collects (its folder, the cell) given up;
     `versions` has those of the simulators that were needed so far, `warned` those whose initial states come again;
-    `share`: other processes play other rows meanwhile."""
+    `share`: other processes play other rows meanwhile; `shown`: images that policies are given in the place of what
+    cameras see."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -259,6 +275,7 @@ class Evaluation:
     versions: dict[str, dict[str, str]] = field(default_factory=dict)
     warned: set[str] = field(default_factory=set)
     share: bool = False
+    shown: dict[str, np.ndarray] | None = None
 
     def simulators(self, env_types: Iterable[str]) -> dict[str, dict[str, str]]:
         """Environment type → versions of its simulator, asked for once; UserError where it cannot be used."""
@@ -386,7 +403,9 @@ class Evaluation:
             tell(f"evaluating {total} episodes in {workers} processes → {out}")
             server()  # before the progress bar, which has a thread
             device = self.config.train.device
-            how = Settings(self.config, e.slots, e.steps_after_success, device, threads=1, trust=given())
+            how = Settings(
+                self.config, e.slots, e.steps_after_success, device, threads=1, trust=given(), shown=self.shown
+            )
             before, started = _episodes(files), time.monotonic()
             try:
                 _play(jobs, how, workers, files, failed, total, self.progress, self.stop)

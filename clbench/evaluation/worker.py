@@ -47,6 +47,7 @@ class Settings:
     device: str
     threads: int
     trust: Trust = NOTHING  # what the command line trusts
+    shown: dict[str, Any] | None = None  # images in the place of what cameras see (view "blind")
 
 
 class Beat(Protocol):
@@ -177,11 +178,12 @@ def actors(job: Job, settings: Settings) -> Any:
         algorithm.restore_structure(loaded.policy, Path(w.policy))
         restore_state(algorithm, load_state(Path(w.state), "algorithm"), loaded.policy)
     if w.within:
-        yield PolicyActor(loaded, settings.slots, algorithm.eval_diagnostics), nullcontext, job.episodes
+        actor = PolicyActor(loaded, settings.slots, algorithm.eval_diagnostics, settings.shown)
+        yield actor, nullcontext, job.episodes
         return
     groups: dict[str, list[dict[str, Any]]] = {}
     for e in job.episodes:
         groups.setdefault(algorithm.view_key(e["task_id"]), []).append(e)
     for chosen in groups.values():
         view = functools.partial(algorithm.eval_view, loaded.policy, chosen[0]["task_id"])
-        yield PolicyActor(loaded, settings.slots, algorithm.eval_diagnostics), view, chosen
+        yield PolicyActor(loaded, settings.slots, algorithm.eval_diagnostics, settings.shown), view, chosen

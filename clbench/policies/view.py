@@ -1,8 +1,9 @@
 """What a learner sees of any policy: losses, what they compare, features, gradients.
 
-A *draw* is everything random in a loss. A policy with `sample_draw` and `forward(batch, reduction="none", draw=…)`
-gives exact per-sample losses under a given draw. For any other policy a draw is one integer per sample: its forward
-runs under the global generator seeded from them, and per-sample losses come from a loop over single samples.
+A *draw* is everything random in a loss, augmentation of images included (key AUGMENT, which the policy does not see).
+A policy with `sample_draw` and `forward(batch, reduction="none", draw=…)` gives exact per-sample losses under a given
+draw. For any other policy a draw is one integer per sample: its forward runs under the global generator seeded from
+them, and per-sample losses come from a loop over single samples.
 
 A policy that names its other results in `outputs` (`clbench.policies.dit.flow_policy`: prediction, target, mask,
 features) takes `forward(…, want=NAMES)` and returns those by name along with its loss.
@@ -22,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clbench.data.frames import Batch, batch_size, select, unpacked
 from clbench.errors import UserError
+from clbench.policies.augment import Augmentation
 from clbench.seeding import seeded
 
 # Per-sample gradients held at once, in numbers (256 MB in fp32).
@@ -63,6 +65,8 @@ class Outputs:
     features: Tensor | None = None
 
 
+AUGMENT = "augment"  # key of a draw: numbers of clbench.policies.augment
+
 NAMES = tuple(f.name for f in fields(Outputs))
 
 
@@ -75,14 +79,19 @@ class PolicyView:
         module: nn.Module,
         processor: Callable[[Batch], Batch],
         autocast: Callable[[], AbstractContextManager[Any]],
+        augmentation: Augmentation | None = None,
     ) -> None:
         self.policy, self.module = policy, module
-        self._processor, self.autocast = processor, autocast
+        self.processor, self.autocast, self.augmentation = processor, autocast, augmentation
         self.takes_draw = hasattr(policy, "sample_draw")
 
-    def processor(self, batch: Batch) -> Batch:
-        """A raw batch as the policy takes it: images in [0, 1], normalised, on its device."""
-        return self._processor(unpacked(batch, self.device))
+    def processed(self, batch: Batch, draw: dict[str, Tensor]) -> tuple[Batch, dict[str, Tensor]]:
+        """A raw batch as the policy takes it (images in [0, 1], augmented, normalised, on its device) and the rest of
+        the draw, the policy's own."""
+        batch = unpacked(batch, self.device)
+        if self.augmentation is not None and AUGMENT in draw:
+            batch = self.augmentation(batch, draw[AUGMENT])
+        return self.processor(batch), {n: v for n, v in draw.items() if n != AUGMENT}
 
     @property
     def device(self) -> torch.device | None:
@@ -92,8 +101,10 @@ class PolicyView:
     def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Draw for n samples from `generator`."""
         if self.takes_draw:
-            return self.policy.sample_draw(n, generator)  # type: ignore[operator]
-        return {"seed": torch.randint(2**31, (n,), generator=generator)}
+            own: dict[str, Tensor] = self.policy.sample_draw(n, generator)  # type: ignore[operator]
+        else:
+            own = {"seed": torch.randint(2**31, (n,), generator=generator)}
+        return own if self.augmentation is None else {**own, AUGMENT: self.augmentation.draw(n, generator)}
 
     def outputs(self, batch: Batch, draw: dict[str, Tensor], want: Collection[str] = ("loss",)) -> Outputs:
         """The outputs named by `want` for a raw batch under `draw`, in one forward pass if the policy takes draws.
@@ -116,24 +127,27 @@ class PolicyView:
             )
         if not set(want) - {"loss"}:
             return Outputs(loss=self.per_sample(batch, draw)) if want else Outputs()
+        inputs, draw = self.processed(batch, draw)
         with self.autocast():
-            loss, found = self.module(self.processor(batch), reduction="none", draw=draw, want=tuple(want))
+            loss, found = self.module(inputs, reduction="none", draw=draw, want=tuple(want))
         return Outputs(loss=loss, **found)
 
     def per_sample(self, batch: Batch, draw: dict[str, Tensor]) -> Tensor:
         """ℓ(θ; x) of every sample, (n,)."""
         if self.takes_draw:
+            inputs, draw = self.processed(batch, draw)
             with self.autocast():
-                return self.module(self.processor(batch), reduction="none", draw=draw)[0]
+                return self.module(inputs, reduction="none", draw=draw)[0]
         rows = [torch.tensor([i]) for i in range(batch_size(batch))]
-        return torch.stack([self.total(select(batch, i), {"seed": draw["seed"][i]}) for i in rows])
+        return torch.stack([self.total(select(batch, i), {n: v[i] for n, v in draw.items()}) for i in rows])
 
     def total(self, batch: Batch, draw: dict[str, Tensor]) -> Tensor:
         """Σ ℓ over the batch, in one forward for every policy."""
         if self.takes_draw:
             return self.per_sample(batch, draw).sum()
+        inputs, draw = self.processed(batch, draw)
         with seeded(*draw["seed"].tolist()), self.autocast():
-            return self.module(self.processor(batch))[0] * batch_size(batch)
+            return self.module(inputs)[0] * batch_size(batch)
 
     def mean_gradient(
         self, batch: Batch, draw: dict[str, Tensor], parameters: Mapping[str, nn.Parameter], parts: int = 1
@@ -165,7 +179,8 @@ class PolicyView:
             recomputes = getattr(getattr(self.policy, "config", None), "gradient_checkpointing", False)
             vectorized = self.takes_draw and not recomputes
         if vectorized:
-            inputs = {k: v for k, v in self.processor(batch).items() if torch.is_tensor(v) and v.shape[:1] == (n,)}
+            processed, draw = self.processed(batch, draw)
+            inputs = {k: v for k, v in processed.items() if torch.is_tensor(v) and v.shape[:1] == (n,)}
             values = {name: p.detach() for name, p in parameters.items()}
 
             def one(values: dict[str, Tensor], row: Batch, row_draw: dict[str, Tensor]) -> Tensor:

@@ -75,9 +75,11 @@ class PolicyActor:
         loaded: Any,
         slots: int,
         diagnostics: Callable[[Any], dict[str, Tensor]] = _no_diagnostics,
+        shown: dict[str, np.ndarray] | None = None,
     ) -> None:
+        """`shown`: images (height, width, 3) that the policy is given in the place of what cameras see."""
         self.policy, self.pre, self.post = loaded.policy, loaded.preprocessor, loaded.postprocessor
-        self.slots, self.diagnostics = slots, diagnostics
+        self.slots, self.diagnostics, self.shown = slots, diagnostics, shown or {}
         self.policy.eval()
         config = self.policy.config
         self.stateful = config.n_obs_steps != 1
@@ -97,7 +99,8 @@ class PolicyActor:
         n = len(observations)
         rows = [*range(n), *([0] * (self.slots - n))]
         batch: dict[str, Any] = {
-            key: torch.from_numpy(np.stack([observations[i][key] for i in rows])) for key in observations[0]
+            key: torch.from_numpy(np.stack([self.shown.get(key, observations[i][key]) for i in rows]))
+            for key in observations[0]
         }
         for key, value in batch.items():
             if value.dtype == torch.uint8:  # images: (B, height, width, C) in 0…255 → (B, C, height, width) in [0, 1]

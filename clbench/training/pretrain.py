@@ -89,6 +89,8 @@ def base_key(config: Config, data: DataSource) -> dict[str, Any]:
         section, tasks = config.dataset.pretrain, list(config.dataset.pretrain.tasks)
         settings = {k: v for k, v in asdict(config.pretrain).items() if k != "log_every"}
         made = {"pretrain": settings, "tasks": tasks, "mixed_precision": autocast_precision(config.train)}
+    if config.augment.active and base_origin(config) == "pretrained":
+        made["augment"] = asdict(config.augment)
     return {
         "policy": policy,
         **made,

@@ -138,7 +138,7 @@ def train(
         again = f"Go on with: clbench train --resume {as_argument(folder)}{_ranks(backend)}"
         trainer = Trainer(
             config, algorithm, stream, folder, run_id, backend, base_path, keeper, stop,
-            start=lambda: (load_base(base_path, config), None), again=again,
+            start=lambda: (load_base(base_path, config), None), again=again, mean_images=True,
         )  # fmt: skip
         if config.train.eval_during_training is not None and stream.mode == "multitask":
             say(backend, "note: joint training has no learning curves of tasks: train.eval_during_training is ignored.")

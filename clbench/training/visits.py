@@ -14,6 +14,7 @@ from clbench.algorithms.hooks import CLAlgorithm, Context, Phase
 from clbench.algorithms.state import restore_state
 from clbench.checkpoints.base import write_adapter_base
 from clbench.checkpoints.kept import WeightKeeper
+from clbench.checkpoints.mean_images import write_mean_images
 from clbench.checkpoints.policy_io import LoadedPolicy, load_policy, pick_device, save_policy
 from clbench.checkpoints.run_folder import checkpoint_folder, save_checkpoint
 from clbench.checkpoints.state import load_state, save_state
@@ -25,6 +26,7 @@ from clbench.data.frames import StreamFrames
 from clbench.errors import Interrupted, UserError
 from clbench.io import read_json
 from clbench.patience import patience
+from clbench.policies.augment import Augmentation, centre_crop, set_training
 from clbench.policies.view import PolicyView
 from clbench.seeding import seed_everything, seeded
 from clbench.stopping import Stop
@@ -47,6 +49,7 @@ class Trainer:
         base_path: folder of that policy.
         again: how to go on after a stop, for the message.
         place: what is trained, for the message; null = the task and phase.
+        mean_images: keep the mean camera images of the demonstrations in `folder`, for evaluation's view "blind".
     """
 
     def __init__(
@@ -63,11 +66,12 @@ class Trainer:
         start: Start,
         again: str,
         place: str | None = None,
+        mean_images: bool = False,
     ) -> None:
         self.config, self.algorithm, self.stream = config, algorithm, stream
         self.folder, self.run_id, self.backend, self.base_path = folder, run_id, backend, base_path
         self.keeper, self.stop, self.start, self.again = keeper, stop, start, again
-        self.place = place
+        self.place, self.keeps_mean_images = place, mean_images
         self.total_steps = 0
         # Seconds of earlier sessions, and of them in the task under way.
         self.seconds = self.task_seconds = 0.0
@@ -127,7 +131,11 @@ class Trainer:
         frames = frames or StreamFrames(
             [v.tasks for v in self.stream.visits], policy.config, self.config.train.frame_cache_gb
         )
-        loss = PolicyView(policy, policy, self.loaded.preprocessor, self.backend.autocast)
+        loss = PolicyView(
+            policy, policy, self.loaded.preprocessor, self.backend.autocast, self._augmentation(frames)
+        )
+        if self.keeps_mean_images and frames.cameras and self.backend.is_main:
+            write_mean_images(self.folder, frames.mean_images())
         self.ctx = Context(
             stream=self.stream, policy=policy, frames=frames, train=self.config.train, seed=self.config.seed,
             device=self.backend.device, view=loss,
@@ -160,6 +168,15 @@ class Trainer:
                     p.requires_grad_(name not in frozen)
             restore_state(self.algorithm, load_state(source, "algorithm"), policy)
         return training
+
+    def _augmentation(self, frames: StreamFrames) -> Augmentation | None:
+        """What changes images in training; the preprocessor then crops in acting alone."""
+        config, pre = self.config.augment, self.loaded.preprocessor
+        if not (config.active and frames.cameras):
+            return None
+        centre_crop(pre, config.crop)
+        set_training(pre, True)
+        return Augmentation(config, frames.cameras)
 
     def _task(self, k: int) -> str:
         return f"task {k + 1}/{len(self.stream.visits)} {self.stream.visits[k].task}"

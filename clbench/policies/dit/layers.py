@@ -178,16 +178,19 @@ class LanguageTokens(nn.Module):
 
 
 class ImageTokens(nn.Module):
-    """One camera image (B, C, height, width) in [0, 1] → `side`² tokens by strided convolutions and pooling."""
+    """One camera image (B, C, height, width) in [0, 1] → `side`² tokens by 3 × 3 convolutions and pooling.
 
-    def __init__(self, key: str, channels: int, dim: int, side: int) -> None:
+    The first three of `layers` halve the image; each is followed by group normalisation, so rows stay independent.
+    """
+
+    def __init__(self, key: str, channels: int, dim: int, side: int, layers: int) -> None:
         super().__init__()
         self.key, self.n_tokens = key, side * side
-        widths = [channels, dim // 4, dim // 2, dim]
-        layers: list[nn.Module] = []
-        for a, b in itertools.pairwise(widths):
-            layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(4, b), nn.SiLU()]
-        self.stem = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(side))
+        widths = [channels, *(dim // 4, dim // 2)[: max(0, layers - 1)], *[dim] * max(1, layers - 2)]
+        stem: list[nn.Module] = []
+        for i, (a, b) in enumerate(itertools.pairwise(widths)):
+            stem += [nn.Conv2d(a, b, 3, stride=2 if i < 3 else 1, padding=1), nn.GroupNorm(4, b), nn.SiLU()]
+        self.stem = nn.Sequential(*stem, nn.AdaptiveAvgPool2d(side))
         self.position = nn.Parameter(torch.randn(side * side, dim) * 0.02)
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -216,7 +219,7 @@ class ObservationEncoder(nn.Module):
             self.tokenizers["env_state"] = StateTokens(OBS_ENV_STATE, n, d, config.state_clip)
         for key, feature in config.image_features.items():
             name = key.replace(".", "_")
-            self.tokenizers[name] = ImageTokens(key, feature.shape[0], d, config.image_tokens_side)
+            self.tokenizers[name] = ImageTokens(key, feature.shape[0], d, config.image_tokens_side, config.image_layers)
         self.tokenizers["language"] = LanguageTokens(config, pooled_text)
         self.kind = nn.Parameter(torch.randn(len(self.tokenizers), d) * 0.02)
         self.layers = nn.ModuleList(
