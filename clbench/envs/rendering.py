@@ -104,9 +104,12 @@ def _described() -> str:
 
 
 class Renderer:
-    """Draws a model from its cameras at one size and fidelity. UserError where there is no OpenGL."""
+    """Draws a model from its cameras at one size and fidelity. UserError where there is no OpenGL.
 
-    def __init__(self, model: Any, width: int, height: int, fidelity: str) -> None:
+    `hidden`: the group of geoms that are not drawn, where a model's collision shapes have a group of their own.
+    """
+
+    def __init__(self, model: Any, width: int, height: int, fidelity: str, hidden: int | None = None) -> None:
         self._gl = gl_context()
         self._gl.make_current()
         self._mujoco = mujoco = importlib.import_module("mujoco")
@@ -122,7 +125,8 @@ class Renderer:
         self._model = model
         self._context = mujoco.MjrContext(drawn, mujoco.mjtFontScale.mjFONTSCALE_100)
         self._option, self._camera = mujoco.MjvOption(), mujoco.MjvCamera()
-        self._option.geomgroup[0] = 0  # collision shapes
+        if hidden is not None:
+            self._option.geomgroup[hidden] = 0
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._viewport = mujoco.MjrRect(0, 0, width, height)
         self.width, self.height = width, height

@@ -312,7 +312,7 @@ class LiberoSimulator:
         return self._draw(self._view, "agentview")
 
     def _renderer(self, width: int, height: int, fidelity: str) -> Renderer:
-        return Renderer(self.env.sim.model._model, width, height, fidelity)
+        return Renderer(self.env.sim.model._model, width, height, fidelity, hidden=0)  # robosuite's collision shapes
 
     def _draw(self, renderer: Renderer, camera: str) -> np.ndarray:
         """What a camera sees, in the orientation of LeRobot's LIBERO data: the image turned by 180 degrees."""
