@@ -113,7 +113,7 @@ def view_overrides(config: Config, name: str) -> dict[str, Any]:
     if name not in known:
         has = f"it has {', '.join(known)}" if known else "it has none"
         raise UserError(
-            f"eval.views names '{name}', which is no view of {config.algorithm['name']}: {has}. Every policy has "
+            f"eval.views names '{name}', which is not a view of {config.algorithm['name']}: {has}. Every policy has "
             f"{' and '.join(CONTROL_VIEWS)}."
         )
     return known[name]

@@ -52,7 +52,7 @@ class TrainConfig:
         tf32: let NVIDIA GPUs round the inputs of fp32 matrix products to TF32: faster, less exact.
         compile: torch.compile the policy for training on the stream; on the CPU this needs a C++ compiler.
         log_every: steps between log lines.
-        num_workers: loader processes, for images that have to be decoded anew for every batch.
+        num_workers: loader processes, for images that must be decoded again for every batch.
         frame_cache_gb: decoded camera images are kept on disk (in the cache root) while those of a stream take no more
             than this; otherwise, and with 0, they are decoded for every batch.
         threads: torch threads; null = on the CPU 1 (2 for pretraining the base), however many cores there are, because

@@ -86,7 +86,7 @@ def cached_images(
     except OSError as e:
         raise UserError(
             f"decoded images cannot be kept in {folder}: {e.strerror or e}. Set CLBENCH_CACHE_ROOT to a folder with "
-            "room, or train.frame_cache_gb=0 to decode them anew for every batch."
+            "room, or train.frame_cache_gb=0 to decode them again for every batch."
         ) from e
     return np.memmap(path, dtype=np.uint8, mode="r", shape=shape)
 
@@ -129,7 +129,7 @@ def _write(path: Path, shape: tuple[int, ...], decode: Callable[[], Iterator[np.
                 if image.shape != shape[1:] or image.dtype != np.uint8:
                     raise UserError(
                         f"frame {done} of {what} has an image of shape {image.shape}, the data set says {shape[1:]}: "
-                        "it is damaged. Get it anew."
+                        "it is damaged. Get it again."
                     )
                 pixels = np.ascontiguousarray(image).tobytes()
                 file.write(pixels)
@@ -138,7 +138,7 @@ def _write(path: Path, shape: tuple[int, ...], decode: Callable[[], Iterator[np.
             file.flush()
             os.fsync(file.fileno())
         if done != shape[0]:
-            raise UserError(f"{what} has {done} images, the data set says {shape[0]}: it is damaged. Get it anew.")
+            raise UserError(f"{what} has {done} images, the data set says {shape[0]}: it is damaged. Get it again.")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -120,7 +120,7 @@ class TaskFrames:
 
     Attributes:
         features: LeRobot's description of each used feature, by its name here.
-        decoded: whether each batch's images are decoded anew; otherwise they are kept decoded, or there are none.
+        decoded: whether each batch's images are decoded again; otherwise they are kept decoded, or there are none.
         cameras: name here → name in the data set.
     """
 
@@ -334,7 +334,7 @@ class StreamFrames:
         if needed > cache_gb * 1e9:
             tell(
                 f"note: the decoded images would take {needed / 1e9:.1f} GB, more than train.frame_cache_gb="
-                f"{cache_gb:g}: they are decoded anew for every batch, by train.num_workers processes."
+                f"{cache_gb:g}: they are decoded again for every batch, by train.num_workers processes."
             )
             return
         for part in seen:

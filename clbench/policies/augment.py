@@ -11,7 +11,7 @@ compares losses under one draw. With x and y in image widths, from the centre, a
              c ← its chroma (I, Q of YIQ) turned by 2π · hue · u₆; then clipped to [0, 1]
 
 Where nothing is cropped, shifts are whole pixels, so that no image is blurred. In acting only the crop remains: its
-window stands in the middle (`CentreCropProcessorStep`).
+window is in the middle (`CentreCropProcessorStep`).
 """
 
 from __future__ import annotations
