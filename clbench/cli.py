@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
     unpacking.add_argument("file", type=Path)
     unpacking.add_argument("--to", type=Path, required=True, metavar="DIR", help="the folder they are written into")
 
-    data = _command(sub, "data", "make, fetch and check demonstrations, install a simulator's assets")
+    data = _command(sub, "data", "make, fetch, import and check demonstrations, install a simulator's assets")
     kinds = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     make = _command(kinds, "make", "make the demonstrations of a stream and of its pretraining tasks")
     make.add_argument("name", help="a stream (see: clbench list)")
@@ -113,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--no-fetch", action="store_true",
                        help="of a hub's set fetch only the description, and say how much the rest is")  # fmt: skip
     check.epilog = "after --: overrides as key=value, e.g. -- dataset.repo_id=HuggingFaceVLA/libero"
+    _importing(_command(kinds, "import", "write a data set of another format (RLDS, LIBERO's HDF5) in LeRobot's"))
 
     listed = _command(sub, "list", "what there is to choose from: models, algorithms, streams and the other axes")
     listed.add_argument("axis", nargs="?", help="one of them, e.g. streams (default: all)")
@@ -131,6 +132,29 @@ def _command(sub: argparse._SubParsersAction[argparse.ArgumentParser], name: str
     p = sub.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     p.add_argument("--debug", action="store_true", help="show tracebacks")
     return p
+
+
+def _importing(p: argparse.ArgumentParser) -> None:
+    p.add_argument("folder", type=Path, metavar="FOLDER", help="the data: a TFDS folder (dataset_info.json, …), or one "
+                   "with files *.hdf5")  # fmt: skip
+    p.add_argument("--from", dest="source", required=True, choices=("rlds", "libero_hdf5"), help="its format")
+    p.add_argument("--out", required=True, metavar="NAME", help="the new set: a name in the data root, or a path")
+    p.add_argument("--map", action="append", default=[], metavar="KEY=FEATURE", dest="maps",
+                   help="which feature of the data becomes observation.images.NAME, observation.state, action or task "
+                        "(the instruction); A+B joins numbers, none leaves out; may be given again")  # fmt: skip
+    p.add_argument("--gripper", metavar="open=A,close=B", help="the commands that open and close the gripper there; "
+                   "here they are -1 and 1")  # fmt: skip
+    p.add_argument("--rotation", choices=("axis_angle", "quaternion_xyzw", "quaternion_wxyz", "euler_xyz"),
+                   help="of the state there, after its position; here it is axis_angle")  # fmt: skip
+    p.add_argument("--images", choices=("as_is", "rotate", "flip", "mirror"),
+                   help="what turns the images into those of the simulator: nothing, half a turn, upside down, left "
+                        "and right exchanged (default: what the format needs)")  # fmt: skip
+    p.add_argument("--observed", choices=("before", "after"), help="whether an HDF5 file's observations are of before "
+                   "or after the action beside them (default: as its joints show)")  # fmt: skip
+    p.add_argument("--split", metavar="NAME", help="of RLDS (default: train)")
+    p.add_argument("--fps", type=whole, help="frames a second, where the data does not say (LIBERO: 20)")
+    p.add_argument("--instruction", metavar="TEXT", help="of episodes without one")
+    p.add_argument("--force", action="store_true", help="replace a set that was imported before")
 
 
 def _axes(p: argparse.ArgumentParser, algo: bool = True) -> None:
@@ -561,10 +585,11 @@ def _results_files(args: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _data(args: argparse.Namespace, overrides: list[str]) -> int:
-    actions = {"assets": _assets, "make": _make_data, "check": _check_data}
+    actions = {"assets": _assets, "make": _make_data, "check": _check_data, "import": _import_data}
     from clbench.stopping import clearing_away
 
-    with clearing_away(), patience.patience("reading the data" if args.action == "check" else "loading packages"):
+    reads = args.action in ("check", "import")
+    with clearing_away(), patience.patience("reading the data" if reads else "loading packages"):
         return actions[args.action](args, overrides)
 
 
@@ -599,6 +624,8 @@ def _print_data(title: str, data: DataSource, stream: str) -> None:
     d = data.description
     check_every_byte(data.root, d, stream)
     origin = {"made": "made by clbench", "lerobot": "not made by clbench", "hub": "from the hub"}[d["kind"]]
+    if "imported" in d:
+        origin = f"imported from {d['imported']['imported_from']} ({d['imported']['source']['folder']})"
     show(f"{title}: {data.root}, {origin}")
     if d["kind"] == "hub":
         show(f"  repo_id {d['repo_id']}, revision {d['revision']}, commit {d['commit']}")
@@ -614,6 +641,44 @@ def _print_data(title: str, data: DataSource, stream: str) -> None:
     left_out = d.get("episodes_excluded", [])
     show(f"  not used: {d['tasks_unused']} tasks, {d['episodes_unused']} episodes"
          + (f" (with exclude_episodes: {len(left_out)})" if left_out else ""))  # fmt: skip
+
+
+def _import_data(args: argparse.Namespace, overrides: list[str]) -> int:
+    from clbench.data.importing.conventions import parse_gripper
+    from clbench.data.importing.layout import parse_maps
+    from clbench.data.importing.write import Options, check_place, import_recording
+    from clbench.data.source import data_folder
+
+    if overrides:
+        raise UserError("`clbench data import` takes no overrides after --.")
+    for flag, source in (("split", "rlds"), ("observed", "libero_hdf5")):
+        if getattr(args, flag) is not None and args.source != source:
+            raise UserError(f"--{flag} is for --from {source}.")
+    options = Options(
+        maps=parse_maps(args.maps), gripper=None if args.gripper is None else parse_gripper(args.gripper),
+        rotation=args.rotation, fps=args.fps, instruction=args.instruction,
+    )  # fmt: skip
+    root = data_folder(args.out)
+    check_place(root, args.force)
+    if args.source == "rlds":
+        from clbench.data.importing.rlds import Rlds
+
+        done = import_recording(Rlds(args.folder, args.split, args.images), root, options, args.force)
+    else:
+        from clbench.data.importing.libero_hdf5 import LiberoHdf5
+
+        done = import_recording(LiberoHdf5(args.folder, args.observed, args.images), root, options, args.force)
+    show(f"{root}: {sum(done.texts.values())} episodes, {done.frames} frames, {done.fps} a second")
+    show(*(f"  {key} from {feature}" for key, feature in done.layout.as_map().items()))
+    show(f"  not used: {', '.join(done.unused) or 'nothing'}")
+    show("  taken as " + "; ".join(f"{name}: {how}" for name, how in sorted(done.conventions.items())))
+    show(*(f"  task {i:3} {n:5} episodes  {text}" for i, (text, n) in enumerate(done.texts.items())))
+    if done.is_libero:
+        show(f"to train on it: --dataset STREAM -- {shlex.quote(f'dataset.data={args.out}')}, STREAM being one with "
+             "LIBERO's tasks (clbench list streams)")  # fmt: skip
+    else:
+        show("to train on it, write a stream without a simulator: docs/add_a_stream.md")
+    return 0
 
 
 def _assets(args: argparse.Namespace, overrides: list[str]) -> int:

@@ -165,7 +165,7 @@ def _parse(root: Path, raw: dict[str, Any]) -> DataInfo:
         fingerprint=_text(raw["fingerprint"]),
         versions={str(k): str(v) for k, v in raw["versions"].items()},
         render=_render(raw.get("render")),
-        files=_files(raw.get("files")),
+        files=sums_of_files(raw.get("files")),
     )
 
 
@@ -177,7 +177,8 @@ def _render(value: Any) -> dict[str, Any] | None:
     return {"fidelity": _text(value["fidelity"]), "size": _whole(value["size"])}
 
 
-def _files(value: Any) -> dict[str, tuple[int, str]] | None:
+def sums_of_files(value: Any) -> dict[str, tuple[int, str]] | None:
+    """Return path → bytes and sha256, as a description lists the set's files; ValueError or TypeError for others."""
     if value is None:
         return None
     files = {_text(name): (_whole(size), _text(digest)) for name, (size, digest) in value.items()}

@@ -17,10 +17,7 @@ next to the final folder and renamed into place at the end, so a folder with the
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import glob
 import hashlib
-import logging
 import math
 import os
 import queue
@@ -34,7 +31,7 @@ from functools import partial
 from importlib.metadata import version
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -42,6 +39,7 @@ from clbench.data.episode_images import EpisodeImages, read_images
 from clbench.data.experts.base import episode_expert, experts
 from clbench.data.info import FORMAT, INFO_FILE, DataInfo, fingerprint, fingerprint_with_images, load_info
 from clbench.data.verify import contents, damage, file_sums
+from clbench.data.writing import quiet_libraries, working_folder
 from clbench.envs.base import EVAL_SEED_BASE, STATE_KEY, Expert, Observation, Simulator, SimulatorFamily, step_unseen
 from clbench.envs.making import (
     check_other_python,
@@ -302,7 +300,7 @@ def make_dataset(
     if only_check:
         _is_made(root, wanted, force)
         return root
-    with _working_folder(root) as folder:
+    with working_folder(root) as folder:
         if _is_made(root, wanted, force):
             _tell(progress, f"{root} already holds '{name}' with these parameters; nothing to do.")
             return root
@@ -312,9 +310,9 @@ def make_dataset(
             (folder / "images").mkdir()
             plans = [replace(plan, images=str(folder / "images" / f"{k:04d}")) for k, plan in enumerate(plans)]
         new = folder / "dataset"
-        with _collecting(plans, workers, progress) as collected, _quiet_libraries():
+        with _collecting(plans, workers, progress) as collected, quiet_libraries():
             _write(new, name, simulators, plans, collected, wanted)
-        with _quiet_libraries(), patience("reading back what was written"):
+        with quiet_libraries(), patience("reading back what was written"):
             info = _verify(new)
         if root.exists():
             os.replace(root, folder / "replaced")
@@ -381,48 +379,6 @@ def _is_made(root: Path, wanted: dict[str, Any], force: bool) -> bool:
     if problem is not None and not force:
         raise UserError(f"the data set in {root} is damaged: {problem}. --force makes it again.")
     return problem is None
-
-
-@contextlib.contextmanager
-def _working_folder(root: Path) -> Iterator[Path]:
-    """A working folder next to `root`, gone afterwards, whatever happens.
-
-    It is locked while in use; folders of makes that were killed hold no lock, and are removed first.
-    """
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        for stale in sorted(root.parent.glob(f".{glob.escape(root.name)}.partial-*")):
-            with _lock(stale) as free:
-                if not free:
-                    number = stale.name.rpartition("-")[2]
-                    raise UserError(
-                        f"another process is making {root}. Wait for it to end, or end it: kill {number}"
-                    )
-                shutil.rmtree(stale)
-        folder = root.parent / f".{root.name}.partial-{os.getpid()}"
-        folder.mkdir()
-    except OSError as e:
-        raise UserError(f"cannot write next to {root}: {e.strerror}. Choose a writable folder.") from e
-    try:
-        with _lock(folder) as free:
-            if not free:  # another make treated it as stale before it was locked
-                raise UserError(f"another process is making {root}. Wait for it to end.")
-            yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)  # what remains is removed by the next make
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[bool]:
-    """Hold `folder`'s lock if it is free, and yield whether it was. A dead process holds none."""
-    file: IO[str]
-    with open(folder / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
 
 
 @contextlib.contextmanager
@@ -565,23 +521,6 @@ def _reporting(plans: list[TaskPlan], futures: list[Future[Collected]], progress
             future.add_done_callback(partial(ended, plan))
         with patience("making demonstrations", lambda: f"{done} of {len(plans)} tasks collected", say=far):
             yield
-
-
-@contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Suppress a progress bar per episode, and a page about video decoders (there are no videos here)."""
-    import datasets
-
-    logger = logging.getLogger("lerobot.utils.import_utils")
-    level, bars = logger.level, datasets.are_progress_bars_disabled()
-    logger.setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        if not bars:
-            datasets.enable_progress_bars()
 
 
 def _features(simulators: SimulatorFamily, size: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from clbench.data import hub
+from clbench.data.importing.card import REMEDY, is_imported, load_card
 from clbench.data.info import INFO_FILE, load_info
 from clbench.data.lerobot_set import (
     INFO,
@@ -27,7 +28,7 @@ from clbench.data.lerobot_set import (
     read_set,
 )
 from clbench.data.matching import match_tasks, named_tasks
-from clbench.data.verify import check_made
+from clbench.data.verify import changed_file, check_made
 from clbench.envs.base import STATE_KEY
 from clbench.envs.making import family, instruction
 from clbench.errors import UserError, nearest
@@ -138,10 +139,21 @@ def open_data(
         if (root / "meta").is_dir():
             raise UserError(f"{root} is not a complete data set: it has no {INFO}. {_remedy(root)}")
         raise NoData(f"there is no data set in {root}. {_two_ways(env_type, stream, key)}")
+    origin: dict[str, Any] = {"kind": "lerobot"}
+    if is_imported(root):
+        origin["imported"] = load_card(root).origin
+        if depth != "meta":
+            _check_imported(root)
     found = read_set(root, _remedy(root))
     features = _features(found, settings.rename, env_type, key)
-    origin = {"kind": "lerobot"}
     return _foreign(found, features, settings, env_type, names, key, origin, lambda _: depth != "meta", _remedy(root))
+
+
+def _check_imported(root: Path, full: bool = False) -> None:
+    """Raise UserError where a set is not what was imported."""
+    problem = changed_file(root, load_card(root).files, full)
+    if problem is not None:
+        raise UserError(f"the data set in {root} is damaged: {problem}. {REMEDY}")
 
 
 def _two_ways(env_type: str | None, stream: str, key: str) -> str:
@@ -202,12 +214,14 @@ def _left_out(episodes: Collection[int]) -> dict[str, list[int]]:
 
 
 def check_every_byte(root: Path, description: Mapping[str, Any], stream: str) -> None:
-    """Compare all of a set that clbench made with its checksums (slow for a large one); UserError for damage.
+    """Compare all of a set that clbench made or imported with its sums, which may take a while; UserError for damage.
 
-    `description`: as in a `DataSource`. A set that clbench did not make has no checksums.
+    `description`: as in a `DataSource`. Other sets have no sums.
     """
     if description["kind"] == "made":
         check_made(load_info(root), shlex.quote(stream), full=True)
+    elif "imported" in description:
+        _check_imported(root, full=True)
 
 
 def _episodes(tasks: dict[str, TaskData]) -> int:

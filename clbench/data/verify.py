@@ -37,7 +37,15 @@ def check_made(info: DataInfo, stream: str, full: bool = False) -> None:
 def damage(info: DataInfo, full: bool = False) -> str | None:
     """What differs from when it was made, or None."""
     try:
-        return _other_contents(info, full) if info.files is None else _other_files(info, info.files, full)
+        return _other_contents(info, full) if info.files is None else _other_files(info.root, info.files, full)
+    except OSError as e:
+        return f"{e.filename or 'a file'} cannot be read: {e.strerror or e}"
+
+
+def changed_file(root: Path, files: dict[str, tuple[int, str]], full: bool = False) -> str | None:
+    """What is not as in `files` (path → bytes, sha256), or None."""
+    try:
+        return _other_files(root, files, full)
     except OSError as e:
         return f"{e.filename or 'a file'} cannot be read: {e.strerror or e}"
 
@@ -48,22 +56,22 @@ def file_sums(root: Path) -> dict[str, tuple[int, str]]:
     return {str(p.relative_to(root)): (p.stat().st_size, sha256(p)) for p in paths}
 
 
-def _other_files(info: DataInfo, files: dict[str, tuple[int, str]], full: bool) -> str | None:
+def _other_files(root: Path, files: dict[str, tuple[int, str]], full: bool) -> str | None:
     for name, (size, _) in files.items():
-        path = info.root / name
+        path = root / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes instead of {size}"
-    for path in _tables(info.root):
-        if str(path.relative_to(info.root)) not in files:
-            return f"{path.relative_to(info.root)} does not belong there"
+    for path in _tables(root):
+        if str(path.relative_to(root)) not in files:
+            return f"{path.relative_to(root)} does not belong there"
     left = START_BYTES
     for name, (size, digest) in sorted(files.items(), key=lambda item: item[1][0]):
         if size > left and not full:
             break
         left -= size
-        path = info.root / name
+        path = root / name
         mark = size, path.stat().st_mtime_ns, digest
         if _compared.get(path) != mark and sha256(path) != digest:
             return f"{name} was changed"
@@ -94,11 +102,11 @@ def contents(root: Path, env_type: str, episodes: int) -> str:
     tables, simulators = _tables(root), family(env_type)
     shapes = {STATE_KEY: (simulators.state_dim,), ACTION_KEY: (simulators.action_dim,)}
     columns = read_columns(tables, {**shapes, "episode_index": (), "task_index": ()})
-    images = _image_digests(tables, list(simulators.cameras), episodes)
+    images = image_digests(tables, list(simulators.cameras), episodes)
     return fingerprint_with_images(fingerprint(*columns.values()), images)
 
 
-def _image_digests(tables: Sequence[Path], seen: Sequence[str], episodes: int) -> list[str]:
+def image_digests(tables: Sequence[Path], seen: Sequence[str], episodes: int) -> list[str]:
     """The sha256 of every episode's pixels, one camera after the other."""
     if not seen:
         return []

@@ -1,0 +1,74 @@
+"""What making and importing data sets share: a working folder that becomes the set or vanishes, and quiet libraries."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import glob
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from clbench.errors import UserError
+
+
+@contextlib.contextmanager
+def working_folder(root: Path) -> Iterator[Path]:
+    """A working folder beside `root`, gone afterwards, whatever happens.
+
+    It is locked while in use; folders of makes that were killed hold no lock, and are removed first.
+    """
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        for stale in sorted(root.parent.glob(f".{glob.escape(root.name)}.partial-*")):
+            with _lock(stale) as free:
+                if not free:
+                    number = stale.name.rpartition("-")[2]
+                    raise UserError(
+                        f"another process is making {root}. Wait for it to end, or end it: kill {number}"
+                    )
+                shutil.rmtree(stale)
+        folder = root.parent / f".{root.name}.partial-{os.getpid()}"
+        folder.mkdir()
+    except OSError as e:
+        raise UserError(f"cannot write beside {root}: {e.strerror}. Choose a writable folder.") from e
+    try:
+        with _lock(folder) as free:
+            if not free:  # another make took it for stale before it was locked
+                raise UserError(f"another process is making {root}. Wait for it to end.")
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # what remains is removed by the next make
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[bool]:
+    """Hold `folder`'s lock if it is free, and yield whether it was. A dead process holds none."""
+    file: IO[str]
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Hold back a progress bar per episode, and a page on video decoders (there are no videos here)."""
+    import datasets
+
+    logger = logging.getLogger("lerobot.utils.import_utils")
+    level, bars = logger.level, datasets.are_progress_bars_disabled()
+    logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()
