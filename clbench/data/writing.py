@@ -1,4 +1,4 @@
-"""What making and importing data sets share: a working folder that becomes the set or vanishes, and quiet libraries."""
+"""What making and importing data sets share: a working folder that becomes the set or vanishes, and LeRobot's ways."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from clbench.errors import UserError
 
@@ -72,3 +72,18 @@ def quiet_libraries() -> Iterator[None]:
         logger.setLevel(level)
         if not bars:
             datasets.enable_progress_bars()
+
+
+@contextlib.contextmanager
+def finalizing(dataset: Any) -> Iterator[None]:
+    """Complete the LeRobotDataset that the block writes to.
+
+    Also after an exception: when it is collected it would complete itself, in a folder that is gone by then.
+    """
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first one counts
+            dataset.finalize()
+        raise
+    dataset.finalize()

@@ -76,9 +76,7 @@ class LiberoHdf5:
 
     format = "libero_hdf5"
 
-    def __init__(
-        self, folder: Path, observed: Observed | None = None, orientation: Orientation | None = None
-    ) -> None:
+    def __init__(self, folder: Path, observed: Observed | None = None, orientation: Orientation | None = None) -> None:
         self._h5py = _h5py()
         if not folder.exists():
             raise UserError(f"there is no {folder}.")

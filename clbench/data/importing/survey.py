@@ -30,6 +30,7 @@ from clbench.envs.making import family
 from clbench.errors import UserError
 
 LIBERO = "libero"
+HALF = 0.5  # between commands 0 and ±1
 UNIT = 1e-3  # how far a quaternion's length is from 1 by rounding
 
 
@@ -62,6 +63,7 @@ class Survey:
     state_low: np.ndarray = field(default_factory=lambda: np.zeros(0))
     state_high: np.ndarray = field(default_factory=lambda: np.zeros(0))
     units: bool = True  # whether numbers 3 to 6 of every state make up a vector of length 1
+    from_zero: str = ""  # the first episode whose gripper's commands are between 0 and 1, as far as one can see
     commands: list[np.ndarray] = field(default_factory=list)
     changes: list[np.ndarray] = field(default_factory=list)
 
@@ -175,6 +177,9 @@ def _add(found: Survey, where: str, read: Numbers) -> None:
     found.episodes += 1
     found.frames += len(actions)
     found.low, found.high = np.minimum(found.low, actions.min(0)), np.maximum(found.high, actions.max(0))
+    lowest, highest = actions[:, -1].min(), actions[:, -1].max()
+    if -HALF <= lowest <= HALF < highest:
+        found.from_zero = found.from_zero or where
     found.state_low = np.minimum(found.state_low, states.min(0))
     found.state_high = np.maximum(found.state_high, states.max(0))
     if found.state_dim >= POSITION + 4:
@@ -259,7 +264,13 @@ def _gripper(found: Survey, given: Gripper | None) -> tuple[Gripper, list[str]]:
     if given is not None:
         wrong = shown is not None and (given.opens < given.closes) != (shown.opens < shown.closes)
         return given, [f"warning: --gripper {given} is taken as given. {moves}."] if wrong else []
-    if low >= -0.5:
+    if low < -HALF and found.from_zero:
+        raise UserError(
+            f"the gripper, the last number of an action, goes from 0 to 1 in {found.from_zero} and from {low:.3g} to "
+            f"{high:.3g} in all of the data, which mixes two conventions. Import its parts one by one, or say that all "
+            f"of it counts as LIBERO does: --gripper {LIBERO_GRIPPER}."
+        )
+    if low >= -HALF:
         raise UserError(
             f"the gripper, the last number of an action, goes from {low:.3g} to {high:.3g}. LIBERO's opens at "
             f"{LIBERO_GRIPPER.opens:g} and closes at {LIBERO_GRIPPER.closes:g}, so these numbers mean something else. "

@@ -24,10 +24,10 @@ from clbench.data.importing.layout import Layout, layout, unused
 from clbench.data.importing.recording import Episode, Recording
 from clbench.data.importing.survey import Conventions, Numbers, Survey, check_size, conventions, numbers, survey
 from clbench.data.info import INFO_FILE, fingerprint, fingerprint_with_images
-from clbench.data.lerobot_set import read_columns
+from clbench.data.lerobot_set import read_columns, read_set
 from clbench.data.source import ACTION_KEY
 from clbench.data.verify import file_sums, image_digests
-from clbench.data.writing import quiet_libraries, working_folder
+from clbench.data.writing import finalizing, quiet_libraries, working_folder
 from clbench.envs.base import STATE_KEY
 from clbench.envs.making import family
 from clbench.errors import UserError
@@ -127,9 +127,7 @@ def import_recording(recording: Recording, root: Path, options: Options, force: 
         if root.exists():
             os.replace(root, folder / "replaced")
         os.replace(new, root)
-    return Imported(
-        root, chosen, unused(recording, chosen), notes, fps, writer.texts, found.frames, settled.is_libero
-    )
+    return Imported(root, chosen, unused(recording, chosen), notes, fps, writer.texts, found.frames, settled.is_libero)
 
 
 def _shown(episodes: Iterable[Episode], recording: Recording, what: str) -> Iterator[Episode]:
@@ -159,7 +157,8 @@ class _Writer:
 
     def write(self, episodes: Iterable[Episode], chosen: Layout, instruction: str | None) -> None:
         """Write all episodes; LeRobot's files are complete afterwards."""
-        from lerobot.datasets.lerobot_dataset import LeRobotDataset
+        with patience("loading LeRobot"):
+            from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
         dataset = LeRobotDataset.create(
             repo_id=self.name,
@@ -169,10 +168,10 @@ class _Writer:
             robot_type=family("libero").robot_type if self._settled.is_libero else None,
             use_videos=False,
         )
-        for episode in episodes:
-            read = numbers(episode, chosen, instruction)
-            self._write_one(dataset, episode, read, chosen)
-        dataset.finalize()
+        with finalizing(dataset):
+            for episode in episodes:
+                read = numbers(episode, chosen, instruction)
+                self._write_one(dataset, episode, read, chosen)
         shutil.rmtree(self.root / "images", ignore_errors=True)  # LeRobot's, by now empty
         if len(self._states) != self._found.episodes or sum(map(len, self._states)) != self._found.frames:
             raise UserError(CHANGED)
@@ -232,18 +231,17 @@ class _Writer:
 
     def check(self) -> None:
         """Read the set back and compare it with what was given; RuntimeError where it differs."""
-        from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
-
-        meta = LeRobotDatasetMetadata(self.name, root=self.root)
-        if (meta.total_episodes, meta.total_frames) != (self._found.episodes, self._found.frames):
+        there = read_set(self.root, "")
+        counted = len(there.episodes), sum(e.frames for e in there.episodes)
+        if counted != (self._found.episodes, self._found.frames):
             raise RuntimeError(
                 f"{self.root}: wrote {self._found.episodes} episodes and {self._found.frames} frames, read back "
-                f"{meta.total_episodes} and {meta.total_frames}."
+                f"{counted[0]} and {counted[1]}."
             )
-        if {str(text): int(row["task_index"]) for text, row in meta.tasks.iterrows()} != self._numbers:
+        if there.texts != {index: text for text, index in self._numbers.items()}:
             raise RuntimeError(f"{self.root}: LeRobot numbered the tasks differently.")
         tables = sorted((self.root / "data").glob("*/*.parquet"))
-        columns = {k: f["shape"] for k, f in meta.features.items() if k in (STATE_KEY, ACTION_KEY)}
+        columns = {k: f["shape"] for k, f in there.features.items() if k in (STATE_KEY, ACTION_KEY)}
         read = read_columns(tables, {**columns, "episode_index": (), "task_index": ()})
         count = len(read["task_index"])
         rest = fingerprint(
