@@ -23,9 +23,14 @@ from clbench.data.importing.card import CARD_FILE
 from clbench.data.importing.conventions import Gripper, opening_command, rotated
 from clbench.data.importing.crc32c import crc32c as fast_crc32c
 from clbench.data.importing.example import Malformed, parse_example, values
+from clbench.data.importing.layout import layout
 from clbench.data.importing.libero_hdf5 import LiberoHdf5
+from clbench.data.importing.rlds import Rlds
+from clbench.data.importing.survey import conventions, survey
 from clbench.data.source import check_every_byte, open_data
-from clbench.envs.libero.simulator import axis_angle
+from clbench.envs.base import STATE_KEY
+from clbench.envs.libero.simulator import LiberoSimulator, axis_angle
+from clbench.envs.making import make_simulator
 from clbench.errors import UserError
 from clbench.io import read_json, sha256
 from clbench.streams.stream import build_stream
@@ -438,6 +443,7 @@ def test_how_fingers_move_says_which_command_opens() -> None:
     assert opening_command(commands, np.array([-0.01, -0.01, 0.01, 0.01])) == "high"
     assert opening_command(commands, np.array([0.01, 0.01, 0.01, 0.01])) is None
     assert opening_command(commands, np.array([0.001, 0.001, -0.001, -0.001])) is None  # nothing moved
+    assert opening_command(commands, np.array([0, 0, -0.01, -0.01])) == "low"  # it was open already
     assert opening_command(np.ones(4), np.array([0.01, 0.01, -0.01, -0.01])) is None
     np.testing.assert_allclose(Gripper(1.0, 0.0).converted(np.array([1.0, 0.5, 0.0])), [-1, 0, 1])
 
@@ -674,7 +680,7 @@ def external(file: Any) -> None:
 HDF5: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (lambda f: cut(f, 0.5), "ketchup.*cannot be read as HDF5, it is damaged or truncated"),
     "no hdf5": (lambda f: cut(f, 0), "ketchup.*cannot be read as HDF5"),
-    "no data": (lambda f: rewritten(f, lambda h: h.move("data", "other")), "is no file of LIBERO's demonstrations"),
+    "no data": (lambda f: rewritten(f, lambda h: h.move("data", "other")), "is no file of LIBERO's demonstr"),
     "fewer": (lambda f: rewritten(f, lambda h: h["data"].attrs.update(num_demos=3)), "has 1 demonstrations and says 3"),
     "camera": (
         lambda f: rewritten(f, lambda h: h["data/demo_0/obs"].pop("eye_in_hand_rgb")), "demo_0 of .*has no 'obs/eye_in"
@@ -741,3 +747,78 @@ def test_help_lists_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended.value.code == 0
     for option in ("--from", "--out", "--map", "--gripper", "--rotation", "--images", "--observed", "--split", "--fps"):
         assert option in out
+
+
+def test_bytes_changed_anywhere_end_in_a_result_or_one_message(tmp_path: Path) -> None:
+    """Checksums are those of the changed records, so that what is behind them is tried, too."""
+    rng = np.random.default_rng(0)
+    records = [libero_record(e) for e in EPISODES[:2]]
+    folder = write_rlds(tmp_path / "rlds", [records])
+    hdf5 = write_hdf5(tmp_path / "hdf5" / "mine_demo.hdf5", EPISODES[:2])
+    whole = {path: path.read_bytes() for path in (*folder.iterdir(), hdf5)}
+    ended = {True: 0, False: 0}
+    for i in range(90):
+        for path, data in whole.items():
+            path.write_bytes(data)
+        path = (folder / "features.json", folder / "dataset_info.json", hdf5, None)[i % 4]
+        data = bytearray(records[0] if path is None else whole[path])
+        for at in rng.integers(0, len(data), 4):
+            data[at] = rng.integers(32, 127)
+        if path is None:
+            shard = next(folder.glob("*tfrecord*"))
+            shard.write_bytes(recordings.tfrecord([bytes(data), records[1]]))
+        else:
+            path.write_bytes(data)
+        try:
+            recording = LiberoHdf5(hdf5) if path == hdf5 else Rlds(folder)
+            chosen = layout(recording, {}, "a text")
+            conventions(survey(recording.read(True), chosen, "a text"), None, None)
+            for episode in recording.read(False):
+                for name in chosen.cameras.values():
+                    list(episode.images(name))
+            ended[True] += 1
+        except UserError as e:
+            assert 0 < len(str(e)) < 4000
+            ended[False] += 1
+    assert ended[False] > 40 < sum(ended.values())
+
+
+# ------------------------------------------------------------------------------------------- the real simulator
+
+
+@pytest.mark.libero
+def test_what_the_simulator_does_is_recognised(tmp_path: Path) -> None:
+    """The joints say which observation belongs to which action, the fingers which command opens the gripper."""
+    import h5py
+
+    sim = make_simulator({"type": "libero_state", "task": KETCHUP.replace(" ", "_")})
+    rng = np.random.default_rng(0)
+    try:
+        assert isinstance(sim, LiberoSimulator)
+        for observed in ("before", "after"):
+            seen, joints, states, actions = [], [], [], []
+            observation = sim.reset(0)
+            for t in range(16):
+                action = np.append(rng.uniform(-0.5, 0.5, 6), -1.0 if t < 6 else 1.0)
+                states.append(sim.env.sim.get_state().flatten())
+                actions.append(action)
+                if observed == "after":
+                    observation = sim.step(action).observation
+                robot = sim.env.robots[0]
+                joints.append(sim.env.sim.data.qpos[robot._ref_joint_pos_indexes].copy())
+                seen.append(observation[STATE_KEY][:8])
+                if observed == "before":
+                    observation = sim.step(action).observation
+            with h5py.File(tmp_path / f"{observed}.hdf5", "w") as file:
+                demo = file.create_group("data/demo_0")
+                demo["actions"], demo["states"] = np.stack(actions), np.stack(states)
+                demo["obs/joint_states"] = np.stack(joints)
+                demo["obs/ee_states"], demo["obs/gripper_states"] = np.stack(seen)[:, :6], np.stack(seen)[:, 6:]
+    finally:
+        sim.close()
+    for observed in ("before", "after"):
+        recording = LiberoHdf5(tmp_path / f"{observed}.hdf5")
+        assert recording.notes["observed"] == f"{observed} the action beside it"
+        found = survey(recording.read(False), layout(recording, {f"{IMAGE}": "none", WRIST: "none"}, "x"), "x")
+        assert found.opens == "low"
+        assert found.state_low[3] > 2  # a gripper that points down turns about an axis with positive x

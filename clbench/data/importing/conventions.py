@@ -17,6 +17,7 @@ from clbench.errors import UserError
 POSITION = 3
 ROTATIONS = {"axis_angle": 3, "quaternion_xyzw": 4, "quaternion_wxyz": 4, "euler_xyz": 3}  # how many numbers
 OPENS, CLOSES = -1.0, 1.0
+MOVED = 0.01  # metres by which fingers move in all, where they show something
 FINGER = 0.06  # metres; a finger of LIBERO's robot moves by 0.04
 _GRIPPER = re.compile(r"open=([-+]?\d+(?:\.\d+)?),close=([-+]?\d+(?:\.\d+)?)\Z")
 
@@ -58,9 +59,10 @@ def opening_command(commands: np.ndarray, changes: np.ndarray) -> str | None:
         return None
     high = commands > (commands.min() + commands.max()) / 2
     low_grows, high_grows = float(changes[~high].sum()), float(changes[high].sum())
-    if min(abs(low_grows), abs(high_grows)) < 0.01 or low_grows * high_grows > 0:  # a centimetre in all
+    alike = min(low_grows, high_grows) > MOVED or max(low_grows, high_grows) < -MOVED
+    if alike or abs(low_grows - high_grows) < MOVED:
         return None
-    return "low" if low_grows > 0 else "high"
+    return "low" if low_grows > high_grows else "high"
 
 
 def rotated(states: np.ndarray, rotation: str) -> np.ndarray:

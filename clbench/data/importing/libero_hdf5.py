@@ -23,6 +23,7 @@ Sources: LIBERO's scripts/create_dataset.py; OpenVLA's regenerate_libero_dataset
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 from collections.abc import Iterator, Mapping
@@ -110,8 +111,10 @@ class LiberoHdf5:
         for told in self._told:
             with self._open(told.path) as file:
                 for name in told.demos:
-                    group = _item(self._h5py, file, f"data/{name}")
-                    yield _Demo(f"{name} of {told.path}", group, told, self._h5py)
+                    where = f"{name} of {told.path}"
+                    with _damage(where):
+                        group = _item(self._h5py, file, f"data/{name}")
+                    yield _Demo(where, group, told, self._h5py)
 
     def digests(self) -> dict[str, tuple[int, str]]:
         """Return path → bytes and sha256 of the files."""
@@ -127,7 +130,9 @@ class LiberoHdf5:
     def _look(self, path: Path, observed: Observed | None, orientation: Orientation | None) -> _Told:
         """What a file says of itself."""
         with self._open(path) as file:
-            try:
+            with _damage(str(path)):
+                if "data" not in file:
+                    raise UserError(f"{path} is no file of LIBERO's demonstrations: it has no group 'data'.")
                 data = _item(self._h5py, file, "data")
                 demos = sorted(filter(partial(_is_group, self._h5py, data), data.keys()), key=_natural_name)
                 said = data.attrs.get("num_demos")
@@ -135,16 +140,12 @@ class LiberoHdf5:
                 convention = data.attrs.get("macros_image_convention")
                 instruction = _instruction(path, data.attrs.get("problem_info"))
                 features = _features(self._h5py, data[demos[0]]) if demos else {}
-            except _DAMAGED as e:
-                if isinstance(e, UserError):
-                    raise
-                raise UserError(f"{path} is no file of LIBERO's demonstrations, or damaged: it has no readable group "
-                                f"'data' ({' '.join(str(e).split())}). {AGAIN}") from e  # fmt: skip
             if not demos or said not in (None, len(demos)):
                 raise UserError(f"{path} is not whole: it has {len(demos)} demonstrations"
                                 + (f" and says {said}" if said is not None else "") + f". {AGAIN}")  # fmt: skip
             told = _Told(path, tuple(demos), features, instruction, _orientation(path, convention, orientation))
-            told.observed = observed or self._find_out(told, data)
+            with _damage(str(path)):
+                told.observed = observed or self._find_out(told, data)
         return told
 
     def _find_out(self, told: _Told, data: Any) -> Observed:
@@ -206,10 +207,8 @@ class _Demo:
                 f"{self.where}: '{feature}' is {dataset.dtype} {shape}, not uint8 images (frames, height, width, 3)."
             )
         for i in range(self.count(feature)):
-            try:
+            with _damage(f"'{feature}' in {self.where}"):
                 image = dataset[i]
-            except _DAMAGED as e:
-                raise self._damaged(feature, e) from e
             yield turned(image, self.told.orientation)
 
     def texts(self, feature: str, frames: int) -> list[str]:
@@ -223,10 +222,8 @@ class _Demo:
             raise UserError(f"{self.where}: '{feature}' is {dataset.dtype} {shape}, no numbers (frames, width).")
         if shape[0] > MAX_FRAMES or max(shape[1:], default=1) > MAX_WIDTH:
             raise UserError(f"{self.where}: '{feature}' has {shape[0]} frames of {shape[1:]} numbers, too many.")
-        try:
+        with _damage(f"'{feature}' in {self.where}"):
             return np.asarray(dataset[()], dtype=np.float64).reshape(shape[0], -1)
-        except _DAMAGED as e:
-            raise self._damaged(feature, e) from e
 
     def _aligned(self, feature: str, rows: np.ndarray) -> np.ndarray:
         if self.told.observed == "before":
@@ -234,20 +231,26 @@ class _Demo:
         return rows[:-1] if feature.startswith("obs/") else rows[1:]
 
     def _dataset(self, feature: str) -> Any:
-        try:
+        with _damage(f"'{feature}' in {self.where}"):
+            if feature not in self.group:
+                has = ", ".join(_features(self.h5py, self.group)) or "nothing"
+                raise UserError(f"{self.where} has no '{feature}'. It has {has}.")
             found = _item(self.h5py, self.group, feature)
-        except _DAMAGED as e:
-            if isinstance(e, UserError):
-                raise
-            raise UserError(
-                f"{self.where} has no '{feature}'. It has {', '.join(_features(self.h5py, self.group)) or 'nothing'}."
-            ) from e
-        if not isinstance(found, self.h5py.Dataset):
-            raise UserError(f"{self.where}: '{feature}' is a group, no array.")
+            if not isinstance(found, self.h5py.Dataset) or found.shape is None:
+                raise UserError(f"{self.where}: '{feature}' is no array.")
+            found.dtype  # noqa: B018 (a damaged type shows here)
         return found
 
-    def _damaged(self, feature: str, e: Exception) -> UserError:
-        return UserError(f"{self.where} is damaged: '{feature}' cannot be read ({' '.join(str(e).split())}). {AGAIN}")
+
+@contextlib.contextmanager
+def _damage(what: str) -> Iterator[None]:
+    """Say of whatever h5py cannot read in the block that `what` is damaged."""
+    try:
+        yield
+    except _DAMAGED as e:
+        if isinstance(e, UserError):
+            raise
+        raise UserError(f"{what} is damaged: {' '.join(str(e).split())[:300]}. {AGAIN}") from e
 
 
 def _h5py() -> Any:
