@@ -15,8 +15,8 @@ Three things differ from what clbench's simulator shows:
   the action that follows, so observation t is paired with action t + 1. OpenVLA's regenerated files already pair them
   that way. Which of the two it is shows in `joint_states`: they equal the joints in `states` of the same row, or of the
   next one.
-- The instruction in problem_info is that of the BDDL file, which in three suites is worded otherwise than the task's
-  name. Benchmarks use the name, so the file's name decides where it is that of one of LIBERO's tasks.
+- The instruction in problem_info is that of the BDDL file, which for 29 of the 130 tasks is worded otherwise than the
+  task's name. Benchmarks use the name, so the file's name decides where it is that of one of LIBERO's tasks.
 
 Sources: LIBERO's scripts/create_dataset.py; OpenVLA's regenerate_libero_dataset.py.
 """
@@ -59,7 +59,7 @@ Observed = Literal["before", "after"]
 OBSERVED: tuple[Observed, ...] = ("before", "after")
 CLEARLY = 3.0  # how many times nearer the joints must be to one row than to the other
 JOINTS = 7
-MAX_FRAMES, MAX_WIDTH = 1_000_000, 100_000  # of an episode
+MAX_NUMBERS = 20_000_000  # of one feature in an episode
 _DAMAGED = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError)  # what h5py raises
 
 
@@ -220,8 +220,8 @@ class _Demo:
         shape = dataset.shape
         if not 1 <= len(shape) <= 2 or dataset.dtype.kind not in "fiub":
             raise UserError(f"{self.where}: '{feature}' is {dataset.dtype} {shape}, no numbers (frames, width).")
-        if shape[0] > MAX_FRAMES or max(shape[1:], default=1) > MAX_WIDTH:
-            raise UserError(f"{self.where}: '{feature}' has {shape[0]} frames of {shape[1:]} numbers, too many.")
+        if np.prod(shape, dtype=np.float64) > MAX_NUMBERS:
+            raise UserError(f"{self.where}: '{feature}' has {shape} numbers, too many for an episode.")
         with _damage(f"'{feature}' in {self.where}"):
             return np.asarray(dataset[()], dtype=np.float64).reshape(shape[0], -1)
 

@@ -48,7 +48,8 @@ CAMERAS = "observation.images."
 TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 NUMBERS = re.compile(r"(?:float(?:16|32|64)|bfloat16|u?int(?:8|16|32|64)|bool)\Z")
 STORED = {"none": "", "bytes": "bytes", "zlib": "zlib"}  # encodings of a tensor
-LARGEST_VALUE = 64 * 2**20  # bytes of one step's tensor
+LARGEST_VALUE = 2**20  # bytes of one step's tensor that is stored encoded
+LARGEST_SIDE = 10**6
 LIBERO_CAMERAS = ("observation/image", "observation/wrist_image")
 
 
@@ -254,7 +255,7 @@ def _walk(node: Mapping[str, Any], name: str, key: str, each_step: bool, found: 
 
 def _shape(node: Mapping[str, Any]) -> tuple[int, ...]:
     shape = tuple(int(n) for n in node.get("shape", {}).get("dimensions", []))
-    if any(n < -1 or n > LARGEST_VALUE for n in shape):
+    if any(n < -1 or n > LARGEST_SIDE for n in shape):
         raise ValueError(f"{shape} is no shape")
     return shape
 

@@ -93,7 +93,8 @@ def import_recording(recording: Recording, root: Path, options: Options, force: 
     fps = options.fps or recording.defaults.fps or (family("libero").fps if settled.is_libero else None)
     if fps is None:
         raise UserError(f"the data in {recording.folder} does not say how many frames a second has: give --fps N.")
-    tell(*warnings)
+    for warning in warnings:
+        tell(warning)
     with working_folder(root) as folder:
         check_place(root, force)
         new = folder / "dataset"
