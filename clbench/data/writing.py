@@ -17,7 +17,7 @@ from clbench.errors import UserError
 
 @contextlib.contextmanager
 def working_folder(root: Path) -> Iterator[Path]:
-    """A working folder beside `root`, gone afterwards, whatever happens.
+    """A working folder next to `root`, gone afterwards, whatever happens.
 
     It is locked while in use; folders of makes that were killed hold no lock, and are removed first.
     """
@@ -34,10 +34,10 @@ def working_folder(root: Path) -> Iterator[Path]:
         folder = root.parent / f".{root.name}.partial-{os.getpid()}"
         folder.mkdir()
     except OSError as e:
-        raise UserError(f"cannot write beside {root}: {e.strerror}. Choose a writable folder.") from e
+        raise UserError(f"cannot write next to {root}: {e.strerror}. Choose a writable folder.") from e
     try:
         with _lock(folder) as free:
-            if not free:  # another make took it for stale before it was locked
+            if not free:  # another make treated it as stale before it was locked
                 raise UserError(f"another process is making {root}. Wait for it to end.")
             yield folder
     finally:
@@ -59,7 +59,7 @@ def _lock(folder: Path) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Hold back a progress bar per episode, and a page on video decoders (there are no videos here)."""
+    """Suppress a progress bar per episode, and a page about video decoders (there are no videos here)."""
     import datasets
 
     logger = logging.getLogger("lerobot.utils.import_utils")
