@@ -24,6 +24,9 @@ POSITIVE = (
     "image_layers",
 )  # fmt: skip
 
+MEAN_STD = "mean_std"
+RANGES = {"quantiles": ("q01", "q99"), "min_max": ("min", "max")}  # normalisation to [−1, 1] → what becomes ±1
+
 
 @dataclass
 class DitSettings:
@@ -40,6 +43,8 @@ class DitSettings:
         text_vocab_size, text_dim, text_max_words: hashed-word language input (see text.py).
         image_tokens_side: each camera becomes `image_tokens_side`² tokens.
         image_layers: convolutions of each camera's encoder; the first three halve the image.
+        normalization: mean_std | quantiles | min_max. The last two map q01 to q99, or all of the data's range, to
+            [−1, 1] and clip (policies/normalization.py); `std_floor` and `raw_below` are of the first.
         state_clip: normalised state is clipped to ± this, in standard deviations.
         std_floor: smallest standard deviation used for normalising.
         raw_below: dimensions whose standard deviation is below this pass through un-normalised.
@@ -64,6 +69,7 @@ class DitSettings:
     image_tokens_side: int = 4
     image_layers: int = 3
 
+    normalization: str = MEAN_STD
     state_clip: float = 5.0
     std_floor: float = 0.05
     raw_below: float = 1e-3
@@ -79,6 +85,9 @@ class DitSettings:
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
                 raise ValueError(f"{name} must be a non-negative number but is {value!r}.")
+        if self.normalization not in (MEAN_STD, *RANGES):
+            known = ", ".join((MEAN_STD, *RANGES))
+            raise ValueError(f"normalization must be one of {known} but is {self.normalization!r}.")
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model ({self.d_model}) must be a multiple of n_heads ({self.n_heads}).")
         if self.n_action_steps > self.chunk_size:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -219,16 +219,32 @@ def read_columns(files: Iterable[Path], columns: Mapping[str, Sequence[int]]) ->
 
     parts = [pq.ParquetFile(path).read(columns=list(columns)) for path in files]
     table = pa.concat_tables(parts)
-    arrays = {}
-    for name, shape in columns.items():
-        flat = table[name].combine_chunks()
-        while pa.types.is_nested(flat.type):
-            flat = flat.flatten()
-        if flat.null_count:
-            raise ValueError(f"'{name}' has {flat.null_count} empty values")
-        value = () if tuple(shape) == (1,) else tuple(shape)
-        arrays[name] = np.ascontiguousarray(flat.to_numpy(zero_copy_only=False)).reshape(table.num_rows, *value)
-    return arrays
+    return {name: _as_array(name, table[name], shape) for name, shape in columns.items()}
+
+
+def iter_columns(
+    path: Path, columns: Mapping[str, Sequence[int]], rows: int = 65536
+) -> Iterator[dict[str, np.ndarray]]:
+    """`read_columns` of one file, at most `rows` frames at a time."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for batch in pq.ParquetFile(path).iter_batches(batch_size=rows, columns=list(columns)):
+        table = pa.Table.from_batches([batch])
+        yield {name: _as_array(name, table[name], shape) for name, shape in columns.items()}
+
+
+def _as_array(name: str, column: Any, shape: Sequence[int]) -> np.ndarray:
+    """A column of a pyarrow table as an array (frames, *shape)."""
+    import pyarrow as pa
+
+    flat = column.combine_chunks()
+    while pa.types.is_nested(flat.type):
+        flat = flat.flatten()
+    if flat.null_count:
+        raise ValueError(f"'{name}' has {flat.null_count} empty values")
+    value = () if tuple(shape) == (1,) else tuple(shape)
+    return np.ascontiguousarray(flat.to_numpy(zero_copy_only=False)).reshape(len(column), *value)
 
 
 def check_frames(

@@ -23,8 +23,9 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
-from lerobot.configs import FeatureType, PreTrainedConfig
+from lerobot.configs import FeatureType, NormalizationMode, PreTrainedConfig
 from lerobot.policies import make_pre_post_processors
 from lerobot.policies.factory import get_policy_class
 from lerobot.utils.feature_utils import dataset_to_policy_features
@@ -37,6 +38,7 @@ from clbench.checkpoints.run_folder import checkpoint_folder, versions
 from clbench.checkpoints.state import load_state
 from clbench.checkpoints.training_state import Position, StateKeeper
 from clbench.checkpoints.whole import DESCRIPTION, damage, write_whole
+from clbench.config.dit import RANGES
 from clbench.config.schema import (
     BASE_KEYS,
     Config,
@@ -50,6 +52,7 @@ from clbench.config.schema import (
 from clbench.data.frames import StreamFrames, all_names, described_feature
 from clbench.data.lerobot_set import BOOKKEEPING
 from clbench.data.source import DataSource, check_every_byte, fps_note
+from clbench.data.statistics import QUANTILES, compute
 from clbench.envs.making import family
 from clbench.errors import Interrupted, UserError, shortage
 from clbench.io import read_json, write_json
@@ -340,7 +343,7 @@ def new_policy(section: dict[str, Any], frames: StreamFrames, device: str, seed:
         with seeded("policy-init", seed):
             policy = get_policy_class(config.type)(config)  # type: ignore[call-arg]
         policy.to(device)
-        pre, post = make_pre_post_processors(config, dataset_stats=frame_statistics(frames))
+        pre, post = make_pre_post_processors(config, dataset_stats=frame_statistics(frames, takes_ranges(config)))
     except Exception as e:  # LeRobot's policies raise all kinds of errors for unsupported features
         if shortage(e) is not None:  # of memory, say
             raise
@@ -348,9 +351,21 @@ def new_policy(section: dict[str, Any], frames: StreamFrames, device: str, seed:
     return LoadedPolicy(policy, pre, post, "")
 
 
-def frame_statistics(frames: StreamFrames) -> dict[str, dict[str, torch.Tensor]]:
-    """Mean, std, min and max of every low-dimensional feature over the frames of visit 0."""
+def takes_ranges(config: PreTrainedConfig) -> bool:
+    """Whether a policy's normalisation wants more than mean, std, min and max."""
+    by_quantiles = {NormalizationMode.QUANTILES, NormalizationMode.QUANTILE10}
+    return getattr(config, "normalization", None) in RANGES or not by_quantiles.isdisjoint(
+        config.normalization_mapping.values()
+    )
+
+
+def frame_statistics(frames: StreamFrames, ranges: bool = False) -> dict[str, dict[str, torch.Tensor]]:
+    """Mean, std (divided by n − 1), min and max of every low-dimensional feature over the frames of visit 0.
+
+    `ranges`: also quantiles, and which dimensions are binary (data/statistics.py).
+    """
     stats: dict[str, dict[str, torch.Tensor]] = {}
+    columns: dict[str, np.ndarray] = {}
     parts = frames.parts(0)
     for key, feature in parts[0].features.items():
         if feature["dtype"] not in ("float32", "float64"):
@@ -362,6 +377,11 @@ def frame_statistics(frames: StreamFrames) -> dict[str, dict[str, torch.Tensor]]
             "min": values.amin(0).float(),
             "max": values.amax(0).float(),
         }
+        if ranges:
+            columns[key] = values.numpy()
+    for key, found in (compute(lambda: [columns]) if columns else {}).items():
+        shape = stats[key]["mean"].shape
+        stats[key] |= {name: torch.from_numpy(found[name]).reshape(shape) for name in (*QUANTILES, "binary")}
     return stats
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
 
-from clbench.config.dit import DitSettings
+from clbench.config.dit import MEAN_STD, DitSettings
 
 
 @dataclass
@@ -32,6 +32,15 @@ class DitConfig(DitSettings, PreTrainedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check()
+        if self.normalization != MEAN_STD:  # LeRobot's own step is left with the images
+            for kind in ("STATE", "ENV", "ACTION"):
+                mode = self.normalization_mapping.get(kind)
+                if mode not in (None, NormalizationMode.MEAN_STD, NormalizationMode.IDENTITY):
+                    raise ValueError(
+                        f"normalization_mapping has {NormalizationMode(mode).value} for {kind}, and normalization is "
+                        f"{self.normalization}: choose one of the two keys."
+                    )
+                self.normalization_mapping[kind] = NormalizationMode.IDENTITY
 
     def check_weights(self, shapes: dict[str, tuple[int, ...]]) -> bool:
         """Whether weights of these shapes fit these sizes: checked before memory is allocated for them."""

@@ -13,8 +13,10 @@ from lerobot.processor import (
     make_policy_processor_pipelines,
 )
 
+from clbench.config.dit import MEAN_STD
 from clbench.policies.dit.configuration import DitConfig
 from clbench.policies.dit.text import HashedWordsProcessorStep
+from clbench.policies.normalization import RangeNormalizerStep, RangeUnnormalizerStep
 
 
 def stable_stats(
@@ -51,9 +53,19 @@ def make_dit_pre_post_processors(
     PolicyProcessorPipeline[PolicyAction, PolicyAction],
 ]:
     """Build the two pipelines: rename → batch → words → device → normalise, and unnormalise → cpu."""
-    steps = make_default_policy_processor_steps(config, stable_stats(dataset_stats, config))
+    ranges = config.normalization != MEAN_STD
+    features = {**(config.input_features or {}), **(config.output_features or {})}
+    scaled = {k: f for k, f in features.items() if f.type is not FeatureType.VISUAL} if ranges else {}
+    of_lerobots = dataset_stats and {k: v for k, v in dataset_stats.items() if k not in scaled}
+    steps = make_default_policy_processor_steps(config, stable_stats(of_lerobots, config))
     words = HashedWordsProcessorStep(vocab_size=config.text_vocab_size, max_words=config.text_max_words)
+    normalize: list[Any] = [steps.normalize]
+    unnormalize: list[Any] = [steps.unnormalize]
+    if ranges:
+        actions = {k: f for k, f in scaled.items() if f.type is FeatureType.ACTION}
+        normalize.append(RangeNormalizerStep(scaled, config.normalization, dataset_stats))
+        unnormalize.insert(0, RangeUnnormalizerStep(actions, config.normalization, dataset_stats))
     return make_policy_processor_pipelines(
-        input_steps=[steps.rename_observations, steps.add_batch_dim, words, steps.to_device, steps.normalize],
-        output_steps=[steps.unnormalize, steps.to_cpu],
+        input_steps=[steps.rename_observations, steps.add_batch_dim, words, steps.to_device, *normalize],
+        output_steps=[*unnormalize, steps.to_cpu],
     )
