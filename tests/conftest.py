@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LONG = set(
     "add_a_simulator algorithms clare data_make eval_faults ewc faults frames fuzz hooks hub_data kills libero "
     "libero_expert libero_images learner lora mir moving_runs packnet policies ranks remote_simulator replay report "
-    "rollout scripts trainer".split()
+    "rollout scripts statistics trainer".split()
 )
 LIBERO_ARCHIVE = ROOT.parent / "shared" / "libero" / "libero-assets.tar.xz"  # where there is one, e.g. under CI
 

@@ -15,9 +15,9 @@ from lerobot.processor import ProcessorStepRegistry
 from clbench.checkpoints.policy_io import load_policy, policy_config, save_policy
 from clbench.config.dit import check_policy
 from clbench.data.frames import StreamFrames
-from clbench.data.statistics import compute
+from clbench.data.statistics import compute, unscaled
 from clbench.errors import UserError
-from clbench.policies.normalization import RangeNormalizerStep, RangeUnnormalizerStep, unscaled
+from clbench.policies.normalization import RangeNormalizerStep, RangeUnnormalizerStep
 from clbench.streams.stream import pretraining_tasks
 from clbench.testing.toy import toy_config
 from clbench.training.pretrain import frame_statistics, new_policy

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,11 @@ def _replace(temporary: Path, final: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def damage(folder: Path) -> str | None:
-    """Why the folder is not what `write_whole` wrote, or None when every byte is."""
+def damage(folder: Path, apart: Collection[str] = ()) -> str | None:
+    """Why the folder is not what `write_whole` wrote, or None when every byte is.
+
+    `apart`: files that are not looked at; those of an earlier version, which knows no files one by one, are.
+    """
     try:
         described = read_json(folder / DESCRIPTION)
     except UserError as e:
@@ -94,14 +97,15 @@ def damage(folder: Path) -> str | None:
             return None if described.get("digest") == _digest(_files(folder)) else "its files are not the saved ones"
         if described.pop("seal") != seal(described):
             return f"{DESCRIPTION} was changed"
-        return _difference(folder, described.get("files", {}))
+        return _difference(folder, described.get("files", {}), apart)
     except OSError as e:
         return f"{e.filename or 'a file'} cannot be read: {e.strerror}"
 
 
-def _difference(folder: Path, want: dict[str, list[Any]]) -> str | None:
+def _difference(folder: Path, want: dict[str, list[Any]], apart: Collection[str] = ()) -> str | None:
     """The first difference from `want`: name → [bytes, sha256]."""
-    have = {p: (folder / p).stat().st_size for p in _names(folder)}
+    want = {name: about for name, about in want.items() if name not in apart}
+    have = {p: (folder / p).stat().st_size for p in _names(folder) if p not in apart}
     for name in sorted(want.keys() | have.keys()):
         if name not in have:
             return f"{name} is missing"

@@ -156,6 +156,12 @@ def _check_imported(root: Path, full: bool = False) -> None:
         raise UserError(f"the data set in {root} is damaged: {problem}. {REMEDY}")
 
 
+def is_here(settings: DataSettings) -> bool:
+    """Whether a data set, if it is one of the hub, is on this machine: opened with depth "size", it asks no hub."""
+    folder = data_folder(settings.data).absolute() if "/" in settings.data else None
+    return not settings.repo_id or hub.local_copy(settings.repo_id, settings.revision, folder) is not None
+
+
 def _two_ways(env_type: str | None, stream: str, key: str) -> str:
     if env_type is None:
         return f"Give the folder of a LeRobot data set ({key}.data), or one on the hub ({key}.repo_id)."

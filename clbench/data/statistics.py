@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -56,6 +57,17 @@ def compute(chunks: Chunks, quantiles: bool = True) -> Stats:
         for name, selection in selections.items():
             stats[name] |= selection.result()
     return stats
+
+
+def unscaled(stats: Mapping[str, Any]) -> np.ndarray:
+    """Which dimensions of a feature policies/normalization.py leaves as they are, by "min", "max" and "binary".
+
+    Those with two values, both in [−1, 1] and at least a half apart. None where "binary" is missing: nothing says then
+    which values there are.
+    """
+    low, high = np.asarray(stats["min"]), np.asarray(stats["max"])
+    binary = np.asarray(stats["binary"] if "binary" in stats else np.zeros_like(low)).astype(bool)
+    return binary & (low >= -1) & (high <= 1) & (high - low >= 0.5)
 
 
 def _float32(values: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from clbench.checkpoints.base import ADAPTER, adapter_base
 from clbench.checkpoints.mean_images import read_mean_images
 from clbench.checkpoints.run_folder import describe_columns, finished_visits, read_manifest
+from clbench.checkpoints.statistics import check_run
 from clbench.checkpoints.trusted import check_checkpoint, given
 from clbench.config.compose import read_config
 from clbench.config.schema import CONTROL_VIEWS, Config
@@ -378,6 +379,8 @@ class Evaluation:
                             "max_steps": columns[j]["env"]["max_steps"],
                         }
                     )
+        with patience("comparing the policies' statistics with the data"):
+            check_run(self.folder, self.manifest, self.config, [self.rows.weights(k).policy for k in sorted(missing)])
         for k in sorted(missing):
             with patience(f"checking {self.rows.place(k)}"):
                 self.rows.check(k)

@@ -8,8 +8,9 @@ and x' = x = unchanged where the mask is set. So unnormalise(normalise(x)) = cli
 clipped: beyond ±1, actions go on in a straight line. LeRobot's own QUANTILES and MIN_MAX are the same without clip and
 mask, except that they divide by 1e-8 where lo = hi.
 
-The mask is set where the data has two values only, both in [−1, 1] and at least a half apart: a gripper's commands.
-They are learned as they are executed, and rare ones are not clipped away with the outermost hundredths.
+The mask is set where the data has two values only, both in [−1, 1] and at least a half apart: a gripper's commands
+(`unscaled` in data/statistics.py). They are learned as they are executed, and rare ones are not clipped away with the
+outermost hundredths.
 """
 
 from __future__ import annotations
@@ -25,15 +26,9 @@ from lerobot.utils.constants import ACTION
 from torch import Tensor
 
 from clbench.config.dit import RANGES
+from clbench.data.statistics import unscaled
 
 KEPT = ("min", "max", "q01", "q99", "mask")  # what a checkpoint holds of a feature's statistics
-
-
-def unscaled(stats: dict[str, Any]) -> Tensor:
-    """The mask of a feature, from its "min", "max" and "binary"; unset where nothing says what values there are."""
-    low, high = torch.as_tensor(stats["min"]), torch.as_tensor(stats["max"])
-    binary = torch.as_tensor(stats["binary"]) if "binary" in stats else torch.zeros_like(low)
-    return binary.bool() & (low >= -1) & (high <= 1) & (high - low >= 0.5)
 
 
 @dataclass
@@ -62,7 +57,8 @@ class _Ranges(ProcessorStep):
             if key in self.features:
                 mask = values["mask"] if "mask" in values else unscaled(values)
                 kept = {n: torch.as_tensor(values[n], dtype=torch.float32) for n in KEPT[:-1] if n in values}
-                self._kept[key] = {**kept, "mask": torch.as_tensor(mask).bool()}
+                kept["mask"] = torch.as_tensor(mask).bool()
+                self._kept[key] = {n: v.reshape(1) if v.ndim == 0 else v for n, v in kept.items()}
         self._check()
 
     def _check(self) -> None:

@@ -286,15 +286,19 @@ def _render(drawn: dict[str, Any] | None) -> dict[str, Any]:
     return {"render": drawn} if drawn else {}
 
 
-def pretraining_tasks(config: DatasetConfig, render: RenderConfig | None = None) -> tuple[list[Task], DataSource]:
+def pretraining_tasks(
+    config: DatasetConfig, render: RenderConfig | None = None, depth: Depth = "all"
+) -> tuple[list[Task], DataSource]:
     """Return the base's tasks and their data. Their episodes are as long as when demonstrations are made."""
-    data = pretraining_data(config, render)
+    data = pretraining_data(config, render, depth)
     assert config.pretrain is not None
     tasks = [make_task(config, data, n, render) for n in data.tasks]
     return [replace(t, max_steps=config.pretrain.make.max_steps) for t in tasks], data
 
 
-def stream_tasks(config: DatasetConfig, render: RenderConfig | None = None) -> tuple[list[Task], DataSource]:
+def stream_tasks(
+    config: DatasetConfig, render: RenderConfig | None = None, depth: Depth = "all"
+) -> tuple[list[Task], DataSource]:
     """Return the stream's own tasks, each once with all its demonstrations, and their data."""
-    data = stream_data(config, render)
+    data = stream_data(config, render, depth)
     return [make_task(config, data, name, render) for name in dict.fromkeys(checked_order(config))], data

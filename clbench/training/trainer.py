@@ -30,6 +30,7 @@ from clbench.checkpoints.run_folder import (
     whole_checkpoints,
     write_description,
 )
+from clbench.checkpoints.statistics import check_base
 from clbench.checkpoints.training_state import Position, StateKeeper
 from clbench.config.compose import to_yaml
 from clbench.config.schema import Config, LogConfig
@@ -127,6 +128,8 @@ def train(
         base_path, base = _base_of(config, folder, stream, position, changed, backend, stop)
         if (base_path / "config.json").is_file():
             check_inputs(base_path, stream.columns[0])
+            if position == Position():
+                check_base(base_path, config, [t for v in stream.visits for t in v.tasks])
         if config.train.threads is None and backend.device.type == "cpu" and (os.cpu_count() or 1) > backend.world_size:
             say(backend, "note: training with one thread, whatever the cores, for the same weights everywhere; "
                          "train.threads=N uses more")  # fmt: skip

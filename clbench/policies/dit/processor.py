@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lerobot.configs import FeatureType
+from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.processor import (
     PolicyAction,
     PolicyProcessorPipeline,
@@ -46,6 +46,24 @@ def stable_stats(
     return out
 
 
+def stats_of_steps(
+    config: DitConfig, dataset_stats: dict[str, dict[str, Any]] | None
+) -> tuple[dict[str, dict[str, torch.Tensor]] | None, dict[str, dict[str, Any]] | None]:
+    """The data's statistics as LeRobot's steps have them, and as ours have (policies/normalization.py)."""
+    scaled = scaled_features(config)
+    if not scaled or dataset_stats is None:
+        return stable_stats(dataset_stats, config), None
+    return stable_stats({k: v for k, v in dataset_stats.items() if k not in scaled}, config), dataset_stats
+
+
+def scaled_features(config: DitConfig) -> dict[str, PolicyFeature]:
+    """What our steps scale; nothing under mean_std."""
+    if config.normalization == MEAN_STD:
+        return {}
+    features = {**(config.input_features or {}), **(config.output_features or {})}
+    return {k: f for k, f in features.items() if f.type is not FeatureType.VISUAL}
+
+
 def make_dit_pre_post_processors(
     config: DitConfig, dataset_stats: dict[str, dict[str, torch.Tensor]] | None = None
 ) -> tuple[
@@ -53,18 +71,16 @@ def make_dit_pre_post_processors(
     PolicyProcessorPipeline[PolicyAction, PolicyAction],
 ]:
     """Build the two pipelines: rename → batch → words → device → normalise, and unnormalise → cpu."""
-    ranges = config.normalization != MEAN_STD
-    features = {**(config.input_features or {}), **(config.output_features or {})}
-    scaled = {k: f for k, f in features.items() if f.type is not FeatureType.VISUAL} if ranges else {}
-    of_lerobots = dataset_stats and {k: v for k, v in dataset_stats.items() if k not in scaled}
-    steps = make_default_policy_processor_steps(config, stable_stats(of_lerobots, config))
+    of_lerobots, of_ours = stats_of_steps(config, dataset_stats)
+    steps = make_default_policy_processor_steps(config, of_lerobots)
     words = HashedWordsProcessorStep(vocab_size=config.text_vocab_size, max_words=config.text_max_words)
     normalize: list[Any] = [steps.normalize]
     unnormalize: list[Any] = [steps.unnormalize]
-    if ranges:
+    scaled = scaled_features(config)
+    if scaled:
         actions = {k: f for k, f in scaled.items() if f.type is FeatureType.ACTION}
-        normalize.append(RangeNormalizerStep(scaled, config.normalization, dataset_stats))
-        unnormalize.insert(0, RangeUnnormalizerStep(actions, config.normalization, dataset_stats))
+        normalize.append(RangeNormalizerStep(scaled, config.normalization, of_ours))
+        unnormalize.insert(0, RangeUnnormalizerStep(actions, config.normalization, of_ours))
     return make_policy_processor_pipelines(
         input_steps=[steps.rename_observations, steps.add_batch_dim, words, steps.to_device, *normalize],
         output_steps=[*unnormalize, steps.to_cpu],
