@@ -66,6 +66,7 @@ def every_file() -> Iterator[dict[str, Any]]:
     same = {"model": "dit_dec_tiny", "algorithms": ["seqfft"], "dataset": "metaworld_quick"}
     yield from ({**same, "model": model} for model in available("models"))
     yield from ({**same, "dataset": dataset} for dataset in available("datasets"))
+    yield {**same, "model": "dit_dec_small", "dataset": "metaworld_pixels"}
     for dataset in ("metaworld_quick", "metaworld_val", "libero_object_state"):
         yield from ({**same, "dataset": dataset, "algorithms": [algo]} for algo in algorithm_names())
 
@@ -86,7 +87,7 @@ def test_every_shipped_file_composes() -> None:
         if names["model"] == "checkpoint":
             names["overrides"] = ["policy.path=somewhere"]
         used.update(line.partition(" ")[0] for line in compose(**names)[1])
-    used.add("configs/recipes/dit_encdec_tiny.yaml")  # which is like dit_dec_tiny's, and that is named
+    used |= {f"configs/recipes/dit_encdec_{size}.yaml" for size in ("tiny", "small")}  # like dit_dec's, which are named
     shipped = {f"configs/{p.relative_to(SHIPPED)}" for k in ("models", "datasets", "algorithms", "recipes")
                for p in (SHIPPED / k).glob("*.yaml")}  # fmt: skip
     assert shipped - used == set()
