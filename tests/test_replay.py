@@ -10,6 +10,7 @@ import torch
 from clbench.algorithms.build import build_algorithm
 from clbench.algorithms.er import ER, replaced_positions
 from clbench.algorithms.hooks import Context, Plan
+from clbench.algorithms.memory import Memory
 from clbench.checkpoints.run_folder import checkpoint_folder
 from clbench.data.frames import Batch, TaskFrames, packed, unpacked
 from clbench.data.replay import ReplayMemory, ReservoirMemory
@@ -190,6 +191,16 @@ def test_images_are_packed_without_loss() -> None:
     back = unpacked(kept)
     assert back.keys() == batch.keys()
     assert all(torch.equal(back[n], v) if torch.is_tensor(v) else back[n] == v for n, v in batch.items())
+
+
+def test_copies_of_images_from_earlier_versions_are_read() -> None:
+    memory = Memory(2, storage="copy")
+    image = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    samples = {"observation.images.top/uint8": image, "action": torch.zeros(2, 1), "task": ["a", "a"]}
+    copies = {"0": {"indices": torch.arange(2), "samples": samples}}
+    memory.load_state_dict({"memory": {"0": torch.arange(2)}, "copies": copies})
+    found = memory.copies[0][1]
+    assert set(found) == {"observation.images.top", "action", "task"} and found["observation.images.top"] is image
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from clbench.envs.rendering import libraries
 from clbench.io import read_json
 from clbench.registry import ALGORITHMS
 from clbench.testing.toy import toy_config
@@ -91,6 +92,16 @@ def test_help_lists_every_flag(name: str, tmp_path: Path) -> None:
 def test_quickstart_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     run = script("quickstart.sh", "--fast", folders=tmp_path)
     assert run.returncode == 2 and "unknown argument '--fast'" in run.stderr
+
+
+@pytest.mark.slow  # makes twelve tasks' demonstrations on camera images
+@pytest.mark.skipif(not libraries(), reason="nothing can draw here: neither EGL nor OSMesa is installed")
+def test_the_quickstart_on_camera_images_runs(tmp_path: Path) -> None:
+    succeeded(script("quickstart.sh", "--pixels", "--smoke", folders=tmp_path))
+    for algorithm in ("seqfft", "er", "clare"):
+        run = tmp_path / "results" / f"quickstart_pixels_smoke_{algorithm}_s0"
+        assert len(read_json(run / "eval" / "matrix.json")["success"]) == 4
+        assert (run / "mean_images.safetensors").is_file()
 
 
 def test_the_readmes_algorithm_works(toy_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,9 @@ SELECTIONS = ("per_task", "reservoir")
 STORAGES = ("reference", "copy")
 
 
+BEFORE = "/uint8"  # suffix that image keys had in copies of earlier versions
+
+
 class Memory:
     """Samples of past tasks, and what was computed on them.
 
@@ -200,7 +203,8 @@ class Memory:
             self.kept = ReservoirMemory(1)  # evaluation: no context was bound; nothing is stored any more
         self.kept.load_state_dict(state["memory"])
         for k, copy in state.get("copies", {}).items():
-            self.copies[int(k)] = copy["indices"], copy["samples"]
+            samples = {key.removesuffix(BEFORE): value for key, value in copy["samples"].items()}
+            self.copies[int(k)] = copy["indices"], samples
         self.values = {
             name: {int(k): (kept["indices"], kept["values"]) for k, kept in found.items()}
             for name, found in state.get("values", {}).items()

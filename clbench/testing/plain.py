@@ -14,6 +14,7 @@ from clbench.checkpoints.run_folder import checkpoint_folder, read_manifest
 from clbench.config.compose import read_config
 from clbench.config.schema import Config
 from clbench.data.frames import Batch, SampleOrder, StreamFrames
+from clbench.policies.augment import Augmentation, set_training
 from clbench.policies.view import PolicyView
 from clbench.seeding import generator
 from clbench.streams.stream import build_stream
@@ -69,4 +70,8 @@ class PlainRun:
         return self._view(policy).per_sample(batch, draw)
 
     def _view(self, policy: nn.Module) -> PolicyView:
-        return PolicyView(policy, policy, self._loaded.preprocessor, nullcontext)
+        augment, pre = self.config.augment, self._loaded.preprocessor
+        if not (augment.active and self.frames.cameras):
+            return PolicyView(policy, policy, pre, nullcontext)
+        set_training(pre, True)
+        return PolicyView(policy, policy, pre, nullcontext, Augmentation(augment, self.frames.cameras))
