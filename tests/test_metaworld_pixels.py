@@ -196,3 +196,6 @@ def test_a_deaf_policy_needs_two_instructions_and_a_blind_one_cameras_and_images
         check_values(toy_config(toy_data, {"name": "seqfft"}, "eval.views=[blind]"))
     with pytest.raises(UserError, match=f"has no {FILE}"):
         read_mean_images(tmp_path)
+    (tmp_path / FILE).write_bytes(b"\x08" + bytes(20))
+    with pytest.raises(UserError, match="The file is damaged"):
+        read_mean_images(tmp_path)
