@@ -504,7 +504,7 @@ def test_a_loader_that_dies_is_replaced(tmp_path: Path, capfd: pytest.CaptureFix
     make_toy_data(tmp_path / "pretrain", ["reach-v3", "door-open-v3"], images=True)
     config = toy_config(tmp_path, {"name": "seqfft"})
     stream = build_stream(config.dataset)
-    frames = StreamFrames([v.tasks for v in stream.visits], policy_config(config.policy, "cpu"))
+    frames = StreamFrames([v.tasks for v in stream.visits], policy_config(config.policy, "cpu"), cache_gb=0)
     assert frames.decoded
     refs = [torch.tensor([[0, i], [1, i]]) for i in range(20)]
     want = list(load_batches(frames, iter(refs), 0))

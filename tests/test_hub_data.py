@@ -27,7 +27,7 @@ from clbench.checkpoints.policy_io import policy_config
 from clbench.config.compose import to_config
 from clbench.config.schema import Config, DatasetConfig, EnvConfig, PretrainDataConfig, RenderConfig
 from clbench.data import hub
-from clbench.data.frames import StreamFrames, load_batches
+from clbench.data.frames import StreamFrames, load_batches, unpacked
 from clbench.data.info import FORMAT, INFO_FILE
 from clbench.data.lerobot_set import is_described
 from clbench.data.matching import match_tasks, named_tasks, plain
@@ -208,17 +208,21 @@ def whole(root: Path, deltas: dict[str, list[int]]) -> LeRobotDataset:
     return LeRobotDataset(root.name, root=root, delta_timestamps=seconds)
 
 
+BOTH = pytest.mark.parametrize("cache_gb", [0, 1], ids=["decoded again", "kept decoded"])
+
+
+@BOTH
 @pytest.mark.parametrize("episodes", [(4, 10), (10, 4), (7, 1, 9)], ids=str)
-def test_samples_are_those_of_the_whole_set(image_set: Path, episodes: tuple[int, ...]) -> None:
+def test_samples_are_those_of_the_whole_set(image_set: Path, episodes: tuple[int, ...], cache_gb: int) -> None:
     """Also from episodes that are not sorted or not beside each other, with histories and chunks."""
     task = replace(build_stream(goals(image_set)).columns[0], episodes=episodes)
-    frames = StreamFrames([(task,)], POLICY)
+    frames = StreamFrames([(task,)], POLICY, cache_gb)
     part = frames.parts(0)[0]
     part.deltas = {"observation.state": [-1, 0], IMAGES[0]: [-2, 0], "action": [0, 1, 2, 3]}
     reference = whole(image_set, part.deltas)
-    assert part.decoded and len(part) == 5 * len(episodes)
+    assert part.decoded == (cache_gb == 0) and len(part) == 5 * len(episodes)
     assert part.episode_of.tolist() == [n for n in range(len(episodes)) for _ in range(5)]
-    batch = frames.fetch(torch.tensor([[0, i] for i in range(len(part))]))
+    batch = unpacked(frames.fetch(torch.tensor([[0, i] for i in range(len(part))])))
     for i in range(len(part)):
         item = reference[episodes[i // 5] * 5 + i % 5]
         assert int(batch["episode_index"][i]) == episodes[i // 5]
@@ -229,17 +233,18 @@ def test_samples_are_those_of_the_whole_set(image_set: Path, episodes: tuple[int
     assert batch["action_is_pad"].any() and batch[f"{IMAGES[0]}_is_pad"].any()
 
 
-def test_renamed_videos(video_set: Path) -> None:
+@BOTH
+def test_renamed_videos(video_set: Path, cache_gb: int) -> None:
     rename = {"observation.images.wrist_image": IMAGES[1]}
     stream = build_stream(goals(video_set, tasks=[STOVE, DRAWER], rename=rename))
     assert stream.data["features"]["observation.images.wrist_image"] == IMAGES[1]
     assert "observation.states.joint_state" in stream.data["features_unused"]
-    frames = StreamFrames([v.tasks for v in stream.visits], POLICY)
+    frames = StreamFrames([v.tasks for v in stream.visits], POLICY, cache_gb)
     part = frames.parts(0)[0]
     assert set(part.features) >= {*IMAGES, "observation.state", "action"}
     assert "observation.states.joint_state" not in part.features
     refs = torch.tensor([[0, 7], [1, 0], [0, 1]])
-    batch = frames.fetch(refs)
+    batch = unpacked(frames.fetch(refs))
     reference = whole(video_set, {"action": [0, 1, 2, 3]})
     for row, i in enumerate((3 * 5 + 2, 0, 1 * 5 + 1)):  # the stove's episodes are 1 and 3, the drawer's 0 and 2
         item = reference[i]
@@ -250,7 +255,7 @@ def test_renamed_videos(video_set: Path) -> None:
 
 
 def test_loader_workers_read_the_same(image_set: Path) -> None:
-    frames = StreamFrames([v.tasks for v in build_stream(goals(image_set)).visits], POLICY)
+    frames = StreamFrames([v.tasks for v in build_stream(goals(image_set)).visits], POLICY, cache_gb=0)
     refs = [torch.tensor([[2, 3], [0, 9]]), torch.tensor([[1, 0], [1, 5], [0, 4]])]
     here = list(load_batches(frames, iter(refs), workers=0))
     there = list(load_batches(frames, iter(refs), workers=2))
@@ -290,7 +295,7 @@ def test_only_what_the_stream_needs_is_fetched_and_only_once(
     assert (d["kind"], d["repo_id"], d["revision"], d["commit"]) == ("hub", REPO, "v3.0", COMMIT)
     assert stream.fingerprint == again.fingerprint == build_stream(goals(image_set)).fingerprint
     frames = StreamFrames([v.tasks for v in stream.visits], POLICY)  # of a part of the files
-    batch = frames.fetch(torch.tensor([[0, 7], [2, 0]]))
+    batch = unpacked(frames.fetch(torch.tensor([[0, 7], [2, 0]])))
     reference = whole(image_set, {"action": [0, 1, 2, 3]})
     for row, i in enumerate((10 * 5 + 2, 2 * 5)):
         assert all(torch.equal(batch[k][row], v) for k, v in reference[i].items() if k != "task")
@@ -404,7 +409,7 @@ def test_videos_of_the_hub_in_a_folder(video_set: Path, online: Callable[[str], 
         online(url)
         stream = build_stream(hub_goals(data=str(tmp_path / "kept"), tasks=[STOVE, DRAWER], rename=rename))
     online("http://127.0.0.1:9")
-    batch = StreamFrames([v.tasks for v in stream.visits], POLICY).fetch(torch.tensor([[0, 7]]))
+    batch = unpacked(StreamFrames([v.tasks for v in stream.visits], POLICY).fetch(torch.tensor([[0, 7]])))
     item = whole(video_set, {"action": [0, 1, 2, 3]})[3 * 5 + 2]
     assert torch.equal(batch[IMAGES[1]][0], item["observation.images.wrist_image"])
     next((tmp_path / "kept" / "videos").rglob("*.mp4")).unlink()
