@@ -390,7 +390,7 @@ def test_images_are_decoded_only_when_asked_for(tmp_path: Path, capsys: pytest.C
         (["--config", "nothing.yaml"], "there is no such file"),
         (["--config", "a/b"], "neither a .yaml file nor the folder of a run"),
         (["--config", "metaworld_quick", "--repair"], "--repair without a name is for --config RUN"),
-        (["--config", "metaworld_quick", "--repair", "nowhere"], "there is no run 'nowhere'"),
+        (["--config", "metaworld_quick", "--repair", "nowhere"], "no run 'nowhere' under"),
         (["--config", "metaworld_quick"], "there is no data set in"),
     ],
 )

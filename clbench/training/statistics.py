@@ -209,9 +209,10 @@ def image_statistics(tasks: Sequence[Task]) -> Stats:
     """
     import torch
 
-    from clbench.data.frames import StreamFrames
+    from clbench.data.frames import StreamFrames, unpacked
 
-    frames = StreamFrames([tuple(tasks)], SimpleNamespace(action_delta_indices=None, observation_delta_indices=None))  # type: ignore[arg-type]
+    alone = SimpleNamespace(action_delta_indices=None, observation_delta_indices=None)
+    frames = StreamFrames([tuple(tasks)], alone)  # type: ignore[arg-type]
     cameras = [k for k, f in frames.parts(0)[0].features.items() if f["dtype"] in ("image", "video")]
     if not cameras:
         raise UserError("--images: the data has no camera images.")
@@ -220,7 +221,7 @@ def image_statistics(tasks: Sequence[Task]) -> Stats:
     with patience("decoding images", lambda: f"{done} of {total} frames"):
         for start in range(0, total, 32):
             index = torch.arange(start, min(start + 32, total))
-            batch = frames.fetch(torch.stack([torch.zeros_like(index), index], 1))
+            batch = unpacked(frames.fetch(torch.stack([torch.zeros_like(index), index], 1)))
             for key in cameras:
                 levels = (batch[key] * (LEVELS - 1)).round().long()
                 for c in range(3):
