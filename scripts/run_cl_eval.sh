@@ -13,6 +13,8 @@
 #                    train.keep_weights_every_steps=N)
 #   --follow         with --curves: alongside a training run, until it is complete
 #   --step S         the matrix after S steps of each task, from train.keep_weights_every_steps, into eval/steps
+#   --views V,V      also evaluate the policy blind (cameras show their mean image), deaf (another task's instruction),
+#                    or in a view of the algorithm, into eval/views
 #   --base           also evaluate the base before the stream (needed for fwt_gem)
 #   --random         also evaluate uniformly random actions
 #   --workers N      processes (default: one per core, at most 2)
