@@ -142,15 +142,15 @@ def _importing(p: argparse.ArgumentParser) -> None:
     p.add_argument("--map", action="append", default=[], metavar="KEY=FEATURE", dest="maps",
                    help="which feature of the data becomes observation.images.NAME, observation.state, action or task "
                         "(the instruction); A+B joins numbers, none leaves out; may be given again")  # fmt: skip
-    p.add_argument("--gripper", metavar="open=A,close=B", help="the commands that open and close the gripper there; "
-                   "here they are -1 and 1")  # fmt: skip
+    p.add_argument("--gripper", metavar="open=A,close=B", help="the data's commands that open and close the "
+                   "gripper; in the new set they are -1 and 1")  # fmt: skip
     p.add_argument("--rotation", choices=("axis_angle", "quaternion_xyzw", "quaternion_wxyz", "euler_xyz"),
-                   help="of the state there, after its position; here it is axis_angle")  # fmt: skip
+                   help="of the data's state, after the position; in the new set it is axis_angle")  # fmt: skip
     p.add_argument("--images", choices=("as_is", "rotate", "flip", "mirror"),
                    help="what turns the images into those of the simulator: nothing, half a turn, upside down, left "
                         "and right exchanged (default: what the format needs)")  # fmt: skip
-    p.add_argument("--observed", choices=("before", "after"), help="whether an HDF5 file's observations are of before "
-                   "or after the action beside them (default: as its joints show)")  # fmt: skip
+    p.add_argument("--observed", choices=("before", "after"), help="whether an HDF5 file's observations were made "
+                   "before or after the action in their row (default: as its joints show)")  # fmt: skip
     p.add_argument("--split", metavar="NAME", help="of RLDS (default: train)")
     p.add_argument("--fps", type=whole, help="frames a second, where the data does not say (LIBERO: 20)")
     p.add_argument("--instruction", metavar="TEXT", help="of episodes without one")

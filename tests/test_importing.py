@@ -303,25 +303,25 @@ def lengths(*found: str) -> Callable[[dict[str, Any]], None]:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "payload": (lambda f: flipped(shard(f), 500), "record 0 of .*00000-of-00002 is damaged: its contents do not have"),
-    "length": (lambda f: flipped(shard(f), 2), "record 0 of .* is damaged: its length does not have the checksum"),
+    "payload": (lambda f: flipped(shard(f), 500), "record 0 of .*00000-of-00002 is damaged: its contents do not match"),
+    "length": (lambda f: flipped(shard(f), 2), "record 0 of .* is damaged: its length does not match its checksum"),
     "cut short": (
         lambda f: shard(f).write_bytes(shard(f).read_bytes()[:-9]), "00000-of-00002 is truncated: record 1 lacks 9"
     ),
     "cut in a length": (lambda f: shard(f).write_bytes(shard(f).read_bytes()[:7]), "within the length of record 0"),
-    "not a record": (lambda f: shard(f).write_bytes(b"\x1f\x8b" + bytes(50)), "no TFRecord file, or a compressed one"),
+    "not a record": (lambda f: shard(f).write_bytes(b"\x1f\x8b" + bytes(50)), "not a TFRecord file, or a compr"),
     "missing shard": (
         lambda f: shard(f, 1).unlink(), "1 of its 2 shards are missing, first libero_object-train.tfrecord-00001"
     ),
     "missing record": (lambda f: info(f, lengths("3", "1")), "has 2 records, and dataset_info.json says 3"),
     "no shards": (lambda f: [p.unlink() for p in f.glob("*tfrecord*")], "2 of its 2 shards are missing"),
     "no features": (lambda f: (f / "features.json").unlink(), "has no features.json"),
-    "no description": (lambda f: (f / "dataset_info.json").unlink(), "is no RLDS data set as TFDS writes it"),
+    "no description": (lambda f: (f / "dataset_info.json").unlink(), "is not an RLDS data set as TFDS writes it"),
     "no splits": (lambda f: info(f, lambda raw: raw.pop("splits")), "does not describe a TFDS data set: 'splits'"),
     "other format": (lambda f: info(f, lambda raw: raw.update(fileFormat="riegeli")), "stored as 'riegeli'"),
-    "a name that leads elsewhere": (lambda f: info(f, lambda raw: raw.update(name="../x")), "'../x' is no name of a"),
+    "a name that leads elsewhere": (lambda f: info(f, lambda raw: raw.update(name="../x")), "'../x' is not a file"),
     "no steps": (
-        lambda f: info(f, lambda raw: raw["featuresDict"]["features"].pop("steps"), "features.json"), "no RLDS data set"
+        lambda f: info(f, lambda raw: raw["featuresDict"]["features"].pop("steps"), "features.json"), "not an RLDS"
     ),
     "old features": (
         lambda f: (f / "features.json").write_text('{"type": "x", "content": {}}'), "version of TFDS from before 2022"
@@ -432,7 +432,7 @@ def test_a_gripper_that_counts_the_other_way_round_is_noticed_by_its_fingers(
     episode = dict(libero_episode(SOUP, 0, frames=8))
     action = episode["action"] * np.array([1, 1, 1, 1, 1, 1, -1], dtype=np.float32)
     folder = write_rlds(tmp_path / "set", [[libero_record(episode | {"action": action})]])
-    assert "Say so: --gripper open=1,close=-1" in refused(capsys, folder)
+    assert "State it with --gripper open=1,close=-1" in refused(capsys, folder)
     assert run(folder, "--gripper", "open=1,close=-1") == 0
     same_as(root / "new", [episode])
 
@@ -463,7 +463,8 @@ def test_a_quaternion_has_to_be_named(tmp_path: Path, root: Path, capsys: pytest
     folder = write_rlds(tmp_path / "set", [[record]], steps)
     message = refused(capsys, folder)
     assert (
-        "9 numbers" in message and "is a quaternion. Say which: --rotation quaternion_xyzw, quaternion_wxyz" in message
+        "9 numbers" in message
+        and "so its rotation is a quaternion. Say which one with --rotation quaternion_xyzw or" in message
     )
     assert nothing(root)
     assert run(folder, "--rotation", "quaternion_xyzw") == 0
@@ -475,7 +476,7 @@ def test_a_quaternion_has_to_be_named(tmp_path: Path, root: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (np.tile([0, 0, 0, 0.6, 0, 0.8, 0, 1.0], (5, 1)), "they are a quaternion, and one number is left"),
+        (np.tile([0, 0, 0, 0.6, 0, 0.8, 0, 1.0], (5, 1)), "so they are a quaternion, which leaves one number"),
         (np.tile([0, 0, 0, 3.1, 0, 0, 0, 1.0], (5, 1)), "the last two numbers of the state go from 0 to 1"),
     ],
 )
@@ -582,8 +583,9 @@ def test_an_empty_instruction_is_given_one(tmp_path: Path, root: Path) -> None:
         (["--map", "action=none"], "without them there is nothing to learn"),
         (["--gripper", "open=1"], "say which commands open and close it"),
         (["--gripper", "open=1,close=1"], "say which commands open and close it"),
-        (["--rotation", "quaternion_xyzw"], "numbers 3 to 6 of the state are no quaternion"),
+        (["--rotation", "quaternion_xyzw"], "numbers 3 to 6 of the state are not a quaternion"),
         (["--split", "test"], "has no split 'test'. Known: train"),
+        (["--fps", "0"], "--fps must be from 1 to 10000 but is 0"),
         (["--observed", "after"], "--observed is for --from libero_hdf5"),
         (["--", "dataset.data=x"], "takes no overrides"),
     ],
@@ -632,7 +634,7 @@ def test_libero_in_hdf5(observed: str, convention: str | None, tmp_path: Path, r
     episodes = [*SOUPS, *KETCHUPS]
     same_as(root / "new", [late(e) for e in episodes] if observed == "after" else episodes)
     card = read_json(root / "new" / CARD_FILE)
-    assert card["conventions"]["observed"] == f"{observed} the action beside it"
+    assert card["conventions"]["observed"] == f"{observed} the action in its row"
     files = {str(p.relative_to(folder)): sha256(p) for p in folder.rglob("*.hdf5")}
     assert {n: d for n, (_, d) in card["source"]["files"].items()} == files
     assert [len(v.tasks[0].episodes) for v in build_stream(libero_stream()).visits] == [1, 2]
@@ -680,8 +682,8 @@ def external(file: Any) -> None:
 HDF5: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (lambda f: cut(f, 0.5), "ketchup.*cannot be read as HDF5, it is damaged or truncated"),
     "no hdf5": (lambda f: cut(f, 0), "ketchup.*cannot be read as HDF5"),
-    "no data": (lambda f: rewritten(f, lambda h: h.move("data", "other")), "is no file of LIBERO's demonstr"),
-    "fewer": (lambda f: rewritten(f, lambda h: h["data"].attrs.update(num_demos=3)), "has 1 demonstrations and says 3"),
+    "no data": (lambda f: rewritten(f, lambda h: h.move("data", "other")), "is not a file of LIBERO demonstr"),
+    "fewer": (lambda f: rewritten(f, lambda h: h["data"].attrs.update(num_demos=3)), "has 1 demonstrations and says"),
     "camera": (
         lambda f: rewritten(f, lambda h: h["data/demo_0/obs"].pop("eye_in_hand_rgb")), "demo_0 of .*has no 'obs/eye_in"
     ),
@@ -818,7 +820,7 @@ def test_what_the_simulator_does_is_recognised(tmp_path: Path) -> None:
         sim.close()
     for observed in ("before", "after"):
         recording = LiberoHdf5(tmp_path / f"{observed}.hdf5")
-        assert recording.notes["observed"] == f"{observed} the action beside it"
+        assert recording.notes["observed"] == f"{observed} the action in its row"
         found = survey(recording.read(False), layout(recording, {f"{IMAGE}": "none", WRIST: "none"}, "x"), "x")
         assert found.opens == "low"
         assert found.state_low[3] > 2  # a gripper that points down turns about an axis with positive x

@@ -150,7 +150,7 @@ def open_data(
 
 
 def _check_imported(root: Path, full: bool = False) -> None:
-    """Raise UserError where a set is not what was imported."""
+    """Raise UserError if a set differs from what was imported."""
     problem = changed_file(root, load_card(root).files, full)
     if problem is not None:
         raise UserError(f"the data set in {root} is damaged: {problem}. {REMEDY}")
@@ -220,9 +220,9 @@ def _left_out(episodes: Collection[int]) -> dict[str, list[int]]:
 
 
 def check_every_byte(root: Path, description: Mapping[str, Any], stream: str) -> None:
-    """Compare all of a set that clbench made or imported with its sums, which may take a while; UserError for damage.
+    """Compare all of a set that clbench made or imported with its checksums; UserError for damage. May be slow.
 
-    `description`: as in a `DataSource`. Other sets have no sums.
+    `description`: as in a `DataSource`. Other sets have no checksums.
     """
     if description["kind"] == "made":
         check_made(load_info(root), shlex.quote(stream), full=True)

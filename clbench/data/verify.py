@@ -43,7 +43,7 @@ def damage(info: DataInfo, full: bool = False) -> str | None:
 
 
 def changed_file(root: Path, files: dict[str, tuple[int, str]], full: bool = False) -> str | None:
-    """What is not as in `files` (path → bytes, sha256), or None."""
+    """What differs from `files` (path → bytes, sha256), or None."""
     try:
         return _other_files(root, files, full)
     except OSError as e:
@@ -51,7 +51,7 @@ def changed_file(root: Path, files: dict[str, tuple[int, str]], full: bool = Fal
 
 
 def file_sums(root: Path) -> dict[str, tuple[int, str]]:
-    """Path below `root` → bytes, sha256, for all files except the description."""
+    """Path below `root` → bytes, sha256, for all files except clbench's description."""
     paths = sorted(p for p in root.rglob("*") if p.is_file() and p != root / INFO_FILE)
     return {str(p.relative_to(root)): (p.stat().st_size, sha256(p)) for p in paths}
 

@@ -1,9 +1,9 @@
-"""What an imported set says of where it came from: `meta/clbench_import.json` beside LeRobot's own metadata.
+"""Where an imported set came from: `meta/clbench_import.json`, next to LeRobot's own metadata.
 
     imported_from    rlds | libero_hdf5
     source           the folder, and bytes and sha256 of every file that was read
     map, unused      feature of the set → feature of the source; features of the source that nothing came from
-    conventions      how grippers, rotations, images and observations stood there, and what was done with them
+    conventions      how grippers, rotations, images and observations were represented there
     fingerprint      sha256 of the set's states, actions, episode and task indices, and pixels, as in info.py
     files, seal      bytes and sha256 of every other file of the set; sha256 of this description
 
@@ -30,7 +30,7 @@ class ImportCard:
     """The parts of a card that are used.
 
     Attributes:
-        origin: what manifest.json says of it: format, source, conventions and all, without the sums of the set's files.
+        origin: what manifest.json says about it: everything except the checksums of the set's own files.
         files: path → bytes and sha256 of the set's files.
     """
 

@@ -49,7 +49,7 @@ def parse_gripper(text: str) -> Gripper:
 
 
 def opening_command(commands: np.ndarray, changes: np.ndarray) -> str | None:
-    """Say whether the lower or the higher commands open the gripper, by how its fingers move; None: it does not show.
+    """Say whether the lower or the higher commands open the gripper, by how its fingers move; None: unknown.
 
     Args:
         commands: (n,), of two kinds: below and above the middle of their range.

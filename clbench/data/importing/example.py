@@ -21,7 +21,7 @@ Values = list[memoryview] | np.ndarray
 
 
 class Malformed(ValueError):
-    """Bytes that are no such message."""
+    """Bytes that are not such a message."""
 
 
 def parse_example(payload: bytes) -> dict[str, memoryview]:

@@ -74,7 +74,9 @@ def layout(recording: Recording, maps: Mapping[str, str], instruction: str | Non
     state = chosen[STATE_KEY] if STATE_KEY in chosen else _numbers(recording, STATE_KEY, defaults.state)
     action = chosen[ACTION_KEY] if ACTION_KEY in chosen else _numbers(recording, ACTION_KEY, defaults.action)
     if not action:
-        raise UserError(f"--map {ACTION_KEY}={NONE}: a policy learns actions, without them there is nothing to learn.")
+        raise UserError(
+            f"--map {ACTION_KEY}={NONE}: a policy learns actions, and without them there is nothing to learn."
+        )
     if not state and not cameras:
         raise UserError(f"nothing would be seen: neither images nor a state are mapped. {_has(features)}")
     if TASK in chosen:
@@ -97,8 +99,8 @@ def _numbers(recording: Recording, key: str, alternatives: tuple[tuple[str, ...]
     wanted = " or ".join("+".join(names) for names in alternatives)
     leave = f", or leave it out with --map {key}={NONE}" if key == STATE_KEY else ""
     raise UserError(
-        f"the data in {recording.folder} has no {wanted}, from which {key} would come. Say which feature it is with "
-        f"--map {key}=FEATURE (several are joined by +){leave}. {_has(features)}"
+        f"the data in {recording.folder} has no {wanted}, from which {key} would come. Name the feature with "
+        f"--map {key}=FEATURE (join several with +){leave}. {_has(features)}"
     )
 
 

@@ -1,4 +1,4 @@
-"""LIBERO's own demonstrations: one HDF5 file a task, in robomimic's layout.
+"""LIBERO's own demonstrations: one HDF5 file per task, in robomimic's layout.
 
     data                      attributes problem_info, macros_image_convention, num_demos, …
     data/demo_I/actions       (T, 7)
@@ -8,15 +8,15 @@
 
 Three things differ from what clbench's simulator shows:
 
-- Images are as OpenGL has them, the lowest row first ("opengl"), or the right way up ("opencv"), as the attribute
-  macros_image_convention says; without it they are robosuite's default, "opengl". The simulator shows the first turned
-  by 180 degrees.
-- LIBERO's create_dataset.py stores each observation beside the action that led to it. Here an observation belongs to
-  the action that follows, so observation t is paired with action t + 1. OpenVLA's regenerated files already pair them
-  that way. Which of the two it is shows in `joint_states`: they equal the joints in `states` of the same row, or of the
-  next one.
-- The instruction in problem_info is that of the BDDL file, which for 29 of the 130 tasks is worded otherwise than the
-  task's name. Benchmarks use the name, so the file's name decides where it is that of one of LIBERO's tasks.
+- Images are as OpenGL has them, the lowest row first ("opengl"), or the right way up ("opencv"): the attribute
+  macros_image_convention says which, and without it they are robosuite's default, "opengl". The simulator shows the
+  first kind rotated by 180 degrees.
+- LIBERO's create_dataset.py stores each observation next to the action that led to it. Here an observation belongs
+  to the action that follows, so observation t is paired with action t + 1. OpenVLA's regenerated files already pair
+  them that way. `joint_states` shows which of the two a file does: they equal the joints in `states` of the next row,
+  or of the same one.
+- The instruction in problem_info is that of the BDDL file, which for 29 of the 130 tasks is worded differently from
+  the task's name. Benchmarks use the name, so the file's name decides if it is that of a LIBERO task.
 
 Sources: LIBERO's scripts/create_dataset.py; OpenVLA's regenerate_libero_dataset.py.
 """
@@ -68,8 +68,8 @@ class LiberoHdf5:
 
     Args:
         folder: with files *.hdf5, in it or below it.
-        observed: whether an observation was made before or after the action beside it; None: found out.
-        orientation: what is to be done with images; None: what the files say.
+        observed: whether an observation was made before or after the action in its row; None: found out.
+        orientation: how to turn images; None: as the files say.
 
     Raises:
         UserError: h5py is not installed, there are no such files, or one is damaged.
@@ -92,7 +92,7 @@ class LiberoHdf5:
         self.episodes = sum(len(told.demos) for told in self._told)
         self.notes = {
             "images": ", ".join(sorted({told.orientation for told in self._told})),
-            "observed": ", ".join(sorted({told.observed for told in self._told})) + " the action beside it",
+            "observed": ", ".join(sorted({told.observed for told in self._told})) + " the action in its row",
         }
         cameras = ("obs/agentview_rgb", "obs/eye_in_hand_rgb")
         self.defaults = Defaults(
@@ -128,11 +128,11 @@ class LiberoHdf5:
             raise UserError(f"{path} cannot be read as HDF5, it is damaged or truncated: {about}. {AGAIN}") from e
 
     def _look(self, path: Path, observed: Observed | None, orientation: Orientation | None) -> _Told:
-        """What a file says of itself."""
+        """What a file says about itself."""
         with self._open(path) as file:
             with _damage(str(path)):
                 if "data" not in file:
-                    raise UserError(f"{path} is no file of LIBERO's demonstrations: it has no group 'data'.")
+                    raise UserError(f"{path} is not a file of LIBERO demonstrations: it has no group 'data'.")
                 data = _item(self._h5py, file, "data")
                 demos = sorted(filter(partial(_is_group, self._h5py, data), data.keys()), key=_natural_name)
                 said = data.attrs.get("num_demos")
@@ -141,15 +141,15 @@ class LiberoHdf5:
                 instruction = _instruction(path, data.attrs.get("problem_info"))
                 features = _features(self._h5py, data[demos[0]]) if demos else {}
             if not demos or said not in (None, len(demos)):
-                raise UserError(f"{path} is not whole: it has {len(demos)} demonstrations"
-                                + (f" and says {said}" if said is not None else "") + f". {AGAIN}")  # fmt: skip
+                raise UserError(f"{path} is incomplete: it has {len(demos)} demonstrations"
+                                + (f" and says it has {said}" if said is not None else "") + f". {AGAIN}")  # fmt: skip
             told = _Told(path, tuple(demos), features, instruction, _orientation(path, convention, orientation))
             with _damage(str(path)):
                 told.observed = observed or self._find_out(told, data)
         return told
 
     def _find_out(self, told: _Told, data: Any) -> Observed:
-        """Whether observations are of before or after the action beside them."""
+        """Whether observations were made before or after the action in their row."""
         same = following = 0.0
         for name in told.demos:
             if not {"states", "obs/joint_states"} <= set(_features(self._h5py, data[name])):
@@ -166,15 +166,15 @@ class LiberoHdf5:
         if following > CLEARLY * same:
             return "before"
         raise UserError(
-            f"{told.path} does not show whether an observation was made before or after the action that stands beside "
-            "it, because 'states' or 'obs/joint_states' is missing or fits neither. LIBERO's own files have them after "
-            "it, OpenVLA's regenerated ones (no_noops) before it. Give --observed after or --observed before."
+            f"{told.path} does not show whether an observation was made before or after the action in its row, because "
+            "'states' or 'obs/joint_states' is missing or fits neither. It was made after the action in LIBERO's own "
+            "files, and before it in OpenVLA's regenerated ones (no_noops). Give --observed after or --observed before."
         )
 
 
 @dataclass
 class _Told:
-    """What is known of one file before its episodes are read."""
+    """What is known about one file before its episodes are read."""
 
     path: Path
     demos: tuple[str, ...]
@@ -219,7 +219,7 @@ class _Demo:
         dataset = self._dataset(feature)
         shape = dataset.shape
         if not 1 <= len(shape) <= 2 or dataset.dtype.kind not in "fiub":
-            raise UserError(f"{self.where}: '{feature}' is {dataset.dtype} {shape}, no numbers (frames, width).")
+            raise UserError(f"{self.where}: '{feature}' is {dataset.dtype} {shape}, not numbers (frames, width).")
         if np.prod(shape, dtype=np.float64) > MAX_NUMBERS:
             raise UserError(f"{self.where}: '{feature}' has {shape} numbers, too many for an episode.")
         with _damage(f"'{feature}' in {self.where}"):
@@ -237,14 +237,14 @@ class _Demo:
                 raise UserError(f"{self.where} has no '{feature}'. It has {has}.")
             found = _item(self.h5py, self.group, feature)
             if not isinstance(found, self.h5py.Dataset) or found.shape is None:
-                raise UserError(f"{self.where}: '{feature}' is no array.")
+                raise UserError(f"{self.where}: '{feature}' is not an array.")
             found.dtype  # noqa: B018 (a damaged type shows here)
         return found
 
 
 @contextlib.contextmanager
 def _damage(what: str) -> Iterator[None]:
-    """Say of whatever h5py cannot read in the block that `what` is damaged."""
+    """Report `what` as damaged if h5py cannot read something in the block."""
     try:
         yield
     except _DAMAGED as e:
@@ -309,14 +309,14 @@ def _orientation(path: Path, convention: Any, given: Orientation | None) -> Orie
     known: dict[Any, Orientation] = {None: "rotate", "opengl": "rotate", "opencv": "mirror"}
     if convention not in known:
         raise UserError(
-            f"{path} says that its images are '{convention}', which is neither opengl nor opencv. Say what turns them "
-            f"into what LIBERO's simulator shows: --images {', '.join(ORIENTATIONS)}."
+            f"{path} says that its images are '{convention}', which is neither opengl nor opencv. State what turns "
+            f"them into what LIBERO's simulator shows: --images {', '.join(ORIENTATIONS)}."
         )
     return known[convention]
 
 
 def _instruction(path: Path, problem_info: Any) -> str:
-    """What the robot is told: by the file's name if it is that of one of LIBERO's tasks, else by what it says."""
+    """The instruction: that of the LIBERO task which the file is named after, if any, else the one in the file."""
     task = path.stem.removesuffix("_demo")
     if task in task_names():
         return task_instruction(task)

@@ -1,4 +1,4 @@
-"""What a reader of a format offers an import: features by name, and episodes with their values."""
+"""What the reader of a format provides for an import: features by name, and episodes with their values."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Episode(Protocol):
         """Return how many frames an IMAGE has."""
 
     def images(self, feature: str) -> Iterator[np.ndarray]:
-        """Yield an IMAGE's frames, uint8 (height, width, 3), the way round that a policy is to see them."""
+        """Yield an IMAGE's frames, uint8 (height, width, 3), oriented as a policy is to see them."""
 
     def texts(self, feature: str, frames: int) -> list[str]:
         """Return a TEXT's values, one for each of the episode's frames."""
@@ -101,7 +101,7 @@ class Recording(Protocol):
 
     @property
     def notes(self) -> Mapping[str, str]:
-        """Name → how the format's own conventions were found to be, for the card."""
+        """Name → what was found about the format's own conventions, for the card."""
 
     def read(self, check: bool) -> Iterator[Episode]:
         """Yield all episodes in order. `check`: compare the files with their own checksums, where they have some."""

@@ -3,8 +3,9 @@
 A record is one episode: a tf.train.Example whose features are named by their path, "steps/observation/image", with the
 values of all steps one after the other. Image features hold encoded files (JPEG, PNG), a step each.
 
-The modified LIBERO sets of OpenVLA (libero_*_no_noops) hold observations of before their action; images already rotated
-by 180 degrees; the state as end-effector xyz, axis-angle and two finger positions; and LIBERO's own actions.
+The modified LIBERO sets of OpenVLA (libero_*_no_noops) hold observations made before the action of their step; images
+that are already rotated by 180 degrees; the state as end-effector xyz, axis-angle and two finger positions; and
+LIBERO's own actions.
 
 Formats: TFDS's proto files (dataset_info.proto, feature.proto) and its naming of shards; the RLDS builder of the
 modified LIBERO sets and regenerate_libero_dataset.py in OpenVLA's repository.
@@ -76,7 +77,7 @@ class Rlds:
     Args:
         folder: of the set, of one version of it, or above it where there is only one.
         split: which one to read; None: the only one, else "train".
-        orientation: what is to be done with images; None: nothing.
+        orientation: how to turn images; None: not at all.
 
     Raises:
         UserError: there is no such set, a description or a shard is missing or damaged.
@@ -136,8 +137,8 @@ def _version_folder(folder: Path) -> Path:
         found = found or sorted(p.parent for p in folder.glob(f"{pattern}/{INFO}"))
     if not found:
         raise UserError(
-            f"{folder} is no RLDS data set as TFDS writes it: there is no {INFO} in it or below it. Name the folder "
-            "that holds dataset_info.json, features.json and the shards, often the version's (…/1.0.0)."
+            f"{folder} is not an RLDS data set as TFDS writes it: there is no {INFO} in it or below it. Name the "
+            "folder that holds dataset_info.json, features.json and the shards, often the version's (…/1.0.0)."
         )
     if len(found) > 1:
         listed = ", ".join(str(p.relative_to(folder)) for p in found[:8])
@@ -160,7 +161,7 @@ def _shards(folder: Path, info: Mapping[str, Any], split: str | None) -> tuple[s
     template = str(splits[chosen].get("filepathTemplate") or TEMPLATE)
     lengths: list[int | None] = [int(n) for n in splits[chosen].get("shardLengths", [])]
     if any(n is not None and n < 0 for n in lengths):
-        raise ValueError("a shard has fewer than no records")
+        raise ValueError("a shard has a negative number of records")
 
     def shard(at: str) -> Path:
         parts = {"DATASET": name, "SPLIT": _plain(chosen), "FILEFORMAT": kind, "SHARD_X_OF_Y": at}
@@ -172,7 +173,7 @@ def _shards(folder: Path, info: Mapping[str, Any], split: str | None) -> tuple[s
     if missing or not wanted:
         there = sorted(p.name for p in folder.iterdir() if ".tfrecord" in p.name)
         raise UserError(
-            f"the data set in {folder} is not whole: {len(missing) or 'all'} of its {count or ''} shards are missing, "
+            f"the data set in {folder} is incomplete: {len(missing) or 'all'} of its {count or ''} shards are missing, "
             f"first {(missing or [shard('…').name])[0]}"
             + (f" ({len(there)} are there, first {there[0]})" if there else "")
             + ". Copy them from where the data set came from, and give the command again."
@@ -183,7 +184,7 @@ def _shards(folder: Path, info: Mapping[str, Any], split: str | None) -> tuple[s
 def _plain(name: Any) -> str:
     """A part of a file's name; ValueError for one that leads elsewhere."""
     if not isinstance(name, str) or "/" in name or name in ("", ".", "..") or not name.isprintable():
-        raise ValueError(f"{shown(name)} is no name of a file")
+        raise ValueError(f"{shown(name)} is not a file name")
     return name
 
 
@@ -209,7 +210,7 @@ def _features(path: Path) -> dict[str, _Column]:
     try:
         if "featuresDict" not in raw and "type" in raw:
             raise UserError(f"{path} was written by a version of TFDS from before 2022, whose format cannot be read. "
-                            "Load the set with a newer TFDS and write it again.")  # fmt: skip
+                            "Load the set with a newer TFDS and save it again.")  # fmt: skip
         for key, node in raw["featuresDict"]["features"].items():
             if key == STEPS:
                 _walk(node["sequence"]["feature"], "", f"{STEPS}", True, found)
@@ -221,7 +222,7 @@ def _features(path: Path) -> dict[str, _Column]:
         what = f"'{e.args[0]}' is missing" if isinstance(e, KeyError) else str(e)
         raise UserError(f"{path} does not describe features as TFDS does: {what}. {AGAIN}") from e
     if not any(column.each_step for column in found.values()):
-        raise UserError(f"{path} describes no '{STEPS}': this is no RLDS data set, whose records are episodes.")
+        raise UserError(f"{path} describes no '{STEPS}': it is not an RLDS data set, whose records are episodes.")
     return found
 
 
@@ -256,7 +257,7 @@ def _walk(node: Mapping[str, Any], name: str, key: str, each_step: bool, found: 
 def _shape(node: Mapping[str, Any]) -> tuple[int, ...]:
     shape = tuple(int(n) for n in node.get("shape", {}).get("dimensions", []))
     if any(n < -1 or n > LARGEST_SIDE for n in shape):
-        raise ValueError(f"{shape} is no shape")
+        raise ValueError(f"{shape} is not a shape")
     return shape
 
 
@@ -319,7 +320,7 @@ class _Record:
                 if wrong or max(size) > MAX_PIXELS:
                     raise UserError(
                         f"{self.where}: image {number} of '{feature}' is {size[0]}×{size[1]} pixels; "
-                        + (f"{FEATURES} says {shape[0]}×{shape[1]}." if wrong else f"{MAX_PIXELS} are the most.")
+                        + (f"{FEATURES} says {shape[0]}×{shape[1]}." if wrong else f"at most {MAX_PIXELS} are read.")
                     )
                 if image.mode not in ("RGB", "L"):
                     raise UserError(f"{self.where}: image {number} of '{feature}' is not RGB but {image.mode}.")

@@ -1,9 +1,9 @@
-"""Everything in a recording is read once before anything is written, and what its numbers mean is settled.
+"""Reads all of a recording before anything is written, and determines what its numbers mean.
 
 A recording that has what LIBERO's simulator shows (its two cameras, a state of eight or nine numbers, an action of
-seven) becomes a set of LIBERO's: its state must end up as end-effector xyz, axis-angle and two finger positions in
-metres, its actions must lie in [-1, 1] with a gripper that opens at -1. Anything else is taken as it is, except for the
-conversions that are asked for.
+seven) becomes a LIBERO set: its state must end up as end-effector xyz, axis-angle and two finger positions in
+metres, and its actions must lie in [-1, 1] with a gripper that opens at -1. Anything else is taken as it is, except for
+conversions that were requested.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Survey:
     Attributes:
         shapes: camera → (height, width, 3) of its images.
         low, high: least and greatest actions (A,).
-        commands, changes: each step's last number of the action, and by how much the fingers' distance then grew.
+        commands, changes: the last number of each action, and by how much the fingers' distance then grew.
     """
 
     episodes: int = 0
@@ -63,13 +63,13 @@ class Survey:
     state_low: np.ndarray = field(default_factory=lambda: np.zeros(0))
     state_high: np.ndarray = field(default_factory=lambda: np.zeros(0))
     units: bool = True  # whether numbers 3 to 6 of every state make up a vector of length 1
-    from_zero: str = ""  # the first episode whose gripper's commands are between 0 and 1, as far as one can see
+    from_zero: str = ""  # the first episode whose gripper commands seem to range from 0 to 1
     commands: list[np.ndarray] = field(default_factory=list)
     changes: list[np.ndarray] = field(default_factory=list)
 
     @property
     def is_libero(self) -> bool:
-        """Whether this is to become a set of LIBERO's."""
+        """Whether this is to become a LIBERO set."""
         libero = family(LIBERO)
         return (
             set(self.shapes) >= set(libero.cameras)
@@ -79,7 +79,7 @@ class Survey:
 
     @property
     def opens(self) -> str | None:
-        """Which commands open the gripper, "low" or "high", by how its fingers move; None: it does not show."""
+        """Which commands open the gripper, "low" or "high", by how its fingers move; None: unknown."""
         if not self.commands:
             return None
         return opening_command(np.concatenate(self.commands), np.concatenate(self.changes))
@@ -87,7 +87,7 @@ class Survey:
 
 @dataclass(frozen=True)
 class Conventions:
-    """How the numbers stand in the recording. `gripper` None: they are taken as they are."""
+    """What the recording's numbers mean. `gripper` None: its commands are taken as they are."""
 
     gripper: Gripper | None
     rotation: str
@@ -111,7 +111,7 @@ def numbers(episode: Episode, chosen: Layout, instruction: str | None) -> Number
     actions = np.concatenate([episode.numbers(name) for name in chosen.action], axis=1)
     frames = len(actions)
     if not frames:
-        raise UserError(f"{episode.where} has no frames that an action follows. Get the data anew, without it.")
+        raise UserError(f"{episode.where} has no frames that are followed by an action. Import the data without it.")
     parts = [episode.numbers(name) for name in chosen.state]
     for name, part in zip(chosen.state, parts, strict=True):
         _same_length(episode, name, len(part), frames)
@@ -120,7 +120,7 @@ def numbers(episode: Episode, chosen: Layout, instruction: str | None) -> Number
         with np.errstate(over="ignore"):
             if not np.isfinite(values.astype(np.float32)).all():
                 raise UserError(
-                    f"{episode.where} has values for {key} that are not finite (as float32). Get the data anew, or "
+                    f"{episode.where} has values for {key} that are not finite (as float32). Import the data "
                     "without that episode."
                 )
     texts = [""] * frames if chosen.task is None else episode.texts(chosen.task, frames)
@@ -135,12 +135,12 @@ def numbers(episode: Episode, chosen: Layout, instruction: str | None) -> Number
 def _same_length(episode: Episode, feature: str, found: int, frames: int) -> None:
     if found != frames:
         raise UserError(
-            f"{episode.where} is damaged: '{feature}' has {found} values, the action {frames}. Get the file anew."
+            f"{episode.where} is damaged: '{feature}' has {found} values, the action {frames}. Copy the file again."
         )
 
 
 def survey(episodes: Iterable[Episode], chosen: Layout, instruction: str | None) -> Survey:
-    """Read all episodes, of the images the first of each; UserError for the first one that is not in order."""
+    """Read all episodes, but only the first image of each; UserError for the first episode with a fault."""
     found = Survey()
     for episode in episodes:
         read = numbers(episode, chosen, instruction)
@@ -158,8 +158,8 @@ def check_size(expected: tuple[int, ...], where: str, feature: str, number: int,
         height, width = expected[:2]
         raise UserError(
             f"{where}: image {number} of '{feature}' is {image.shape[0]}×{image.shape[1]} pixels, the first one of the "
-            f"data is {height}×{width}. All images of a camera must have one size. Get the data anew, or leave the "
-            "camera out with --map."
+            f"data is {height}×{width}. All images of a camera must have the same size. Leave the camera out with "
+            "--map, or import the data without that episode."
         )
 
 
@@ -172,7 +172,7 @@ def _add(found: Survey, where: str, read: Numbers) -> None:
     if (states.shape[1], actions.shape[1]) != (found.state_dim, found.action_dim):
         raise UserError(
             f"{where} has states of {states.shape[1]} and actions of {actions.shape[1]} numbers, those before it "
-            f"{found.state_dim} and {found.action_dim}. Get the data anew, or without it."
+            f"{found.state_dim} and {found.action_dim}. Import the data without it."
         )
     found.episodes += 1
     found.frames += len(actions)
@@ -191,7 +191,7 @@ def _add(found: Survey, where: str, read: Numbers) -> None:
 
 
 def conventions(found: Survey, gripper: Gripper | None, rotation: str | None) -> tuple[Conventions, list[str]]:
-    """Settle what the numbers mean.
+    """Determine what the numbers mean.
 
     Args:
         gripper, rotation: what the user says; None: nothing.
@@ -200,7 +200,7 @@ def conventions(found: Survey, gripper: Gripper | None, rotation: str | None) ->
         The conventions, and warnings.
 
     Raises:
-        UserError: it cannot be told, or contradicts the data; the message says which option to give.
+        UserError: they cannot be determined, or contradict the data; the message says which option to give.
     """
     if rotation is not None and found.state_dim < POSITION + ROTATIONS[rotation]:
         raise UserError(
@@ -208,7 +208,9 @@ def conventions(found: Survey, gripper: Gripper | None, rotation: str | None) ->
             f"this data's has {found.state_dim} numbers."
         )
     if rotation is not None and rotation.startswith("quaternion") and not found.units:
-        raise UserError(f"--rotation {rotation}: numbers 3 to 6 of the state are no quaternion, whose length is 1.")
+        raise UserError(
+            f"--rotation {rotation}: numbers 3 to 6 of the state are not a quaternion: their length is not 1."
+        )
     if not found.is_libero:
         return Conventions(gripper, rotation or "axis_angle", False), []
     _check_state(found, rotation)
@@ -220,27 +222,27 @@ def conventions(found: Survey, gripper: Gripper | None, rotation: str | None) ->
         raise UserError(
             f"number {at} of the action goes from {low[at]:.3g} to {high[at]:.3g}, and LIBERO's simulator takes [-1, 1]"
             + (f" (with --gripper {settled})" if at == found.action_dim - 1 else "")
-            + ": these are no commands of its controller. To import them as they are, give one of its two cameras "
-            "another name (--map)."
+            + ": these are not commands for its controller. To import them as they are, give one of the two "
+            "cameras another name (--map)."
         )
     return Conventions(settled, rotation or "axis_angle", True), warnings
 
 
 def _check_state(found: Survey, rotation: str | None) -> None:
-    """Raise UserError unless LIBERO's state comes out: position, axis-angle, two finger positions."""
+    """Raise UserError unless the result is LIBERO's state: position, axis-angle, two finger positions."""
     libero = family(LIBERO)
     other = f"Map other features (--map {STATE_KEY}=A+B), or none (--map {STATE_KEY}=none)."
     given = ROTATIONS[rotation or "axis_angle"]
     if rotation is None and found.state_dim > libero.state_dim:
-        about = "is a quaternion" if found.units else "has another convention than LIBERO's axis-angle (3 numbers)"
+        about = "is a quaternion" if found.units else "is not LIBERO's axis-angle, which has 3 numbers"
         raise UserError(
-            f"the state has {found.state_dim} numbers, so that its rotation {about}. Say which: --rotation "
-            f"{', '.join(r for r, n in ROTATIONS.items() if n == 4)}. {other}"
+            f"the state has {found.state_dim} numbers, so its rotation {about}. Say which one with --rotation "
+            f"{' or '.join(r for r, n in ROTATIONS.items() if n == 4)}. {other}"
         )
     if rotation is None and found.units:
         raise UserError(
-            "numbers 3 to 6 of the state have the length 1 in every frame: they are a quaternion, and one number is "
-            f"left where LIBERO has two finger positions. {other}"
+            "numbers 3 to 6 of the state have length 1 in every frame, so they are a quaternion, which leaves one "
+            f"number where LIBERO has two finger positions. {other}"
         )
     if found.state_dim - given + ROTATIONS["axis_angle"] != libero.state_dim:
         raise UserError(
@@ -260,26 +262,26 @@ def _gripper(found: Survey, given: Gripper | None) -> tuple[Gripper, list[str]]:
     low, high = float(found.low[-1]), float(found.high[-1])
     opens = found.opens
     shown = None if opens is None else Gripper(*((low, high) if opens == "low" else (high, low)))
-    moves = f"The fingers move as in --gripper {shown}" if shown else "The fingers do not show it"
+    moves = f"The fingers move as in --gripper {shown}" if shown else "The fingers do not show which"
     if given is not None:
         wrong = shown is not None and (given.opens < given.closes) != (shown.opens < shown.closes)
         return given, [f"warning: --gripper {given} is taken as given. {moves}."] if wrong else []
     if low < -HALF and found.from_zero:
         raise UserError(
             f"the gripper, the last number of an action, goes from 0 to 1 in {found.from_zero} and from {low:.3g} to "
-            f"{high:.3g} in all of the data, which mixes two conventions. Import its parts one by one, or say that all "
-            f"of it counts as LIBERO does: --gripper {LIBERO_GRIPPER}."
+            f"{high:.3g} in the data as a whole, which mixes two conventions. Import its parts separately, or state "
+            f"that all of it follows LIBERO's: --gripper {LIBERO_GRIPPER}."
         )
     if low >= -HALF:
         raise UserError(
             f"the gripper, the last number of an action, goes from {low:.3g} to {high:.3g}. LIBERO's opens at "
-            f"{LIBERO_GRIPPER.opens:g} and closes at {LIBERO_GRIPPER.closes:g}, so these numbers mean something else. "
-            f"Say what: --gripper open=1,close=0 or --gripper open=0,close=1. {moves}."
+            f"{LIBERO_GRIPPER.opens:g} and closes at {LIBERO_GRIPPER.closes:g}, so these numbers have another meaning. "
+            f"State it with --gripper open=1,close=0 or --gripper open=0,close=1. {moves}."
         )
     if opens == "high":
         raise UserError(
-            f"the gripper's fingers come closer when the last number of an action is low ({low:.3g}), and LIBERO's "
-            f"opens at {LIBERO_GRIPPER.opens:g}: the data counts the other way round. Say so: --gripper {shown}. If "
-            f"that is not so, give --gripper {LIBERO_GRIPPER}."
+            f"the gripper's fingers close when the last number of an action is low ({low:.3g}), while LIBERO's open at "
+            f"{LIBERO_GRIPPER.opens:g}: the data counts the other way round. State it with --gripper {shown}. If the "
+            f"fingers mislead, give --gripper {LIBERO_GRIPPER}."
         )
     return LIBERO_GRIPPER, []

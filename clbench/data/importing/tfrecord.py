@@ -40,8 +40,8 @@ def records(path: Path, check: bool = True, read: Callable[[bytes], None] = lamb
                 length, expected = _HEAD.unpack(head)
                 if masked_crc32c(head[:8]) != expected:
                     raise UserError(
-                        f"{where} is damaged: its length does not have the checksum that stands beside it (or this is "
-                        f"no TFRecord file, or a compressed one). {AGAIN}"
+                        f"{where} is damaged: its length does not match its checksum (or this is not a TFRecord "
+                        f"file, or a compressed one). {AGAIN}"
                     )
                 left -= _HEAD.size + length + _SUM.size
                 if left < 0:
@@ -52,7 +52,7 @@ def records(path: Path, check: bool = True, read: Callable[[bytes], None] = lamb
                 if len(tail) < _SUM.size:
                     raise UserError(f"{path} became shorter while it was read. {AGAIN}")
                 if check and masked_crc32c(payload) != _SUM.unpack(tail)[0]:
-                    raise UserError(f"{where} is damaged: its contents do not have the checksum in the file. {AGAIN}")
+                    raise UserError(f"{where} is damaged: its contents do not match their checksum. {AGAIN}")
                 yield payload
                 number += 1
     except OSError as e:

@@ -1,4 +1,4 @@
-"""Importing a recording: a survey of all of it, then a LeRobot v3 set, written beside its place and renamed into it.
+"""Importing a recording: a survey of all of it, then a LeRobot v3 set, written to a temporary folder and renamed.
 
 The set has the recording's frames in their order. Images are decoded and stored as PNG, as in sets that clbench makes;
 state and action become float32.
@@ -34,12 +34,13 @@ from clbench.errors import UserError
 from clbench.patience import patience
 from clbench.terminal import tell
 
+MAX_FPS = 10_000
 CHANGED = "the files changed while they were imported. Give the command again."
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may say of a recording; None: what the format says, or what the data shows.
+    """What a user may say about a recording; None: what the format says, or what the data shows.
 
     Attributes:
         maps: feature of the set → feature of the recording (see layout.py).
@@ -87,6 +88,8 @@ def import_recording(recording: Recording, root: Path, options: Options, force: 
             Nothing is left behind then.
     """
     check_place(root, force)
+    if options.fps is not None and not 1 <= options.fps <= MAX_FPS:
+        raise UserError(f"--fps must be from 1 to {MAX_FPS} but is {options.fps}.")
     chosen = layout(recording, options.maps, options.instruction)
     found = survey(_shown(recording.read(check=True), recording, "checking"), chosen, options.instruction)
     settled, warnings = conventions(found, options.gripper, options.rotation)
@@ -220,7 +223,7 @@ class _Writer:
         return features
 
     def fingerprint(self) -> str:
-        """Of what was given to LeRobot."""
+        """The fingerprint of what was given to LeRobot."""
         lengths = [len(states) for states in self._states]
         rest = fingerprint(
             np.concatenate(self._states),
