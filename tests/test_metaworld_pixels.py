@@ -52,9 +52,12 @@ def test_physics_is_that_of_the_states_and_the_camera_looks_when_asked() -> None
     states.close()
 
 
-def test_the_camera_is_lerobots() -> None:
+def test_the_camera_is_lerobots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own environment draws the same scene: same camera, place and way up; with shadows, at its own size."""
     pytest.importorskip("lerobot.envs.metaworld")
+    from clbench.envs.rendering import backend_name
+
+    monkeypatch.setenv("MUJOCO_GL", backend_name())  # theirs does not look for what is installed
     from lerobot.envs.configs import MetaworldEnv as Config
     from lerobot.envs.metaworld import MetaworldEnv
 
