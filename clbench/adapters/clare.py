@@ -43,6 +43,7 @@ from clbench.adapters.clare_parts import (
     fusable,
     kl_to_standard_normal,
 )
+from clbench.adapters.lora import check_trainable
 from clbench.errors import UserError, nearest
 from clbench.io import read_json
 from clbench.tensor_files import read_tensors
@@ -565,6 +566,7 @@ def inject(policy: nn.Module, config: ClareConfig) -> list[ClareLayer]:
         raise UserError(f"CLARE: target_modules '{pattern}' is not a regular expression: {e}.") from e
     if not hits:
         raise UserError(f"CLARE: target_modules '{pattern}' matches no module of the policy.")
+    check_trainable(policy, hits, f"CLARE: target_modules '{pattern}'")
     unknown = [k for k in config.structure if re.sub(r"\.\d+$", "", k) not in (hits or names)]
     if unknown:
         raise UserError(f"CLARE configuration: structure names '{unknown[0]}', which is no targeted layer.")

@@ -53,11 +53,12 @@ def inject(policy: nn.Module, config: LoraConfig) -> None:
     """Put fresh LoRA layers into the policy and freeze everything else. Draws from the global generator."""
     pattern = targets(policy, config)
     try:
-        hits = [m for n, m in policy.named_modules() if re.fullmatch(pattern, n)]
+        hits = [n for n, _ in policy.named_modules() if re.fullmatch(pattern, n)]
     except re.error as e:
         raise UserError(f"lora.target_modules '{pattern}' is not a regular expression: {e}.") from e
     if not hits:
         raise UserError(f"lora.target_modules '{pattern}' matches no module of the policy.")
+    check_trainable(policy, hits, f"lora.target_modules '{pattern}'")
     settings: Any = peft.LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=pattern
     )
@@ -67,6 +68,17 @@ def inject(policy: nn.Module, config: LoraConfig) -> None:
         text = " ".join(str(e).split())
         raise UserError(f"LoRA cannot be added to what lora.target_modules '{pattern}' matches: {text[:300]}") from e
     train_only(policy)
+
+
+def check_trainable(policy: nn.Module, names: Iterable[str], what: str) -> None:
+    """Raise UserError if `what` chose a module in a part that the policy keeps frozen: nothing there would learn."""
+    for part in getattr(policy, "frozen_parts", ()):
+        inside = [n for n in names if f"{n}.".startswith(f"{part}.")]
+        if inside:
+            raise UserError(
+                f"{what} matches {inside[0]}, which is in a frozen encoder, where nothing learns: leave {part} out, or "
+                f"set policy.{part.rpartition('.')[2]}_encoder_trained=true."
+            )
 
 
 def train_only(policy: nn.Module) -> None:

@@ -29,7 +29,11 @@ def identity(base: Path) -> dict[str, str]:
 
 
 def weights_digest(base: Path) -> str:
-    path = base / WEIGHTS
+    return file_digest(base / WEIGHTS)
+
+
+def file_digest(path: Path) -> str:
+    """The sha256 of a file; UserError if it cannot be read."""
     try:
         status = path.stat()
         return _digest(path, status.st_size, status.st_mtime_ns)

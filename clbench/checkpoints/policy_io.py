@@ -145,7 +145,12 @@ def read_policy_config(folder: Path, device: str) -> PreTrainedConfig:
     known = PreTrainedConfig.get_known_choices()
     if not isinstance(kind, str) or kind not in known:
         raise UserError(f"{path} has an unknown policy type {kind!r}.{nearest(str(kind), known)}")
-    return draccus.decode(PreTrainedConfig.get_choice_class(kind), {**values, "device": device})
+    try:
+        return draccus.decode(PreTrainedConfig.get_choice_class(kind), {**values, "device": device})
+    except draccus.utils.ParsingError as e:
+        if e.__cause__ is None:
+            raise
+        raise UserError(f"{path}: {' '.join(str(e.__cause__).split())}") from e  # why the class refused its values
 
 
 def _processors(folder: Path) -> dict[Path, list[dict[str, Any]]]:

@@ -136,6 +136,10 @@ def absolute_paths(config: Config) -> Config:
     pretrain = None if d.pretrain is None else replace(d.pretrain, data=absolute(d.pretrain.data))
     if "path" in policy:
         policy["path"] = absolute(policy["path"])
+    for key in ("image_encoder_path", "text_encoder_path"):
+        named = policy.get(key)
+        if isinstance(named, str) and named_folder(named, model_root()).is_dir():  # else a name on a hub
+            policy[key] = absolute(named)
     if "peft_cfg_path" in algorithm:
         algorithm["peft_cfg_path"] = absolute(algorithm["peft_cfg_path"], name=False)
     return replace(

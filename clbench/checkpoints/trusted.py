@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clbench.config.dit import IMAGE, TEXT, model_folder
+from clbench.config.dit import TYPES as OWN
 from clbench.config.policy_types import BUILT, RISKS
 from clbench.errors import UserError, nearest
 from clbench.io import read_json
@@ -166,6 +168,8 @@ def _risk(kind: str, settings: dict[str, Any]) -> str | None:
     if kind not in BUILT:
         return f"policy type {kind!r} {RISKS.get(kind, 'is not one that clbench knows')}"
     named = [key for key in BUILT[kind] if settings.get(key) is not None]
+    if named and kind in OWN:
+        return f"policy type {kind!r} with {named[0]} reads a model from another place"
     return f"policy type {kind!r} with {named[0]} {RISKS[kind]}" if named else None
 
 
@@ -237,6 +241,8 @@ def check_start(policy: dict[str, Any]) -> None:
             check_checkpoint(folder)
         return
     kind = str(policy.get("type"))
+    if kind in OWN:
+        return
     reason = _risk(kind, policy) if kind in BUILT or kind in RISKS else None  # an unknown one gets its own message
     if reason is not None and kind not in _given.types:
         raise UserError(f"{reason}. If that is what you want, pass --trust {kind}")
@@ -249,6 +255,11 @@ def fetched(policy: dict[str, Any], images: bool) -> str | None:
         UserError: LeRobot would fetch weights that the configuration does not name.
     """
     kind = str(policy.get("type"))
+    if kind in OWN:
+        named = [policy.get(f"{what}_encoder_path") for what in (IMAGE, TEXT)]
+        hub = [str(n) for n in named if n is not None and model_folder(str(n)) is None]
+        are = "is" if len(hub) == 1 else "are"
+        return f"{' and '.join(hub)} {are} fetched from the hub, unless in its cache." if hub else None
     if kind in _given.types:
         return f"policy type {kind!r} {RISKS[kind]}; what is not cached is fetched now."
     if kind not in BACKBONE_TYPES or not images:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from clbench.config.reading import fit
 from clbench.config.schema import BASE_KEYS
 from clbench.errors import UserError, nearest
+from clbench.paths import model_root, named_folder
 
 TYPES = ("dit_dec", "dit_encdec")
 
@@ -23,6 +27,30 @@ POSITIVE = (
     "ffn_mult", "num_inference_steps", "text_vocab_size", "text_dim", "text_max_words", "image_tokens_side",
     "image_layers",
 )  # fmt: skip
+
+IMAGE, TEXT = "image", "text"  # what an encoder encodes; the beginning of its keys
+TRANSFORMERS = "transformers"
+ENCODERS = {IMAGE: ("conv", TRANSFORMERS), TEXT: ("words", TRANSFORMERS)}
+OUTPUTS = {IMAGE: ("grid", "pooled"), TEXT: ("mean", "pooled", "tokens")}
+# Types of transformers' models that are built: their construction reads and fetches nothing (tests/test_encoders.py).
+# Detectors, whose backbones are fetched, and models that draw random numbers in evaluation are not among them.
+MODEL_TYPES = {
+    IMAGE: (
+        "aimv2_vision_model", "beit", "bit", "clip_vision_model", "convnext", "convnextv2", "data2vec-vision", "deit",
+        "dinov2", "dinov2_with_registers", "dinov3_convnext", "dinov3_vit", "efficientnet", "focalnet", "hiera",
+        "ijepa", "levit", "mobilenet_v1", "mobilenet_v2", "mobilevit", "mobilevitv2", "poolformer", "pvt", "pvt_v2",
+        "regnet", "resnet", "segformer", "siglip_vision_model", "swiftformer", "swin", "swinv2", "vit", "vit_msn",
+    ),
+    TEXT: (
+        "albert", "bert", "clip_text_model", "deberta", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet",
+        "mt5", "roberta", "t5", "umt5", "xlm-roberta",
+    ),
+}  # fmt: skip
+# Settings of a transformers configuration that name code, kernels or other models.
+FOREIGN = re.compile(r"_.*|attn_implementation|auto_map|backbone.*|experts_implementation|.*kernel.*config|peft_.*|"
+                     r"quantization_config|use_.*backbone|custom_.*")  # fmt: skip
+REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and std of colours, in [0, 1]
 
 MEAN_STD = "mean_std"
 RANGES = {"quantiles": ("q01", "q99"), "min_max": ("min", "max")}  # normalisation to [−1, 1] → what becomes ±1
@@ -40,9 +68,23 @@ class DitSettings:
         encoder_layers, decoder_layers: transformer blocks.
         ffn_mult: hidden width of a feed-forward block, in multiples of `d_model`.
         num_inference_steps: Euler steps from noise (t = 0) to action (t = 1).
-        text_vocab_size, text_dim, text_max_words: hashed-word language input (see text.py).
-        image_tokens_side: each camera becomes `image_tokens_side`² tokens.
+        text_vocab_size, text_dim: hashed-word language input (see text.py).
+        text_max_words: words, or tokens of `text_encoder`, that are read of an instruction.
+        image_tokens_side: each camera becomes `image_tokens_side`² tokens (with `image_encoder_output: pooled`, one).
         image_layers: convolutions of each camera's encoder; the first three halve the image.
+        image_encoder: conv (a small convolution net per camera, trained from scratch) | transformers (one image model
+            for all cameras, policies/dit/encoders.py).
+        image_encoder_path: the model to start from: a local folder as `save_pretrained` writes it, or OWNER/NAME on a
+            hub; null = random weights. Checkpoints hold the weights themselves and name no path.
+        image_encoder_config: transformers' configuration of it, with `model_type`; read from the path where null.
+        image_encoder_trained: train it too; otherwise it is frozen, and linear layers after it are trained.
+        image_encoder_output: grid (patch features, averaged over `image_tokens_side`² squares) | pooled (one vector).
+        image_encoder_size: pixels to which images are resized for it; null = as they come.
+        image_encoder_mean, image_encoder_std: of colours in [0, 1], which it expects removed; null = as stored beside
+            the model, else ImageNet's.
+        text_encoder: words (hashed) | transformers.
+        text_encoder_path, text_encoder_config, text_encoder_trained: likewise. Without a path the tokens are bytes.
+        text_encoder_output: mean (over tokens) | pooled (the model's own vector) | tokens (dit_encdec).
         normalization: mean_std | quantiles | min_max. The last two map q01 to q99, or all of the data's range, to
             [−1, 1] and clip (policies/normalization.py); `std_floor` and `raw_below` are of the first.
         state_clip: normalised state is clipped to ± this, in standard deviations.
@@ -68,6 +110,20 @@ class DitSettings:
     text_max_words: int = 12
     image_tokens_side: int = 4
     image_layers: int = 3
+
+    image_encoder: str = "conv"
+    image_encoder_path: str | None = None
+    image_encoder_config: dict[str, Any] | None = None
+    image_encoder_trained: bool = False
+    image_encoder_output: str = "grid"
+    image_encoder_size: int | None = None
+    image_encoder_mean: list[float] | None = None
+    image_encoder_std: list[float] | None = None
+    text_encoder: str = "words"
+    text_encoder_path: str | None = None
+    text_encoder_config: dict[str, Any] | None = None
+    text_encoder_trained: bool = False
+    text_encoder_output: str = "mean"
 
     normalization: str = MEAN_STD
     state_clip: float = 5.0
@@ -98,6 +154,88 @@ class DitSettings:
             raise ValueError(f"action_patch ({self.action_patch}) must divide chunk_size ({self.chunk_size}).")
         if self.n_obs_steps != 1:
             raise ValueError("the DiT policies take one observation step (n_obs_steps: 1).")
+        for kind in (IMAGE, TEXT):
+            self._check_encoder(kind)
+        size = self.image_encoder_size
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= 4096):
+            raise ValueError(f"image_encoder_size must be null or a number of pixels up to 4096 but is {size!r}.")
+        for name, least in (("mean", None), ("std", 0)):
+            found = getattr(self, f"image_encoder_{name}")
+            if found is not None and not _three_numbers(found, least):
+                above = "" if least is None else " above 0"
+                raise ValueError(
+                    f"image_encoder_{name} must be null or a list of three numbers{above} but is {found!r}."
+                )
+
+    def _check_encoder(self, kind: str) -> None:
+        key = f"{kind}_encoder"
+        name, path, described = (getattr(self, key + end) for end in ("", "_path", "_config"))
+        if name not in ENCODERS[kind]:
+            raise ValueError(f"{key} must be one of {', '.join(ENCODERS[kind])} but is {name!r}.")
+        output = getattr(self, f"{key}_output")
+        if output not in OUTPUTS[kind]:
+            raise ValueError(f"{key}_output must be one of {', '.join(OUTPUTS[kind])} but is {output!r}.")
+        if name != TRANSFORMERS:
+            given = [f"{key}{end}" for end, v in (("_path", path), ("_config", described)) if v is not None]
+            if given or getattr(self, f"{key}_trained"):
+                raise ValueError(f"{(given or [f'{key}_trained'])[0]} is of {key}: transformers, but it is {name}.")
+            return
+        if path is None and described is None:
+            raise ValueError(
+                f"{key}: transformers needs {key}_path (a local folder, or OWNER/NAME on a hub) or {key}_config "
+                "(random weights)."
+            )
+        if described is not None:
+            check_model(kind, described)
+
+
+def _three_numbers(value: Any, least: float | None) -> bool:
+    numbers = isinstance(value, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
+    return numbers and len(value) == 3 and (least is None or all(v > least for v in value))
+
+
+def check_model(kind: str, described: Any) -> None:
+    """Raise ValueError unless a transformers configuration is of a model that is built, and names nothing else."""
+    key = f"{kind}_encoder_config"
+    name = described.get("model_type") if isinstance(described, dict) else None
+    if not isinstance(name, str):
+        raise ValueError(f"{key} must be a mapping with model_type but is {described!r:.200}.")
+    if name not in MODEL_TYPES[kind]:
+        raise ValueError(
+            f"{key}: {name!r:.100} is no {kind} model that is built.{nearest(name, MODEL_TYPES[kind])} Those are "
+            f"{', '.join(MODEL_TYPES[kind])}."
+        )
+    for where in _mappings(described):
+        for found in where:
+            if FOREIGN.fullmatch(str(found)):
+                raise ValueError(f"{key} has {found!r:.100}, which names code or other models: remove it.")
+
+
+def _mappings(value: Any) -> Iterator[dict[Any, Any]]:
+    if isinstance(value, dict):
+        yield value
+    for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _mappings(child)
+
+
+def model_folder(path: str) -> Path | None:
+    """The local folder that a `…_encoder_path` names; None: it is a name on a hub.
+
+    Raises:
+        UserError: it is neither, or the folder has no configuration or no safetensors file.
+    """
+    folder = named_folder(path, model_root())
+    if not folder.is_dir():
+        if REPO_ID.fullmatch(path) and not path.startswith("."):
+            return None
+        raise UserError(f"{path} is neither a folder here (nor in {model_root()}) nor OWNER/NAME on a hub.")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json: it is not a folder that transformers' save_pretrained wrote.")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{folder} has no .safetensors file, and files of other kinds, which may run code, are not read."
+        )
+    return folder
 
 
 def check_policy(section: dict[str, Any]) -> None:
@@ -116,6 +254,13 @@ def check_policy(section: dict[str, Any]) -> None:
         if key in hints:
             values[key] = fit(value, hints[key], f"policy.{key}")
     try:
-        DitSettings(**values).check()
+        settings = DitSettings(**values)
+        settings.check()
+        for what in (IMAGE, TEXT):
+            path = getattr(settings, f"{what}_encoder_path")
+            if path is not None:
+                model_folder(path)
+    except UserError as e:
+        raise UserError(f"the policy section is not valid: {e}") from e
     except ValueError as e:
         raise UserError(f"the policy section is not valid: {e}") from e

@@ -15,10 +15,11 @@ from clbench.errors import UserError, nearest
 from clbench.io import read_json
 from clbench.paths import model_root, named_folder
 
-# Built from any file, as long as these settings are null.
+# Built from any file, as long as these settings are null. (A configuration may set those of dit_dec and dit_encdec:
+# there only safetensors are read.)
 BUILT: dict[str, tuple[str, ...]] = {
-    "dit_dec": (),
-    "dit_encdec": (),
+    "dit_dec": ("image_encoder_path", "text_encoder_path"),
+    "dit_encdec": ("image_encoder_path", "text_encoder_path"),
     "act": (),
     "diffusion": (),
     "gaussian_actor": ("vision_encoder_name",),

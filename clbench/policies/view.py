@@ -170,16 +170,20 @@ class PolicyView:
     ) -> dict[str, Tensor]:
         """Σ_n (∂ℓ(θ; x_n) / ∂θ_i)², by name, in fp32: gradients are squared per sample, then summed.
 
-        `vectorized` (default: if the policy takes its draw from outside and keeps its activations) differentiates many
-        samples in one call of torch.func.vmap; otherwise one sample after the other. Leaves `.grad` alone.
+        `vectorized` (default: if the policy takes its draw from outside, keeps its activations and trains no encoder of
+        transformers) differentiates many samples in one call of torch.func.vmap; otherwise one sample after the other.
+        Leaves `.grad` alone.
         """
         total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
         n = batch_size(batch)
-        if vectorized is None:  # vmap cannot look into activation checkpointing
-            recomputes = getattr(getattr(self.policy, "config", None), "gradient_checkpointing", False)
-            vectorized = self.takes_draw and not recomputes
+        if vectorized is None:  # vmap cannot look into activation checkpointing or these models
+            config = getattr(self.policy, "config", None)
+            opaque = ("gradient_checkpointing", "image_encoder_trained", "text_encoder_trained")
+            vectorized = self.takes_draw and not any(getattr(config, name, False) for name in opaque)
         if vectorized:
             processed, draw = self.processed(batch, draw)
+            if hasattr(self.policy, "with_frozen_features"):  # nor into what makes them
+                processed = self.policy.with_frozen_features(processed)  # type: ignore[operator]
             inputs = {k: v for k, v in processed.items() if torch.is_tensor(v) and v.shape[:1] == (n,)}
             values = {name: p.detach() for name, p in parameters.items()}
 

@@ -32,13 +32,13 @@ from lerobot.utils.feature_utils import dataset_to_policy_features
 
 from clbench.algorithms.hooks import CLAlgorithm
 from clbench.checkpoints import trusted
-from clbench.checkpoints.base import identity
+from clbench.checkpoints.base import file_digest, identity
 from clbench.checkpoints.policy_io import LoadedPolicy, load_policy, pick_device, policy_config, save_policy
 from clbench.checkpoints.run_folder import checkpoint_folder, versions
 from clbench.checkpoints.state import load_state
 from clbench.checkpoints.training_state import Position, StateKeeper
 from clbench.checkpoints.whole import DESCRIPTION, damage, write_whole
-from clbench.config.dit import RANGES
+from clbench.config.dit import RANGES, model_folder
 from clbench.config.schema import (
     BASE_KEYS,
     Config,
@@ -98,9 +98,21 @@ def base_key(config: Config, data: DataSource) -> dict[str, Any]:
         "policy": policy,
         **made,
         "data_fingerprint": data.fingerprint,
+        **({"encoders": encoders} if (encoders := _encoders(config.policy)) else {}),
         **{k: v for k in ("instructions", "exclude_episodes") if (v := getattr(section, k))},
         **({} if data.features is None else {"data": {k: data.description[k] for k in (*origin, "features")}}),
     }
+
+
+def _encoders(policy: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """The sha256 of what a policy's encoders are read from, where that is a local folder: key → file → its sum."""
+    found = {}
+    for key in ("image_encoder_path", "text_encoder_path"):
+        folder = model_folder(str(policy[key])) if policy.get(key) else None
+        if folder is not None:
+            files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".txt") and p.is_file())
+            found[key] = {p.name: file_digest(p) for p in files}
+    return found
 
 
 def base_folder(config: Config, data: DataSource) -> Path:

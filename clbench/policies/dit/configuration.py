@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
 
-from clbench.config.dit import MEAN_STD, DitSettings
+from clbench.config.dit import IMAGE, MEAN_STD, TEXT, DitSettings
+from clbench.policies.dit import encoders
 
 
 @dataclass
@@ -47,7 +49,19 @@ class DitConfig(DitSettings, PreTrainedConfig):
         widest = max((n for shape in shapes.values() for n in shape), default=0)
         fits = self.d_model * self.ffn_mult <= widest and self.text_vocab_size * self.text_dim <= 2**26
         fits &= self.encoder_layers + self.decoder_layers <= len(shapes) and self.image_tokens_side <= 256
+        fits &= encoders.fits(self, shapes, "model.obs_encoder.encoders.")
         return fits and max(self.chunk_size, self.text_max_words, self.num_inference_steps) <= 65_536
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """As LeRobot's, without the paths of encoders: their weights are in the checkpoint."""
+        paths = {f"{kind}_encoder_path": getattr(self, f"{kind}_encoder_path") for kind in (IMAGE, TEXT)}
+        try:
+            for key in paths:
+                setattr(self, key, None)
+            super()._save_pretrained(save_directory)
+        finally:
+            for key, path in paths.items():
+                setattr(self, key, path)
 
     def validate_features(self) -> None:
         """Raise ValueError unless there is an action and something to observe."""
@@ -55,6 +69,8 @@ class DitConfig(DitSettings, PreTrainedConfig):
             raise ValueError("the policy needs an `action` output feature.")
         if not (self.robot_state_feature or self.env_state_feature or self.image_features):
             raise ValueError("the policy needs a state or an image input feature.")
+        if self.image_encoder != "conv" and not self.image_features:
+            raise ValueError(f"image_encoder is {self.image_encoder}, but there are no camera images.")
 
     @property
     def observation_delta_indices(self) -> None:

@@ -21,11 +21,16 @@ from lerobot.policies import PreTrainedPolicy
 from lerobot.utils.constants import ACTION
 from torch import Tensor, nn
 
+from clbench.config.dit import IMAGE, TEXT
 from clbench.policies.dit.configuration import DitConfig
+from clbench.policies.dit.encoders import frozen, settle
+from clbench.policies.dit.layers import ObservationEncoder
 
 
 class FlowMatchingModel(nn.Module):
     """What a flow policy needs of its network: observation → context once, then velocities from it."""
+
+    obs_encoder: ObservationEncoder
 
     def encode(self, batch: dict[str, Tensor]) -> Any:
         raise NotImplementedError
@@ -50,6 +55,7 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         super().__init__(config)
         config.validate_features()
         self.config = config  # type: ignore[assignment]
+        settle(self.config)
         self.model = self.build_model()
         self.reset()
 
@@ -67,6 +73,15 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         """Draw what the loss of `n` samples needs: noise (n, H, A) ~ N(0, 1) and time (n,) ~ U(0, 1), on CPU."""
         noise = torch.randn(n, self.config.chunk_size, self.action_dim, generator=generator)
         return {"noise": noise, "time": torch.rand(n, generator=generator)}
+
+    def with_frozen_features(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A processed batch with the features of frozen encoders in the place of what they encode."""
+        return self.model.obs_encoder.with_features(batch, frozen_only=True)
+
+    @property
+    def frozen_parts(self) -> tuple[str, ...]:
+        """Names of the modules that are never trained."""
+        return tuple(f"model.obs_encoder.encoders.{kind}" for kind in (IMAGE, TEXT) if frozen(self.config, kind))
 
     def per_sample_loss(self, batch: dict[str, Tensor], draw: dict[str, Tensor]) -> Tensor:
         """Return ℓ(θ; x) per sample, (B,), for the given draw."""
@@ -157,7 +172,9 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         return [p for p in self.parameters() if p.requires_grad]
 
     def _get_default_peft_targets(self) -> dict[str, Any]:
-        return {"target_modules": r".*\.(q|kv|out|up|down|cond_proj)"}
+        layers = r"\.(q|kv|out|up|down|cond_proj)"
+        encoders = bool(self.model.obs_encoder.encoders)  # theirs may have such names, too
+        return {"target_modules": (r"(?!.*\.encoders\.).*" if encoders else ".*") + layers}
 
     def _validate_peft_config(self, peft_config: Any) -> None:
         """Any PEFT configuration is accepted, even on a policy that was built in memory."""

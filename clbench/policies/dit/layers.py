@@ -17,8 +17,12 @@ from lerobot.utils.constants import OBS_ENV_STATE, OBS_LANGUAGE_ATTENTION_MASK, 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from clbench.config.dit import IMAGE, TEXT, TRANSFORMERS
 from clbench.policies.dit.configuration import DitConfig
+from clbench.policies.dit.encoders import ImageEncoder, TextEncoder, feature_key, frozen
 from clbench.policies.dit.text import frozen_word_table
+
+LANGUAGE = "observation.language"
 
 
 def run_block(block: nn.Module, recompute: bool, *inputs: Any) -> Tensor:
@@ -201,10 +205,31 @@ class ImageTokens(nn.Module):
         return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
 
+class FeatureTokens(nn.Module):
+    """An encoder's features of an input (B, n, E), which the batch has, → n tokens; of a text, masked as its words."""
+
+    def __init__(self, key: str, encoder: ImageEncoder | TextEncoder, dim: int, text: bool) -> None:
+        super().__init__()
+        self.key, self.n_tokens, self.masked = feature_key(key), encoder.n_features, text and encoder.n_features > 1
+        self.proj = nn.Linear(encoder.width, dim)
+        self.position = (
+            None if text or encoder.n_features == 1 else nn.Parameter(torch.randn(self.n_tokens, dim) * 0.02)
+        )
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        tokens = self.proj(batch[self.key])
+        if self.position is not None:
+            tokens = tokens + self.position
+        if self.masked:
+            return tokens, batch[OBS_LANGUAGE_ATTENTION_MASK]
+        return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+
+
 class ObservationEncoder(nn.Module):
     """Every input becomes tokens (B, n, D) with a mask; a transformer encoder mixes them.
 
     A new kind of input is one more tokeniser with this interface: `forward(batch) -> (tokens, mask)`, `n_tokens`.
+    `encoders` has the image and the text model whose features the tokenisers of cameras and language take, if any.
     """
 
     def __init__(self, config: DitConfig, pooled_text: bool) -> None:
@@ -217,10 +242,26 @@ class ObservationEncoder(nn.Module):
         if config.env_state_feature is not None:
             n = config.env_state_feature.shape[0]
             self.tokenizers["env_state"] = StateTokens(OBS_ENV_STATE, n, d, config.state_clip)
+        self.cameras = list(config.image_features)
+        self.encoders = nn.ModuleDict()
+        self.frozen = [kind for kind in (IMAGE, TEXT) if frozen(config, kind)]
+        if self.cameras and config.image_encoder == TRANSFORMERS:
+            image_encoder = ImageEncoder(config, [tuple(f.shape) for f in config.image_features.values()])
+            self.encoders[IMAGE] = image_encoder
         for key, feature in config.image_features.items():
             name = key.replace(".", "_")
+            if IMAGE in self.encoders:
+                self.tokenizers[name] = FeatureTokens(key, image_encoder, d, text=False)
+                continue
             self.tokenizers[name] = ImageTokens(key, feature.shape[0], d, config.image_tokens_side, config.image_layers)
-        self.tokenizers["language"] = LanguageTokens(config, pooled_text)
+        if config.text_encoder == TRANSFORMERS:
+            text_encoder = TextEncoder(config)
+            if pooled_text and text_encoder.n_features > 1:
+                raise ValueError("text_encoder_output: tokens is of dit_encdec; use mean or pooled.")
+            self.encoders[TEXT] = text_encoder
+            self.tokenizers["language"] = FeatureTokens(LANGUAGE, text_encoder, d, text=True)
+        else:
+            self.tokenizers["language"] = LanguageTokens(config, pooled_text)
         self.kind = nn.Parameter(torch.randn(len(self.tokenizers), d) * 0.02)
         self.layers = nn.ModuleList(
             EncoderLayer(d, config.n_heads, config.ffn_mult) for _ in range(config.encoder_layers)
@@ -233,8 +274,24 @@ class ObservationEncoder(nn.Module):
         counts: list[Any] = [t.n_tokens for t in self.tokenizers.values()]
         return sum(counts)
 
+    def with_features(self, batch: dict[str, Tensor], frozen_only: bool = False) -> dict[str, Tensor]:
+        """The batch with the encoders' features that it lacks, without the images that were encoded."""
+        kinds = [kind for kind in self.encoders if kind in self.frozen or not frozen_only]
+        if not kinds:
+            return batch
+        found = dict(batch)
+        for camera in self.cameras if IMAGE in kinds else ():
+            image = found.pop(camera, None)
+            if image is not None and feature_key(camera) not in found:
+                found[feature_key(camera)] = self.encoders[IMAGE](image)
+        if TEXT in kinds and feature_key(LANGUAGE) not in found:
+            tokens, mask = found[OBS_LANGUAGE_TOKENS], found[OBS_LANGUAGE_ATTENTION_MASK]
+            found[feature_key(LANGUAGE)] = self.encoders[TEXT](tokens, mask)
+        return found
+
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return tokens (B, L, D) and their mask (B, L), True for actual tokens."""
+        batch = self.with_features(batch)
         parts, masks = [], []
         for i, tokenizer in enumerate(self.tokenizers.values()):
             tokens, mask = tokenizer(batch)

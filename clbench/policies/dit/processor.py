@@ -1,4 +1,4 @@
-"""Pre- and post-processing of the DiT policies: hashed words, device, causal normalisation."""
+"""Pre- and post-processing of the DiT policies: words or tokens, device, causal normalisation."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.processor import (
     PolicyAction,
     PolicyProcessorPipeline,
+    ProcessorStep,
     make_default_policy_processor_steps,
     make_policy_processor_pipelines,
 )
 
 from clbench.config.dit import MEAN_STD
 from clbench.policies.dit.configuration import DitConfig
-from clbench.policies.dit.text import HashedWordsProcessorStep
+from clbench.policies.dit.encoders import byte_tokenizer, read_tokenizer, settle, vocabulary
+from clbench.policies.dit.text import HashedWordsProcessorStep, TokenizerStep
 from clbench.policies.normalization import RangeNormalizerStep, RangeUnnormalizerStep
 
 
@@ -64,6 +66,21 @@ def scaled_features(config: DitConfig) -> dict[str, PolicyFeature]:
     return {k: f for k, f in features.items() if f.type is not FeatureType.VISUAL}
 
 
+def language_step(config: DitConfig) -> ProcessorStep:
+    """Hashed words, or the tokenizer of the text encoder: of its folder, else bytes."""
+    if config.text_encoder == "words":
+        return HashedWordsProcessorStep(vocab_size=config.text_vocab_size, max_words=config.text_max_words)
+    path = config.text_encoder_path
+    if path is not None:
+        settle(config)
+    described = config.text_encoder_config
+    assert described is not None
+    size = vocabulary(described)
+    return TokenizerStep(
+        config.text_max_words, size, byte_tokenizer(described) if path is None else read_tokenizer(path)
+    )
+
+
 def make_dit_pre_post_processors(
     config: DitConfig, dataset_stats: dict[str, dict[str, torch.Tensor]] | None = None
 ) -> tuple[
@@ -73,7 +90,7 @@ def make_dit_pre_post_processors(
     """Build the two pipelines: rename → batch → words → device → normalise, and unnormalise → cpu."""
     of_lerobots, of_ours = stats_of_steps(config, dataset_stats)
     steps = make_default_policy_processor_steps(config, of_lerobots)
-    words = HashedWordsProcessorStep(vocab_size=config.text_vocab_size, max_words=config.text_max_words)
+    words = language_step(config)
     normalize: list[Any] = [steps.normalize]
     unnormalize: list[Any] = [steps.unnormalize]
     scaled = scaled_features(config)

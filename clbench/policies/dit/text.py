@@ -1,7 +1,10 @@
-"""Language without a hub: an instruction becomes hashed word ids, embedded by a frozen random table.
+"""Instructions as numbers: hashed words, or the tokens of a text encoder.
 
-Words are lower-cased alphanumeric runs; id = 1 + BLAKE2b(word) mod (vocabulary - 1); 0 is padding.
-The same words get the same ids on every machine, so nothing has to be downloaded or fitted.
+Without a text encoder an instruction becomes hashed word ids, embedded by a frozen random table. Words are lower-cased
+alphanumeric runs; id = 1 + BLAKE2b(word) mod (vocabulary - 1); 0 is padding. The same words get the same ids on every
+machine, so nothing has to be downloaded or fitted.
+
+A text encoder's tokenizer is part of the checkpoint: its JSON is the state of a processor step.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from lerobot.processor import ObservationProcessorStep, ProcessorStepRegistry
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 from torch import Tensor
 
+from clbench.policies.dit.encoders import largest_token, parsed_tokenizer
+
 
 @lru_cache(maxsize=65536)
 def word_ids(text: str, vocab_size: int, max_words: int) -> tuple[int, ...]:
@@ -30,6 +35,24 @@ def word_ids(text: str, vocab_size: int, max_words: int) -> tuple[int, ...]:
     return tuple(ids + [0] * (max_words - len(ids)))
 
 
+def instructions(transition: Any) -> list[str]:
+    """The instructions of a batch, from `task`."""
+    complementary = transition.get(TransitionKey.COMPLEMENTARY_DATA) or {}
+    task = complementary.get("task")
+    if task is None:
+        raise ValueError("the batch has no `task` text: the policy needs a language instruction.")
+    return [task] if isinstance(task, str) else list(task)
+
+
+def language_features(
+    features: dict[PipelineFeatureType, dict[str, PolicyFeature]], length: int
+) -> dict[PipelineFeatureType, dict[str, PolicyFeature]]:
+    """The features with ids and mask of `length` tokens."""
+    for key in (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK):
+        features[PipelineFeatureType.OBSERVATION][key] = PolicyFeature(FeatureType.LANGUAGE, (length,))
+    return features
+
+
 @dataclass
 @ProcessorStepRegistry.register(name="clbench_hashed_words")
 class HashedWordsProcessorStep(ObservationProcessorStep):
@@ -39,11 +62,7 @@ class HashedWordsProcessorStep(ObservationProcessorStep):
     max_words: int = 16
 
     def observation(self, observation: dict[str, Any]) -> dict[str, Any]:
-        complementary = self.transition.get(TransitionKey.COMPLEMENTARY_DATA) or {}
-        task = complementary.get("task")
-        if task is None:
-            raise ValueError("the batch has no `task` text: the policy needs a language instruction.")
-        texts = [task] if isinstance(task, str) else list(task)
+        texts = instructions(self.transition)
         tokens = torch.tensor([word_ids(t, self.vocab_size, self.max_words) for t in texts], dtype=torch.int64)
         return {**observation, OBS_LANGUAGE_TOKENS: tokens, OBS_LANGUAGE_ATTENTION_MASK: tokens != 0}
 
@@ -53,10 +72,62 @@ class HashedWordsProcessorStep(ObservationProcessorStep):
     def transform_features(
         self, features: dict[PipelineFeatureType, dict[str, PolicyFeature]]
     ) -> dict[PipelineFeatureType, dict[str, PolicyFeature]]:
-        shape = (self.max_words,)
-        for key in (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK):
-            features[PipelineFeatureType.OBSERVATION][key] = PolicyFeature(FeatureType.LANGUAGE, shape)
-        return features
+        return language_features(features, self.max_words)
+
+
+@dataclass
+@ProcessorStepRegistry.register(name="clbench_tokenizer")
+class TokenizerStep(ObservationProcessorStep):
+    """Add `observation.language.tokens` (B, max_tokens) int64 and its mask (B, max_tokens) bool from `task`.
+
+    Attributes:
+        max_tokens: tokens of every instruction: longer ones are cut, shorter ones padded on the right.
+        vocab_size: all ids are below it: the rows of the model's table.
+        tokenizer: its JSON (of the library `tokenizers`), in a checkpoint the step's state.
+    """
+
+    max_tokens: int = 16
+    vocab_size: int = 2**31
+    tokenizer: str | None = None
+
+    def __post_init__(self) -> None:
+        self._parsed = None if self.tokenizer is None else self._checked(self.tokenizer)
+
+    def _checked(self, text: str) -> Any:
+        parsed = parsed_tokenizer(text, self.max_tokens)
+        if largest_token(parsed) >= self.vocab_size:
+            raise ValueError(
+                f"the tokenizer gives ids up to {largest_token(parsed)}, but the text encoder knows {self.vocab_size}: "
+                "it is another model's."
+            )
+        return parsed
+
+    def observation(self, observation: dict[str, Any]) -> dict[str, Any]:
+        if self._parsed is None:
+            raise ValueError("the step has no tokenizer: its state was not loaded.")
+        found = self._parsed.encode_batch(instructions(self.transition))
+        tokens = torch.tensor([e.ids for e in found], dtype=torch.int64)
+        mask = torch.tensor([e.attention_mask for e in found], dtype=torch.bool)
+        return {**observation, OBS_LANGUAGE_TOKENS: tokens, OBS_LANGUAGE_ATTENTION_MASK: mask}
+
+    def get_config(self) -> dict[str, Any]:
+        return {"max_tokens": self.max_tokens, "vocab_size": self.vocab_size}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        assert self.tokenizer is not None
+        return {"tokenizer": torch.frombuffer(bytearray(self.tokenizer.encode()), dtype=torch.uint8)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        stored = state.get("tokenizer")
+        if set(state) != {"tokenizer"} or stored is None or stored.dtype != torch.uint8 or stored.ndim != 1:
+            raise ValueError("the state of a tokenizer step is its JSON, as bytes.")
+        text = stored.numpy().tobytes().decode()
+        self._parsed, self.tokenizer = self._checked(text), text
+
+    def transform_features(
+        self, features: dict[PipelineFeatureType, dict[str, PolicyFeature]]
+    ) -> dict[PipelineFeatureType, dict[str, PolicyFeature]]:
+        return language_features(features, self.max_tokens)
 
 
 def frozen_word_table(vocab_size: int, dim: int) -> Tensor:
