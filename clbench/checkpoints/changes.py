@@ -138,4 +138,5 @@ def _defaults(config: Config) -> dict[str, Any]:
     found |= {f"dataset.pretrain.{k}": v for k, v in flatten(asdict(PretrainDataConfig())).items()}
     for cls in algorithm_classes(config):
         found |= {f"algorithm.{k}": v for k, v in asdict(cls.Config()).items()}
-    return {k: v for k, v in found.items() if k in flatten(to_dict(config))}
+    present = flatten(to_dict(config))
+    return {k: v for k, v in found.items() if k in present}

@@ -15,7 +15,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +202,7 @@ def to_config(config: Any) -> Config:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The configuration as plain containers, without secrets (redaction.py)."""
-    values = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+    values = asdict(config)
     redacted = redact(values, secrets_of(values))
     assert isinstance(redacted, dict)
     return redacted
