@@ -124,20 +124,20 @@ class TaskFrames:
         cameras: name here → name in the data set.
     """
 
-    def __init__(self, task: Task, policy: PreTrainedConfig, tables: dict[Path, FrameTable]) -> None:
+    def __init__(
+        self,
+        task: Task,
+        policy: PreTrainedConfig,
+        tables: dict[Path, FrameTable],
+        metas: dict[Path, LeRobotDatasetMetadata],
+    ) -> None:
+        """`tables` and `metas` hold what was read of each data set so far; most tasks share theirs with others."""
         self.task = task
         self._policy = policy
         self._tables = tables
-        for part in ("meta/info.json", "meta/tasks.parquet", "meta/episodes", "data"):
-            if not (task.root / part).exists():  # LeRobot would look for it on a hub
-                raise UserError(
-                    f"there is no complete LeRobot data set in {task.root} ({part} is missing): run `clbench data make "
-                    f"{task.root.name}`."
-                )
-        try:
-            self.meta = LeRobotDatasetMetadata(repo_id=NO_HUB, root=task.root)
-        except Exception as e:  # LeRobot treats any missing file as a missing set
-            raise _unreadable(task.root, e) from e
+        if task.root not in metas:
+            metas[task.root] = opened(task.root)
+        self.meta = metas[task.root]
         self._names = all_names(task.features, self.meta.features)
         self.features = {here: described_feature(self.meta.features[there]) for there, here in self._names.items()}
         images = ("image", "video")
@@ -298,6 +298,20 @@ class TaskFrames:
         return named
 
 
+def opened(root: Path) -> LeRobotDatasetMetadata:
+    """LeRobot's description of the data set in a folder. UserError where it is not complete or not readable."""
+    for part in ("meta/info.json", "meta/tasks.parquet", "meta/episodes", "data"):
+        if not (root / part).exists():  # LeRobot would look for it on a hub
+            raise UserError(
+                f"there is no complete LeRobot data set in {root} ({part} is missing): run `clbench data make "
+                f"{root.name}`."
+            )
+    try:
+        return LeRobotDatasetMetadata(repo_id=NO_HUB, root=root)
+    except Exception as e:  # LeRobot treats any missing file as a missing set
+        raise _unreadable(root, e) from e
+
+
 def _unreadable(root: Path, e: Exception) -> UserError:
     """Reports what LeRobot found missing, rather than the failure of asking a hub for it."""
     first: BaseException = e
@@ -322,7 +336,8 @@ class StreamFrames:
     ) -> None:
         """`cache_gb`: keep decoded images on disk while they take no more than this; else decode for every batch."""
         self._tables: dict[Path, FrameTable] = {}
-        self._parts = [[TaskFrames(t, policy, self._tables) for t in tasks] for tasks in visits]
+        metas: dict[Path, LeRobotDatasetMetadata] = {}
+        self._parts = [[TaskFrames(t, policy, self._tables, metas) for t in tasks] for tasks in visits]
         self._copies: dict[int, tuple[Tensor, Batch]] = {}
         self._keep_decoded(cache_gb)
 
