@@ -15,11 +15,15 @@ Standard library only, and Python 3.10: a simulator's own interpreter also reads
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import importlib.util
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, PackageNotFoundError, distribution, entry_points
+from functools import lru_cache
+from importlib.metadata import EntryPoint, EntryPoints, PackageNotFoundError, distribution, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -260,7 +264,22 @@ def _check_axis(axis: str) -> None:
 
 
 def _points(axis: str) -> Sequence[EntryPoint]:
-    return list(entry_points(group=f"clbench.{axis}"))
+    return list(_installed_points(_changed()).select(group=f"clbench.{axis}"))
+
+
+def _changed() -> tuple[tuple[str, int], ...]:
+    """Where packages are searched for, and when each place last changed."""
+    found = []
+    for place in sys.path:
+        with contextlib.suppress(OSError):
+            found.append((place, os.stat(place or os.curdir).st_mtime_ns))
+    return tuple(found)
+
+
+@lru_cache(maxsize=1)
+def _installed_points(changed: tuple[tuple[str, int], ...]) -> EntryPoints:
+    """The entry points of all installed packages; reading them takes a while, and they change only with `changed`."""
+    return entry_points()
 
 
 def _origin(point: EntryPoint) -> str:

@@ -183,7 +183,7 @@ def test_a_plugin_must_not_take_a_used_name(monkeypatch: pytest.MonkeyPatch) -> 
     from importlib.metadata import EntryPoint
 
     point = EntryPoint("er", "somewhere:ER", "clbench.algorithms")
-    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
+    monkeypatch.setattr(registry, "_points", lambda axis: [point])
     with pytest.raises(ValueError, match="already taken"):
         registry.algorithm_names()
 
