@@ -273,6 +273,7 @@ def test_without_a_hub_a_name_there_is_one_line() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"image_encoder": "efficientnet_lite0"}, "image_encoder_config is of image_encoder: transformers"),
         ({"image_encoder": "cnn"}, "image_encoder must be one of conv, transformers"),
         ({"image_encoder_output": "cls"}, "image_encoder_output must be one of grid, pooled"),
         ({"image_encoder": "conv"}, "image_encoder_config is of image_encoder: transformers"),

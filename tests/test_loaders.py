@@ -49,6 +49,7 @@ OFF = "switched off by the caller (save_embedding_layers=False), and load_peft_w
 OWN_NAME = "imports a package that LeRobot's own code names"
 COMMAND = "LeRobot's or PEFT's own commands and helpers, which clbench does not call"
 CHECKED = "clbench's call, behind check_checkpoint"
+HASHED = "clbench's call for a file of an installed package, whose sha256 is in clbench's code"
 NAMED = "clbench's call for a path that a configuration gives; check_checkpoint refuses a checkpoint with one: --trust"
 
 GUARDS = {
@@ -157,6 +158,7 @@ GUARDS = {
     "clbench/checkpoints/policy_io.py:_load_adapter": CHECKED,
     "clbench/checkpoints/policy_io.py:_load_weights": CHECKED,
     "clbench/policies/dit/encoders.py:build_model": NAMED,
+    "clbench/policies/dit/packaged.py:load_weights": HASHED,
     "clbench/policies/dit/encoders.py:read_colours": NAMED,
     "clbench/policies/dit/encoders.py:read_description": NAMED,
     "clbench/policies/dit/encoders.py:read_tokenizer": NAMED,

@@ -30,7 +30,17 @@ POSITIVE = (
 
 IMAGE, TEXT = "image", "text"  # what an encoder encodes; the beginning of its keys
 TRANSFORMERS = "transformers"
-ENCODERS = {IMAGE: ("conv", TRANSFORMERS), TEXT: ("words", TRANSFORMERS)}
+LITE, MINILM = "efficientnet_lite0", "minilm"  # pretrained, of the extra `encoders` (policies/dit/packaged.py)
+OWN = {IMAGE: "conv", TEXT: "words"}  # learned from scratch
+ENCODERS = {IMAGE: (OWN[IMAGE], TRANSFORMERS, LITE), TEXT: (OWN[TEXT], TRANSFORMERS, MINILM)}
+# What `…_encoder_config` of those is.
+PACKAGED: dict[str, dict[str, Any]] = {
+    LITE: {"model_type": LITE},
+    MINILM: {
+        "model_type": "bert", "vocab_size": 30522, "hidden_size": 384, "num_hidden_layers": 6,
+        "num_attention_heads": 12, "intermediate_size": 1536, "max_position_embeddings": 512, "pad_token_id": 0,
+    },
+}  # fmt: skip
 OUTPUTS = {IMAGE: ("grid", "pooled"), TEXT: ("mean", "pooled", "tokens")}
 # Types of transformers' models that are built: their construction reads and fetches nothing (tests/test_encoders.py).
 # Detectors, whose backbones are fetched, and models that draw random numbers in evaluation are not among them.
@@ -73,7 +83,7 @@ class DitSettings:
         image_tokens_side: each camera becomes `image_tokens_side`² tokens (with `image_encoder_output: pooled`, one).
         image_layers: convolutions of each camera's encoder; the first three halve the image.
         image_encoder: conv (a small convolution net per camera, trained from scratch) | transformers (one image model
-            for all cameras, policies/dit/encoders.py).
+            for all cameras, policies/dit/encoders.py) | efficientnet_lite0 (the same, pretrained: packaged.py).
         image_encoder_path: the model to start from: a local folder as `save_pretrained` writes it, or OWNER/NAME on a
             hub; null = random weights. Checkpoints hold the weights themselves and name no path.
         image_encoder_config: transformers' configuration of it, with `model_type`; read from the path where null.
@@ -82,7 +92,7 @@ class DitSettings:
         image_encoder_size: pixels to which images are resized for it; null = as they come.
         image_encoder_mean, image_encoder_std: of colours in [0, 1], which it expects removed; null = as stored beside
             the model, else ImageNet's.
-        text_encoder: words (hashed) | transformers.
+        text_encoder: words (hashed) | transformers | minilm (pretrained).
         text_encoder_path, text_encoder_config, text_encoder_trained: likewise. Without a path the tokens are bytes.
         text_encoder_output: mean (over tokens) | pooled (the model's own vector) | tokens (dit_encdec).
         normalization: mean_std | quantiles | min_max. The last two map q01 to q99, or all of the data's range, to
@@ -175,6 +185,11 @@ class DitSettings:
         output = getattr(self, f"{key}_output")
         if output not in OUTPUTS[kind]:
             raise ValueError(f"{key}_output must be one of {', '.join(OUTPUTS[kind])} but is {output!r}.")
+        if name in PACKAGED:
+            if path is not None or described not in (None, PACKAGED[name]):
+                wrong = "_config" if path is None else "_path"
+                raise ValueError(f"{key}{wrong} is of {key}: transformers; {name} has its own.")
+            return
         if name != TRANSFORMERS:
             given = [f"{key}{end}" for end, v in (("_path", path), ("_config", described)) if v is not None]
             if given or getattr(self, f"{key}_trained"):

@@ -8,7 +8,7 @@ from pathlib import Path
 from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
 
-from clbench.config.dit import IMAGE, MEAN_STD, TEXT, DitSettings
+from clbench.config.dit import IMAGE, MEAN_STD, OWN, TEXT, DitSettings
 from clbench.policies.dit import encoders
 
 
@@ -69,7 +69,7 @@ class DitConfig(DitSettings, PreTrainedConfig):
             raise ValueError("the policy needs an `action` output feature.")
         if not (self.robot_state_feature or self.env_state_feature or self.image_features):
             raise ValueError("the policy needs a state or an image input feature.")
-        if self.image_encoder != "conv" and not self.image_features:
+        if self.image_encoder != OWN[IMAGE] and not self.image_features:
             raise ValueError(f"image_encoder is {self.image_encoder}, but there are no camera images.")
 
     @property

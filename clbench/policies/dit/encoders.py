@@ -22,9 +22,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clbench.config.dit import IMAGE, IMAGENET, TEXT, TRANSFORMERS, DitSettings, check_model, model_folder
+from clbench.config.dit import (
+    IMAGE,
+    IMAGENET,
+    LITE,
+    OWN,
+    PACKAGED,
+    TEXT,
+    TRANSFORMERS,
+    DitSettings,
+    check_model,
+    model_folder,
+)
 from clbench.errors import UserError
 from clbench.io import read_json
+from clbench.policies.dit import packaged
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -142,6 +154,23 @@ def build_model(kind: str, described: Mapping[str, Any], path: str | None = None
     return model
 
 
+def _model_of(config: DitSettings, kind: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A policy's model and its configuration, which is filled in if it is pretrained and the policy is a fresh one."""
+    name, described = getattr(config, f"{kind}_encoder"), getattr(config, f"{kind}_encoder_config")
+    if name not in PACKAGED:
+        return build_model(kind, described, getattr(config, f"{kind}_encoder_path")), described
+    model = _packaged_model(name)
+    if described is None:
+        packaged.load_weights(name, model)
+        setattr(config, f"{kind}_encoder_config", dict(PACKAGED[name]))
+    return model, PACKAGED[name]
+
+
+def _packaged_model(name: str) -> nn.Module:
+    """With random weights."""
+    return packaged.EfficientNetLite0() if name == LITE else build_model(TEXT, PACKAGED[name])
+
+
 def settle(config: DitSettings) -> None:
     """Fill in what is left to the models' folders: their configurations, and the colours that the image model expects.
 
@@ -180,8 +209,8 @@ def vocabulary(described: Mapping[str, Any]) -> int:
 def fits(config: DitSettings, shapes: Mapping[str, tuple[int, ...]], prefix: str) -> bool:
     """Whether encoders' weights have these shapes, by name after `prefix`: checked before memory is taken for them."""
     for kind in (IMAGE, TEXT):
-        described = getattr(config, f"{kind}_encoder_config")
-        if getattr(config, f"{kind}_encoder") != TRANSFORMERS:
+        name, described = getattr(config, f"{kind}_encoder"), getattr(config, f"{kind}_encoder_config")
+        if name == OWN[kind]:
             continue
         start = f"{prefix}{kind}.model."
         have = {n.removeprefix(start): s for n, s in shapes.items() if n.startswith(start)}
@@ -189,7 +218,7 @@ def fits(config: DitSettings, shapes: Mapping[str, tuple[int, ...]], prefix: str
         if any(n > max(widest, 65_536) for n in _integers(described)) or _depth(described) > len(have):
             return False
         with torch.device("meta"):
-            model = build_model(kind, described)
+            model = _packaged_model(name) if name in PACKAGED else build_model(kind, described)
         if {n: tuple(p.shape) for n, p in model.state_dict().items()} != have:
             return False
     return True
@@ -233,14 +262,11 @@ class ImageEncoder(Encoder):
 
     def __init__(self, config: DitSettings, shapes: Iterable[tuple[int, ...]]) -> None:
         """`shapes`: (C, h, w) of each camera's images; raises UserError where the model does not take such."""
-        described = config.image_encoder_config
-        assert described is not None
-        super().__init__(build_model(IMAGE, described, config.image_encoder_path), config.image_encoder_trained)
+        model, described = _model_of(config, IMAGE)
+        super().__init__(model, config.image_encoder_trained)
         self.pooled, self.side = config.image_encoder_output == "pooled", config.image_tokens_side
-        self.size, self.patch = (
-            config.image_encoder_size,
-            _default(described, "patch_size"),
-        )
+        self.size = config.image_encoder_size
+        self.patch = None if config.image_encoder in PACKAGED else _default(described, "patch_size")
         mean = torch.tensor(config.image_encoder_mean or IMAGENET[0])[:, None, None]
         std = torch.tensor(config.image_encoder_std or IMAGENET[1])[:, None, None]
         self.register_buffer("mean", mean, persistent=False)  # part of the policy's configuration
@@ -303,9 +329,8 @@ class TextEncoder(Encoder):
     """
 
     def __init__(self, config: DitSettings) -> None:
-        described = config.text_encoder_config
-        assert described is not None
-        super().__init__(build_model(TEXT, described, config.text_encoder_path), config.text_encoder_trained)
+        model, described = _model_of(config, TEXT)
+        super().__init__(model, config.text_encoder_trained)
         self.output = config.text_encoder_output
         self._known: dict[tuple[tuple[int, ...], int], Tensor] = {}
         length = config.text_max_words
@@ -365,7 +390,7 @@ class TextEncoder(Encoder):
 
 def frozen(config: DitSettings, kind: str) -> bool:
     """Whether a policy has a frozen encoder of this kind."""
-    return getattr(config, f"{kind}_encoder") == TRANSFORMERS and not getattr(config, f"{kind}_encoder_trained")
+    return getattr(config, f"{kind}_encoder") != OWN[kind] and not getattr(config, f"{kind}_encoder_trained")
 
 
 def feature_key(key: str) -> str:

@@ -17,7 +17,7 @@ from lerobot.utils.constants import OBS_ENV_STATE, OBS_LANGUAGE_ATTENTION_MASK, 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from clbench.config.dit import IMAGE, TEXT, TRANSFORMERS
+from clbench.config.dit import IMAGE, OWN, TEXT
 from clbench.policies.dit.configuration import DitConfig
 from clbench.policies.dit.encoders import ImageEncoder, TextEncoder, feature_key, frozen
 from clbench.policies.dit.text import frozen_word_table
@@ -245,7 +245,7 @@ class ObservationEncoder(nn.Module):
         self.cameras = list(config.image_features)
         self.encoders = nn.ModuleDict()
         self.frozen = [kind for kind in (IMAGE, TEXT) if frozen(config, kind)]
-        if self.cameras and config.image_encoder == TRANSFORMERS:
+        if self.cameras and config.image_encoder != OWN[IMAGE]:
             image_encoder = ImageEncoder(config, [tuple(f.shape) for f in config.image_features.values()])
             self.encoders[IMAGE] = image_encoder
         for key, feature in config.image_features.items():
@@ -254,7 +254,7 @@ class ObservationEncoder(nn.Module):
                 self.tokenizers[name] = FeatureTokens(key, image_encoder, d, text=False)
                 continue
             self.tokenizers[name] = ImageTokens(key, feature.shape[0], d, config.image_tokens_side, config.image_layers)
-        if config.text_encoder == TRANSFORMERS:
+        if config.text_encoder != OWN[TEXT]:
             text_encoder = TextEncoder(config)
             if pooled_text and text_encoder.n_features > 1:
                 raise ValueError("text_encoder_output: tokens is of dit_encdec; use mean or pooled.")

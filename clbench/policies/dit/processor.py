@@ -14,9 +14,10 @@ from lerobot.processor import (
     make_policy_processor_pipelines,
 )
 
-from clbench.config.dit import MEAN_STD
+from clbench.config.dit import MEAN_STD, MINILM, OWN, PACKAGED, TEXT
 from clbench.policies.dit.configuration import DitConfig
 from clbench.policies.dit.encoders import byte_tokenizer, read_tokenizer, settle, vocabulary
+from clbench.policies.dit.packaged import minilm_tokenizer
 from clbench.policies.dit.text import HashedWordsProcessorStep, TokenizerStep
 from clbench.policies.normalization import RangeNormalizerStep, RangeUnnormalizerStep
 
@@ -68,8 +69,10 @@ def scaled_features(config: DitConfig) -> dict[str, PolicyFeature]:
 
 def language_step(config: DitConfig) -> ProcessorStep:
     """Hashed words, or the tokenizer of the text encoder: of its folder, else bytes."""
-    if config.text_encoder == "words":
+    if config.text_encoder == OWN[TEXT]:
         return HashedWordsProcessorStep(vocab_size=config.text_vocab_size, max_words=config.text_max_words)
+    if config.text_encoder == MINILM:  # read before, by a fresh policy; a checkpoint's comes as the step's state
+        return TokenizerStep(config.text_max_words, PACKAGED[MINILM]["vocab_size"], minilm_tokenizer())
     path = config.text_encoder_path
     if path is not None:
         settle(config)

@@ -114,7 +114,8 @@ class TokenizerStep(ObservationProcessorStep):
         return {"max_tokens": self.max_tokens, "vocab_size": self.vocab_size}
 
     def state_dict(self) -> dict[str, Tensor]:
-        assert self.tokenizer is not None
+        if self.tokenizer is None:
+            return {}
         return {"tokenizer": torch.frombuffer(bytearray(self.tokenizer.encode()), dtype=torch.uint8)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
