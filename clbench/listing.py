@@ -10,7 +10,7 @@ import re
 import shutil
 import textwrap
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from clbench.io import read_text
 WIDTH = 100  # at most, and if the output is not a terminal
 # Axis → how to use one of its names.
 GIVEN = {
-    "models": "--model NAME",
+    "models": "--model NAME: presets, or a policy type with its own defaults",
     "algorithms": "--algo NAME, or several joined by commas",
     "streams": "--dataset NAME",
     "experiments": "clbench sweep NAME",
@@ -40,12 +40,13 @@ ALIASES = {"model": "models", "algorithm": "algorithms", "algos": "algorithms", 
 
 @dataclass(frozen=True)
 class Item:
-    """One name of an axis; `needs`: what it requires besides clbench, in words."""
+    """One name of an axis; `needs`: what it requires besides clbench, in words; `more`: said by `clbench list AXIS`."""
 
     name: str
     origin: str
     text: str
     needs: str = ""
+    more: tuple[str, ...] = ()
 
 
 def axes() -> list[str]:
@@ -63,10 +64,11 @@ def listing(axis: str | None = None) -> Iterator[str]:
         axis = ALIASES.get(axis, axis)
         if axis not in axes():
             raise UserError(f"there is no axis '{axis}'.{nearest(axis, axes())}")
-    for number, name in enumerate(axes() if axis is None else [axis]):
+    asked = axes() if axis is None else ["models", "policies"] if axis == "models" else [axis]
+    for number, name in enumerate(asked):
         if number:
             yield ""
-        yield from _table(name)
+        yield from _table(name, whole=axis is not None)
 
 
 def items(axis: str) -> list[Item]:
@@ -79,10 +81,12 @@ def items(axis: str) -> list[Item]:
     found = {name: _code_item(entry) for name, entry in registry.entries(axis).items()}
     if axis == "policies":
         found |= {kind: _policy_item(kind) for kind in policy_types.types() if kind not in found}
+        found = {kind: replace(item, needs=_needs_of_policy(kind), more=_facts(kind)) for kind, item in found.items()}
     return [found[name] for name in sorted(found)]
 
 
-def _table(axis: str) -> Iterator[str]:
+def _table(axis: str, whole: bool) -> Iterator[str]:
+    """The names of an axis; `whole`: with all that is known of each."""
     rows = items(axis)
     given = f" ({GIVEN[axis]})" if axis in GIVEN else ""
     yield f"{axis}{given}" + ("" if rows else ": none")
@@ -94,6 +98,8 @@ def _table(axis: str) -> Iterator[str]:
         text = " ".join(part for part in (row.text, f"[{row.needs}]" if row.needs else "") if part)
         lines = textwrap.wrap(text, max(30, width - left), break_on_hyphens=False) or [""]
         yield f"  {row.name:<{first}}  {row.origin:<{second}}  {lines[0]}".rstrip()
+        for text in row.more if whole else ():
+            lines += textwrap.wrap(text, max(30, width - left), break_on_hyphens=False, subsequent_indent="  ")
         yield from (" " * left + line for line in lines[1:])
 
 
@@ -102,7 +108,36 @@ def _file_item(axis: str, name: str, folder: folders.Folder, path: Path) -> Item
         needs = _needs_of_file(axis, path)
     except UserError:  # reported in full when it is used
         needs = "not valid: see clbench's message when it is used"
-    return Item(name, folder.origin, comment(path), needs)
+    return Item(name, folder.origin, comment(path), needs, _facts(_type_of_file(path)) if axis == "models" else ())
+
+
+def _type_of_file(path: Path) -> str:
+    """The policy type of a preset; "" if it has none."""
+    try:
+        return str((load_yaml(path).get("policy") or {}).get("type") or "")
+    except UserError:
+        return ""
+
+
+def _facts(kind: str) -> tuple[str, ...]:
+    """What methods find in a policy of this type."""
+    facts = policy_types.LEROBOT.get(kind)
+    if facts is not None and facts.rewards:
+        return (f"not trained here: it {facts.rewards}",)
+    if facts is None and kind not in policy_types.OWN:
+        clare = policy_types.clare_targets(kind)
+        return (f"CLARE: {clare}",) if clare else ()
+    one_pass = facts is None or facts.one_pass
+    unless = f" (unless {facts.unless})" if facts is not None and facts.unless else ""
+    losses = "in one pass, drawn from outside" + unless if one_pass else "one by one, each under a seed"
+    lora = facts.lora if facts is not None else "attention, feed-forward and conditioning layers"
+    along = f"; completely: {facts.also_train}" if facts is not None and facts.also_train else ""
+    clare = policy_types.clare_targets(kind)
+    return (
+        f"losses per sample: {losses}",
+        f"LoRA: {lora or 'set lora.target_modules'}{along}",
+        f"CLARE: {clare or 'set algorithm.target_modules'}",
+    )
 
 
 def _needs_of_file(axis: str, path: Path) -> str:
@@ -155,16 +190,19 @@ def _policy_item(kind: str) -> Item:
         rf"register_subclass\(\"{kind}\"\)\s+(?:@.*\s+)*class (\w+)", path.read_text(encoding="utf-8")
     )  # fmt: skip
     target = module if found is None else f"{module}:{found[1]}"
-    return Item(kind, origin, registry.describe(registry.Entry("policies", kind, target, origin)).text,
-                _needs_of_policy(kind))  # fmt: skip
+    return Item(kind, origin, registry.describe(registry.Entry("policies", kind, target, origin)).text)
 
 
 def _needs_of_policy(kind: str) -> str:
     missing = policy_types.missing(kind)
+    facts = policy_types.LEROBOT.get(kind)
+    extra = f"lerobot[{facts.extra}]" if facts is not None and facts.extra else ""
     wants: list[tuple[bool, Callable[[], str]]] = [
-        (kind in policy_types.WANT_CAMERAS, lambda: "camera images"),
+        (policy_types.wants_cameras(kind), lambda: "camera images"),
         (policy_types.wants_trust(kind), lambda: f"--trust {kind}"),
-        (bool(missing), lambda: ", ".join(f"{name} (missing)" for name in missing)),
+        (facts is not None and facts.risk == policy_types.HUB, lambda: "a hub's models"),
+        (bool(extra) and not missing, lambda: extra),
+        (bool(missing), lambda: f"{extra + ': ' if extra else ''}{', '.join(f'{name} (missing)' for name in missing)}"),
     ]
     said = [word() for wanted, word in wants if wanted]
     return f"needs {', '.join(said)}" if said else ""

@@ -6,8 +6,9 @@ point group of that axis, `clbench.AXIS`:
     [project.entry-points."clbench.algorithms"]
     my_algo = "my_package.my_module:MyAlgo"
 
-and `--algo my_algo` finds it. `register` adds something for this process only (a notebook, a test). A name that two of
-them claim is an error. Listing and describing import nothing: descriptions are read from the sources.
+and `--algo my_algo` finds it. Policies of LeRobot's own third-party packages (distributions named lerobot_policy_…)
+are found as LeRobot finds them, and need no entry point. `register` adds something for this process only (a notebook, a
+test). A name that two of them claim is an error. Listing and describing import nothing: all is read from the sources.
 
 Standard library only, and Python 3.10: a simulator's own interpreter also reads it (envs/serve.py).
 """
@@ -20,10 +21,17 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import EntryPoint, EntryPoints, PackageNotFoundError, distribution, entry_points
+from importlib.metadata import (
+    EntryPoint,
+    EntryPoints,
+    PackageNotFoundError,
+    distribution,
+    distributions,
+    entry_points,
+)
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +112,7 @@ OWN: dict[str, dict[str, str]] = {
     "executors": {"local": "clbench.execution.local:LocalExecutor"},
 }
 ALGORITHMS = OWN["algorithms"]
+LEROBOT_POLICIES = "lerobot_policy_"  # LeRobot imports every package whose distribution's name begins like this
 
 
 @dataclass(frozen=True)
@@ -167,6 +176,13 @@ def entries(axis: str) -> dict[str, Entry]:
         if before is not None and before.target != entry.target:
             raise UserError(f"the {AXES[axis]} name '{point.name}' of {point.value} is already taken; rename it.")
         found.setdefault(point.name, entry)
+    for entry in _lerobot_policies(_changed()) if axis == "policies" else ():
+        before = found.setdefault(entry.name, entry)
+        if before.target != entry.target:
+            raise UserError(
+                f"the policy type name '{entry.name}' of {entry.origin} is already taken by {before.origin}: uninstall "
+                "one of them."
+            )
     for (where, name), thing in _registered.items():
         if where == axis:
             found[name] = Entry(axis, name, target_of(thing), "this process")
@@ -215,6 +231,57 @@ def describe(entry: Entry) -> Description:
             return Description(text[0] if text else "", _needs(node))
     text = (ast.get_docstring(tree) or "").splitlines()
     return Description(text[0] if text else "")
+
+
+def declared(entry: Entry, attribute: str) -> Any:
+    """The value of a class attribute of an entry, a literal in its source, without importing it; None if it has none.
+
+    The attribute is looked for in the class itself, not in those that it inherits from.
+    """
+    thing = _registered.get((entry.axis, entry.name))
+    if thing is not None:
+        return vars(thing).get(attribute)
+    module, _, name = entry.target.partition(":")
+    path = source(module)
+    tree = None if path is None else ast.parse(path.read_text(encoding="utf-8"))
+    for node in [] if tree is None else tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return _literal(node, attribute)
+    return None
+
+
+@lru_cache(maxsize=1)
+def _lerobot_policies(changed: tuple[tuple[str, int], ...]) -> tuple[Entry, ...]:
+    """The policy types of LeRobot's third-party packages, from their sources; read once, like entry points."""
+    found = []
+    for dist in distributions():
+        name = dist.metadata["Name"] or ""
+        folder = _folder(name) if name.startswith(LEROBOT_POLICIES) else None
+        if folder is None:
+            continue
+        for file in sorted(folder.rglob("*.py")):
+            module = ".".join([name, *file.relative_to(folder).with_suffix("").parts]).removesuffix(".__init__")
+            for kind, cls in _policy_classes(file):
+                found.append(Entry("policies", kind, f"{module}:{cls}", f"{name} {dist.version}"))
+    return tuple(found)
+
+
+def _policy_classes(file: Path) -> Iterator[tuple[str, str]]:
+    """Type and class of every policy configuration in a file: @PreTrainedConfig.register_subclass("TYPE")."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    if "PreTrainedConfig.register_subclass" not in text:
+        return
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:  # for another version of Python
+        return
+    for node in (n for n in ast.walk(tree) if isinstance(n, ast.ClassDef)):
+        for call in node.decorator_list:
+            if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("PreTrainedConfig.register_subclass"):
+                given = [*call.args, *(k.value for k in call.keywords)]
+                names = [v.value for v in given if isinstance(v, ast.Constant) and isinstance(v.value, str)]
+                if names:
+                    yield names[0], node.name
 
 
 def package_folders(group: str) -> list[tuple[str, Path]]:
@@ -317,13 +384,18 @@ def _folder(package: str) -> Path | None:
 
 
 def _needs(node: ast.ClassDef | ast.FunctionDef) -> tuple[str, ...]:
+    return tuple(_literal(node, "needs") or ())
+
+
+def _literal(node: ast.ClassDef | ast.FunctionDef, name: str) -> Any:
+    """The literal that is assigned to a name in the body of a class; None: there is none."""
     for part in node.body:
         if not isinstance(part, ast.Assign | ast.AnnAssign):
             continue
         targets = part.targets if isinstance(part, ast.Assign) else [part.target]
-        if part.value is not None and any(isinstance(t, ast.Name) and t.id == "needs" for t in targets):
-            return tuple(ast.literal_eval(part.value))
-    return ()
+        if part.value is not None and any(isinstance(t, ast.Name) and t.id == name for t in targets):
+            return ast.literal_eval(part.value)
+    return None
 
 
 def installed(name: str) -> bool:

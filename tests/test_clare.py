@@ -374,6 +374,6 @@ def test_settings_that_cannot_work_are_refused(toy_data: Path) -> None:
     carried = toy_config(toy_data, {"name": "clare"}, "train.optimizer_across_tasks=carried")
     with pytest.raises(ValueError, match="must be fresh"):
         build_algorithm(carried)
-    other = toy_config(toy_data, {"name": "clare"}, "policy.type=act")
-    with pytest.raises(ValueError, match="no default layers for policy 'act'"):
+    other = toy_config(toy_data, {"name": "clare"}, "policy.type=xvla")
+    with pytest.raises(ValueError, match="no default layers for policy 'xvla'"):
         CLARE(CLARE.Config()).check(other)

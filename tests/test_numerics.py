@@ -64,7 +64,7 @@ def test_the_manifest_says_which_version(
     folder = train(config, "r")
     assert read_json(folder / "manifest.json")["numerics"] == NUMERICS
     shutil.rmtree(checkpoint_folder(folder, 2))
-    monkeypatch.setattr(run_folder, "NUMERICS", NUMERICS + 1)
+    monkeypatch.setattr(run_folder, "numerics", lambda kind: NUMERICS + 1)
     train(config, "r", resume=True)
     assert read_json(folder / "manifest.json")["numerics"] == f"{NUMERICS}, then {NUMERICS + 1}"
     assert "begun by a version with different numerics" in capsys.readouterr().err

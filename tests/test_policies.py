@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import tempfile
 from contextlib import nullcontext
@@ -156,10 +157,11 @@ class TwoTerms(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.net = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.BatchNorm1d(4), torch.nn.Dropout1d(0.5))
+        self.attention = torch.nn.MultiheadAttention(4, 1, dropout=0.5)  # whose dropout is not a layer
         self.frozen = torch.nn.BatchNorm1d(4).eval()  # a part in evaluation mode stays in it afterwards
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        loss = self.net(x).square().sum()
+        loss = self.net(x).square().sum() + self.attention(x, x, x)[0].square().sum()
         return loss + 100 if self.training else loss
 
 
@@ -175,7 +177,8 @@ def test_without_dropout_keeps_the_training_loss_and_draws_nothing(training: boo
         first, second = policy(x), policy(x)
     assert torch.equal(first, second)  # no dropout
     normalised = x / (1 + 1e-5) ** 0.5  # by the running statistics: mean 0, variance 1
-    assert torch.allclose(first, normalised.square().sum() + 100)  # with the term of the training mode
+    attended = copy.deepcopy(policy.attention).eval()(x, x, x)[0]
+    assert torch.allclose(first, normalised.square().sum() + attended.square().sum() + 100)  # of the training mode
     assert all(torch.equal(statistics[n], b) for n, b in policy.named_buffers())
     assert {n: m.training for n, m in policy.named_modules()} == modes
     with pytest.raises(RuntimeError, match="broken"), without_dropout(policy):

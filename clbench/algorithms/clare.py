@@ -41,18 +41,11 @@ from clbench.adapters.clare import (
     z_scores,
 )
 from clbench.algorithms.hooks import CLAlgorithm, Context, Phase, training_phase
+from clbench.config import policy_types
 from clbench.config.schema import OptimizerConfig
 from clbench.data.frames import Batch
 from clbench.errors import UserError
 from clbench.seeding import seeded
-
-# Where each policy's layers are: the paper's placements (encoder side), for our policies and, by name, for others.
-DEFAULT_TARGETS = {
-    "dit_dec": r".*(obs_encoder\.layers\.\d+\.ffn|velocity_net\.cond_proj)",
-    "dit_encdec": r".*obs_encoder\.layers\.\d+\.ffn",
-    "smolvla": r".*vlm.*text_model\.layers\.\d+\.mlp",
-}
-
 
 # Keys of a CLARE JSON that the paper's repository does not have, and ours that say them.
 OWN_KEYS = {
@@ -233,7 +226,7 @@ class CLARE(CLAlgorithm):
                 raise UserError(f"algorithm.{name} is '{value}' but must be one of {', '.join(known)}.")
         if config.train.optimizer_across_tasks == "carried":
             raise UserError("clare trains new parameters for every task: train.optimizer_across_tasks must be fresh.")
-        self._peft = self._peft_config(str(config.policy.get("type", "")))
+        self._peft = self._peft_config(policy_types.type_of(config.policy) or "")
 
     def _peft_config(self, policy_type: str) -> ClareConfig:
         c = self.config
@@ -246,15 +239,18 @@ class CLARE(CLAlgorithm):
             ):
                 section[key] = value if value != getattr(self.Config, OWN_KEYS[key]) else section[key]
             return replace(config)  # checks it again
-        target = c.target_modules or DEFAULT_TARGETS.get(policy_type)
-        if target is None:
+        target = c.target_modules or policy_types.clare_targets(policy_type)
+        if not target:
             raise UserError(
                 f"clare has no default layers for policy '{policy_type}': set algorithm.target_modules to a regular "
-                f"expression over module names. Known: {', '.join(DEFAULT_TARGETS)}."
+                f"expression over module names. Known: {', '.join(policy_types.with_clare())}."
             )
+        batch_first = bool(c.target_modules) or not policy_types.time_first(policy_type)
         return ClareConfig(
             target_modules=target,
+            batch_first=batch_first,
             discriminator_cfg={
+                "batch_first": batch_first,
                 "hidden_dim": c.discriminator_hidden,
                 "latent_dim": c.discriminator_latent,
                 "latent_activation": c.discriminator_latent_activation,

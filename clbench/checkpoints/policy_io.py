@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -43,9 +43,7 @@ def policy_config(section: dict[str, Any], device: str) -> PreTrainedConfig:
     """Build a LeRobot policy configuration from the `policy` section; raises UserError for unknown types and keys."""
     values = {k: v for k, v in section.items() if k not in BASE_KEYS}
     kind = values.pop("type", None)
-    if kind in registry.names("policies"):
-        registry.load("policies", kind)  # registers it with LeRobot
-    known = PreTrainedConfig.get_known_choices()
+    known = _known(kind)
     if not isinstance(kind, str) or kind not in known:
         raise UserError(f"unknown policy type '{kind}'.{nearest(str(kind), known)}")
     cls = PreTrainedConfig.get_choice_class(kind)
@@ -63,6 +61,14 @@ def policy_config(section: dict[str, Any], device: str) -> PreTrainedConfig:
     except Exception as e:  # LeRobot's policies raise all kinds of errors for invalid values
         text = " ".join(str(e).split()) or type(e).__name__
         raise UserError(f"the policy section is not valid: {text}") from e
+
+
+def _known(kind: object) -> Collection[str]:
+    """The policy types that LeRobot knows, with `kind` among them if clbench or an installed package has it."""
+    if isinstance(kind, str) and kind in registry.names("policies"):
+        registry.load("policies", kind)  # registers it with LeRobot
+    choices: Collection[str] = PreTrainedConfig.get_known_choices()
+    return choices
 
 
 def save_policy(loaded: LoadedPolicy, folder: Path, *, adapter_only: bool = False) -> None:
@@ -142,7 +148,7 @@ def read_policy_config(folder: Path, device: str) -> PreTrainedConfig:
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a policy configuration: it is not a JSON object.")
     kind = values.pop("type", None)
-    known = PreTrainedConfig.get_known_choices()
+    known = _known(kind)
     if not isinstance(kind, str) or kind not in known:
         raise UserError(f"{path} has an unknown policy type {kind!r}.{nearest(str(kind), known)}")
     try:
@@ -198,7 +204,7 @@ def _load_adapter(config: PreTrainedConfig, folder: Path) -> PreTrainedPolicy:
     if described.get("peft_type") == "CLARE":
         clare.load_adapter(policy, folder)
         return policy
-    if described.get("peft_type") == "LORA" and not described.get("modules_to_save"):
+    if described.get("peft_type") == "LORA" and lora.is_ours(policy, described):
         lora.load(policy, folder)
         return policy
     from peft import PeftModel

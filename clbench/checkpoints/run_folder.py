@@ -18,12 +18,13 @@ from typing import Any
 import clbench
 from clbench.checkpoints.base import find_base
 from clbench.checkpoints.whole import DESCRIPTION, damage, write_whole
+from clbench.config import policy_types
 from clbench.config.compose import to_dict, to_yaml
 from clbench.config.schema import Config, base_origin
 from clbench.envs.making import family, other_python, simulator_versions
 from clbench.errors import UserError, nearest
 from clbench.io import OF_A_RUN, read_json, refuse_links, write_json, write_text
-from clbench.numerics import NUMERICS
+from clbench.numerics import numerics
 from clbench.paths import INSTALLED, PROJECT_ROOT, data_root, model_root, named_folder, results_root
 from clbench.redaction import redact, redact_command, secrets_of
 from clbench.streams.stream import Task, TaskStream, pretraining_tasks
@@ -199,6 +200,7 @@ def write_description(
     if config.algorithm.get("peft_cfg_path"):
         _keep(Path(config.algorithm["peft_cfg_path"]), folder / PEFT_COPY)
     algorithm = config.algorithm["name"]
+    version = numerics(policy_types.type_of(config.policy))
     env_type = config.dataset.env_type
     elsewhere = simulator_versions(env_type) if other_python(env_type) else {}
     earlier = before.get("sessions", []) if isinstance(before, dict) else []
@@ -228,7 +230,7 @@ def write_description(
             **outside,
             "base": base,
             "versions": versions() | elsewhere,
-            "numerics": _numerics(before) if goes_on else NUMERICS,
+            "numerics": _numerics(before, version) if goes_on else version,
             "git_revision": git_revision(),
             "command": session["command"],
             "sessions": [*earlier, {**session, "time": round(time.time(), 3), "git_revision": git_revision()}],
@@ -239,13 +241,13 @@ def write_description(
     write_json(folder / "manifest.json", described)
 
 
-def _numerics(before: dict[str, Any]) -> int | str | None:
+def _numerics(before: dict[str, Any], now: int) -> int | str | None:
     """The numerics version of a resumed run; if an earlier version began it, both."""
     began = before.get("numerics")
-    if began in (None, NUMERICS):
+    if began in (None, now):
         return began
-    tell(f"warning: this run was begun by a version with different numerics ({began}; this one has {NUMERICS}).")
-    return f"{began}, then {NUMERICS}" if isinstance(began, int) else str(began)
+    tell(f"warning: this run was begun by a version with different numerics ({began}; this one has {now}).")
+    return f"{began}, then {now}" if isinstance(began, int) else str(began)
 
 
 def _keep(file: Path, copy: Path) -> None:

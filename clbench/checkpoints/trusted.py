@@ -4,7 +4,8 @@ A checkpoint's JSON names a policy type, processor steps and settings, and LeRob
 fetch models that a setting names from a hub, or pass a folder to transformers with `trust_remote_code=True`, which runs
 the Python files in it. So:
 
-- policy types in `BUILT`, with the settings there null, are built from any file;
+- policy types in `BUILT`, with the settings there null, are built from any file, and so are those of installed packages
+  that declare it (policy_types.FROM_FILES);
 - of processor steps only those that the policy's own factory makes, with its settings (`check_steps`);
 - of adapters CLARE's and LoRA's, with settings that import nothing (`check_checkpoint`);
 - anything else only from a folder that the user named on the command line, or, for a fresh policy, a type named there:
@@ -21,13 +22,13 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from clbench.config.dit import IMAGE, TEXT, model_folder
 from clbench.config.dit import TYPES as OWN
-from clbench.config.policy_types import BUILT, RISKS
+from clbench.config.policy_types import BUILT, RISKS, risk, types, wants_trust
 from clbench.errors import UserError, nearest
 from clbench.io import read_json
 from clbench.paths import model_root, named_folder, results_root
@@ -56,16 +57,18 @@ LORA_SETTINGS = (
     "lora_dropout", "modules_to_save", "peft_type", "peft_version", "r", "rank_pattern", "revision", "target_modules",
     "task_type", "use_dora", "use_rslora",
 )  # fmt: skip
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]{1,100})?", re.ASCII)
 LORA_DEFAULTS = {"megatron_core": "megatron.core", "qalora_group_size": 16}
 LORA_INITS = re.compile(r"gaussian|orthogonal|olora|pissa(_niter_\d+)?")
 
 
 @dataclass(frozen=True)
 class Trust:
-    """What the user trusts: folders with everything in them, and policy types for fresh policies."""
+    """What the user trusts: folders with everything in them, policy types for fresh policies, models on a hub."""
 
     folders: tuple[str, ...] = ()
     types: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
 
 
 NOTHING = Trust()
@@ -84,7 +87,7 @@ def trust(what: Trust) -> None:
 
 
 def trust_also(*folders: Path) -> None:
-    trust(Trust((*_given.folders, *(str(f.resolve()) for f in folders)), _given.types))
+    trust(replace(_given, folders=(*_given.folders, *(str(f.resolve()) for f in folders))))
 
 
 @contextmanager
@@ -92,7 +95,7 @@ def trusting(names: Sequence[str]) -> Iterator[None]:
     """Trust what `--trust` names, inside the block, and nothing else.
 
     Raises:
-        UserError: a name is not a folder, run or policy type.
+        UserError: a name is not a folder, run or policy type, nor could it be a model on a hub.
     """
     before = _given
     trust(_resolved(names))
@@ -103,20 +106,23 @@ def trusting(names: Sequence[str]) -> Iterator[None]:
 
 
 def _resolved(names: Sequence[str]) -> Trust:
-    folders, types = [], []
+    folders, kinds, models = [], [], []
     for name in names:
         places = [Path(name).expanduser(), results_root() / name, named_folder(name, model_root())]
         found = next((p for p in places if name and p.is_dir()), None)
         if found is not None:
             folders.append(str(found.resolve()))
-        if name in RISKS:  # even if a folder (say, models/smolvla) has that name
-            types.append(name)
-        if found is None and name not in RISKS:
+        is_kind = name in RISKS or (name in types() and wants_trust(name))
+        if is_kind:  # even if a folder (say, models/smolvla) has that name
+            kinds.append(name)
+        if found is None and not is_kind and HUB_NAME.fullmatch(name):
+            models.append(name)
+        elif found is None and not is_kind:
             raise UserError(
                 f"--trust {shlex.quote(name)}: no checkpoint folder, run or policy type has that name."
                 f"{nearest(name, RISKS)}"
             )
-    return Trust(tuple(folders), tuple(types))
+    return Trust(tuple(folders), tuple(kinds), tuple(models))
 
 
 def trusts(folder: Path) -> bool:
@@ -159,14 +165,15 @@ def _check_type(described: Any, folder: Path, file: Path) -> None:
         raise UserError(f"{file} is not a policy configuration: it names no policy type.")
     reason = _risk(kind, described)
     if reason is not None:
-        similar = "" if kind in RISKS else nearest(kind, {*BUILT, *RISKS})
+        similar = "" if kind in types() else nearest(kind, types())
         _unless_trusted(folder, f"{file}: {reason}, so it is not built from a file.{similar}")
 
 
 def _risk(kind: str, settings: dict[str, Any]) -> str | None:
     """Why a policy is not built without the user's consent; None: it is."""
     if kind not in BUILT:
-        return f"policy type {kind!r} {RISKS.get(kind, 'is not one that clbench knows')}"
+        why = risk(kind)
+        return None if why is None else f"policy type {kind!r} {why}"
     named = [key for key in BUILT[kind] if settings.get(key) is not None]
     if named and kind in OWN:
         return f"policy type {kind!r} with {named[0]} reads a model from another place"
@@ -243,7 +250,7 @@ def check_start(policy: dict[str, Any]) -> None:
     kind = str(policy.get("type"))
     if kind in OWN:
         return
-    reason = _risk(kind, policy) if kind in BUILT or kind in RISKS else None  # an unknown one gets its own message
+    reason = _risk(kind, policy) if kind in types() else None  # an unknown one gets its own message
     if reason is not None and kind not in _given.types:
         raise UserError(f"{reason}. If that is what you want, pass --trust {kind}")
 
@@ -261,7 +268,7 @@ def fetched(policy: dict[str, Any], images: bool) -> str | None:
         are = "is" if len(hub) == 1 else "are"
         return f"{' and '.join(hub)} {are} fetched from the hub, unless in its cache." if hub else None
     if kind in _given.types:
-        return f"policy type {kind!r} {RISKS[kind]}; what is not cached is fetched now."
+        return f"policy type {kind!r} {risk(kind)}; what is not cached is fetched now." if kind in RISKS else None
     if kind not in BACKBONE_TYPES or not images:
         return None
     if BACKBONE_WEIGHTS not in policy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import requires
 from typing import Any
@@ -15,61 +16,156 @@ from clbench.errors import UserError, nearest
 from clbench.io import read_json
 from clbench.paths import model_root, named_folder
 
-# Built from any file, as long as these settings are null. (A configuration may set those of dit_dec and dit_encdec:
-# there only safetensors are read.)
-BUILT: dict[str, tuple[str, ...]] = {
-    "dit_dec": ("image_encoder_path", "text_encoder_path"),
-    "dit_encdec": ("image_encoder_path", "text_encoder_path"),
-    "act": (),
-    "diffusion": (),
-    "gaussian_actor": ("vision_encoder_name",),
-    "tdmpc": (),
-    "vqbet": (),
-}
-
 CODE = "runs Python files of the model that its settings name"
 HUB = "fetches models or tokenizers from a hub that no configuration has to name"
 
-# LeRobot's other types, and why they are not built without the user's consent.
-RISKS: dict[str, str] = {
-    "eo1": HUB,
-    "evo1": HUB,
-    "fastwam": HUB,
-    "gaussian_actor": CODE,
-    "groot": CODE,
-    "lingbot_va": HUB,
-    "molmoact2": HUB,
-    "multi_task_dit": HUB,
-    "pi0": HUB,
-    "pi05": HUB,
-    "pi0_fast": CODE,
-    "smolvla": HUB,
-    "vla_jepa": HUB,
-    "wall_x": CODE,
-    "xvla": HUB,
-}
 
-# LeRobot's types that cannot be built, or cannot run, without camera images (their validate_features and forward).
-WANT_CAMERAS = frozenset(
-    "act diffusion eo1 evo1 fastwam groot lingbot_va molmoact2 pi0 pi05 pi0_fast smolvla vla_jepa vqbet wall_x "
-    "xvla".split()
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a policy type of LeRobot without importing it. tests/test_policy_types.py compares it with the
+    installed LeRobot.
+
+    Attributes:
+        extra: LeRobot's extra with what the type imports beyond LeRobot's core; "" = nothing.
+        risk: CODE | HUB, why it is not built without the user's consent; "" = building it runs and fetches nothing.
+        null: settings that must be null for that to hold.
+        cameras: it cannot be built, or cannot run, without camera images (its validate_features and forward).
+        rewards: why it cannot learn from demonstrations, which have no rewards; "" = it can.
+        one_pass: the losses of single samples come from one pass, under a draw from outside (policies/draws.py);
+            otherwise from one pass for each, under a seed of its own.
+        unless: settings with which they do not.
+        lora: regular expression of the layers that LoRA adapts by default: LeRobot's own where it has any; "" = none.
+        also_train: regular expression of the modules that train completely beside a LoRA adapter by default.
+        clare: regular expression of CLARE's layers by default: where what is seen and the instruction have met, but no
+            noisy action has yet; "" = none.
+        time_first: those layers see (L, B, D).
+    """
+
+    extra: str = ""
+    risk: str = ""
+    null: tuple[str, ...] = ()
+    cameras: bool = True
+    rewards: str = ""
+    one_pass: bool = False
+    unless: str = ""
+    lora: str = ""
+    also_train: str = ""
+    clare: str = ""
+    time_first: bool = False
+
+
+# Where π0's and π0.5's action expert reads what image and language make of each other: it never sees the last layer's
+# output, and in the first half language has met little of the images yet.
+_PALIGEMMA_LORA = (
+    r"(.*\.gemma_expert\..*\.self_attn\.(q|v)_proj|"
+    r"model\.(state_proj|action_in_proj|action_out_proj|action_time_mlp_in|action_time_mlp_out))"
 )
-# LeRobot's types → the LeRobot extra with what they import beyond its core.
-EXTRAS = {
-    "diffusion": "diffusion", "eo1": "eo1", "evo1": "evo1", "fastwam": "fastwam", "groot": "groot",
-    "lingbot_va": "lingbot-va", "molmoact2": "molmoact2", "multi_task_dit": "multi-task-dit", "pi0": "pi", "pi05": "pi",
-    "pi0_fast": "pi", "smolvla": "smolvla", "vla_jepa": "vla-jepa", "wall_x": "wallx", "xvla": "xvla",
-}  # fmt: skip
+_PALIGEMMA = r"model\.paligemma_with_expert\.paligemma\.model\.language_model\.layers\.(9|1[0-6])\.mlp"
+
+LEROBOT: dict[str, Facts] = {
+    "act": Facts(
+        one_pass=True,
+        lora=r"model\.(encoder|decoder)\.layers\.\d+\.linear[12]",
+        also_train=r"model\.action_head",
+        clare=r"model\.encoder\.layers\.\d+\.linear1",
+        time_first=True,
+    ),
+    "diffusion": Facts(
+        "diffusion",
+        one_pass=True,
+        unless="use_group_norm=false, or crops are random",
+        lora=r"diffusion\.unet\..*\.(cond_encoder\.1|conv[12]\.block\.0)",
+        also_train=r"diffusion\.unet\.final_conv",
+        clare=r"diffusion\.unet\..*\.cond_encoder\.1",
+    ),
+    "eo1": Facts("eo1", HUB),
+    "evo1": Facts("evo1", HUB),
+    "fastwam": Facts("fastwam", HUB),
+    "gaussian_actor": Facts(
+        "", CODE, ("vision_encoder_name",), cameras=False, rewards="is the actor of a reinforcement learner"
+    ),
+    "groot": Facts("groot", CODE),
+    "lingbot_va": Facts("lingbot-va", HUB),
+    "molmoact2": Facts(
+        "molmoact2",
+        HUB,
+        lora=r"model\.model\.(transformer|vision_backbone)\.(?:.*\.)?"
+        r"(w1|w2|w3|wq|wk|wv|wo|att_proj|attn_out|ff_proj|ff_out|patch_embedding)$",
+    ),
+    "multi_task_dit": Facts(
+        "multi-task-dit",
+        HUB,
+        cameras=False,
+        one_pass=True,
+        unless="crops are random",
+        lora=r"noise_predictor\.transformer_blocks\.\d+\.(attn\.(qkv|out)_proj|mlp\.[02])",
+        also_train=r"noise_predictor\.output_proj",
+        clare=r"noise_predictor\.transformer_blocks\.\d+\.adaLN_modulation\.1",
+    ),
+    "pi0": Facts("pi", HUB, one_pass=True, lora=_PALIGEMMA_LORA, clare=_PALIGEMMA),
+    "pi05": Facts("pi", HUB, one_pass=True, lora=_PALIGEMMA_LORA, clare=_PALIGEMMA),
+    "pi0_fast": Facts("pi", CODE),
+    "smolvla": Facts(
+        "smolvla",
+        HUB,
+        one_pass=True,
+        lora=r"(model\.vlm_with_expert\.lm_expert\..*\.(q|v)_proj|"
+        r"model\.(state_proj|action_in_proj|action_out_proj|action_time_mlp_in|action_time_mlp_out))",
+        clare=r".*vlm.*text_model\.layers\.\d+\.mlp",
+    ),
+    "tdmpc": Facts(cameras=False, rewards="learns a model of rewards"),
+    "vla_jepa": Facts("vla-jepa", HUB),
+    "vqbet": Facts(
+        lora=r"vqbet\.policy\.transformer\.h\.\d+\.(attn\.c_(attn|proj)|mlp\.[02])",
+        also_train=r"vqbet\.action_head\.map_to_cbet_preds_\w+",
+        clare=r"vqbet\.policy\.transformer\.h\.\d+\.mlp",
+    ),
+    "wall_x": Facts("wallx", CODE),
+    "xvla": Facts("xvla", HUB),
+}
+OWN = ("dit_dec", "dit_encdec")
+
+# Built from any file, as long as these settings are null. (A configuration may set those of dit_dec and dit_encdec:
+# there only safetensors are read.)
+BUILT: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(OWN, ("image_encoder_path", "text_encoder_path")),
+    **{kind: facts.null for kind, facts in LEROBOT.items() if not facts.risk or facts.null},
+}
+# Types that are not built, or not with the settings in BUILT, without the user's consent, and why.
+RISKS: dict[str, str] = {kind: facts.risk for kind, facts in LEROBOT.items() if facts.risk}
+# CLARE's layers in clbench's own policies: the paper's placements, encoder side.
+OWN_CLARE = {
+    "dit_dec": r".*(obs_encoder\.layers\.\d+\.ffn|velocity_net\.cond_proj)",
+    "dit_encdec": r".*obs_encoder\.layers\.\d+\.ffn",
+}
+CLARE_TARGETS = "clare_targets"  # class attribute of a package's policy configuration: CLARE's layers by default
+FROM_FILES = "from_files"  # class attribute of a package's policy configuration: building one runs and fetches nothing
 
 
 def types() -> list[str]:
-    """Every policy type that a name can mean: clbench's own, LeRobot's, installed packages'."""
+    """Every policy type that a name can mean: clbench's own, LeRobot's, and those of installed packages."""
     return sorted({*BUILT, *RISKS, *registry.names("policies")})
 
 
 def wants_trust(kind: str) -> bool:
     """Whether a fresh policy of this type is built only with `--trust TYPE`."""
-    return kind in RISKS and kind not in BUILT
+    return kind not in BUILT and risk(kind) is not None
+
+
+def risk(kind: str) -> str | None:
+    """Why a type is not built from a file, or not with some of its settings, without the user's consent.
+
+    None: it may be built from any file. A type of an installed package may if its configuration class says so
+    (FROM_FILES).
+    """
+    if kind in BUILT or kind in RISKS:
+        return RISKS.get(kind)
+    entry = registry.entries("policies").get(kind)
+    if entry is None:
+        return "is not one that clbench knows"
+    if registry.declared(entry, FROM_FILES) is True:
+        return None
+    return f"comes from {entry.origin}, which does not say that any file may describe one ({FROM_FILES})"
 
 
 def unknown(name: str) -> UserError:
@@ -88,18 +184,53 @@ def _close(name: str, known: set[str]) -> bool:
     return "Did you mean" in nearest(name, known)
 
 
+def clare_targets(kind: str) -> str:
+    """Regular expression of CLARE's layers in a policy of this type by default; "" = it has none."""
+    if kind in LEROBOT or kind in OWN_CLARE:
+        return OWN_CLARE[kind] if kind in OWN_CLARE else LEROBOT[kind].clare
+    entry = registry.entries("policies").get(kind)
+    return str(registry.declared(entry, CLARE_TARGETS) or "") if entry is not None else ""
+
+
+def time_first(kind: str) -> bool:
+    """Whether CLARE's default layers see time before the batch, (L, B, D)."""
+    return kind in LEROBOT and LEROBOT[kind].time_first
+
+
+def with_clare() -> list[str]:
+    """The types that have default layers for CLARE."""
+    return [kind for kind in types() if clare_targets(kind)]
+
+
+def _extra(kind: str) -> str:
+    return LEROBOT[kind].extra if kind in LEROBOT else ""
+
+
+def wants_cameras(kind: str) -> bool:
+    """Whether a type cannot be built, or cannot run, without camera images; of other packages' types: False."""
+    return kind in LEROBOT and LEROBOT[kind].cameras
+
+
+@cache
+def _of_extras() -> tuple[Requirement, ...]:
+    """What LeRobot requires for one of its extras alone."""
+    wanted = [Requirement(text) for text in requires("lerobot") or ()]
+    return tuple(w for w in wanted if w.marker is not None and not w.marker.evaluate({"extra": ""}))
+
+
 @cache
 def missing(kind: str) -> tuple[str, ...]:
-    """Distributions that a LeRobot type needs and that are not installed."""
+    """Distributions that a type needs and that are not installed."""
     found: list[str] = []
-    extras, seen = [EXTRAS[kind]] if kind in EXTRAS else [], set[str]()
+    if kind not in LEROBOT:
+        entry = registry.entries("policies").get(kind)
+        return () if entry is None else registry.describe(entry).missing
+    extras, seen = [extra] if (extra := _extra(kind)) else [], set[str]()
     while extras:
         extra = extras.pop()
         seen.add(extra)
-        for text in requires("lerobot") or ():
-            wanted = Requirement(text)
-            if wanted.marker is None or wanted.marker.evaluate({"extra": ""}):
-                continue
+        for wanted in _of_extras():
+            assert wanted.marker is not None
             if not wanted.marker.evaluate({"extra": extra}):
                 continue
             if wanted.name == "lerobot":
@@ -111,27 +242,33 @@ def missing(kind: str) -> tuple[str, ...]:
 
 def check_fits(config: Config) -> None:
     """Raise UserError if the policy's type needs packages that are not installed, or images that the stream lacks."""
-    kind = _type(config.policy)
+    kind = type_of(config.policy)
     if kind is None:
         return
     lacking = missing(kind)
     if lacking:
+        what = f"'lerobot[{_extra(kind)}]'" if kind in LEROBOT else " ".join(lacking)
         raise UserError(
             f"policy type '{kind}' needs {', '.join(lacking)}, which {'is' if len(lacking) == 1 else 'are'} not "
-            f"installed: pip install 'lerobot[{EXTRAS[kind]}]'"
+            f"installed: pip install {what}"
+        )
+    if kind in LEROBOT and LEROBOT[kind].rewards:
+        raise UserError(
+            f"policy type '{kind}' {LEROBOT[kind].rewards}, and demonstrations have no rewards: it cannot be trained "
+            "here. Policies that learn from demonstrations: clbench list policies."
         )
     from clbench.envs.making import family
 
     env = config.dataset.env  # without one only the data show it
-    if kind in WANT_CAMERAS and env is not None and not family(env.type).cameras:
+    if wants_cameras(kind) and env is not None and not family(env.type).cameras:
         raise UserError(
             f"policy type '{kind}' needs camera images, but the stream '{config.dataset.name}' ({env.type}) has only "
             "states. Use a stream with cameras (clbench list streams), or a policy for states: dit_dec_tiny, "
-            "dit_encdec_tiny, tdmpc."
+            "dit_encdec_tiny."
         )
 
 
-def _type(policy: dict[str, Any]) -> str | None:
+def type_of(policy: dict[str, Any]) -> str | None:
     """The type of a `policy` section; for a checkpoint, the one that its folder states."""
     if not policy.get("path"):
         return str(policy["type"]) if policy.get("type") else None

@@ -2,8 +2,8 @@
 
 A *draw* is everything random in a loss, augmentation of images included (key AUGMENT, which the policy does not see).
 A policy with `sample_draw` and `forward(batch, reduction="none", draw=…)` gives exact per-sample losses under a given
-draw. For any other policy a draw is one integer per sample: its forward runs under the global generator seeded from
-them, and per-sample losses come from a loop over single samples.
+draw, and so do those of LeRobot with an adapter (draws.py). For any other policy a draw is one integer per sample: its
+forward runs under the global generator seeded from them, and per-sample losses come from a loop over single samples.
 
 A policy that names its other results in `outputs` (`clbench.policies.dit.flow_policy`: prediction, target, mask,
 features) takes `forward(…, want=NAMES)` and returns those by name along with its loss.
@@ -24,10 +24,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from clbench.data.frames import Batch, batch_size, select, unpacked
 from clbench.errors import UserError
 from clbench.policies.augment import Augmentation
+from clbench.policies.draws import adapter_of, refusal
 from clbench.seeding import seeded
 
 # Per-sample gradients held at once, in numbers (256 MB in fp32).
 GRADIENT_CHUNK = 2**26
+
+# What draws, or changes with each batch, in training mode. MultiheadAttention has its own dropout, not a layer for it.
+STOCHASTIC = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm, nn.MultiheadAttention)
 
 
 @contextmanager
@@ -37,7 +41,7 @@ def without_dropout(policy: nn.Module) -> Iterator[None]:
     modes = {m: m.training for m in policy.modules()}
     policy.train()
     for m in modes:
-        if isinstance(m, nn.modules.dropout._DropoutNd | nn.modules.batchnorm._BatchNorm):
+        if isinstance(m, STOCHASTIC):
             m.eval()
     try:
         yield
@@ -83,7 +87,8 @@ class PolicyView:
     ) -> None:
         self.policy, self.module = policy, module
         self.processor, self.autocast, self.augmentation = processor, autocast, augmentation
-        self.takes_draw = hasattr(policy, "sample_draw")
+        self.adapter = None if hasattr(policy, "sample_draw") else adapter_of(policy)
+        self.takes_draw = hasattr(policy, "sample_draw") or self.adapter is not None
 
     def processed(self, batch: Batch, draw: dict[str, Tensor]) -> tuple[Batch, dict[str, Tensor]]:
         """A raw batch as the policy takes it (images in [0, 1], augmented, normalised, on its device) and the rest of
@@ -100,8 +105,10 @@ class PolicyView:
 
     def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Draw for n samples from `generator`."""
-        if self.takes_draw:
-            own: dict[str, Tensor] = self.policy.sample_draw(n, generator)  # type: ignore[operator]
+        if self.adapter is not None:
+            own = self.adapter.sample(n, generator)
+        elif self.takes_draw:
+            own = self.policy.sample_draw(n, generator)  # type: ignore[operator]
         else:
             own = {"seed": torch.randint(2**31, (n,), generator=generator)}
         return own if self.augmentation is None else {**own, AUGMENT: self.augmentation.draw(n, generator)}
@@ -133,11 +140,14 @@ class PolicyView:
         return Outputs(loss=loss, **found)
 
     def per_sample(self, batch: Batch, draw: dict[str, Tensor]) -> Tensor:
-        """ℓ(θ; x) of every sample, (n,)."""
+        """ℓ(θ; x) of every sample, (n,). UserError if computing it would change the policy."""
         if self.takes_draw:
             inputs, draw = self.processed(batch, draw)
             with self.autocast():
+                if self.adapter is not None:
+                    return self.adapter.losses(self.module, inputs, draw)
                 return self.module(inputs, reduction="none", draw=draw)[0]
+        self._check_comparable()
         rows = [torch.tensor([i]) for i in range(batch_size(batch))]
         return torch.stack([self.total(select(batch, i), {n: v[i] for n, v in draw.items()}) for i in rows])
 
@@ -149,10 +159,17 @@ class PolicyView:
         with seeded(*draw["seed"].tolist()), self.autocast():
             return self.module(inputs)[0] * batch_size(batch)
 
+    def _check_comparable(self) -> None:
+        """Raise UserError if the policy's loss cannot be computed for a comparison alone."""
+        reason = refusal(self.policy)
+        if reason is not None:
+            raise UserError(f"policy '{self.policy.config.type}': {reason}.")  # type: ignore[union-attr]
+
     def mean_gradient(
         self, batch: Batch, draw: dict[str, Tensor], parameters: Mapping[str, nn.Parameter], parts: int = 1
     ) -> dict[str, Tensor]:
         """∇ mean ℓ over the batch, by name; computed in `parts` micro-batches. Leaves `.grad` alone."""
+        self._check_comparable()
         n = batch_size(batch)
         total = {name: torch.zeros_like(p) for name, p in parameters.items()}
         for i in range(parts):
@@ -170,16 +187,18 @@ class PolicyView:
     ) -> dict[str, Tensor]:
         """Σ_n (∂ℓ(θ; x_n) / ∂θ_i)², by name, in fp32: gradients are squared per sample, then summed.
 
-        `vectorized` (default: if the policy takes its draw from outside, keeps its activations and trains no encoder of
-        transformers) differentiates many samples in one call of torch.func.vmap; otherwise one sample after the other.
-        Leaves `.grad` alone.
+        `vectorized` (default: if the policy takes its draw itself, without an adapter, keeps its activations and trains
+        no encoder of transformers) differentiates many samples in one call of torch.func.vmap; otherwise one sample
+        after the other. Leaves `.grad` alone.
         """
+        self._check_comparable()
         total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
         n = batch_size(batch)
         if vectorized is None:  # vmap cannot look into activation checkpointing or these models
             config = getattr(self.policy, "config", None)
             opaque = ("gradient_checkpointing", "image_encoder_trained", "text_encoder_trained")
-            vectorized = self.takes_draw and not any(getattr(config, name, False) for name in opaque)
+            own = self.takes_draw and self.adapter is None
+            vectorized = own and not any(getattr(config, name, False) for name in opaque)
         if vectorized:
             processed, draw = self.processed(batch, draw)
             if hasattr(self.policy, "with_frozen_features"):  # nor into what makes them

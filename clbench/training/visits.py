@@ -26,6 +26,7 @@ from clbench.data.frames import StreamFrames
 from clbench.errors import Interrupted, UserError
 from clbench.io import read_json
 from clbench.patience import patience
+from clbench.policies import draws
 from clbench.policies.augment import Augmentation, centre_crop, set_training
 from clbench.policies.view import PolicyView
 from clbench.seeding import seed_everything, seeded
@@ -131,9 +132,7 @@ class Trainer:
         frames = frames or StreamFrames(
             [v.tasks for v in self.stream.visits], policy.config, self.config.train.frame_cache_gb
         )
-        loss = PolicyView(
-            policy, policy, self.loaded.preprocessor, self.backend.autocast, self._augmentation(frames)
-        )
+        loss = PolicyView(policy, policy, self.loaded.preprocessor, self.backend.autocast, self._augmentation(frames))
         if self.keeps_mean_images and frames.cameras and self.backend.is_main:
             write_mean_images(self.folder, frames.mean_images())
         self.ctx = Context(
@@ -161,6 +160,7 @@ class Trainer:
             self.log.cut(0, -1)
         if not fresh:
             assert source is not None
+            draws.resumed(policy, self.total_steps * self.config.train.gradient_accumulation)
             self.algorithm.restore_structure(policy, source / "policy")
             if "frozen" in training:
                 frozen = set(training["frozen"])
