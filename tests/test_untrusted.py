@@ -759,7 +759,7 @@ def test_an_adapter_cannot_import_or_load_other_files(
 
 
 def test_pefts_own_loader_needs_nothing_but_the_folder(policy_folder: Path, tmp_path: Path) -> None:
-    """A LoRA that also has whole modules goes through PeftModel.from_pretrained."""
+    """A LoRA that names whole modules by the ends of their names goes through PeftModel.from_pretrained."""
     import peft
 
     from clbench.checkpoints.policy_io import load_policy
@@ -767,7 +767,7 @@ def test_pefts_own_loader_needs_nothing_but_the_folder(policy_folder: Path, tmp_
 
     base = load_policy(policy_folder).policy
     linear = [n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)]
-    config = peft.LoraConfig(r=2, target_modules=[linear[0]], modules_to_save=[linear[-1]])
+    config = peft.LoraConfig(r=2, target_modules=[linear[0]], modules_to_save=[linear[-1].split(".", 1)[1]])
     adapted = peft.PeftModel(base, config)  # type: ignore[arg-type]
     folder = copied(policy_folder, tmp_path / "adapter", use_peft=True)
     adapted.save_pretrained(str(folder), save_embedding_layers=False)

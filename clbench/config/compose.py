@@ -303,11 +303,11 @@ def check_values(c: Config) -> None:
         not e.heldout_episodes or base_origin(c) == "pretrained",
         "eval.heldout_episodes tests the base's own pretraining tasks: a given or random base has none here",
     )
-    if c.lora.target_modules is not None:
+    for key in ("target_modules", "also_train"):
         try:
-            re.compile(c.lora.target_modules)
+            re.compile(getattr(c.lora, key) or "")
         except re.error as error:
-            problems.append(f"lora.target_modules is not a regular expression ({error})")
+            problems.append(f"lora.{key} is not a regular expression ({error})")
     need(len(set(e.views)) == len(e.views), "eval.views names a view twice")
     need(
         "blind" not in e.views or d.env is None or bool(family(d.env_type).cameras),

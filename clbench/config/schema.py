@@ -291,6 +291,8 @@ class LoraConfig:
         rank, alpha: r and α; the product is scaled by α / r.
         dropout: on the adapter's input, in training.
         target_modules: regular expression of the layers; null = the policy's own default.
+        also_train: regular expression of modules that train completely beside the adapter, such as heads; null = the
+            policy's own default (`clbench list models`), "" = none. They are saved with the adapter.
     """
 
     enabled: bool = False
@@ -298,6 +300,7 @@ class LoraConfig:
     alpha: int = 32
     dropout: float = 0.0
     target_modules: Optional[str] = None  # noqa: UP045
+    also_train: Optional[str] = None  # noqa: UP045
 
 
 @dataclass

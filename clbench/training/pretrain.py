@@ -324,6 +324,7 @@ def _check_targets(config: Config, modules: Iterable[str]) -> None:
     patterns = {"algorithm.target_modules": config.algorithm.get("target_modules")}
     if config.lora.enabled or "seqlora" in _names(config):
         patterns["lora.target_modules"] = config.lora.target_modules
+        patterns["lora.also_train"] = config.lora.also_train or None
     for key, pattern in patterns.items():
         try:
             if not isinstance(pattern, str) or any(re.fullmatch(pattern, n) for n in names):
