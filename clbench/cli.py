@@ -309,6 +309,7 @@ def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str], 
     patience.quiet = config.log.progress == "quiet"
     if not launched() or os.environ.get("RANK") == "0":
         tell(f"configuration: {' ← '.join(files)}{' ← overrides' if overrides else ''}")
+    from clbench.checkpoints.hub import with_local_base
     from clbench.checkpoints.run_folder import place_of_run
     from clbench.checkpoints.trusted import check_start
     from clbench.config.dit import check_policy
@@ -327,6 +328,7 @@ def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str], 
             check_overrides(folder, config, allowed)
     # Mistakes show before anything heavy is imported or fetched.
     wanted_loggers(config.log)
+    config = with_local_base(config)
     d = config.dataset
     checked_order(d)
     check_start(config.policy)
@@ -463,10 +465,12 @@ def _init_from(text: str) -> str:
 def _pretrain(args: argparse.Namespace, overrides: list[str]) -> int:
     config, _ = _compose(args, overrides, "seqfft")
     patience.quiet = config.log.progress == "quiet"
+    from clbench.checkpoints.hub import with_local_base
     from clbench.checkpoints.trusted import check_start
     from clbench.config.dit import check_policy
     from clbench.config.policy_types import check_fits
 
+    config = with_local_base(config)
     check_start(config.policy)
     check_policy(config.policy)
     check_fits(config)

@@ -30,9 +30,9 @@ from clbench.errors import UserError  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 # Files of tests that train, play in simulators or try many inputs: what `scripts/test.sh --quick` leaves out.
 LONG = set(
-    "add_a_simulator algorithms clare data_make eval_faults ewc faults frames fuzz hooks hub_data kills libero "
-    "libero_expert libero_images learner lora mir moving_runs packnet policies ranks remote_simulator replay report "
-    "rollout scripts statistics trainer".split()
+    "add_a_policy add_a_simulator algorithms clare data_make draws eval_faults ewc faults frames fuzz hooks "
+    "hub_data kills learner libero libero_expert libero_images lora lora_heads mir moving_runs packnet policies "
+    "policy_types ranks remote_simulator replay report rollout scripts statistics trainer".split()
 )
 LIBERO_ARCHIVE = ROOT.parent / "shared" / "libero" / "libero-assets.tar.xz"  # where there is one, e.g. under CI
 

@@ -1,4 +1,4 @@
-"""Data sets as the hub has them, and a hub on this machine's loopback that serves them."""
+"""Data sets and models as the hub has them, and a hub on this machine's loopback that serves them."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def make_hub_set(
 
 @contextmanager
 def served(repos: dict[str, Path | int], tags: Sequence[str] = ("v3.0",)) -> Iterator[tuple[str, list[str]]]:
-    """A hub with these data sets (a number: the status with which the hub refuses it). Yields its address and what was
-    asked of it."""
+    """A hub with these data sets and models (a number: the status with which the hub refuses it). Yields its address
+    and what was asked of it."""
     asked: list[str] = []
 
     class Hub(BaseHTTPRequestHandler):
@@ -80,13 +80,13 @@ def served(repos: dict[str, Path | int], tags: Sequence[str] = ("v3.0",)) -> Ite
         def do_GET(self) -> None:
             path = self.path.split("?")[0]
             asked.append(f"{self.command} {path}")
-            repo = next((r for r in repos if f"datasets/{r}/" in path), None)
+            repo = next((r for r in repos if f"/{r}/" in path), None)
             if repo is None:
                 return self.refuse(404, "RepoNotFound")
             root = repos[repo]
             if isinstance(root, int):
                 return self.refuse(root, "GatedRepo" if root == 403 else "")
-            rest = path.split(f"datasets/{repo}/")[1]
+            rest = path.split(f"/{repo}/")[1]
             what, _, rest = rest.partition("/")
             if what == "refs":
                 names = [{"name": t, "ref": f"refs/tags/{t}", "targetCommit": COMMIT} for t in tags]

@@ -133,7 +133,7 @@ def _commit(repo_id: str, revision: str) -> str:
     def ask() -> str:
         return str(HfApi().dataset_info(repo_id, revision=revision).sha)
 
-    return str(_asked(repo_id, revision, ask))
+    return str(asked(repo_id, revision, ask))
 
 
 def _snapshot(repo_id: str, revision: str, commit: str, **options: Any) -> Any:
@@ -142,15 +142,22 @@ def _snapshot(repo_id: str, revision: str, commit: str, **options: Any) -> Any:
     def fetch() -> Any:
         return huggingface_hub.snapshot_download(repo_id, repo_type="dataset", revision=commit, **options)
 
-    return _asked(repo_id, revision, fetch)
+    return asked(repo_id, revision, fetch)
 
 
-def _asked(repo_id: str, revision: str, call: Any) -> Any:
-    """`call()`, with any failure between here and the hub reported in one message."""
+def asked(repo_id: str, revision: str, call: Any, what: str = "data set") -> Any:
+    """`call()`, with any failure between here and the hub reported in one message.
+
+    Args:
+        what: "data set" | "model", what `repo_id` names.
+    """
     import httpx
     from huggingface_hub import errors
 
+    model = what == "model"
     both = "Or make the demonstrations yourself (clbench data make), or name a local copy (dataset.data=FOLDER)."
+    if model:
+        both = "Or name a local copy (policy.path=FOLDER)."
     try:
         return call()
     except errors.GatedRepoError as e:
@@ -160,26 +167,29 @@ def _asked(repo_id: str, revision: str, call: Any) -> Any:
         ) from e
     except errors.RepositoryNotFoundError as e:
         raise UserError(
-            f"the hub has no data set {repo_id}, or it is private. Check the name; for a private one log in with "
+            f"the hub has no {what} {repo_id}, or it is private. Check the name; for a private one log in with "
             "`hf auth login` (or set HF_TOKEN)."
         ) from e
     except errors.RevisionNotFoundError as e:
-        raise UserError(_no_revision(repo_id, revision)) from e
+        raise UserError(
+            f"the hub's {repo_id} has no revision '{revision}'." if model else _no_revision(repo_id, revision)
+        ) from e
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, errors.DryRunError,
             errors.FileMetadataError, httpx.HTTPError) as e:  # fmt: skip
         cause: BaseException = e
         while cause.__cause__ is not None:
             cause = cause.__cause__
         if isinstance(cause, errors.GatedRepoError | errors.RepositoryNotFoundError | errors.RevisionNotFoundError):
-            return _asked(repo_id, revision, lambda: _raise(cause))
+            return asked(repo_id, revision, lambda: _raise(cause), what)
         why = "HF_HUB_OFFLINE is set" if isinstance(cause, errors.OfflineModeIsEnabled) else _first_line(cause)
         raise UserError(
             f"{repo_id} (revision {revision}) is not complete on this machine and the hub cannot be reached ({why}). "
             f"Run this again with a network; what was fetched is kept. {both}"
         ) from e
     except OSError as e:
-        raise UserError(f"cannot store {repo_id} on this machine: {_first_line(e)}. Choose a place with "
-                        "dataset.data=FOLDER (a path) or HF_LEROBOT_HOME.") from e  # fmt: skip
+        place = "HF_HOME" if model else "dataset.data=FOLDER (a path) or HF_LEROBOT_HOME"
+        why = f"cannot store {repo_id} on this machine: {_first_line(e)}"
+        raise UserError(f"{why}. Choose a place with {place}.") from e
 
 
 def _raise(error: BaseException) -> None:

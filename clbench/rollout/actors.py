@@ -6,6 +6,7 @@ action noise comes from the episode's own generator, so an episode's actions do 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -83,7 +84,8 @@ class PolicyActor:
         self.policy.eval()
         config = self.policy.config
         self.stateful = config.n_obs_steps != 1
-        self.takes_noise = hasattr(self.policy, "sample_draw")
+        acts = inspect.signature(self.policy.predict_action_chunk).parameters
+        self.takes_noise = hasattr(self.policy, "sample_draw") and "noise" in acts
         self.steps = 1 if self.stateful else int(getattr(config, "n_action_steps", 1))
 
     def reset(self) -> None:

@@ -1,0 +1,66 @@
+"""Policies on a hub as bases: `policy.path=OWNER/NAME`, or OWNER/NAME@REVISION.
+
+Only JSON and safetensors files are fetched, into the hub client's own cache. What is complete there is used as it is,
+without contacting the hub.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from clbench.checkpoints import trusted
+from clbench.checkpoints.base import WEIGHTS
+from clbench.config.schema import Config
+from clbench.data.hub import asked
+from clbench.errors import UserError
+from clbench.paths import model_root, named_folder
+from clbench.terminal import tell
+
+FILES: dict[str, Any] = {"allow_patterns": ["*.json", "*.safetensors"], "ignore_patterns": ["*/*"]}
+
+
+def named(path: str) -> tuple[str, str] | None:
+    """Repository and revision that a `policy.path` names; None: it is a folder, or no such name."""
+    if trusted.HUB_NAME.fullmatch(path) is None or named_folder(path, model_root()).exists():
+        return None
+    repo_id, _, revision = path.partition("@")
+    return repo_id, revision or "main"
+
+
+def with_local_base(config: Config) -> Config:
+    """The configuration with a hub's model in `policy.path` replaced by its folder on this machine, fetched if needed.
+
+    Raises:
+        UserError: the hub cannot be reached, has no such model or revision, or the model is not a LeRobot policy.
+    """
+    path = str(config.policy.get("path") or "")
+    wanted = named(path)
+    if wanted is None:
+        return config
+    folder = _fetched(*wanted)
+    for name in ("config.json", WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(f"the hub's {path} is not a LeRobot policy: it has no {name}.")
+    if {path, wanted[0]} & set(trusted.given().models):
+        trusted.trust_also(folder)
+    return replace(config, policy={**config.policy, "path": str(folder)})
+
+
+def _fetched(repo_id: str, revision: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        local = str(huggingface_hub.snapshot_download(repo_id, revision=revision, local_files_only=True, **FILES))
+    except errors.LocalEntryNotFoundError:
+        local = ""
+    if local and (Path(local) / WEIGHTS).is_file():
+        return Path(local)
+    tell(f"fetching the policy {repo_id}, revision {revision}, from the hub")
+
+    def fetch() -> str:
+        return str(huggingface_hub.snapshot_download(repo_id, revision=revision, **FILES))
+
+    return Path(asked(repo_id, revision, fetch, "model"))
