@@ -53,8 +53,8 @@ def build(tasks: int, size: dict[str, Any]) -> Any:
     from lerobot.policies.factory import get_policy_class
 
     from clbench.adapters.clare import ClareConfig, inject
-    from clbench.algorithms.clare import DEFAULT_TARGETS
     from clbench.checkpoints.policy_io import policy_config
+    from clbench.config.policy_types import clare_targets
     from clbench.envs.metaworld import Metaworld
 
     config = policy_config(tiny_config("metaworld_quick").policy, "cpu")
@@ -63,7 +63,7 @@ def build(tasks: int, size: dict[str, Any]) -> Any:
     torch.manual_seed(0)
     policy: Any = get_policy_class(config.type)(config)  # type: ignore[call-arg]
     if tasks:
-        for layer in inject(policy, ClareConfig(target_modules=DEFAULT_TARGETS["dit_dec"], **size)):
+        for layer in inject(policy, ClareConfig(target_modules=clare_targets("dit_dec"), **size)):
             for i in range(tasks):
                 layer.add_adapter()
                 layer.add_discriminator(i)

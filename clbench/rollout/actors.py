@@ -84,8 +84,10 @@ class PolicyActor:
         self.policy.eval()
         config = self.policy.config
         self.stateful = config.n_obs_steps != 1
-        acts = inspect.signature(self.policy.predict_action_chunk).parameters
-        self.takes_noise = hasattr(self.policy, "sample_draw") and "noise" in acts
+        self.takes_noise = (
+            hasattr(self.policy, "sample_draw")
+            and "noise" in inspect.signature(self.policy.predict_action_chunk).parameters
+        )
         self.steps = 1 if self.stateful else int(getattr(config, "n_action_steps", 1))
 
     def reset(self) -> None:
