@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from clbench import processes
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "add_a_policy.md").read_text()
 NAME = "lerobot_policy_perceptron"
@@ -42,6 +44,7 @@ def installed(site: Path, **changes: str) -> Iterator[Path]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(site))
+        patch.setattr(processes, "_servers", {})  # those of other tests do not search there
         package = write(site, **changes)
         try:
             yield package
@@ -49,3 +52,5 @@ def installed(site: Path, **changes: str) -> Iterator[Path]:
             for name in [m for m in sys.modules if m.split(".")[0] == NAME]:
                 del sys.modules[name]
             PreTrainedConfig._choice_registry.pop("perceptron", None)
+            for server in processes._servers.values():
+                server.close()
