@@ -30,9 +30,10 @@ from clbench.errors import UserError  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 # Files of tests that train, play in simulators or try many inputs: what `scripts/test.sh --quick` leaves out.
 LONG = set(
-    "add_a_policy add_a_simulator algorithms clare data_make draws eval_faults ewc faults frames fuzz hooks "
-    "hub_data kills learner libero libero_expert libero_images lora lora_heads mir moving_runs packnet policies "
-    "policy_types ranks remote_simulator replay report rollout scripts statistics trainer".split()
+    "add_a_policy add_a_simulator add_a_stream agem algorithms augment clare curves data_make draws encoders "
+    "eval_faults ewc example_plugin faults frames fuzz hooks hub_data interval_coverage kills learner libero "
+    "libero_expert libero_images lora lora_heads metaworld_pixels mir moving_runs packaged_encoders packnet "
+    "paired policies policy_types ranks remote_simulator replay report rollout scripts statistics trainer wheel".split()
 )
 LIBERO_ARCHIVE = ROOT.parent / "shared" / "libero" / "libero-assets.tar.xz"  # where there is one, e.g. under CI
 
