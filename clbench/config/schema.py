@@ -55,6 +55,8 @@ class TrainConfig:
         num_workers: loader processes, for images that must be decoded again for every batch.
         frame_cache_gb: decoded camera images are kept on disk (in the cache root) while those of a stream take no more
             than this; otherwise, and with 0, they are decoded for every batch.
+        feature_cache_gb: features of a frozen image encoder are kept on disk likewise, instead of being made in every
+            step, unless images are augmented. They differ from those made in a step in the last bits.
         threads: torch threads; null = on the CPU 1 (2 for pretraining the base), however many cores there are, because
             another number changes the last bits of sums, and with them the run; on a GPU torch's default.
         device: cpu | cuda | auto.
@@ -81,6 +83,7 @@ class TrainConfig:
     log_every: int = 25
     num_workers: int = 2
     frame_cache_gb: float = 20.0
+    feature_cache_gb: float = 20.0
     threads: Optional[int] = None  # noqa: UP045 (OmegaConf reads this form)
     device: str = "auto"
     strategy: str = "ddp"

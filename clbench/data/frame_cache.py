@@ -1,9 +1,10 @@
-"""Decoded camera images, kept on disk: one file of raw pixels per task and camera, mapped into memory.
+"""Decoded camera images, and what a frozen encoder makes of them, kept on disk: a file per task and camera, mapped.
 
 A frame is decoded once, whatever the number of runs, epochs and processes that read it; after that, sampling images is
 indexing, as it is for states. Files lie in the cache root:
 
     frames/SET-KEY/CAMERA-KEY.uint8    n × height × width × channels bytes, frames in the order of the task's episodes
+    frames/SET-KEY/CAMERA-KEY.float32  n × tokens × width features, likewise; the key has the encoder's weights in it
     frames/SET-KEY/CAMERA-KEY.json     their shape and CRC-32, written last
 
 The set's key is the sha256 of its files' sums, where clbench made it, and else of their names, sizes and times. A file
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -75,23 +76,63 @@ def cached_images(
         UserError: nothing can be written there.
     """
     path = folder / f"{_plain(camera)}-{_digest([camera, list(episodes), list(shape)])}.uint8"
+    return _cached(path, shape, IMAGES, decode, what)
+
+
+def cached_features(
+    folder: Path,
+    camera: str,
+    encoder: str,
+    episodes: Iterable[int],
+    shape: tuple[int, int, int],
+    encode: Callable[[], Iterator[np.ndarray]],
+    what: str,
+) -> np.ndarray:
+    """Return an encoder's features of one camera's images of some episodes, float32 (n, tokens, width), as
+    `cached_images`.
+
+    Args:
+        encoder: identifies the encoder and all that is done to images before it.
+        encode: yields the features in order, float32 (tokens, width); called only where they are not kept yet.
+    """
+    path = folder / f"{_plain(camera)}-{_digest([camera, encoder, list(episodes), list(shape)])}.float32"
+    return _cached(path, shape, FEATURES, encode, what)
+
+
+class _Kind(NamedTuple):
+    """What is kept: its type, and the words for it in messages."""
+
+    dtype: Any
+    noun: str
+    making: str
+    instead: str
+
+
+IMAGES = _Kind(np.uint8, "decoded images", "decoding", "train.frame_cache_gb=0 to decode them again for every batch")
+FEATURES = _Kind(np.float32, "features", "encoding", "train.feature_cache_gb=0 to encode them again in every step")
+
+
+def _cached(
+    path: Path, shape: tuple[int, ...], kind: _Kind, make: Callable[[], Iterator[np.ndarray]], what: str
+) -> np.ndarray:
+    folder = path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_suffix(".lock"), what):
-            problem = _problem(path, shape, what)
+        with _locked(path.with_suffix(".lock"), kind, what):
+            problem = _problem(path, shape, kind, what)
             if problem:
-                tell(f"warning: {path} {problem}; decoding the images again.")
+                tell(f"warning: {path} {problem}; {kind.making} the images again.")
             if problem is not None:
-                _write(path, shape, decode, what)
+                _write(path, shape, kind, make, what)
     except OSError as e:
         raise UserError(
-            f"decoded images cannot be kept in {folder}: {e.strerror or e}. Set CLBENCH_CACHE_ROOT to a folder with "
-            "room, or train.frame_cache_gb=0 to decode them again for every batch."
+            f"{kind.noun} cannot be kept in {folder}: {e.strerror or e}. Set CLBENCH_CACHE_ROOT to a folder with "
+            f"room, or {kind.instead}."
         ) from e
-    return np.memmap(path, dtype=np.uint8, mode="r", shape=shape)
+    return np.memmap(path, dtype=kind.dtype, mode="r", shape=shape)
 
 
-def _problem(path: Path, shape: tuple[int, ...], what: str) -> str | None:
+def _problem(path: Path, shape: tuple[int, ...], kind: _Kind, what: str) -> str | None:
     """None: the file is whole. "": it was never written. Else what is wrong with it."""
     described = path.with_suffix(".json")
     if not described.is_file():
@@ -102,9 +143,9 @@ def _problem(path: Path, shape: tuple[int, ...], what: str) -> str | None:
         return "has a damaged description"
     if not isinstance(found, dict) or found.get("format") != FORMAT or found.get("shape") != list(shape):
         return "is of another kind"
-    if not path.is_file() or path.stat().st_size != int(np.prod(shape)):
+    if not path.is_file() or path.stat().st_size != int(np.prod(shape)) * np.dtype(kind.dtype).itemsize:
         return "is not whole"
-    with patience(f"checking the decoded images of {what}"):
+    with patience(f"checking the {kind.noun} of {what}"):
         return None if found.get("crc32") == _crc32(path) else "is damaged"
 
 
@@ -116,17 +157,22 @@ def _crc32(path: Path) -> int:
     return total
 
 
-def _write(path: Path, shape: tuple[int, ...], decode: Callable[[], Iterator[np.ndarray]], what: str) -> None:
+def _write(
+    path: Path, shape: tuple[int, ...], kind: _Kind, make: Callable[[], Iterator[np.ndarray]], what: str
+) -> None:
     path.with_suffix(".json").unlink(missing_ok=True)
     temporary = path.with_suffix(f".partial-{os.getpid()}")
     done, total = 0, 0
     try:
         with (
             temporary.open("wb") as file,
-            patience(f"decoding the images of {what}, once", lambda: f"{done} of {shape[0]} frames → {path.parent}"),
+            patience(
+                f"{kind.making} the images of {what}, once", lambda: f"{done} of {shape[0]} frames → {path.parent}"
+            ),
         ):
-            for image in decode():
-                if image.shape != shape[1:] or image.dtype != np.uint8:
+            for image in make():
+                if image.shape != shape[1:] or image.dtype != kind.dtype:
+                    assert kind is IMAGES, f"an encoder gave {image.shape} {image.dtype}, not {shape[1:]}"
                     raise UserError(
                         f"frame {done} of {what} has an image of shape {image.shape}, the data set says {shape[1:]}: "
                         "it is damaged. Get it again."
@@ -146,10 +192,10 @@ def _write(path: Path, shape: tuple[int, ...], decode: Callable[[], Iterator[np.
 
 
 @contextmanager
-def _locked(path: Path, what: str) -> Iterator[None]:
+def _locked(path: Path, kind: _Kind, what: str) -> Iterator[None]:
     """One process at a time: whoever comes second waits, and finds the images there."""
     with path.open("w") as file:
-        with patience(f"waiting for another process that decodes the images of {what}"):
+        with patience(f"waiting for another process that is {kind.making} the images of {what}"):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

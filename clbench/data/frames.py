@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from clbench.data.frame_cache import cache_folder, cached_images, decoded_images
+from clbench.data.frame_cache import cache_folder, cached_features, cached_images, decoded_images
 from clbench.data.lerobot_set import BOOKKEEPING, image_shape, read_columns
 from clbench.data.task import Task
 from clbench.errors import UserError
@@ -45,7 +45,28 @@ Deltas = dict[str, list[int]]  # feature → frame offsets, e.g. {"action": [0, 
 # complete on this machine: this is not a valid name on a hub, so the request fails before it is sent.
 NO_HUB = "on this machine"
 NOT_NUMBERS = ("string", "language", "image", "video")
+ENCODED_AT_ONCE = 32  # images
 CACHE_GB = 20.0  # of decoded images of a stream, unless train.frame_cache_gb says otherwise
+
+
+class FrameEncoder(Protocol):
+    """What turns images into features, always in the same way (clbench.policies.features).
+
+    Attributes:
+        cameras: keys of the images → keys of their features in a batch.
+        shape: (tokens, width) of an image's features.
+    """
+
+    cameras: dict[str, str]
+    shape: tuple[int, int]
+
+    def identity(self, camera: str) -> str:
+        """Identifies the encoder's weights and all that is done to a camera's images before it."""
+        ...
+
+    def encode(self, camera: str, images: Tensor) -> Tensor:
+        """Features (n, tokens, width), float32 on the CPU, of images (n, channels, height, width), uint8."""
+        ...
 
 
 def frame_deltas(policy: PreTrainedConfig, features: dict[str, Any]) -> Deltas:
@@ -144,6 +165,7 @@ class TaskFrames:
         self.cameras = {here: n for n, here in self._names.items() if self.features[here]["dtype"] in images}
         self.decoded = bool(self.cameras)
         self._kept: dict[str, Tensor] = {}
+        self._features: dict[str, tuple[str, Tensor]] = {}  # camera → key in a batch, features of all frames
         self.deltas = frame_deltas(policy, self.features)
 
     @property
@@ -220,11 +242,32 @@ class TaskFrames:
             decode = partial(self._video_frames if video else self._image_frames, there)
             what = f"{self.task.name}, {here}"
             shape = (len(self), height, width, channels)
-            kept = cached_images(folder, there, self.task.episodes, shape, decode, what)
-            with warnings.catch_warnings():  # torch warns of arrays that cannot be written; nobody writes to this one
-                warnings.simplefilter("ignore", UserWarning)
-                self._kept[here] = torch.from_numpy(kept)
+            self._kept[here] = _read_only(cached_images(folder, there, self.task.episodes, shape, decode, what))
         self.decoded = False
+
+    def keep_features(self, encoder: FrameEncoder) -> None:
+        """From now on give a frozen encoder's features, kept on disk, in the place of all cameras' images; they are
+        made now where they are not there yet."""
+        folder = cache_folder(self.task.root)
+        for here, there in self.cameras.items():
+            kept = cached_features(
+                folder, there, encoder.identity(here), self.task.episodes, (len(self), *encoder.shape),
+                partial(self._encoded, here, encoder), f"{self.task.name}, {here}",
+            )  # fmt: skip
+            self._features[here] = encoder.cameras[here], _read_only(kept)
+        self.decoded = False
+
+    def _encoded(self, camera: str, encoder: FrameEncoder) -> Iterator[np.ndarray]:
+        """The features of a camera's images, in the order of `frames`."""
+        there = self.cameras[camera]
+        images: Iterator[np.ndarray]
+        if camera in self._kept:
+            images = iter(self._kept[camera].numpy())
+        else:
+            video = self.features[camera]["dtype"] == "video"
+            images = (self._video_frames if video else self._image_frames)(there)
+        while some := list(itertools.islice(images, ENCODED_AT_ONCE)):
+            yield from encoder.encode(camera, torch.from_numpy(np.stack(some)).movedim(-1, -3)).numpy()
 
     def _image_frames(self, column: str) -> Iterator[np.ndarray]:
         """A column's images, in the order of `frames`; read file by file."""
@@ -276,7 +319,15 @@ class TaskFrames:
                 batch[key], batch[f"{key}_is_pad"] = table.window(key, frames, self.deltas[key])
             else:
                 batch[key] = column[frames]
+        for key, (name, features) in self._features.items():
+            if key in self.deltas:
+                rows, batch[f"{key}_is_pad"] = table.rows(frames, self.deltas[key])
+                batch[name] = features[self._place[rows]].flatten(1, 2)
+            else:
+                batch[name] = features[indices]
         for key, images in self._kept.items():
+            if key in self._features:
+                continue
             if key in self.deltas:
                 rows, batch[f"{key}_is_pad"] = table.rows(frames, self.deltas[key])
                 batch[key] = images[self._place[rows]].movedim(-1, -3)
@@ -310,6 +361,13 @@ def opened(root: Path) -> LeRobotDatasetMetadata:
         return LeRobotDatasetMetadata(repo_id=NO_HUB, root=root)
     except Exception as e:  # LeRobot treats any missing file as a missing set
         raise _unreadable(root, e) from e
+
+
+def _read_only(array: np.ndarray) -> Tensor:
+    """A mapped array as a tensor, to which nobody may write."""
+    with warnings.catch_warnings():  # torch warns of arrays that cannot be written
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(array)
 
 
 def _unreadable(root: Path, e: Exception) -> UserError:
@@ -354,6 +412,28 @@ class StreamFrames:
             return
         for part in seen:
             part.keep_decoded()
+
+    def keep_features(self, encoder: FrameEncoder, cache_gb: float) -> bool:
+        """From now on give a frozen encoder's features in the place of images, if they take no more than `cache_gb`.
+
+        Returns:
+            whether that is so; if not, why not is said.
+        """
+        parts = [p for parts in self._parts for p in parts]
+        if set(self.cameras) != set(encoder.cameras):
+            tell("note: the policy does not encode all cameras of the data: features are made again in every step.")
+            return False
+        each = 4 * int(np.prod(encoder.shape)) * len(encoder.cameras)
+        needed = sum({(p.task.root, p.task.episodes): len(p) for p in parts}.values()) * each
+        if needed > cache_gb * 1e9:
+            tell(
+                f"note: the features of the frozen image encoder would take {needed / 1e9:.1f} GB, more than "
+                f"train.feature_cache_gb={cache_gb:g}: they are made again in every step."
+            )
+            return False
+        for part in parts:
+            part.keep_features(encoder)
+        return True
 
     @property
     def decoded(self) -> bool:

@@ -507,7 +507,7 @@ def _as_run(config: Config, progress: str) -> Config:
     train = TrainConfig(
         steps=p.steps, batch_size=p.batch_size, optimizer=p.optimizer, log_every=p.log_every,
         mixed_precision=t.mixed_precision, num_workers=t.num_workers, frame_cache_gb=t.frame_cache_gb,
-        device=t.device, strategy=t.strategy,
+        feature_cache_gb=t.feature_cache_gb, device=t.device, strategy=t.strategy,
         save_every_steps=t.save_every_steps, save_every_minutes=t.save_every_minutes, on_nonfinite=t.on_nonfinite,
     )  # fmt: skip
     return replace(config, seed=p.seed, train=train, lora=LoraConfig(), log=LogConfig(progress=progress))

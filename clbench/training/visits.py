@@ -28,13 +28,14 @@ from clbench.io import read_json
 from clbench.patience import patience
 from clbench.policies import draws
 from clbench.policies.augment import Augmentation, centre_crop, set_training
+from clbench.policies.features import FrozenFeatures
 from clbench.policies.view import PolicyView
 from clbench.seeding import seed_everything, seeded
 from clbench.stopping import Stop
 from clbench.streams.stream import TaskStream
 from clbench.tensor_files import tensor_bytes
 from clbench.training import log as run_log
-from clbench.training.backend import Backend, count
+from clbench.training.backend import Backend, count, say
 from clbench.training.loop import PhaseRunner, Resumed
 from clbench.training.saving import OptimizerState, save_if_due
 
@@ -135,6 +136,7 @@ class Trainer:
         loss = PolicyView(policy, policy, self.loaded.preprocessor, self.backend.autocast, self._augmentation(frames))
         if self.keeps_mean_images and frames.cameras and self.backend.is_main:
             write_mean_images(self.folder, frames.mean_images())
+        self._keep_features(frames)
         self.ctx = Context(
             stream=self.stream, policy=policy, frames=frames, train=self.config.train, seed=self.config.seed,
             device=self.backend.device, view=loss,
@@ -168,6 +170,17 @@ class Trainer:
                     p.requires_grad_(name not in frozen)
             restore_state(self.algorithm, load_state(source, "algorithm"), policy)
         return training
+
+    def _keep_features(self, frames: StreamFrames) -> None:
+        """Give the features of a frozen image encoder in the place of images, where that is possible."""
+        train, policy = self.config.train, self.loaded.policy
+        if not getattr(policy, "frozen_cameras", None) or train.feature_cache_gb == 0:
+            return
+        if self.config.augment.active:
+            say(self.backend, "note: the image encoder is frozen, but its features cannot be kept: augment.… changes "
+                              "the images in every step.")  # fmt: skip
+            return
+        frames.keep_features(FrozenFeatures(policy, self.loaded.preprocessor), train.feature_cache_gb)
 
     def _augmentation(self, frames: StreamFrames) -> Augmentation | None:
         """What changes images in training; the preprocessor then crops in acting alone."""

@@ -264,6 +264,7 @@ class ImageEncoder(Encoder):
         """`shapes`: (C, h, w) of each camera's images; raises UserError where the model does not take such."""
         model, described = _model_of(config, IMAGE)
         super().__init__(model, config.image_encoder_trained)
+        self.described = described
         self.pooled, self.side = config.image_encoder_output == "pooled", config.image_tokens_side
         self.size = config.image_encoder_size
         self.patch = None if config.image_encoder in PACKAGED else _default(described, "patch_size")
@@ -282,6 +283,12 @@ class ImageEncoder(Encoder):
                     f"{text[:300]} policy.image_encoder_size=N resizes them for it."
                 ) from e
             self.n_features, self.width = found.shape[1:]
+
+    def settings(self) -> dict[str, Any]:
+        """What its features depend on besides its weights, as JSON has it."""
+        colours = {n: self.get_buffer(n).flatten().tolist() for n in ("mean", "std")}
+        described = {n: v for n, v in self.described.items() if n not in NOT_KEPT}
+        return {"model": described, "pooled": self.pooled, "side": self.side, "size": self.size, **colours}
 
     def forward(self, images: Tensor) -> Tensor:
         """Also (B, T, C, h, w) → (B, T · n, E): a few observation steps."""

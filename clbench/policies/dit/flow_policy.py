@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from clbench.config.dit import IMAGE, TEXT
 from clbench.policies.dit.configuration import DitConfig
-from clbench.policies.dit.encoders import frozen, settle
+from clbench.policies.dit.encoders import ImageEncoder, feature_key, frozen, settle
 from clbench.policies.dit.layers import ObservationEncoder
 
 
@@ -77,6 +77,19 @@ class FlowMatchingPolicy(PreTrainedPolicy):
     def with_frozen_features(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """A processed batch with the features of frozen encoders in the place of what they encode."""
         return self.model.obs_encoder.with_features(batch, frozen_only=True)
+
+    @property
+    def frozen_cameras(self) -> dict[str, str]:
+        """Cameras whose images a frozen encoder encodes → where a batch has its features."""
+        cameras = self.model.obs_encoder.cameras if frozen(self.config, IMAGE) else []
+        return {camera: feature_key(camera) for camera in cameras}
+
+    @property
+    def image_encoder(self) -> ImageEncoder:
+        """The image model, of policies that have one for all cameras."""
+        found = self.model.obs_encoder.encoders[IMAGE]
+        assert isinstance(found, ImageEncoder)
+        return found
 
     @property
     def frozen_parts(self) -> tuple[str, ...]:
