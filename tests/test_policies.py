@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import tempfile
 from contextlib import nullcontext
 from dataclasses import replace
@@ -244,6 +245,8 @@ def test_words_are_hashed_the_same_everywhere() -> None:
         ({"n_action_steps": 9}, "chunk_size"),
         ({"d_model": 30, "n_heads": 4}, "multiple"),
         ({"action_patch": 3}, "divide"),
+        ({"objective": "ddpm"}, "objective must be one of flow, ddim"),
+        ({"objective": "ddim", "num_inference_steps": 8}, "must divide diffusion_steps"),
         ({"d_modle": 32}, "Did you mean 'd_model'"),
         ({"type": "dit_deck"}, "Did you mean 'dit_dec'"),
     ],
@@ -284,3 +287,56 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(kind: str, toy_da
     for n, g in gradients["kept"].items():
         assert torch.equal(g, gradients["recomputed"][n]), n
         assert torch.allclose(fishers["kept"][n], fishers["recomputed"][n], rtol=1e-3, atol=1e-9), n
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_ddim_predicts_the_noise_and_finds_the_action_that_it_hides(
+    kind: str, toy_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against a network that knows the answer: its loss is zero, and acting gives back its action."""
+    built = build(kind, toy_data, objective="ddim", num_inference_steps=10)
+    policy, n = built.policy, 100
+    action = torch.rand(6, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    kept, product = [], 1.0  # the schedule by its definition
+    for i in range(n):
+        f = [math.cos(math.pi / 2 * (s / n + 0.008) / 1.008) ** 2 for s in (i, i + 1)]
+        product *= 1 - min(1 - f[1] / f[0], 0.999)
+        kept.append(product)
+
+    view = PolicyView(policy, policy, built.preprocessor, nullcontext)
+    parameters = {n: p for n, p in policy.named_parameters() if "velocity_net" in n}
+    fast, slow = (
+        view.squared_gradients(raw_batch(3), view.draw(3, torch.Generator().manual_seed(2)), parameters, vectorized=v)
+        for v in (True, False)
+    )
+    assert all(torch.allclose(fast[name], slow[name], rtol=1e-3, atol=1e-8) for name in fast)
+    seen: list[int] = []
+
+    def knows(x: torch.Tensor, t: torch.Tensor, context: Any) -> torch.Tensor:
+        levels = (t * n).round().long().tolist()
+        seen.append(levels[0])
+        rows = [(x[i] - kept[k] ** 0.5 * action[i]) / (1 - kept[k]) ** 0.5 for i, k in enumerate(levels)]
+        return torch.stack(rows)
+
+    monkeypatch.setattr(policy.model, "velocity", knows)
+    processed = {**built.preprocessor(raw_batch(6)), "action": action}
+    draw = policy.sample_draw(6, torch.Generator().manual_seed(1))
+    draw["time"][0] = 1 - 1e-9  # the last level, not one beyond
+    found = policy.forward(processed, draw=draw, want=("loss", "target"))
+    assert torch.allclose(found[0], torch.zeros(6), atol=1e-4) and torch.equal(found[1]["target"], draw["noise"])
+    seen.clear()
+    assert torch.allclose(policy.predict_action_chunk(processed, noise=draw["noise"]), action, atol=1e-3)
+    assert seen == [90, 80, 70, 60, 50, 40, 30, 20, 10, 0]
+    policy.config.clip_sample = 0.25
+    assert policy.predict_action_chunk(processed, noise=draw["noise"]).abs().max() <= 0.25
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_euler_steps_are_clipped_each(kind: str, toy_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = build(kind, toy_data, num_inference_steps=4, clip_sample=1.0).policy
+    steps = iter([8.0, 0.0, 0.0, -2.0])  # out at first, and back from the edge at last
+    monkeypatch.setattr(policy.model, "encode", lambda _: None)
+    monkeypatch.setattr(policy.model, "velocity", lambda x, *_: torch.full_like(x, next(steps)))
+    noise = torch.zeros(2, 4, 4)
+    chunk = policy.predict_action_chunk({"observation.state": torch.zeros(2, 39)}, noise=noise)
+    assert torch.equal(chunk, torch.full((2, 4, 4), 0.5))

@@ -25,7 +25,7 @@ OF_LEROBOT = (
 POSITIVE = (
     "chunk_size", "n_action_steps", "action_patch", "d_model", "n_heads", "encoder_layers", "decoder_layers",
     "ffn_mult", "num_inference_steps", "text_vocab_size", "text_dim", "text_max_words", "image_tokens_side",
-    "image_layers",
+    "image_layers", "diffusion_steps",
 )  # fmt: skip
 
 IMAGE, TEXT = "image", "text"  # what an encoder encodes; the beginning of its keys
@@ -62,6 +62,7 @@ FOREIGN = re.compile(r"_.*|attn_implementation|auto_map|backbone.*|experts_imple
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and std of colours, in [0, 1]
 
+FLOW, DDIM = "flow", "ddim"
 MEAN_STD = "mean_std"
 RANGES = {"quantiles": ("q01", "q99"), "min_max": ("min", "max")}  # normalisation to [−1, 1] → what becomes ±1
 
@@ -77,7 +78,12 @@ class DitSettings:
         d_model: token width; a multiple of `n_heads`.
         encoder_layers, decoder_layers: transformer blocks.
         ffn_mult: hidden width of a feed-forward block, in multiples of `d_model`.
-        num_inference_steps: Euler steps from noise (t = 0) to action (t = 1).
+        num_inference_steps: Euler steps from noise (t = 0) to action (t = 1), or DDIM's; a divisor of diffusion_steps.
+        objective: flow | ddim, what the network predicts of a noisy action chunk: the velocity to the action (flow
+            matching), or the noise (denoising diffusion, acting by DDIM); policies/dit/flow_policy.py.
+        diffusion_steps: levels of noise in training, of ddim.
+        clip_sample: in acting, actions (under ddim the predicted ones) are clipped to ± this in every step; 0 = not.
+            For actions that normalization brings into [−1, 1].
         text_vocab_size, text_dim: hashed-word language input (see text.py).
         text_max_words: words, or tokens of `text_encoder`, that are read of an instruction.
         image_tokens_side: each camera becomes `image_tokens_side`² tokens (with `image_encoder_output: pooled`, one).
@@ -114,6 +120,9 @@ class DitSettings:
     decoder_layers: int = 3
     ffn_mult: int = 2
     num_inference_steps: int = 8
+    objective: str = FLOW
+    diffusion_steps: int = 100
+    clip_sample: float = 0.0
 
     text_vocab_size: int = 4096
     text_dim: int = 64
@@ -147,13 +156,20 @@ class DitSettings:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive integer but is {value!r}.")
-        for name in ("state_clip", "std_floor", "raw_below"):
+        for name in ("state_clip", "std_floor", "raw_below", "clip_sample"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
                 raise ValueError(f"{name} must be a non-negative number but is {value!r}.")
         if self.normalization not in (MEAN_STD, *RANGES):
             known = ", ".join((MEAN_STD, *RANGES))
             raise ValueError(f"normalization must be one of {known} but is {self.normalization!r}.")
+        if self.objective not in (FLOW, DDIM):
+            raise ValueError(f"objective must be one of {FLOW}, {DDIM} but is {self.objective!r}.")
+        if self.objective == DDIM and self.diffusion_steps % self.num_inference_steps:
+            raise ValueError(
+                f"num_inference_steps ({self.num_inference_steps}) must divide diffusion_steps "
+                f"({self.diffusion_steps}) under objective: ddim."
+            )
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model ({self.d_model}) must be a multiple of n_heads ({self.n_heads}).")
         if self.n_action_steps > self.chunk_size:

@@ -50,7 +50,9 @@ class DitConfig(DitSettings, PreTrainedConfig):
         fits = self.d_model * self.ffn_mult <= widest and self.text_vocab_size * self.text_dim <= 2**26
         fits &= self.encoder_layers + self.decoder_layers <= len(shapes) and self.image_tokens_side <= 256
         fits &= encoders.fits(self, shapes, "model.obs_encoder.encoders.")
-        return fits and max(self.chunk_size, self.text_max_words, self.num_inference_steps) <= 65_536
+        return (
+            fits and max(self.chunk_size, self.text_max_words, self.num_inference_steps, self.diffusion_steps) <= 65_536
+        )
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """As LeRobot's, without the paths of encoders: their weights are in the checkpoint."""

@@ -5,14 +5,28 @@ With actions a (normalised), noise ε ~ N(0, I) and time t ~ U(0, 1):
     x_t = (1 - t) ε + t a          target velocity  u = a - ε
     ℓ(θ; x) = mean over unpadded chunk steps and action dimensions of (v_θ(x_t, t | o) - u)²
 
-Acting integrates dx/dt = v_θ from noise at t = 0 to an action chunk at t = 1 with Euler steps.
+Acting integrates dx/dt = v_θ from noise at t = 0 to an action chunk at t = 1 with Euler steps; with `clip_sample` c > 0
+x is clipped to ± c after each.
+
+Under `objective: ddim` (Ho et al. 2020; Song et al. 2021) the network predicts the noise instead, at one of
+N = `diffusion_steps` levels k = ⌊N t⌋ of the squared-cosine schedule (Nichol & Dhariwal 2021):
+
+    ᾱ_k = Π_{i ≤ k} (1 − β_i)        β_i = min(1 − f((i + 1) / N) / f(i / N), 0.999)
+    f(s) = cos²(π/2 · (s + 0.008) / 1.008)
+    x_k = √ᾱ_k a + √(1 − ᾱ_k) ε,   target ε,   the network's time is k / N
+
+and acting goes from noise down through levels k = N − N/S, …, N/S, 0, in S = `num_inference_steps` steps that draw
+nothing: â = (x − √(1 − ᾱ_k) ε_θ) / √ᾱ_k, clipped to ± c; x ← √ᾱ_next â + √(1 − ᾱ_next) ε_θ, with ᾱ_next = 1 in the
+last step.
 Shape suffixes: B batch, H chunk, A action dimension.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Collection
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,10 +35,17 @@ from lerobot.policies import PreTrainedPolicy
 from lerobot.utils.constants import ACTION
 from torch import Tensor, nn
 
-from clbench.config.dit import IMAGE, TEXT
+from clbench.config.dit import DDIM, IMAGE, TEXT
 from clbench.policies.dit.configuration import DitConfig
 from clbench.policies.dit.encoders import ImageEncoder, feature_key, frozen, settle
 from clbench.policies.dit.layers import ObservationEncoder
+
+
+@lru_cache
+def noise_levels(n: int) -> Tensor:
+    """ᾱ (n,) of the squared-cosine schedule, on the CPU: what is left of the action at every level of noise."""
+    f = torch.cos((torch.arange(n + 1, dtype=torch.float64) / n + 0.008) / 1.008 * math.pi / 2).square()
+    return (1 - (1 - f[1:] / f[:-1]).clamp(max=0.999)).cumprod(0).float()
 
 
 class FlowMatchingModel(nn.Module):
@@ -112,9 +133,16 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         device = action_BHA.device
         noise_BHA = draw["noise"].to(device, non_blocking=True)
         t_B = draw["time"].to(device, non_blocking=True)
-        t_B11 = t_B[:, None, None]
-        x_BHA = (1 - t_B11) * noise_BHA + t_B11 * action_BHA
-        u_BHA = action_BHA - noise_BHA
+        if self.config.objective == DDIM:
+            n = self.config.diffusion_steps
+            level_B = (t_B * n).long().clamp(max=n - 1)
+            kept_B11 = noise_levels(n).to(device)[level_B][:, None, None]
+            x_BHA = kept_B11.sqrt() * action_BHA + (1 - kept_B11).sqrt() * noise_BHA
+            u_BHA, t_B = noise_BHA, level_B.to(t_B.dtype) / n
+        else:
+            t_B11 = t_B[:, None, None]
+            x_BHA = (1 - t_B11) * noise_BHA + t_B11 * action_BHA
+            u_BHA = action_BHA - noise_BHA
         pad_BH = batch.get(f"{ACTION}_is_pad")
         if "target" in want:
             found["target"] = u_BHA
@@ -166,11 +194,29 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         if noise is None:
             noise = self.sample_draw(reference.shape[0])["noise"]
         x_BHA = noise.to(reference.device)
+        return (self._denoised if self.config.objective == DDIM else self._integrated)(x_BHA, context)
+
+    def _integrated(self, x_BHA: Tensor, context: Any) -> Tensor:
         n = self.config.num_inference_steps
         for i in range(n):
             t_B = torch.full((x_BHA.shape[0],), i / n, device=x_BHA.device)
-            x_BHA = x_BHA + self.model.velocity(x_BHA, t_B, context).float() / n
+            x_BHA = self._clipped(x_BHA + self.model.velocity(x_BHA, t_B, context).float() / n)
         return x_BHA
+
+    def _denoised(self, x_BHA: Tensor, context: Any) -> Tensor:
+        n, every = self.config.diffusion_steps, self.config.diffusion_steps // self.config.num_inference_steps
+        kept = noise_levels(n).tolist()
+        for k in range(n - every, -1, -every):
+            t_B = torch.full((x_BHA.shape[0],), k / n, device=x_BHA.device)
+            noise_BHA = self.model.velocity(x_BHA, t_B, context).float()
+            action_BHA = self._clipped((x_BHA - (1 - kept[k]) ** 0.5 * noise_BHA) / kept[k] ** 0.5)
+            after = kept[k - every] if k >= every else 1.0
+            x_BHA = after**0.5 * action_BHA + (1 - after) ** 0.5 * noise_BHA
+        return x_BHA
+
+    def _clipped(self, x_BHA: Tensor) -> Tensor:
+        limit = self.config.clip_sample
+        return x_BHA.clamp(-limit, limit) if limit else x_BHA
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Tensor], noise: Tensor | None = None, **kwargs: Any) -> Tensor:
