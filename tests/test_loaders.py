@@ -157,6 +157,7 @@ GUARDS = {
     "clbench/adapters/lora.py:load": CHECKED,
     "clbench/checkpoints/policy_io.py:_load_adapter": CHECKED,
     "clbench/checkpoints/policy_io.py:_load_weights": CHECKED,
+    "clbench/checkpoints/policy_io.py:_no_flash": OWN_NAME,
     "clbench/policies/dit/encoders.py:build_model": NAMED,
     "clbench/policies/dit/packaged.py:load_weights": HASHED,
     "clbench/policies/dit/encoders.py:read_colours": NAMED,

@@ -81,6 +81,11 @@ class CopyAdapter(nn.Module):
 
     def __init__(self, base: nn.Module, dim_out: int, zero: bool = False) -> None:
         super().__init__()
+        if any(p.dtype == torch.bfloat16 for p in base.parameters()):
+            raise UserError(
+                "CLARE's use_trainable_copy trains copies of the base's layers, which policy.dtype=bfloat16 keeps in "
+                "bf16: set policy.dtype=float32."
+            )
         self.copy = copy.deepcopy(base)
         self.zero = _zero_convolution(dim_out, zero)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields
@@ -22,11 +23,12 @@ from clbench import registry
 from clbench.adapters import clare, lora
 from clbench.checkpoints import trusted
 from clbench.checkpoints.base import adapter_base
+from clbench.config.policy_types import own_keys
 from clbench.config.reading import fit
-from clbench.config.schema import BASE_KEYS
 from clbench.errors import UserError, nearest
 from clbench.io import read_json
 from clbench.tensor_files import tensor_shapes
+from clbench.terminal import tell
 
 
 @dataclass
@@ -41,7 +43,7 @@ class LoadedPolicy:
 
 def policy_config(section: dict[str, Any], device: str) -> PreTrainedConfig:
     """Build a LeRobot policy configuration from the `policy` section; raises UserError for unknown types and keys."""
-    values = {k: v for k, v in section.items() if k not in BASE_KEYS}
+    values = own_keys(section)
     kind = values.pop("type", None)
     known = _known(kind)
     if not isinstance(kind, str) or kind not in known:
@@ -57,10 +59,41 @@ def policy_config(section: dict[str, Any], device: str) -> PreTrainedConfig:
     try:
         config = cls(**values)
         draccus.decode(cls, values)  # `cls` accepted values of the wrong type
-        return config
+        return with_attention(config)
     except Exception as e:  # LeRobot's policies raise all kinds of errors for invalid values
         text = " ".join(str(e).split()) or type(e).__name__
         raise UserError(f"the policy section is not valid: {text}") from e
+
+
+_warned: list[str] = []  # attention implementations that were replaced, each said once
+
+
+def with_attention(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration, with `attn_implementation` sdpa where it asks for flash attention that this machine lacks."""
+    wanted = getattr(config, "attn_implementation", None)
+    if not isinstance(wanted, str) or not wanted.startswith("flash_attention"):
+        return config
+    reason = _no_flash(wanted)
+    if reason is not None:
+        if wanted not in _warned:
+            _warned.append(wanted)
+            tell(f"warning: policy.attn_implementation={wanted}: {reason}; sdpa is used instead.")
+        config.attn_implementation = "sdpa"  # type: ignore[attr-defined]
+    return config
+
+
+def _no_flash(wanted: str) -> str | None:
+    """Why flash attention cannot be used here; None: it can."""
+    module = {"flash_attention_3": "flash_attn_interface"}.get(wanted, "flash_attn")
+    if importlib.util.find_spec(module) is None:
+        return f"the package {module} is not installed"
+    if not torch.cuda.is_available():
+        return "it needs a CUDA device"
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError) as e:  # built for another torch or CUDA
+        return f"the package {module} cannot be imported ({' '.join(str(e).split())[:200]})"
+    return None
 
 
 def _known(kind: object) -> Collection[str]:
@@ -152,7 +185,7 @@ def read_policy_config(folder: Path, device: str) -> PreTrainedConfig:
     if not isinstance(kind, str) or kind not in known:
         raise UserError(f"{path} has an unknown policy type {kind!r}.{nearest(str(kind), known)}")
     try:
-        return draccus.decode(PreTrainedConfig.get_choice_class(kind), {**values, "device": device})
+        return with_attention(draccus.decode(PreTrainedConfig.get_choice_class(kind), {**values, "device": device}))
     except draccus.utils.ParsingError as e:
         if e.__cause__ is None:
             raise

@@ -278,7 +278,7 @@ def check_policy(section: dict[str, Any]) -> None:
     known = [*(f.name for f in fields(DitSettings)), *OF_LEROBOT]
     values = {}
     for key, value in section.items():
-        if key in ("type", *BASE_KEYS):
+        if key in ("type", "dtype", *BASE_KEYS):
             continue
         if key not in known:
             raise UserError(f"unknown key 'policy.{key}' for {kind}.{nearest(key, known)}")

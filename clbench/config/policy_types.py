@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 
 from clbench import registry
 from clbench.config import folders
-from clbench.config.schema import Config
+from clbench.config.schema import BASE_KEYS, Config
 from clbench.errors import UserError, nearest
 from clbench.io import read_json
 from clbench.paths import model_root, named_folder
@@ -30,6 +30,7 @@ class Facts:
         risk: CODE | HUB, why it is not built without the user's consent; "" = building it runs and fetches nothing.
         null: settings that must be null for that to hold.
         cameras: it cannot be built, or cannot run, without camera images (its validate_features and forward).
+        dtype: `policy.dtype` is a setting of its own; otherwise it is clbench's (policies/precision.py).
         rewards: why it cannot learn from demonstrations, which have no rewards; "" = it can.
         one_pass: the losses of single samples come from one pass, under a draw from outside (policies/draws.py);
             otherwise from one pass for each, under a seed of its own.
@@ -45,6 +46,7 @@ class Facts:
     risk: str = ""
     null: tuple[str, ...] = ()
     cameras: bool = True
+    dtype: bool = False
     rewards: str = ""
     one_pass: bool = False
     unless: str = ""
@@ -78,14 +80,14 @@ LEROBOT: dict[str, Facts] = {
         also_train=r"diffusion\.unet\.final_conv",
         clare=r"diffusion\.unet\..*\.cond_encoder\.1",
     ),
-    "eo1": Facts("eo1", HUB),
+    "eo1": Facts("eo1", HUB, dtype=True),
     "evo1": Facts("evo1", HUB),
     "fastwam": Facts("fastwam", HUB),
     "gaussian_actor": Facts(
         "", CODE, ("vision_encoder_name",), cameras=False, rewards="is the actor of a reinforcement learner"
     ),
     "groot": Facts("groot", CODE),
-    "lingbot_va": Facts("lingbot-va", HUB),
+    "lingbot_va": Facts("lingbot-va", HUB, dtype=True),
     "molmoact2": Facts(
         "molmoact2",
         HUB,
@@ -102,9 +104,9 @@ LEROBOT: dict[str, Facts] = {
         also_train=r"noise_predictor\.output_proj",
         clare=r"noise_predictor\.transformer_blocks\.\d+\.adaLN_modulation\.1",
     ),
-    "pi0": Facts("pi", HUB, one_pass=True, lora=_PALIGEMMA_LORA, clare=_PALIGEMMA),
-    "pi05": Facts("pi", HUB, one_pass=True, lora=_PALIGEMMA_LORA, clare=_PALIGEMMA),
-    "pi0_fast": Facts("pi", CODE),
+    "pi0": Facts("pi", HUB, dtype=True, one_pass=True, lora=_PALIGEMMA_LORA, clare=_PALIGEMMA),
+    "pi05": Facts("pi", HUB, dtype=True, one_pass=True, lora=_PALIGEMMA_LORA, clare=_PALIGEMMA),
+    "pi0_fast": Facts("pi", CODE, dtype=True),
     "smolvla": Facts(
         "smolvla",
         HUB,
@@ -121,7 +123,7 @@ LEROBOT: dict[str, Facts] = {
         clare=r"vqbet\.policy\.transformer\.h\.\d+\.mlp",
     ),
     "wall_x": Facts("wallx", CODE),
-    "xvla": Facts("xvla", HUB),
+    "xvla": Facts("xvla", HUB, dtype=True),
 }
 OWN = ("dit_dec", "dit_encdec")
 
@@ -139,6 +141,7 @@ OWN_CLARE = {
     "dit_encdec": r".*obs_encoder\.layers\.\d+\.ffn",
 }
 CLARE_TARGETS = "clare_targets"  # class attribute of a package's policy configuration: CLARE's layers by default
+FP32, BF16 = "float32", "bfloat16"
 FROM_FILES = "from_files"  # class attribute of a package's policy configuration: building one runs and fetches nothing
 
 
@@ -182,6 +185,39 @@ def unknown(name: str) -> UserError:
 
 def _close(name: str, known: set[str]) -> bool:
     return "Did you mean" in nearest(name, known)
+
+
+def rounds(kind: str) -> bool:
+    """Whether `policy.dtype` is clbench's setting for this type: what weights that do not train are kept in."""
+    return kind in OWN or (kind in LEROBOT and not LEROBOT[kind].dtype)
+
+
+def kept_in(config: Config) -> str:
+    """What the weights of a run's policy that do not train are kept in: float32 | bfloat16."""
+    kind = type_of(config.policy)
+    return str(config.policy.get("dtype", FP32)) if kind is not None and rounds(kind) else FP32
+
+
+def own_keys(section: dict[str, Any]) -> dict[str, Any]:
+    """A `policy` section without the keys that are clbench's: those of the policy's own configuration, and its type."""
+    ours = BASE_KEYS if not rounds(str(section.get("type"))) else (*BASE_KEYS, "dtype")
+    return {k: v for k, v in section.items() if k not in ours}
+
+
+def _check_dtype(config: Config) -> None:
+    """Raise UserError if weights shall be kept in bf16 that a run trains, or merges something into."""
+    kept, algorithm = kept_in(config), config.algorithm
+    if kept not in (FP32, BF16):
+        raise UserError(f"policy.dtype is {kept!r} but must be {FP32} or {BF16}.")
+    name = algorithm.get("name")
+    names = [name] if isinstance(name, str) else list(name or ())
+    adapters = config.lora.enabled or "clare" in names or ("seqlora" in names and algorithm.get("merge") is False)
+    if kept == BF16 and not adapters:
+        raise UserError(
+            f"policy.dtype={BF16} is for weights that do not train, below adapters, and {'+'.join(names)} trains or "
+            "changes them all: add lora.enabled=true, use clare, or seqlora with algorithm.merge=false. "
+            f"train.mixed_precision=bf16 computes in bf16 and keeps weights in {FP32}."
+        )
 
 
 def clare_targets(kind: str) -> str:
@@ -241,7 +277,8 @@ def missing(kind: str) -> tuple[str, ...]:
 
 
 def check_fits(config: Config) -> None:
-    """Raise UserError if the policy's type needs packages that are not installed, or images that the stream lacks."""
+    """Raise UserError if the policy's type needs packages that are not installed, or images that the stream lacks, or
+    cannot be trained as the run does."""
     kind = type_of(config.policy)
     if kind is None:
         return
@@ -257,6 +294,7 @@ def check_fits(config: Config) -> None:
             f"policy type '{kind}' {LEROBOT[kind].rewards}, and demonstrations have no rewards: it cannot be trained "
             "here. Policies that learn from demonstrations: clbench list policies."
         )
+    _check_dtype(config)
     from clbench.envs.making import family
 
     env = config.dataset.env  # without one only the data show it

@@ -348,7 +348,8 @@ class Config:
     """A whole run.
 
     In `policy`, `type` names a LeRobot policy, `path` a LeRobot checkpoint folder to start from (a path, or a name
-    under the model root), and `init: random` skips pretraining on the stream's pretraining tasks.
+    under the model root) or a hub's model, `init: random` skips pretraining on the stream's pretraining tasks, and
+    `dtype: bfloat16` keeps weights that do not train in bf16 (clbench/policies/precision.py).
     """
 
     seed: int = 0

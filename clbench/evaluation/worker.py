@@ -169,6 +169,8 @@ def actors(job: Job, settings: Settings) -> Any:
     from clbench.algorithms.state import restore_state
     from clbench.checkpoints.policy_io import load_policy, pick_device
     from clbench.checkpoints.state import load_state
+    from clbench.config.policy_types import BF16, kept_in
+    from clbench.policies.precision import keep_frozen
 
     trust(settings.trust)
     loaded = load_policy(w.policy, pick_device(settings.device))
@@ -177,6 +179,8 @@ def actors(job: Job, settings: Settings) -> Any:
         algorithm = build_algorithm(settings.config, check=False)
         algorithm.restore_structure(loaded.policy, Path(w.policy))
         restore_state(algorithm, load_state(Path(w.state), "algorithm"), loaded.policy)
+        if kept_in(settings.config) == BF16:
+            keep_frozen(loaded.policy, torch.bfloat16)
     if w.within:
         actor = PolicyActor(loaded, settings.slots, algorithm.eval_diagnostics, settings.shown)
         yield actor, nullcontext, job.episodes

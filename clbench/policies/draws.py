@@ -74,7 +74,7 @@ def refusal(policy: Any) -> str | None:
     return (
         "VQ-BeT changes its codes of actions whenever it computes a loss, in its first "
         f"{policy.config.n_vqvae_training_steps} steps (policy.n_vqvae_training_steps): let them be learned in "
-        "pretraining, or use a method that compares no losses"
+        "pretraining, or use a method that trains all weights and compares no losses"
     )
 
 
@@ -248,7 +248,7 @@ class ACT(Adapter):
             if not seen:
                 return None  # the latent is zero
             mean, log_variance = seen[-1][:, :size], seen[-1][:, size:]
-            return (mean + log_variance.div(2).exp() * noise.to(mean),)
+            return ((mean + log_variance.div(2).exp() * noise.to(mean)).to(args[0].dtype),)
 
         handles = [model.encoder_latent_input_proj.register_forward_pre_hook(replaced)]
         if self.config.use_vae:

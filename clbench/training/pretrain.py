@@ -39,8 +39,8 @@ from clbench.checkpoints.state import load_state
 from clbench.checkpoints.training_state import Position, StateKeeper
 from clbench.checkpoints.whole import DESCRIPTION, damage, write_whole
 from clbench.config.dit import RANGES, model_folder
+from clbench.config.policy_types import own_keys, rounds
 from clbench.config.schema import (
-    BASE_KEYS,
     Config,
     DatasetConfig,
     LogConfig,
@@ -81,7 +81,7 @@ def base_key(config: Config, data: DataSource) -> dict[str, Any]:
 
     The fingerprint of a set that clbench did not make omits its images, so for these the set and its features count.
     """
-    policy = {k: v for k, v in config.policy.items() if k not in BASE_KEYS}
+    policy = own_keys(config.policy)
     origin = ("repo_id", "commit") if data.description.get("repo_id") else ("root",)
     section: DatasetConfig | PretrainDataConfig
     if base_origin(config) == "random":
@@ -242,7 +242,8 @@ def _check_given(path: Path, config: Config) -> None:
     if not isinstance(stored, dict):
         raise UserError(f"policy.path={path}: its config.json is not a JSON object, so it is not a LeRobot checkpoint.")
     for key, value in config.policy.items():
-        if key in ("path", *ACTING) or (key in stored and stored[key] == value):
+        ours = key == "path" or (key == "dtype" and rounds(str(stored.get("type"))))
+        if ours or key in ACTING or (key in stored and stored[key] == value):
             continue
         raise UserError(
             f"policy.path={path} has {key} {stored.get(key)!r}, but the configuration says {value!r}. Use "
@@ -510,7 +511,8 @@ def _as_run(config: Config, progress: str) -> Config:
         feature_cache_gb=t.feature_cache_gb, device=t.device, strategy=t.strategy,
         save_every_steps=t.save_every_steps, save_every_minutes=t.save_every_minutes, on_nonfinite=t.on_nonfinite,
     )  # fmt: skip
-    return replace(config, seed=p.seed, train=train, lora=LoraConfig(), log=LogConfig(progress=progress))
+    policy = {k: v for k, v in config.policy.items() if k in ("type", *own_keys(config.policy))}  # it all trains
+    return replace(config, seed=p.seed, policy=policy, train=train, lora=LoraConfig(), log=LogConfig(progress=progress))
 
 
 def _position(temporary: Path, keeper: StateKeeper) -> Position:

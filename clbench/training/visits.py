@@ -21,6 +21,7 @@ from clbench.checkpoints.state import load_state, save_state
 from clbench.checkpoints.training_state import Position, StateKeeper
 from clbench.checkpoints.whole import DESCRIPTION
 from clbench.config.compose import to_dict
+from clbench.config.policy_types import BF16, kept_in
 from clbench.config.schema import Config
 from clbench.data.frames import StreamFrames
 from clbench.errors import Interrupted, UserError
@@ -29,6 +30,7 @@ from clbench.patience import patience
 from clbench.policies import draws
 from clbench.policies.augment import Augmentation, centre_crop, set_training
 from clbench.policies.features import FrozenFeatures
+from clbench.policies.precision import keep_frozen
 from clbench.policies.view import PolicyView
 from clbench.seeding import seed_everything, seeded
 from clbench.stopping import Stop
@@ -133,6 +135,9 @@ class Trainer:
         frames = frames or StreamFrames(
             [v.tasks for v in self.stream.visits], policy.config, self.config.train.frame_cache_gb
         )
+        reason = draws.refusal(policy)
+        if reason is not None and (self.config.lora.enabled or "structure" in self.algorithm.claims):
+            raise UserError(f"adapters cannot be added to policy '{policy.config.type}' yet: {reason}.")
         loss = PolicyView(policy, policy, self.loaded.preprocessor, self.backend.autocast, self._augmentation(frames))
         if self.keeps_mean_images and frames.cameras and self.backend.is_main:
             write_mean_images(self.folder, frames.mean_images())
@@ -169,6 +174,7 @@ class Trainer:
                 for name, p in policy.named_parameters():
                     p.requires_grad_(name not in frozen)
             restore_state(self.algorithm, load_state(source, "algorithm"), policy)
+            self._keep_frozen()
         return training
 
     def _keep_features(self, frames: StreamFrames) -> None:
@@ -181,6 +187,11 @@ class Trainer:
                               "the images in every step.")  # fmt: skip
             return
         frames.keep_features(FrozenFeatures(policy, self.loaded.preprocessor), train.feature_cache_gb)
+
+    def _keep_frozen(self) -> None:
+        """Keep what no task trains in the type that policy.dtype names."""
+        if kept_in(self.config) == BF16:
+            keep_frozen(self.loaded.policy, torch.bfloat16)
 
     def _augmentation(self, frames: StreamFrames) -> Augmentation | None:
         """What changes images in training; the preprocessor then crops in acting alone."""
@@ -208,6 +219,7 @@ class Trainer:
             seed_everything("task_start", ctx.seed, k)
             with patience(f"{self._task(k)}: preparing it"):
                 algorithm.on_task_start(ctx)
+            self._keep_frozen()
         else:
             self.task_seconds, self.trained = float(resumed["task_seconds"]), int(resumed["trained"])
             self.parameters_before = int(resumed["parameters_before"])
