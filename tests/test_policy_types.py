@@ -267,3 +267,13 @@ def test_clares_default_layers_see_no_noise(kind: str, tmp_path: Path) -> None:
     with torch.no_grad(), without_dropout(policy):
         view.total(batch, view.draw(4, torch.Generator().manual_seed(0)))
     assert all(layer.route is not None and layer.route.shape == (4,) for layer in layers)
+
+
+def test_lists_of_a_file_become_the_tuples_that_lerobot_writes(tmp_path: Path) -> None:
+    """Where a field may also be null, draccus cannot write a list."""
+    changes = {"resize_shape": [48, 48], "crop_shape": [40, 40], "crop_is_random": False}
+    loaded = preset("diffusion_small", **changes)
+    assert loaded.policy.config.resize_shape == (48, 48) and loaded.policy.config.down_dims == (64, 128)
+    save_policy(loaded, tmp_path / "p")
+    assert read_json(tmp_path / "p" / "config.json")["resize_shape"] == [48, 48]
+    assert load_policy(tmp_path / "p").policy.config == loaded.policy.config

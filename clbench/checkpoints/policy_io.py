@@ -8,7 +8,7 @@ import io
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import draccus
 import torch
@@ -57,7 +57,7 @@ def policy_config(section: dict[str, Any], device: str) -> PreTrainedConfig:
     values = {k: fit(v, hints[k], f"policy.{k}") for k, v in values.items()}
     values.update(device=device, push_to_hub=False)
     try:
-        config = cls(**values)
+        config = cls(**{k: _tuples(v, hints[k]) for k, v in values.items()})
         draccus.decode(cls, values)  # `cls` accepted values of the wrong type
         return with_attention(config)
     except Exception as e:  # LeRobot's policies raise all kinds of errors for invalid values
@@ -94,6 +94,13 @@ def _no_flash(wanted: str) -> str | None:
     except (ImportError, OSError) as e:  # built for another torch or CUDA
         return f"the package {module} cannot be imported ({' '.join(str(e).split())[:200]})"
     return None
+
+
+def _tuples(value: Any, kind: Any) -> Any:
+    """A list as the tuple that a field declares, possibly beside None: draccus writes no list in its place."""
+    declared = [kind, *get_args(kind)]
+    takes = any(get_origin(k) is tuple or k is tuple for k in declared)
+    return tuple(value) if isinstance(value, list) and takes else value
 
 
 def _known(kind: object) -> Collection[str]:

@@ -113,7 +113,7 @@ LEROBOT: dict[str, Facts] = {
         one_pass=True,
         lora=r"(model\.vlm_with_expert\.lm_expert\..*\.(q|v)_proj|"
         r"model\.(state_proj|action_in_proj|action_out_proj|action_time_mlp_in|action_time_mlp_out))",
-        clare=r".*vlm.*text_model\.layers\.\d+\.mlp",
+        clare=r".*vlm.*text_model\.layers\.(\d|1[0-4])\.mlp",  # of 16; the last one's output is not read
     ),
     "tdmpc": Facts(cameras=False, rewards="learns a model of rewards"),
     "vla_jepa": Facts("vla-jepa", HUB),

@@ -286,6 +286,11 @@ class PhaseRunner:
                 for name, value in algorithm.penalties(ctx.policy).items():
                     penalties[name] = float(value.detach())
                     loss = loss + value
+            if not loss.requires_grad:
+                raise UserError(
+                    f"phase {phase.name}: what trains ({', '.join(list(self.trained)[:3])}, …) has no influence on the "
+                    "loss. Choose layers whose output the policy's actions depend on (target_modules)."
+                )
             bad = bad or self._not_finite(float(loss.detach()), phase, "loss")
             self.backend.backward(loss, last=i == parts - 1)
         if ctx.train.on_nonfinite == "skip" and self.backend.any(bool(bad))[0]:
