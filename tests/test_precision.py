@@ -30,7 +30,6 @@ from clbench.policies import precision
 from clbench.policies.precision import keep_frozen
 from clbench.policies.view import PolicyView, without_dropout
 from clbench.testing.toy import toy_config
-from clbench.training import visits
 from clbench.training.pretrain import base_folder, pretraining_tasks
 from clbench.training.trainer import train
 from tests import tiny_policies
@@ -111,8 +110,7 @@ def test_files_are_in_fp32_and_evaluation_rounds_as_training_did(
         seen.append(keep_frozen(policy, dtype))
         return seen[-1]
 
-    for module in (precision, visits):
-        monkeypatch.setattr(module, "keep_frozen", watched)
+    monkeypatch.setattr(precision, "keep_frozen", watched)
     more = ["lora.enabled=true", "lora.rank=2"] if algorithm["name"] == "er" else []
     given = [f"output_dir={tmp_path}", *more, "policy.dtype=bfloat16"]
     config = toy_config(toy_data, dict(algorithm), *given)

@@ -23,10 +23,12 @@ from clbench import registry
 from clbench.adapters import clare, lora
 from clbench.checkpoints import trusted
 from clbench.checkpoints.base import adapter_base
-from clbench.config.policy_types import own_keys
+from clbench.config.policy_types import BF16, kept_in, own_keys
 from clbench.config.reading import fit
+from clbench.config.schema import Config
 from clbench.errors import UserError, nearest
 from clbench.io import read_json
+from clbench.policies import precision
 from clbench.tensor_files import tensor_shapes
 from clbench.terminal import tell
 
@@ -176,6 +178,12 @@ def load_policy(folder: Path | str, device: str = "cpu", overrides: dict[str, An
     except (Exception, SystemExit) as e:  # LeRobot and PEFT raise all kinds of errors for a damaged folder
         raise UserError(f"cannot load the policy in {folder}: {' '.join(str(e).split()) or type(e).__name__}") from e
     return LoadedPolicy(policy, pre, post, str(folder))
+
+
+def keep_in_dtype(policy: PreTrainedPolicy, config: Config) -> None:
+    """Keep what a run's policy does not train in the type that policy.dtype names (policies/precision.py)."""
+    if kept_in(config) == BF16:
+        precision.keep_frozen(policy, torch.bfloat16)
 
 
 def read_policy_config(folder: Path, device: str) -> PreTrainedConfig:

@@ -167,10 +167,8 @@ def actors(job: Job, settings: Settings) -> Any:
     from clbench.algorithms.build import build_algorithm
     from clbench.algorithms.hooks import CLAlgorithm
     from clbench.algorithms.state import restore_state
-    from clbench.checkpoints.policy_io import load_policy, pick_device
+    from clbench.checkpoints.policy_io import keep_in_dtype, load_policy, pick_device
     from clbench.checkpoints.state import load_state
-    from clbench.config.policy_types import BF16, kept_in
-    from clbench.policies.precision import keep_frozen
 
     trust(settings.trust)
     loaded = load_policy(w.policy, pick_device(settings.device))
@@ -179,8 +177,7 @@ def actors(job: Job, settings: Settings) -> Any:
         algorithm = build_algorithm(settings.config, check=False)
         algorithm.restore_structure(loaded.policy, Path(w.policy))
         restore_state(algorithm, load_state(Path(w.state), "algorithm"), loaded.policy)
-        if kept_in(settings.config) == BF16:
-            keep_frozen(loaded.policy, torch.bfloat16)
+        keep_in_dtype(loaded.policy, settings.config)
     if w.within:
         actor = PolicyActor(loaded, settings.slots, algorithm.eval_diagnostics, settings.shown)
         yield actor, nullcontext, job.episodes

@@ -15,7 +15,7 @@ from clbench.algorithms.state import restore_state
 from clbench.checkpoints.base import write_adapter_base
 from clbench.checkpoints.kept import WeightKeeper
 from clbench.checkpoints.mean_images import write_mean_images
-from clbench.checkpoints.policy_io import LoadedPolicy, load_policy, pick_device, save_policy
+from clbench.checkpoints.policy_io import LoadedPolicy, keep_in_dtype, load_policy, pick_device, save_policy
 from clbench.checkpoints.run_folder import checkpoint_folder, save_checkpoint
 from clbench.checkpoints.state import load_state, save_state
 from clbench.checkpoints.training_state import Position, StateKeeper
@@ -30,7 +30,6 @@ from clbench.patience import patience
 from clbench.policies import draws
 from clbench.policies.augment import Augmentation, centre_crop, set_training
 from clbench.policies.features import FrozenFeatures
-from clbench.policies.precision import keep_frozen
 from clbench.policies.view import PolicyView
 from clbench.seeding import seed_everything, seeded
 from clbench.stopping import Stop
@@ -174,7 +173,7 @@ class Trainer:
                 for name, p in policy.named_parameters():
                     p.requires_grad_(name not in frozen)
             restore_state(self.algorithm, load_state(source, "algorithm"), policy)
-            self._keep_frozen()
+            keep_in_dtype(policy, self.config)
         return training
 
     def _keep_features(self, frames: StreamFrames) -> None:
@@ -186,12 +185,10 @@ class Trainer:
             say(self.backend, "note: the image encoder is frozen, but its features cannot be kept: augment.… changes "
                               "the images in every step.")  # fmt: skip
             return
+        if kept_in(self.config) == BF16:  # evaluation computes them with rounded weights
+            say(self.backend, "note: features of the frozen image encoder are not kept with policy.dtype=bfloat16.")
+            return
         frames.keep_features(FrozenFeatures(policy, self.loaded.preprocessor), train.feature_cache_gb)
-
-    def _keep_frozen(self) -> None:
-        """Keep what no task trains in the type that policy.dtype names."""
-        if kept_in(self.config) == BF16:
-            keep_frozen(self.loaded.policy, torch.bfloat16)
 
     def _augmentation(self, frames: StreamFrames) -> Augmentation | None:
         """What changes images in training; the preprocessor then crops in acting alone."""
@@ -219,7 +216,7 @@ class Trainer:
             seed_everything("task_start", ctx.seed, k)
             with patience(f"{self._task(k)}: preparing it"):
                 algorithm.on_task_start(ctx)
-            self._keep_frozen()
+            keep_in_dtype(policy, self.config)
         else:
             self.task_seconds, self.trained = float(resumed["task_seconds"]), int(resumed["trained"])
             self.parameters_before = int(resumed["parameters_before"])
