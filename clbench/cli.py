@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clbench import __version__, patience
 from clbench.arguments import numbers, whole
@@ -56,7 +56,8 @@ def parser() -> argparse.ArgumentParser:
     _axes(pre, algo=False)
     _trust(pre)
 
-    ev = _command(sub, "eval", "evaluate a run: the T×T success matrix, in simulators")
+    ev = _command(sub, "eval", "evaluate a run: the T×T matrix of success in simulators, or, without one, of action "
+                  "errors on held-out episodes")  # fmt: skip
     ev.add_argument("--run-id", required=True, help="the run, by id or folder")
     ev.add_argument("--trials", type=whole, help="episodes per cell (default: the run's eval.episodes)")
     ev.add_argument("--cells", choices=("full", "lower", "last", "diagonal"), help="which cells (default: full)")
@@ -335,12 +336,12 @@ def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str], 
     check_policy(config.policy)
     check_fits(config)
     sets: list[tuple[bool, Callable[[], object]]] = [
-        (d.repo_id is not None, lambda: build_stream(d, sequential=False, render=config.render))
+        (_fetches(d), lambda: build_stream(d, sequential=False, render=config.render))
     ]
     own_base = base_origin(config) == "pretrained" and not isinstance(args.resume, str)  # one that goes on has its base
     if own_base:
         assert d.pretrain is not None
-        sets.append((d.pretrain.repo_id is not None, lambda: pretraining_data(d, config.render)))
+        sets.append((_fetches(d.pretrain), lambda: pretraining_data(d, config.render)))
     check_images(d, config.render, base=own_base)
     with patience.patience("looking at the data"):
         for _, opened in sorted(sets, key=lambda s: s[0]):  # those of the hub last
@@ -366,6 +367,13 @@ def _train(args: argparse.Namespace, overrides: list[str], argv: Sequence[str], 
         play_curves=not args.curves_later,
     )  # fmt: skip
     return 0
+
+
+def _fetches(part: DatasetConfig | PretrainDataConfig) -> bool:
+    """Whether a data set of the hub is among those that are named."""
+    from clbench.config.schema import sets_of
+
+    return any(one.repo_id is not None for one in sets_of(part))
 
 
 def _ranks(args: argparse.Namespace) -> int:
@@ -559,6 +567,12 @@ def _eval_within(args: argparse.Namespace, folder: Path, config: Config, output:
 def _print_matrix(matrix: dict[str, object]) -> None:
     tasks = matrix["tasks"]
     assert isinstance(tasks, list)
+    if "quantity" in matrix:
+        show(f"{matrix['quantity']} in {matrix['unit']}, {matrix['direction']}")
+        show("mean error of the whole chunk after task k (rows) on task j (columns): "
+             + ", ".join(f"{j}={t}" for j, t in enumerate(tasks)))  # fmt: skip
+        _print_rows(matrix, "error", "6.3f")
+        return
     show("success rate after task k (rows) on task j (columns): " + ", ".join(f"{j}={t}" for j, t in enumerate(tasks)))
     if matrix["split"] != "test":
         show(f"{matrix['split']} episodes")
@@ -566,13 +580,17 @@ def _print_matrix(matrix: dict[str, object]) -> None:
     assert isinstance(run, dict)
     if run["privileged"]:
         show(f"privileged observations: {run['privileged']}")
+    _print_rows(matrix, "success", "5.2f")
+
+
+def _print_rows(matrix: dict[str, object], key: str, form: str) -> None:
     rows = [(name, matrix[name]) for name in ("random", "base") if matrix[name]]
-    success = matrix["success"]
-    assert isinstance(success, list)
-    rows += [(f"k={k}", row) for k, row in enumerate(success)]
+    cells = matrix[key]
+    assert isinstance(cells, list)
+    rows += [(f"k={k}", row) for k, row in enumerate(cells)]
     for name, row in rows:
         assert isinstance(row, list)
-        show(f"{name:>7} " + " ".join("   – " if v is None else f"{v:5.2f}" for v in row))
+        show(f"{name:>7} " + " ".join("   – " if v is None else f"{v:{form}}" for v in row))
 
 
 def _results_files(args: argparse.Namespace, overrides: list[str]) -> int:
@@ -627,24 +645,40 @@ def _print_data(title: str, data: DataSource, stream: str) -> None:
 
     d = data.description
     check_every_byte(data.root, d, stream)
-    origin = {"made": "made by clbench", "lerobot": "not made by clbench", "hub": "from the hub"}[d["kind"]]
-    if "imported" in d:
-        origin = f"imported from {d['imported']['imported_from']} ({d['imported']['source']['folder']})"
-    show(f"{title}: {data.root}, {origin}")
-    if d["kind"] == "hub":
-        show(f"  repo_id {d['repo_id']}, revision {d['revision']}, commit {d['commit']}")
-    show(f"  fingerprint {data.fingerprint or 'not known before all is fetched'}")
-    if data.features is not None:
-        show("  features " + ", ".join(k if k == v else f"{k} as {v}" for k, v in data.features.items())
-             + (f"; not used: {', '.join(d['features_unused'])}" if d["features_unused"] else ""))  # fmt: skip
-        steps = d.get("simulator_steps_per_second")
-        plays = "there is no simulator" if steps is None else f"the simulator makes {steps:g} steps"
-        show(f"  it says {d['fps']:g} frames a second; {plays}")
+    if d["kind"] == "several":
+        show(f"{title}: {len(d['sets'])} data sets, {d['partition']}",
+             f"  fingerprint {data.fingerprint or 'not known before all is fetched'}")  # fmt: skip
+        for one in d["sets"]:
+            _print_set(f"  {one['name']}", Path(one["root"]), one, one.get("fingerprint", ""), one["features"])
+        for t in data.tasks.values():
+            show(f"  task {len(t.episodes):5} episodes {t.frames:7} frames  {t.name}")
+        show(f"  not used: {d['tasks_unused']} tasks, {d['episodes_unused']} episodes")
+        return
+    _print_set(title, data.root, d, data.fingerprint, data.features)
     for t in data.tasks.values():
         show(f"  task {t.task_index:3} {len(t.episodes):5} episodes {t.frames:7} frames  {t.name}: {t.text}")
     left_out = d.get("episodes_excluded", [])
     show(f"  not used: {d['tasks_unused']} tasks, {d['episodes_unused']} episodes"
          + (f" (with exclude_episodes: {len(left_out)})" if left_out else ""))  # fmt: skip
+
+
+def _print_set(
+    title: str, root: Path, d: dict[str, Any], fingerprint: str, features: dict[str, str] | None
+) -> None:
+    """What is known about one data set."""
+    origin = {"made": "made by clbench", "lerobot": "not made by clbench", "hub": "from the hub"}[d["kind"]]
+    if "imported" in d:
+        origin = f"imported from {d['imported']['imported_from']} ({d['imported']['source']['folder']})"
+    show(f"{title}: {root}, {origin}")
+    if d["kind"] == "hub":
+        show(f"  repo_id {d['repo_id']}, revision {d['revision']}, commit {d['commit']}")
+    show(f"  fingerprint {fingerprint or 'not known before all is fetched'}")
+    if features is not None:
+        show("  features " + ", ".join(k if k == v else f"{k} as {v}" for k, v in features.items())
+             + (f"; not used: {', '.join(d['features_unused'])}" if d["features_unused"] else ""))  # fmt: skip
+        steps = d.get("simulator_steps_per_second")
+        plays = "there is no simulator" if steps is None else f"the simulator makes {steps:g} steps"
+        show(f"  it says {d['fps']:g} frames a second; {plays}")
 
 
 def _import_data(args: argparse.Namespace, overrides: list[str]) -> int:

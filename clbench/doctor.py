@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from clbench.config.compose import available, compose
+from clbench.config.schema import sets_of
 from clbench.data.lerobot_set import has_set
 from clbench.data.source import data_folder
 from clbench.env_file import env_file, read_env_file
@@ -162,7 +163,8 @@ def _stream(name: str) -> Finding:
     except UserError as e:
         return Finding("missing", f"stream {name}", str(e))
     d = config.dataset
-    needed = [part.data for part in (d, d.pretrain) if part is not None and part.repo_id is None]
+    parts = [one for part in (d, d.pretrain) if part is not None for one in sets_of(part)]
+    needed = [part.data for part in parts if part.repo_id is None]
     absent = [n for n in needed if not has_set(data_folder(n))]
     if absent:
         return Finding("note", f"stream {name}: no data in {', '.join(absent)}", f"clbench data make {name}")

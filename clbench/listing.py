@@ -147,7 +147,7 @@ def _needs_of_file(axis: str, path: Path) -> str:
     if axis == "streams":
         dataset = load_yaml(path).get("dataset", {})
         if "env" in dataset and dataset["env"] is None:
-            return "no simulator: for training only, not evaluated"
+            return "no simulator: evaluated by action errors on held-out episodes"
         env = dataset.get("env") or {}
         simulators = registry.entries("simulators")
         return _code_item(simulators[env["type"]]).needs if env.get("type") in simulators else ""

@@ -41,7 +41,7 @@ from clbench.stopping import Stop, stoppable
 from clbench.streams.stream import visit_order
 from clbench.terminal import last_line, show, tell
 
-NO_SIMULATOR = "the stream has no simulator (dataset.env: null)"
+NO_SIMULATOR = "the stream has no simulator and holds out no episodes (dataset.env: null, dataset.holdout: 0)"
 LOCK_SECONDS = 60.0  # to wait for another command of one of its runs
 
 
@@ -159,6 +159,11 @@ def _axes(experiment: Experiment) -> tuple[str, ...]:
     return ("--model", experiment.model, "--dataset", experiment.dataset, *smoke)
 
 
+def evaluated(config: Config) -> bool:
+    """Whether runs can be evaluated: in a simulator, or on held-out episodes."""
+    return config.dataset.env is not None or config.dataset.holdout > 0
+
+
 def finished(run: PlannedRun) -> bool:
     """Whether a run is trained, and evaluated if it has a simulator, with the experiment's settings."""
     from clbench.checkpoints.changes import FREE_ON_RESUME, changed_keys
@@ -167,7 +172,7 @@ def finished(run: PlannedRun) -> bool:
 
     folder = results_root() / run.run_id
     complete = eval_folder(folder, run.config.eval.split) / "complete.json"
-    played = run.config.dataset.env is not None
+    played = evaluated(run.config)
     if not (folder / "manifest.json").is_file() or (played and not complete.is_file()):
         return False
     manifest = read_manifest(folder)
@@ -209,7 +214,7 @@ def _run_sweep(name: str, dry_run: bool, trust: Sequence[str], stop: Stop, stack
         stack.enter_context(held(logs, "sweep"))  # two of one experiment would train the same runs
     left = [r for r in runs if not finished(r)]
     show(f"experiment {experiment.name}: {len(runs) - len(left)} of {len(runs)} runs are finished")
-    if runs and runs[0].config.dataset.env is None:
+    if runs and not evaluated(runs[0].config):
         show(f"{NO_SIMULATOR}: runs are trained but not evaluated")
     for r in runs:
         check_policy(r.config.policy)
@@ -270,7 +275,7 @@ def units(
         train, evaluate = f"train {r.run_id}", f"evaluate {r.run_id}"
         found.append(Unit(train, "train", ("train", *_trusting(trust, *own_trust), *r.train), log, folder, ("base",),
                           order=(seed, 0, -_steps(r.config)), about=r.run_id))  # fmt: skip
-        if r.config.dataset.env is None:
+        if not evaluated(r.config):
             continue
         arguments = ("eval", *_trusting(trust, r.run_id), "--run-id", r.run_id, *workers)
         found.append(Unit(evaluate, "evaluate", arguments, log, folder / "eval", (train,), order=(seed, 1),
@@ -309,7 +314,7 @@ def _steps(config: Config) -> float:
 
 def draw_report(name: str, experiment: Experiment, runs: Sequence[PlannedRun]) -> int:
     """Draw the report of the runs that are finished; returns 0, even when none is."""
-    if runs and runs[0].config.dataset.env is None:
+    if runs and not evaluated(runs[0].config):
         show(f"{NO_SIMULATOR}: there is no report")
         return 0
     done = [r.run_id for r in runs if finished(r)]

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Evaluates a run in its simulators: the T×T matrix of success rates. Finished episodes are never run again.
+# Evaluates a run in its simulators: the T×T matrix of success rates. Without a simulator (dataset.env: null): the T×T
+# matrix of action errors on the episodes that the stream holds out. Finished episodes are never run again.
 #
 #   scripts/run_cl_eval.sh --run-id dit_dec_tiny_clare_metaworld_quick_s0
 #

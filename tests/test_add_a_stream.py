@@ -1,8 +1,9 @@
-"""docs/add_a_stream.md: its streams are read, and the one without a simulator is recorded, checked and trained."""
+"""docs/add_a_stream.md: its streams are read, those without a simulator recorded, checked, trained and evaluated."""
 
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -30,58 +31,88 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The data set that the page's program records."""
+    """A folder with the data sets that the page's programs record."""
     folder = tmp_path_factory.mktemp("lab")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        exec(compile(blocks("python")[0], "record.py", "exec"), {})
-    return folder / "my_lab"
+        for program in blocks("python"):
+            exec(compile(program, "record.py", "exec"), {})
+    return folder
 
 
 @pytest.fixture
 def here(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with the page's two streams and the recording."""
+    """A working folder with the page's streams and recordings."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "configs" / "datasets"
     folder.mkdir(parents=True)
     for text in blocks("yaml"):
         (folder / f"{yaml.safe_load(text)['dataset']['name']}.yaml").write_text(text)
-    shutil.copytree(recorded, tmp_path / "my_lab")
+    for name in ("my_lab", "my_drawer"):
+        shutil.copytree(recorded / name, tmp_path / name)
+    monkeypatch.setenv("CLBENCH_RESULTS_ROOT", str(tmp_path / "results"))
     return tmp_path
 
 
-def test_the_pages_streams_train(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+SHORT = ["train.batch_size=8", "policy.d_model=16", "policy.n_heads=2", "train.device=cpu"]
+
+
+def shortened(command: list[str]) -> list[str]:
+    """A command of the page without its program; a training with a smaller policy and fewer steps."""
+    if "train" not in command:
+        return command[1:]
+    assert command[-1] == "train.steps=200"
+    return [*command[1:-1], "train.steps=4", *SHORT]
+
+
+def test_the_pages_streams_train(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, _ = compose(model="dit_dec_tiny", algorithms=["seqfft"], dataset="my_three", registered=["seqfft"])
     assert config.dataset.env_type == "metaworld" and len(config.dataset.tasks) == 3
     listed = "\n".join(listing("streams"))
-    assert "My lab's cups" in listed and "no simulator: for training only, not evaluated" in " ".join(listed.split())
+    assert "My lab's cups" in listed and "no simulator: evaluated by action errors" in " ".join(listed.split())
     commands = [line.split() for line in blocks("bash")[0].splitlines()]
-    check, training = (c[1:] for c in commands if c[0] == "clbench")
+    check, training, evaluation, report = (shortened(c) for c in commands if c[0] == "clbench")
     assert commands[0] == ["python", "record.py"]
     assert cli.main(check) == 0
     said = capsys.readouterr().out
     assert "task   0    10 episodes     300 frames  left: Move the cup to the left" in said
     assert "there is no simulator" in said and "not used: 0 tasks, 0 episodes" in said
-    assert training[-1] == "train.steps=200"
-    short = ["train.steps=4", "train.batch_size=8", "policy.d_model=16", "policy.n_heads=2", "train.device=cpu"]
-    monkeypatch.setenv("CLBENCH_RESULTS_ROOT", str(here / "results"))
-    assert cli.main([*training[:-1], *short]) == 0
+    assert cli.main(training) == 0
     manifest = read_json(here / "results" / "cups" / "manifest.json")
     assert [v["task"] for v in manifest["visits"]] == ["left", "right"]
     assert [v["instruction"] for v in manifest["visits"]] == ["Move the cup to the left", "Move the cup to the right"]
     assert [v["env"] for v in manifest["visits"]] == [None, None] and manifest["privileged"] is None
     assert (here / "results" / "cups" / "checkpoints" / "task_01" / "checkpoint.json").is_file()
+    assert [len(v["held_out"][0]["episodes"]) for v in manifest["visits"]] == [2, 2]
     capsys.readouterr()
-    assert cli.main(["eval", "--run-id", "cups"]) == 2
+    assert cli.main(["eval", "--run-id", "cups", "--curves"]) == 2
     assert "without a simulator (dataset.env: null): there is nothing to play" in capsys.readouterr().err
     assert cli.main(["report", str(here / "results" / "cups")]) == 2
     assert "nothing has been evaluated there yet" in capsys.readouterr().err
+    assert cli.main(evaluation) == 0 and cli.main(report) == 0
+    assert "offline action error" in capsys.readouterr().out
+    assert (here / "results" / "cups" / "report" / "index.html").is_file()
     (here / "results" / "cups" / "checkpoints" / "task_01" / "policy" / "model.safetensors").unlink()
     assert cli.main(["train", "--resume", "cups"]) == 0
     assert cli.main(["data", "make", "my_lab"]) == 2
     assert "no demonstrations can be made for it" in capsys.readouterr().err
+
+
+def test_the_pages_stream_of_two_data_sets(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    commands = [shlex.split(line, comments=True) for line in blocks("bash")[1].splitlines()]
+    assert commands[0] == ["python", "record_drawer.py"]
+    for command in commands[1:]:
+        assert cli.main(shortened(command)) == 0, command
+    said = capsys.readouterr().out
+    assert "2 data sets, by_dataset" in said and "observation.robot as observation.state" in said
+    assert "paired differences over the same episodes" in said and "success" not in said
+    matrix = read_json(here / "results" / "days" / "eval" / "matrix.json")
+    assert matrix["tasks"] == ["my_lab", "my_drawer"] and len(matrix["error"]) == 2 and matrix["base"] is not None
+    manifest = read_json(here / "results" / "days" / "manifest.json")
+    assert [p["instruction"] for p in manifest["visits"][0]["parts"]] == [
+        "Move the cup to the left", "Move the cup to the right",
+    ]  # fmt: skip
+    assert "offline action error" in (here / "results" / "reports" / "two_days" / "index.html").read_text()
 
 
 def without_simulator(data: Path, *overrides: str) -> Any:
@@ -132,7 +163,7 @@ def test_a_foreign_sets_tasks_are_its_instructions(here: Path) -> None:
     plain = yaml.safe_load(text)
     del plain["dataset"]["instructions"]
     names = ["Move the cup to the right", "Move the cup to the left"]
-    plain["dataset"] |= {"tasks": names, "name": "plain"}
+    plain["dataset"] |= {"tasks": names, "name": "plain", "holdout": 0.0}
     (here / "configs" / "datasets" / "plain.yaml").write_text(yaml.safe_dump(plain))
 
     def stream(dataset: str, *overrides: str) -> Any:
@@ -152,10 +183,11 @@ def test_a_foreign_sets_tasks_are_its_instructions(here: Path) -> None:
         stream("plain", "dataset.data=./nowhere")
 
 
-def test_a_sweep_trains_and_does_not_evaluate(toy_data: Path, here: Path) -> None:
+def test_a_sweep_does_not_evaluate_where_nothing_is_held_out(toy_data: Path, here: Path) -> None:
     path = here / "mine.yaml"
     path.write_text(
-        "name: mine\nmodel: dit_dec_tiny\ndataset: my_lab\nalgorithms: [seqfft, er]\noverrides: [train.steps=2]\n"
+        "name: mine\nmodel: dit_dec_tiny\ndataset: my_lab\nalgorithms: [seqfft, er]\n"
+        "overrides: [train.steps=2, dataset.holdout=0]\n"
     )
     experiment, runs = load_experiment(str(path))
     graph = units(experiment, runs, here / "logs", (), str(path))

@@ -28,7 +28,6 @@ import torch
 from torch import Tensor, nn
 
 from clbench.algorithms.hooks import CLAlgorithm, Context, iterate_named
-from clbench.data.frames import SampleOrder
 from clbench.errors import UserError
 from clbench.policies.view import without_dropout
 
@@ -142,7 +141,7 @@ class EWC(CLAlgorithm):
     def _estimate(self, ctx: Context, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """F_k: the mean over samples of squared per-sample gradients."""
         size = ctx.train.batch_size
-        order = SampleOrder(ctx.frames.length(ctx.k), "ewc-fisher", ctx.seed, ctx.k)
+        order = ctx.frames.order(ctx.k, "ewc-fisher", ctx.seed, ctx.k)
         total = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}
         with without_dropout(ctx.policy):
             for i in range(self.config.fisher_batches):

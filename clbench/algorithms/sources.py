@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from clbench.data.frames import Batch, SampleOrder
+from clbench.data.frames import Batch
 from clbench.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Demonstrations(Source):
     """The current visit's demonstrations, reshuffled every epoch. The default."""
 
     def begin(self, ctx: Context, phase: Phase) -> None:
-        self._order = SampleOrder(ctx.frames.length(ctx.k), ctx.seed, ctx.k, phase.name)
+        self._order = ctx.frames.order(ctx.k, ctx.seed, ctx.k, phase.name)
 
     def references(self, ctx: Context, phase: Phase, step: int) -> Tensor:
         index = self._order.take(step * phase.batch_size, phase.batch_size)

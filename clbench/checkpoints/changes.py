@@ -28,7 +28,8 @@ FREE_ON_RESUME = (
 )  # fmt: skip
 AS_THE_DATA = ("render.fidelity", "render.size")  # null: as the training data; the trainer records what they were
 # Keys that are paths: they may differ where what they name is the same.
-PLACES = ("dataset.data", "dataset.pretrain.data", "policy.path", "algorithm.peft_cfg_path")
+PLACES = ("dataset.data", "dataset.sets", "dataset.pretrain.data", "dataset.pretrain.sets", "policy.path",
+          "algorithm.peft_cfg_path")  # fmt: skip
 
 
 def check_overrides(folder: Path, config: Config, allowed: Sequence[str]) -> None:
@@ -54,7 +55,8 @@ def changes(folder: Path, config: Config, stream: TaskStream, allowed: Sequence[
     """
     differing = changed_values(folder, config)
     manifest = read_manifest(folder)
-    for key in [k for k in differing if k in PLACES and _same_there(k, folder, config, stream, manifest)]:
+    moved = [k for k in differing if k in PLACES and _only_moved(differing[k])]
+    for key in [k for k in moved if _same_there(k, folder, config, stream, manifest)]:
         del differing[key]  # it only moved
     fingerprint = manifest.get("data_fingerprint")
     if fingerprint != stream.fingerprint:
@@ -88,7 +90,10 @@ def _both(folder: Path, config: Config) -> tuple[dict[str, Any], dict[str, Any]]
     """Dotted keys and their values, in config.yaml and in `config`, with absolute paths."""
     then, now = flatten(load_yaml(folder / "config.yaml")), flatten(to_dict(absolute_paths(config)))
     for key in then.keys() & set(PLACES):
-        then[key] = absolute(then[key], name=key != "algorithm.peft_cfg_path")
+        if key.endswith(".sets"):
+            then[key] = [{**one, "data": absolute(one.get("data"))} for one in then[key]]
+        else:
+            then[key] = absolute(then[key], name=key != "algorithm.peft_cfg_path")
     return then, now
 
 
@@ -114,12 +119,19 @@ def _refuse(folder: Path, differing: dict[str, list[Any]], allowed: Iterable[str
         )
 
 
+def _only_moved(values: list[Any]) -> bool:
+    """Whether two values [then, now] of a key in PLACES differ in nothing but paths."""
+    if not all(isinstance(v, list) for v in values):
+        return True
+    return [{**one, "data": ""} for one in values[0]] == [{**one, "data": ""} for one in values[1]]
+
+
 def _same_there(key: str, folder: Path, config: Config, stream: TaskStream, manifest: dict[str, Any]) -> bool:
     """Whether a path in the configuration still names what the run began with."""
     base = manifest["base"]
-    if key == "dataset.data":
+    if key in ("dataset.data", "dataset.sets"):
         return bool(stream.fingerprint) and stream.fingerprint == manifest.get("data_fingerprint")
-    if key == "dataset.pretrain.data":
+    if key in ("dataset.pretrain.data", "dataset.pretrain.sets"):
         return pretraining_data(config.dataset, config.render).fingerprint == base.get("data_fingerprint")
     if key == "policy.path":
         given = named_folder(str(config.policy.get("path")), model_root())

@@ -20,7 +20,7 @@ from clbench.checkpoints.base import find_base
 from clbench.checkpoints.whole import DESCRIPTION, damage, write_whole
 from clbench.config import policy_types
 from clbench.config.compose import to_dict, to_yaml
-from clbench.config.schema import Config, base_origin
+from clbench.config.schema import Config, DatasetConfig, PretrainDataConfig, base_origin
 from clbench.envs.making import family, other_python, simulator_versions
 from clbench.errors import UserError, nearest
 from clbench.io import OF_A_RUN, read_json, refuse_links, write_json, write_text
@@ -134,7 +134,7 @@ def absolute(value: Any, name: bool = True) -> Any:
 def absolute_paths(config: Config) -> Config:
     """The same with absolute paths, so that a run can resume from any directory. Bare names are found by root."""
     d, policy, algorithm = config.dataset, dict(config.policy), dict(config.algorithm)
-    pretrain = None if d.pretrain is None else replace(d.pretrain, data=absolute(d.pretrain.data))
+    pretrain = None if d.pretrain is None else _with_data(d.pretrain, absolute)
     if "path" in policy:
         policy["path"] = absolute(policy["path"])
     for key in ("image_encoder_path", "text_encoder_path"):
@@ -145,14 +145,20 @@ def absolute_paths(config: Config) -> Config:
         algorithm["peft_cfg_path"] = absolute(algorithm["peft_cfg_path"], name=False)
     return replace(
         config, output_dir=absolute(config.output_dir, name=False), policy=policy, algorithm=algorithm,
-        dataset=replace(d, data=absolute(d.data), pretrain=pretrain),
+        dataset=replace(_with_data(d, absolute), pretrain=pretrain),
     )  # fmt: skip
+
+
+def _with_data[Part: (DatasetConfig, PretrainDataConfig)](part: Part, place: Callable[[str], str]) -> Part:
+    """The same with the folders of its data sets replaced by `place` of them."""
+    sets = [replace(one, data=place(one.data)) for one in part.sets]
+    return replace(part, data=place(part.data), sets=sets)
 
 
 def moved(config: Config, folder: Path) -> Config:
     """The configuration of the run in `folder`; what is no longer in its place is looked up in the current roots."""
     d, policy, algorithm = config.dataset, dict(config.policy), dict(config.algorithm)
-    pretrain = None if d.pretrain is None else replace(d.pretrain, data=_moved_data(d.pretrain.data))
+    pretrain = None if d.pretrain is None else _with_data(d.pretrain, _moved_data)
     if policy.get("path") and not (named_folder(str(policy["path"]), model_root()) / "config.json").is_file():
         base = {**read_manifest(folder)["base"], "path": str(policy["path"])}
         with contextlib.suppress(UserError):  # reported where it is needed
@@ -161,7 +167,7 @@ def moved(config: Config, folder: Path) -> Config:
     if peft and not Path(str(peft)).is_file() and (folder / PEFT_COPY).is_file():
         algorithm["peft_cfg_path"] = str(folder / PEFT_COPY)
     return replace(
-        config, policy=policy, algorithm=algorithm, dataset=replace(d, data=_moved_data(d.data), pretrain=pretrain)
+        config, policy=policy, algorithm=algorithm, dataset=replace(_with_data(d, _moved_data), pretrain=pretrain)
     )
 
 
@@ -268,9 +274,19 @@ def describe_columns(tasks: Sequence[Task]) -> list[dict[str, Any]]:
             "data_task": {"index": t.task_index, "instruction": t.text, "frames": t.frames},
             "env": None if t.env is None else {**t.env, "max_steps": t.max_steps},
             "expert_success": t.expert_success,
+            **({"parts": [_describe_part(p) for p in t.parts]} if t.parts else {}),
+            **({"held_out": [{"data": str(p.root), "episodes": list(p.episodes)} for p in t.held_out]}
+               if t.held_out else {}),
         }
         for j, t in enumerate(tasks)
     ]
+
+
+def _describe_part(part: Task) -> dict[str, Any]:
+    return {
+        "data": str(part.root), "episodes": len(part.episodes), "instruction": part.instruction,
+        "data_task": {"index": part.task_index, "frames": part.frames},
+    }  # fmt: skip
 
 
 def checkpoint_folder(folder: Path, k: int) -> Path:

@@ -18,7 +18,7 @@ import numpy as np
 from clbench.checkpoints.run_folder import as_argument
 from clbench.config.compose import available, streams
 from clbench.config.dit import RANGES
-from clbench.config.schema import Config, base_origin
+from clbench.config.schema import Config, base_origin, sets_of
 from clbench.data.source import is_here
 from clbench.data.statistics import Stats, of_tasks
 from clbench.data.task import Task
@@ -261,7 +261,7 @@ def _known_data(manifest: dict[str, Any], config: Config) -> tuple[Stats, bool] 
     opened = pretraining_tasks if kind == "pretrained" else stream_tasks
     settings = dataset.pretrain if kind == "pretrained" else dataset
     try:
-        if settings is None or not is_here(settings):
+        if settings is None or not all(is_here(one) for one in sets_of(settings)):
             return None
         tasks, data = opened(dataset, config.render, "size")
         if not data.fingerprint:

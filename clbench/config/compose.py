@@ -24,9 +24,10 @@ from omegaconf import OmegaConf
 
 from clbench import registry
 from clbench.config import folders, policy_types, recipes, streams_in_code
+from clbench.config.data_sets import with_sets
 from clbench.config.files import INVALID, load_yaml, one_line
 from clbench.config.reading import clip, overlay, plain, read_overrides
-from clbench.config.schema import Config, DatasetConfig, PretrainDataConfig, base_origin
+from clbench.config.schema import HOLDOUT, PARTITIONS, Config, DatasetConfig, PretrainDataConfig, SetConfig, base_origin
 from clbench.envs.base import SEEDS_PER_SPLIT, SPLITS
 from clbench.envs.making import family
 from clbench.envs.rendering import FIDELITIES, MAX_SIZE, MIN_SIZE
@@ -158,8 +159,22 @@ def _merge(
         for name in ["base", *([named] if isinstance(named, str) else named or [])]:
             short = folders.find("smoke", name)
             if short is not None:
-                layer = overlay(layer, load_yaml(short))
-    return to_config(_joined(Config, overlay(layer, read_overrides(overrides, Config, source))))
+                layer = _overlaid(layer, load_yaml(short))
+    layer = with_sets(_overlaid(layer, read_overrides(overrides, Config, source)))
+    dataset = layer.get("dataset")
+    if isinstance(dataset, dict) and dataset.get("env", {}) is None:
+        dataset.setdefault("holdout", HOLDOUT)
+    return to_config(_joined(Config, layer))
+
+
+def _overlaid(layer: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`overlay`; a stream without a simulator stays so where a layer above it only limits a simulator's steps."""
+    dataset = layer.get("dataset")
+    if isinstance(dataset, dict) and dataset.get("env", {}) is None:
+        limits = above.get("dataset", {}).get("env")
+        if isinstance(limits, dict) and "type" not in limits:
+            above = {**above, "dataset": {k: v for k, v in above["dataset"].items() if k != "env"}}
+    return overlay(layer, above)  # type: ignore[no-any-return]
 
 
 def _joined(config: Any, layer: dict[str, Any]) -> Any:
@@ -177,7 +192,11 @@ def read_config(path: Path) -> Config:
 
 def override(config: Config, overrides: Sequence[str]) -> Config:
     """Apply dotlist overrides to a composed configuration."""
-    return to_config(_joined(config, read_overrides(overrides, Config)))
+    layer = with_sets(read_overrides(overrides, Config))
+    section = layer.get("dataset", {})
+    if config.dataset.sets and "sets" not in section and (section.get("data") or section.get("repo_id")):
+        section["sets"] = []  # another set in the place of several
+    return to_config(_joined(config, layer))
 
 
 def to_config(config: Any) -> Config:
@@ -338,6 +357,20 @@ def check_values(c: Config) -> None:
     need(0 <= c.seed < 2**31, f"seed must be in [0, 2^31) but is {c.seed}")
     makes = [("dataset.make", d.make)]
     problems += _data_problems("dataset", d)
+    _choice(problems, "dataset.partition", d.partition, PARTITIONS)
+    need(
+        d.env is None or d.partition in ("auto", "by_task_index"),
+        f"dataset.partition={d.partition} is for streams without a simulator (dataset.env: null): a simulator's tasks "
+        "are known by their instructions",
+    )
+    need(0 <= d.holdout <= 0.5, f"dataset.holdout must be from 0 (nothing) to 0.5 but is {d.holdout}")
+    need(0 <= d.holdout_seed < 2**31, f"dataset.holdout_seed must be in [0, 2^31) but is {d.holdout_seed}")
+    need(e.stride >= 1, f"eval.stride must be at least 1 but is {e.stride}")
+    need(
+        d.env is None or not d.sets,
+        "several data sets are for streams without a simulator (dataset.env: null)",
+    )
+    need(d.num_tasks is None or d.num_tasks >= 1, f"dataset.num_tasks must be at least 1 (or null), is {d.num_tasks}")
     if d.pretrain is not None:
         makes.append(("dataset.pretrain.make", d.pretrain.make))
         problems += _data_problems("dataset.pretrain", d.pretrain)
@@ -346,7 +379,9 @@ def check_values(c: Config) -> None:
             not overlap,
             f"dataset.pretrain.tasks must be disjoint from the stream; both have {', '.join(overlap)}",
         )
-        need(len(d.pretrain.tasks) >= 1, "dataset.pretrain.tasks is empty")
+        need(len(d.pretrain.tasks) >= 1 or d.env is None, "dataset.pretrain.tasks is empty")
+        need(d.env is None or not d.pretrain.sets,
+             "several data sets for the base are for streams without a simulator (dataset.env: null)")  # fmt: skip
     for label, m in makes:
         need(m.demos_per_task >= 1, f"{label}.demos_per_task must be at least 1")
         need(m.action_noise >= 0, f"{label}.action_noise must not be negative")
@@ -374,9 +409,18 @@ def check_values(c: Config) -> None:
         raise UserError("the configuration is not valid: " + clip("; ".join(problems), 2000) + ".")
 
 
-def _data_problems(label: str, data: DatasetConfig | PretrainDataConfig) -> list[str]:
+def _data_problems(label: str, data: DatasetConfig | PretrainDataConfig | SetConfig) -> list[str]:
     """What is wrong with the keys that say which data set to read."""
     problems = []
+    if not isinstance(data, SetConfig) and data.sets:
+        if data.data or data.repo_id or data.revision or data.exclude_episodes:
+            problems.append(f"{label}.sets names several data sets: leave {label}.data, repo_id, revision and "
+                            "exclude_episodes to its entries")  # fmt: skip
+        for i, one in enumerate(data.sets):
+            problems += _data_problems(f"{label}.sets[{i}]", one)
+            if not 0 < one.weight < math.inf:
+                problems.append(f"{label}.sets[{i}].weight must be positive and finite but is {one.weight}")
+        return problems
     if not data.data and not data.repo_id:
         problems.append(f"{label}.data (a folder) or {label}.repo_id (a data set on the hub) is missing")
     if data.repo_id is not None and REPO_ID.fullmatch(data.repo_id) is None:

@@ -32,8 +32,18 @@ YES, NO = ("true", "yes", "on", "y", "1"), ("false", "no", "off", "n", "0")
 KNOWN: dict[str, dict[str, Any]] = {
     "policy": {"type": str | None, "path": str | None},
     "algorithm": {"name": str | list[str]},
-    "dataset": {"task_order": list[int | str] | None},
+    "dataset": {
+        "task_order": list[int | str] | None,
+        "data": str | list[str],
+        "repo_id": str | list[str] | None,
+        "exclude_episodes": list[int | list[int]],
+    },
 }
+KNOWN["dataset.pretrain"] = {k: v for k, v in KNOWN["dataset"].items() if k != "task_order"}
+# Other systems' names of keys: section → name there → name here.
+ALIASES = {"dataset": {"task_stream_mode": "partition"}}
+RANGES = ("dataset.task_order",)  # lists that may also be one range of indices, 0-4
+RANGE = re.compile(r"[0-9]{1,6}-[0-9]{1,6}")
 # Flags of CLARE's released training script, which are also accepted as overrides (docs/algorithms/clare.md).
 CLARE_FLAGS = {
     "peft_cfg_path": "peft_cfg_path",
@@ -120,6 +130,8 @@ def read_overrides(items: Sequence[str], schema: type, source: str | None = None
             raise UserError(f"override '{clip(item)}' is not of the form key=value (for example train.steps=500).")
         key = key.strip()
         key = f"algorithm.{CLARE_FLAGS[key]}" if key in CLARE_FLAGS else key
+        above, _, last = key.rpartition(".")
+        key = f"{above}.{ALIASES[above][last]}" if last in ALIASES.get(above, {}) else key
         parts = key.split(".")
         if not all(parts) or len(parts) > MAX_DEPTH:
             raise UserError(f"the override {clip(item)!r} has no valid key (for example train.steps=500).")
@@ -324,6 +336,8 @@ def _read(node: Any, hint: Any, key: str, place: _Place) -> Any:
     if get_origin(kind) is dict:
         return _map(node, get_args(kind)[1], key, place)
     if get_origin(kind) is list:
+        if key in RANGES and scalar and RANGE.fullmatch(node.value):
+            return [node.value]
         if not isinstance(node, yaml.SequenceNode):
             place.refuse(key, "a list", _said(node), _form(kind, node.value if scalar else "", key))
         return [_read(n, get_args(kind)[0], f"{key}[{i}]", place) for i, n in enumerate(node.value)]
@@ -387,9 +401,12 @@ def _section(node: Any, schema: type, key: str, place: _Place) -> dict[str, Any]
     known = _fields(schema)
     values: dict[str, Any] = {}
     prefix = f"{key}." if key else ""
-    for name, child in _items(node, key, place):
+    for given, child in _items(node, key, place):
+        name = ALIASES.get(key, {}).get(given, given)
         if name not in known:
             raise UserError(f"{place.source}: unknown key '{prefix}{clip(name)}'.{nearest(clip(name), known)}")
+        if name in values:
+            raise UserError(f"{place.source}: {prefix}{given} is another name of {prefix}{name}: give one of them.")
         values[name] = _read(child, KNOWN.get(key, {}).get(name, known[name][0]), prefix + name, place)
     return values
 
@@ -401,7 +418,7 @@ def _map(node: Any, inner: Any, key: str, place: _Place) -> dict[str, Any]:
         place.refuse(key, "a map", _said(node), _map_form(key))
     values: dict[str, Any] = {}
     for name, child in _items(node, key, place):
-        texts = inner is not Any and not is_dataclass(inner)
+        texts = inner is str
         if texts and isinstance(child, yaml.ScalarNode) and child.style is None and child.value in NULLS:
             old, colon, new = name.partition(":")
             hint = f", with a space after the colon: {{{old}: {new}}}" if colon and new else ""

@@ -6,6 +6,7 @@ configuration dataclasses, and are checked against those when the run is built.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -153,6 +154,27 @@ class MakeConfig:
 
 
 @dataclass
+class SetConfig:
+    """One of several data sets. `data`, `repo_id` and `revision` as in `DatasetConfig`.
+
+    Attributes:
+        name: what the set's task is called under `partition: by_dataset`; "" = the last part of `repo_id` or `data`.
+        rename: as `dataset.rename`, for this set alone and before it.
+        exclude_episodes: indices of its episodes that are left out.
+        weight: how often each of its frames is drawn, relative to the other sets', where one visit (or the base) learns
+            from several: 2 = twice as often. Within a visit to one set it has no effect.
+    """
+
+    name: str = ""
+    data: str = ""
+    repo_id: Optional[str] = None  # noqa: UP045
+    revision: Optional[str] = None  # noqa: UP045
+    rename: dict[str, str] = field(default_factory=dict)
+    exclude_episodes: list[int] = field(default_factory=list)
+    weight: float = 1.0
+
+
+@dataclass
 class PretrainDataConfig:
     """The tasks that a base is trained on: disjoint from the stream's. Data as in `DatasetConfig`."""
 
@@ -162,7 +184,8 @@ class PretrainDataConfig:
     rename: dict[str, str] = field(default_factory=dict)
     instructions: dict[str, str] = field(default_factory=dict)
     exclude_episodes: list[int] = field(default_factory=list)
-    tasks: list[str] = MISSING
+    sets: list[SetConfig] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=list)
     make: MakeConfig = field(default_factory=MakeConfig)
 
 
@@ -197,16 +220,29 @@ class DatasetConfig:
     Attributes:
         name: shown in reports.
         data: data set folder: a name under the data root, or a path. With `repo_id`, a path is where that set is kept,
-            and a name is ignored.
-        repo_id: a LeRobot data set on the Hugging Face hub, OWNER/NAME; null = nothing is fetched from a hub.
+            and a name is ignored. A list, or the name of one of `mixtures`: several sets (they become `sets`).
+        repo_id: a LeRobot data set on the Hugging Face hub, OWNER/NAME; null = nothing is fetched from a hub. A list:
+            several sets.
         revision: its branch, tag or commit; null = the tag of LeRobot's data format.
+        sets: several data sets, each with settings of its own; then `data` and `repo_id` are empty.
+        mixtures: name → a list of sets, as in `sets`; `data: NAME` takes it.
+        partition: what a task is, without a simulator: by_task_index (all episodes with one instruction) | by_dataset
+            (all episodes of one set) | by_episodes (a range of episodes, counted over all sets) | auto (by_task_index;
+            by_dataset where that gives fewer than two tasks). Also read as `task_stream_mode`.
+        num_tasks: the stream ends after so many tasks of its order; with by_episodes and no `tasks`, the episodes are
+            divided into so many equal ranges. null = all tasks.
         rename: feature names of a data set that clbench did not make → names that the simulator uses.
         instructions: instructions of a data set that clbench did not make → the simulator's tasks that they describe,
             where the wording differs from the simulator's; without a simulator, short names of the tasks.
-        exclude_episodes: indices of episodes of the data set that are left out.
-        env: the simulator; null = the stream has none: it can be trained on but not evaluated.
-        tasks: the stream's tasks, in order. Without a simulator: as the data set or `instructions` name them.
-        task_order: null, or names or indices into `tasks`; may leave out, reorder and repeat tasks.
+        exclude_episodes: indices of episodes of the data set that are left out; of several sets, a list for each.
+        holdout: share of every task's episodes that is never trained on, for evaluation without a simulator: rounded
+            up, at least two, at most half. Where a stream without a simulator does not say, it is 0.1 (see HOLDOUT).
+        holdout_seed: which episodes these are, together with the task's name; the same for all training seeds.
+        env: the simulator; null = the stream has none: it is evaluated by action errors on held-out episodes.
+        tasks: the stream's tasks, in order. Without a simulator: as the data or `instructions` name them, and empty =
+            all that there are; with by_dataset the sets' names, with by_episodes ranges such as "0-9".
+        task_order: null, or names or indices into `tasks`, also ranges of indices ("0-4"); may leave out, reorder and
+            repeat tasks.
         libero_order: null, or the published LIBERO task order, 0 to 20, in which a suite of ten is visited; `tasks`
             must be that suite's, in its order 0.
         fresh_on_revisit: a task's visits split its demonstrations among themselves instead of each seeing all of them.
@@ -223,8 +259,14 @@ class DatasetConfig:
     rename: dict[str, str] = field(default_factory=dict)
     instructions: dict[str, str] = field(default_factory=dict)
     exclude_episodes: list[int] = field(default_factory=list)
+    sets: list[SetConfig] = field(default_factory=list)
+    mixtures: dict[str, list[SetConfig]] = field(default_factory=dict)
+    partition: str = "auto"
+    holdout: float = 0.0
+    holdout_seed: int = 0
     env: Optional[EnvConfig] = field(default_factory=EnvConfig)  # noqa: UP045
-    tasks: list[str] = MISSING
+    tasks: list[str] = field(default_factory=list)
+    num_tasks: Optional[int] = None  # noqa: UP045
     task_order: Optional[list[Any]] = None  # noqa: UP045
     libero_order: Optional[int] = None  # noqa: UP045
     fresh_on_revisit: bool = False
@@ -238,6 +280,13 @@ class DatasetConfig:
         return None if self.env is None else self.env.type
 
 
+def sets_of(part: DatasetConfig | PretrainDataConfig) -> Sequence[DatasetConfig | PretrainDataConfig | SetConfig]:
+    """What says where the data sets of a stream or of its base are: the section itself, or each of its `sets`."""
+    return part.sets or [part]
+
+
+HOLDOUT = 0.1  # of streams without a simulator that do not say
+PARTITIONS = ("auto", "by_task_index", "by_dataset", "by_episodes")
 CONTROL_VIEWS = ("blind", "deaf")  # views of any policy, beside those that algorithms have
 
 
@@ -264,6 +313,7 @@ class EvalConfig:
         heldout_episodes: episodes per pretraining task of the base, for the base and the last checkpoint (0 = none).
         step_timeout_s: a simulator that spends this long in one step or reset counts as hung (building it may take ten
             times as long); its process is replaced.
+        stride: without a simulator, every so many frames of a held-out episode the policy is asked for a chunk.
         retries: how often episodes of one cell are played again because the simulator raised, died or hung, before
             the cell is abandoned.
     """
@@ -282,6 +332,7 @@ class EvalConfig:
     heldout_episodes: int = 0
     step_timeout_s: float = 120.0
     retries: int = 2
+    stride: int = 1
 
 
 @dataclass

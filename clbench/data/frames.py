@@ -9,6 +9,7 @@ Batches are raw: LeRobot keys, not normalised, with `task` texts; images are uin
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import os
 import re
@@ -32,6 +33,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from clbench.data.frame_cache import cache_folder, cached_features, cached_images, decoded_images
 from clbench.data.lerobot_set import BOOKKEEPING, image_shape, read_columns
 from clbench.data.task import Task
+from clbench.envs.base import STATE_KEY
 from clbench.errors import UserError
 from clbench.io import read_json
 from clbench.seeding import generator
@@ -109,7 +111,8 @@ class FrameTable:
             raise UserError(f"the data set in {root} is damaged: {' '.join(str(e).split())}. Get it again.") from e
         columns: dict[str, Tensor] = {}
         for key, array in arrays.items():
-            columns[names[key]] = torch.tensor(array, dtype=torch.float32 if array.dtype == np.float64 else None)
+            real = array.dtype in (np.float64, np.float16) or names[key] in (STATE_KEY, "action")
+            columns[names[key]] = torch.tensor(array, dtype=torch.float32 if real else None)
         episode = columns["episode_index"]
         edges = [0, *((episode[1:] != episode[:-1]).nonzero()[:, 0] + 1).tolist(), len(episode)]
         start = {int(episode[a]): (a, b) for a, b in itertools.pairwise(edges)}
@@ -160,7 +163,9 @@ class TaskFrames:
             metas[task.root] = opened(task.root)
         self.meta = metas[task.root]
         self._names = all_names(task.features, self.meta.features)
-        self.features = {here: described_feature(self.meta.features[there]) for there, here in self._names.items()}
+        self.features = {
+            here: described_feature(self.meta.features[there], here) for there, here in self._names.items()
+        }
         images = ("image", "video")
         self.cameras = {here: n for n, here in self._names.items() if self.features[here]["dtype"] in images}
         self.decoded = bool(self.cameras)
@@ -342,7 +347,8 @@ class TaskFrames:
         named = {}
         for there, here in self._names.items():
             value = item[there]
-            named[here] = value.float() if torch.is_tensor(value) and value.dtype == torch.float64 else value
+            real = here in (STATE_KEY, "action") or (torch.is_tensor(value) and value.dtype == torch.float64)
+            named[here] = value.float() if real else value
             if here in self.deltas:
                 named[f"{here}_is_pad"] = item[f"{there}_is_pad"]
         named["task"] = self.task.instruction
@@ -379,10 +385,11 @@ def _unreadable(root: Path, e: Exception) -> UserError:
     return UserError(f"LeRobot cannot open the data set in {root}: {text}.")
 
 
-def described_feature(feature: dict[str, Any]) -> dict[str, Any]:
-    """A feature as LeRobot describes it; an image's shape is (height, width, channels), with these names."""
+def described_feature(feature: dict[str, Any], name: str = "") -> dict[str, Any]:
+    """A feature as LeRobot describes it, by its `name` here; an image's shape is (height, width, channels), with these
+    names, and states and actions are float32, whatever numbers the set has."""
     if feature["dtype"] not in ("image", "video"):
-        return feature
+        return {**feature, "dtype": "float32"} if name in (STATE_KEY, "action") else feature
     return {**feature, "shape": image_shape(feature), "names": ["height", "width", "channels"]}
 
 
@@ -450,6 +457,15 @@ class StreamFrames:
 
     def length(self, k: int) -> int:
         return sum(len(p) for p in self._parts[k])
+
+    def order(self, k: int, *key: int | str) -> SampleOrder:
+        """The order in which a phase of visit k goes through its samples, a function of `key`."""
+        weights = [p.task.weight for p in self._parts[k]]
+        if len(set(weights)) == 1:
+            return SampleOrder(self.length(k), *key)
+        of_frame = torch.cat([torch.full((len(p),), w, dtype=torch.float64)
+                              for p, w in zip(self._parts[k], weights, strict=True)])  # fmt: skip
+        return WeightedOrder(of_frame, *key)
 
     def mean_images(self, at_most: int = 2048) -> dict[str, np.ndarray]:
         """Each camera's mean image over all visits, uint8 (height, width, 3); of `at_most` frames, evenly spaced."""
@@ -580,6 +596,44 @@ class SampleOrder:
         while count > 0:
             epoch, offset = divmod(start, self.n)
             part = self.permutation(epoch)[offset : offset + count]
+            parts.append(part)
+            start, count = start + len(part), count - len(part)
+        return torch.cat(parts)
+
+
+class WeightedOrder(SampleOrder):
+    """Shuffled epochs in which sample i occurs w_i times on average, w_i = weight_i / the greatest weight.
+
+    In the first E epochs it occurs ⌊E w_i + u_i⌋ times, u_i ~ U(0, 1) drawn once from `key`: between E w_i − 1 and
+    E w_i + 1 times, whatever E is.
+    """
+
+    def __init__(self, weights: Tensor, *key: int | str) -> None:
+        super().__init__(len(weights), *key)
+        self.weights = weights.double() / weights.max()
+        self.offsets = torch.rand(len(weights), dtype=torch.float64, generator=generator("weights", *key))
+        self._starts = [0]  # of the epochs so far, in the endless sequence
+
+    def permutation(self, epoch: int) -> Tensor:
+        if epoch != self._epoch:
+            counts = self._upto(epoch + 1) - self._upto(epoch)
+            chosen = torch.repeat_interleave(torch.arange(self.n), counts)
+            self._permutation = chosen[torch.randperm(len(chosen), generator=generator("order", *self.key, epoch))]
+            self._epoch = epoch
+        return self._permutation
+
+    def _upto(self, epochs: int) -> Tensor:
+        """How often each sample occurs in so many epochs."""
+        return torch.floor(epochs * self.weights + self.offsets).long()
+
+    def take(self, start: int, count: int) -> Tensor:
+        parts: list[Tensor] = []
+        while count > 0:
+            while self._starts[-1] <= start:
+                epochs = len(self._starts)
+                self._starts.append(int(self._upto(epochs).sum()))
+            epoch = bisect.bisect_right(self._starts, start) - 1
+            part = self.permutation(epoch)[start - self._starts[epoch] :][:count]
             parts.append(part)
             start, count = start + len(part), count - len(part)
         return torch.cat(parts)

@@ -22,6 +22,7 @@ FORMAT = "v3.0"
 INFO, TASKS, EPISODES = "meta/info.json", "meta/tasks.parquet", "meta/episodes"
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+NUMBERS = ("float32", "float64", "float16", "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")
 BOOKKEEPING = ("index", "episode_index", "frame_index", "timestamp", "task_index")
 
 
@@ -238,6 +239,8 @@ def _as_array(name: str, column: Any, shape: Sequence[int]) -> np.ndarray:
     """A column of a pyarrow table as an array (frames, *shape)."""
     import pyarrow as pa
 
+    if column.null_count:
+        raise ValueError(f"'{name}' has {column.null_count} empty values")
     flat = column.combine_chunks()
     while pa.types.is_nested(flat.type):
         flat = flat.flatten()

@@ -20,6 +20,8 @@ from clbench.data.importing.card import REMEDY, is_imported, load_card
 from clbench.data.info import INFO_FILE, load_info
 from clbench.data.lerobot_set import (
     INFO,
+    NUMBERS,
+    Episode,
     LeRobotSet,
     check_frames,
     has_set,
@@ -67,15 +69,36 @@ class TaskData:
         episodes: indices of its episodes.
         frames: number of frames in all its episodes.
         expert_success: the scripted expert's success rate, if the set states it.
+        parts: what a task consists of that is not one instruction in one set (data/sets.py); empty = itself.
     """
 
     name: str
     instruction: str
+    task_index: int | None
+    text: str | None
+    episodes: tuple[int, ...]
+    frames: int
+    expert_success: float | None = None
+    parts: tuple[PartData, ...] = ()
+
+
+@dataclass(frozen=True)
+class PartData:
+    """Episodes of one instruction in one of several sets.
+
+    Attributes:
+        root, features: the set's folder, and its features → their names in clbench.
+        task_index, text: the task in that set, with its instruction.
+        weight: that of the set.
+    """
+
+    root: Path
+    features: dict[str, str]
     task_index: int
     text: str
     episodes: tuple[int, ...]
     frames: int
-    expert_success: float | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -128,25 +151,64 @@ def open_data(
             tasks are not the stream's; the hub cannot be reached.
     """
     if settings.repo_id:
-        return _from_hub(settings, env_type, names, key, depth)
+        opened = open_hub_set(settings, env_type, key, depth)
+        return _foreign(opened, settings, env_type, names, key)
     root = data_folder(settings.data)
     if (root / INFO_FILE).exists():
         for name in ("rename", "instructions"):
             if getattr(settings, name):
                 raise UserError(f"{key}.{name} is for data sets that clbench did not make; it made {root}.")
         return _made(root, names, settings, key, stream, depth)
+    opened = open_local_set(settings, env_type, key, depth, stream)
+    return _foreign(opened, settings, env_type, names, key)
+
+
+@dataclass(frozen=True)
+class OpenSet:
+    """A data set in LeRobot's format whose description has been read.
+
+    Attributes:
+        features: of the set → names in clbench.
+        origin: where it comes from, for the manifest.
+        get: fetches the files that are missing; False: frames are not to be read.
+        remedy: a sentence for messages: how to get the set again.
+    """
+
+    found: LeRobotSet
+    features: dict[str, str]
+    origin: dict[str, Any]
+    get: Callable[[list[str]], bool]
+    remedy: str
+
+
+class OneSet(Protocol):
+    """The keys that say where one data set is, and what its features are called."""
+
+    data: str
+    repo_id: str | None
+    revision: str | None
+    rename: dict[str, str]
+
+
+def open_local_set(settings: OneSet, env_type: str | None, key: str, depth: Depth, stream: str) -> OpenSet:
+    """Open the set in a folder. `stream`, `key`, `depth`: as in `open_data`. Raises as it does."""
+    root = data_folder(settings.data)
     if not has_set(root):
         if (root / "meta").is_dir():
             raise UserError(f"{root} is not a complete data set: it has no {INFO}. {_remedy(root)}")
         raise NoData(f"there is no data set in {root}. {_two_ways(env_type, stream, key)}")
     origin: dict[str, Any] = {"kind": "lerobot"}
-    if is_imported(root):
+    if (root / INFO_FILE).exists():
+        origin["kind"] = "made"
+        if depth != "meta":
+            check_made(load_info(root), stream)
+    elif is_imported(root):
         origin["imported"] = load_card(root).origin
         if depth != "meta":
             _check_imported(root)
     found = read_set(root, _remedy(root))
     features = _features(found, settings.rename, env_type, key)
-    return _foreign(found, features, settings, env_type, names, key, origin, lambda _: depth != "meta", _remedy(root))
+    return OpenSet(found, features, origin, lambda _: depth != "meta", _remedy(root))
 
 
 def _check_imported(root: Path, full: bool = False) -> None:
@@ -156,7 +218,7 @@ def _check_imported(root: Path, full: bool = False) -> None:
         raise UserError(f"the data set in {root} is damaged: {problem}. {REMEDY}")
 
 
-def is_here(settings: DataSettings) -> bool:
+def is_here(settings: OneSet) -> bool:
     """Whether a data set, if it is one of the hub, is on this machine: opened with depth "size", it asks no hub."""
     folder = data_folder(settings.data).absolute() if "/" in settings.data else None
     return not settings.repo_id or hub.local_copy(settings.repo_id, settings.revision, folder) is not None
@@ -185,7 +247,8 @@ def _made(
     left_out: dict[int, int] = {}  # episode → frames
     if settings.exclude_episodes:
         found = read_set(root, _remedy(root))
-        left_out = {e.index: e.frames for e in found.episodes if e.index in _excluded(found, settings, key)}
+        gone = excluded_episodes(found, settings.exclude_episodes, key)
+        left_out = {e.index: e.frames for e in found.episodes if e.index in gone}
     tasks = {}
     for name in names:
         t = info.task(name)
@@ -204,14 +267,14 @@ def _made(
     return DataSource(root, tasks, info.fingerprint, None, described, info.render)
 
 
-def _excluded(found: LeRobotSet, settings: DataSettings, key: str) -> frozenset[int]:
+def excluded_episodes(found: LeRobotSet, episodes: Sequence[int], key: str) -> frozenset[int]:
     """The episodes that are left out; UserError for one that the set does not have."""
     known = len(found.episodes)
-    for e in settings.exclude_episodes:
+    for e in episodes:
         if not 0 <= e < known:
             raise UserError(f"{key}.exclude_episodes has {e}, but the data set in {found.root} has episodes 0 to "
                             f"{known - 1}.")  # fmt: skip
-    return frozenset(settings.exclude_episodes)
+    return frozenset(episodes)
 
 
 def _left_out(episodes: Collection[int]) -> dict[str, list[int]]:
@@ -226,6 +289,9 @@ def check_every_byte(root: Path, description: Mapping[str, Any], stream: str) ->
     """
     if description["kind"] == "made":
         check_made(load_info(root), shlex.quote(stream), full=True)
+    elif description["kind"] == "several":
+        for one in description["sets"]:
+            check_every_byte(Path(one["root"]), one, stream)
     elif "imported" in description:
         _check_imported(root, full=True)
 
@@ -234,7 +300,8 @@ def _episodes(tasks: dict[str, TaskData]) -> int:
     return sum(len(t.episodes) for t in tasks.values())
 
 
-def _from_hub(settings: DataSettings, env_type: str | None, names: Sequence[str], key: str, depth: Depth) -> DataSource:
+def open_hub_set(settings: OneSet, env_type: str | None, key: str, depth: Depth) -> OpenSet:
+    """Open a set of the hub, fetching its description if it is missing. Raises as `open_data`."""
     assert settings.repo_id is not None
     folder = data_folder(settings.data).absolute() if "/" in settings.data else None  # a name: a made set
     if folder is not None and (folder / INFO_FILE).exists():
@@ -258,23 +325,15 @@ def _from_hub(settings: DataSettings, env_type: str | None, names: Sequence[str]
         tell(f"to be fetched: {len(files)} files ({size / 1e6:.1f} MB) of {at.repo_id}")
         return False
 
-    features = _features(found, settings.rename, env_type, key)
-    return _foreign(found, features, settings, env_type, names, key, origin, get, remedy)
+    return OpenSet(found, _features(found, settings.rename, env_type, key), origin, get, remedy)
 
 
 def _foreign(
-    found: LeRobotSet,
-    features: dict[str, str],
-    settings: DataSettings,
-    env_type: str | None,
-    names: Sequence[str],
-    key: str,
-    origin: dict[str, Any],
-    get: Callable[[list[str]], bool],
-    remedy: str,
+    opened: OpenSet, settings: DataSettings, env_type: str | None, names: Sequence[str], key: str
 ) -> DataSource:
-    """A set that clbench did not make. `get` fetches the files that are missing; False: frames are not read."""
-    left_out = _excluded(found, settings, key)
+    """A set that clbench did not make."""
+    found, features, origin, get, remedy = opened.found, opened.features, opened.origin, opened.get, opened.remedy
+    left_out = excluded_episodes(found, settings.exclude_episodes, key)
     of_task: dict[str, list[Any]] = {}
     for e in (e for e in found.episodes if e.index not in left_out):
         for text in e.texts:
@@ -285,19 +344,13 @@ def _foreign(
     tasks: dict[str, TaskData] = {}
     for name, index in matched.items():
         text = found.texts[index]
-        mixed = [e for e in of_task[text] if len(e.texts) != 1]
-        if mixed:
-            raise UserError(
-                f"episode {mixed[0].index} of the data set in {found.root} has several instructions "
-                f"({', '.join(mixed[0].texts)}): in clbench an episode has one task. Leave out all such episodes "
-                f"({key}.exclude_episodes), or use another data set."
-            )
+        check_one_text(found, of_task[text], key)
         said = text if env_type is None else instruction({"type": env_type, "task": name})
         episodes = of_task[text]
         tasks[name] = TaskData(
             name, said, index, text, tuple(e.index for e in episodes), sum(e.frames for e in episodes)
         )
-    task_of = {e: t.task_index for t in tasks.values() for e in t.episodes}
+    task_of = {e: matched[name] for name, t in tasks.items() for e in t.episodes}
     fetched = get(missing_files(found, task_of))
     described = {
         **origin,
@@ -318,6 +371,17 @@ def _foreign(
     fingerprint, ranges = check_frames(found, task_of, low, remedy)
     _check_actions(found.root, env_type, names, *ranges[ACTION_KEY])
     return DataSource(found.root, tasks, fingerprint, features, described | {"fingerprint": fingerprint}, drawn)
+
+
+def check_one_text(found: LeRobotSet, episodes: Sequence[Episode], key: str) -> None:
+    """Raise UserError for an episode with several instructions."""
+    for e in episodes:
+        if len(e.texts) != 1:
+            raise UserError(
+                f"episode {e.index} of the data set in {found.root} has several instructions "
+                f"({', '.join(e.texts)}): in clbench an episode has one task. Leave out all such episodes "
+                f"({key}.exclude_episodes), or use another data set."
+            )
 
 
 def _size_of_images(found: LeRobotSet, features: dict[str, str], env_type: str | None) -> dict[str, Any] | None:
@@ -405,6 +469,8 @@ def _features(found: LeRobotSet, rename: dict[str, str], env_type: str | None, k
 def _own_features(found: LeRobotSet, named: Mapping[str, str], key: str) -> dict[str, str]:
     """What a policy can learn from without a simulator: action (A,), state (S,), images (H, W, 3).
 
+    Numbers of any kind are read as float32, true and false as 1 and 0.
+
     Args:
         named: name in clbench → feature of the set.
 
@@ -415,7 +481,7 @@ def _own_features(found: LeRobotSet, named: Mapping[str, str], key: str) -> dict
         name
         for name in (STATE_KEY, ACTION_KEY)
         if name in named
-        and found.features[named[name]]["dtype"] in ("float32", "float64")
+        and found.features[named[name]]["dtype"] in NUMBERS
         and len(found.features[named[name]]["shape"]) == 1
     ]
     images = [
@@ -429,7 +495,7 @@ def _own_features(found: LeRobotSet, named: Mapping[str, str], key: str) -> dict
         has = ", ".join(f"{n} {f['dtype']} {tuple(f['shape'])}" for n, f in found.features.items())
         raise UserError(
             f"the data set in {found.root} has no {'observations' if ACTION_KEY in vectors else 'actions'}: a policy "
-            f"learns from {ACTION_KEY} (float32, one dimension) and from {STATE_KEY} (the same) or {IMAGES}* (images "
+            f"learns from {ACTION_KEY} (numbers, one dimension) and from {STATE_KEY} (the same) or {IMAGES}* (images "
             f"with 3 channels). It has {has}. If only a name differs, give it with {key}.rename={{OLD: NEW}}."
         )
     return {named[name]: name for name in [*seen, ACTION_KEY]}

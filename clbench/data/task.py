@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ class Task:
         features: the data set's features → names in clbench; others are not used. None = all, under their own names.
         task_index, text: the task in the data set and its instruction there.
         frames: number of frames in all the data set's episodes of this task.
+        weight: how often a frame is drawn, relative to other tasks' that the same visit learns from.
+        parts: what a task consists of that is not all episodes of one instruction in one set: each with an instruction,
+            a set and episodes of its own. Empty = the task itself.
+        held_out: pieces with the task's episodes that are not trained on, and are not among `episodes`.
     """
 
     name: str
@@ -35,3 +40,18 @@ class Task:
     task_index: int | None = None
     text: str | None = None
     frames: int | None = None
+    weight: float = 1.0
+    parts: tuple[Task, ...] = ()
+    held_out: tuple[Task, ...] = ()
+
+    @property
+    def pieces(self) -> tuple[Task, ...]:
+        """The parts, or the task itself: each is one instruction in one set."""
+        return self.parts or (self,)
+
+    def only(self, keep: Callable[[Path, int], bool]) -> Task:
+        """The task with those of its episodes (set's folder, index) for which `keep` holds; parts without any go."""
+        if not self.parts:
+            return replace(self, episodes=tuple(e for e in self.episodes if keep(self.root, e)))
+        parts = tuple(part for p in self.parts if (part := p.only(keep)).episodes)
+        return replace(self, parts=parts, episodes=tuple(e for p in parts for e in p.episodes))

@@ -111,6 +111,11 @@ def evaluate(folder: Path, config: Config, output: Path | None = None, progress:
         Interrupted: SIGINT or SIGTERM; finished episodes are kept.
     """
     with stoppable() as stop:
+        manifest = read_manifest(folder)
+        if has_no_simulator(manifest):
+            from clbench.evaluation.offline import evaluate_offline
+
+            return evaluate_offline(folder, manifest, config, output, progress, stop)
         return _evaluate(folder, config, output, progress, stop)
 
 
@@ -137,7 +142,7 @@ def evaluate_share(
     cells = [(k, j) for k, j in wanted_cells(manifest["mode"], e.cells, rows, len(columns)) if k in shares]
     with stoppable() as stop, ExitStack() as stack:
         for k in sorted(shares):
-            stack.enter_context(held(eval_folder(output or folder), _row_lock(k)))
+            stack.enter_context(held(eval_folder(output or folder), row_lock(k)))
         run = Evaluation(folder, manifest, config, Checkpoints(folder, manifest, rows), progress, stop, share=True)
         played = run.play(out, columns, cells, e.episodes)
         for _, about in played.failed.items():
@@ -145,19 +150,25 @@ def evaluate_share(
     return played.count
 
 
-def _row_lock(k: int) -> str:
+def row_lock(k: int) -> str:
     return f"evaluation-of-row-{k}"
 
 
 def playable(folder: Path) -> dict[str, Any]:
     """The run's manifest; UserError for a run whose stream has no simulator."""
     manifest = read_manifest(folder)
-    if any(v.get("env") is None for v in manifest["visits"]):
+    if has_no_simulator(manifest):
         raise UserError(
             f"run {folder.name} learned a stream without a simulator (dataset.env: null): there is nothing to play its "
-            "policies in, so its success cannot be measured."
+            "policies in. `clbench eval` without --rows, --curves and --step evaluates its action errors on held-out "
+            "episodes."
         )
     return manifest
+
+
+def has_no_simulator(manifest: dict[str, Any]) -> bool:
+    """Whether a run's stream has none: it is evaluated on held-out episodes (offline.py)."""
+    return any(v.get("env") is None for v in manifest["visits"])
 
 
 def _evaluate(folder: Path, config: Config, output: Path | None, progress: bool, stop: Stop) -> dict[str, Any]:
@@ -178,7 +189,7 @@ def _evaluate(folder: Path, config: Config, output: Path | None, progress: bool,
     with ExitStack() as stack:
         stack.enter_context(held(whole, "evaluation"))  # of both splits: what it clears away may be the other's
         for k in range(rows):
-            stack.enter_context(held(whole, _row_lock(k)))  # no share is at work
+            stack.enter_context(held(whole, row_lock(k)))  # no share is at work
         for left in whole.rglob(".*.tmp"):  # of an evaluation that was killed while it wrote a file
             if left.relative_to(whole).parts[0] not in OTHERS:
                 left.unlink()
@@ -211,7 +222,8 @@ def _evaluate(folder: Path, config: Config, output: Path | None, progress: bool,
 def about_run(manifest: dict[str, Any]) -> dict[str, Any]:
     """Whose matrix it is, from the run's manifest. One that is older than labels gets that of its environment type."""
     about = {key: manifest[key] for key in ABOUT if key in manifest}
-    return {"privileged": family(manifest["visits"][0]["env"]["type"]).privileged, **about}
+    env = manifest["visits"][0]["env"]
+    return {"privileged": family(None if env is None else env["type"]).privileged, **about}
 
 
 def failed_cells(failed: list[tuple[Path, dict[str, Any]]]) -> str:
@@ -330,7 +342,7 @@ class Evaluation:
         seeds = EpisodeSeeds(rule, e.split, e.seed)
         matrix = build_matrix(out, names, shown, failed=given_up, split=e.split, about=about, seeds=seeds)
         if played.count:
-            _add_summary(out, played.seconds, played.count, self.workers)
+            add_summary(out, played.seconds, played.count, self.workers)
         return matrix
 
     def rule(self, out: Path) -> str:
@@ -357,7 +369,7 @@ class Evaluation:
         seeds = EpisodeSeeds(self.rule(out), e.split, e.seed)
         asked = {**limits, "seed": e.seed, "split": e.split, EPISODE_SEEDS: seeds.rule}
         digests = self.rows.digests()
-        _check_settings(out, self.folder, digests, asked)
+        check_settings(out, self.folder, digests, asked)
         files = {(k, j): CellFile(out, k, j, seeds.for_task(columns[j]["task"])) for k, j in cells}
         first = _first_columns(columns)
         missing: dict[int, list[dict[str, Any]]] = {}
@@ -397,7 +409,7 @@ class Evaluation:
         with patience("loading simulators"):
             versions = self.simulators(env_types)
         with _alone(out, self.stop):  # nothing is written before all is known to be in order
-            write_json(out / SETTINGS, _check_settings(out, self.folder, digests, asked))
+            write_json(out / SETTINGS, check_settings(out, self.folder, digests, asked))
             if total:
                 _check_simulators(out, versions)
         played = _Played(files, failed)
@@ -414,7 +426,7 @@ class Evaluation:
                 _play(jobs, how, workers, files, failed, total, self.progress, self.stop)
             except Interrupted:
                 if not self.share:
-                    _add_summary(out, time.monotonic() - started, _episodes(files) - before, workers)
+                    add_summary(out, time.monotonic() - started, _episodes(files) - before, workers)
                 raise
             played.seconds, played.count = time.monotonic() - started, _episodes(files) - before
         return played
@@ -456,7 +468,7 @@ def _episodes(files: dict[Cell, CellFile]) -> int:
     return sum(len(f.rows) for f in files.values())
 
 
-def _check_settings(
+def check_settings(
     out: Path, folder: Path, digests: Sequence[str | None], settings: dict[str, Any]
 ) -> dict[str, Any]:
     """What settings.json is to hold. Records of other settings or other weights must not mix with new ones.
@@ -571,7 +583,7 @@ def _play(
         failed |= pool.failed
 
 
-def _add_summary(out: Path, seconds: float, episodes: int, workers: int) -> None:
+def add_summary(out: Path, seconds: float, episodes: int, workers: int) -> None:
     """Add this evaluation's time to eval/summary.json."""
     path = out / "summary.json"
     before = read_json(path) if path.is_file() else {"seconds": 0.0, "episodes": 0}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
@@ -27,6 +28,42 @@ SIMULATORS = "simulators"  # key of settings.json: environment type → {package
 EARLIER, UNKNOWN = "earlier_simulators", "unknown"  # key and value, if episodes are older than that key
 
 
+@dataclass(frozen=True)
+class Quantity:
+    """What the cells of a matrix are.
+
+    Attributes:
+        name: in words.
+        unit: of a cell; "" = none.
+        higher_is_better: otherwise lower is.
+        criteria: keys of an episode's record that a matrix may be of; the first is the headline.
+    """
+
+    name: str
+    unit: str
+    higher_is_better: bool
+    criteria: tuple[str, ...]
+
+    @property
+    def direction(self) -> str:
+        return "higher is better" if self.higher_is_better else "lower is better"
+
+    @property
+    def label(self) -> str:
+        """For titles and axes."""
+        return f"{self.name}, {self.direction}"
+
+
+SUCCESS = Quantity("success rate", "", True, ("success_once", "success_at_end"))
+# On held-out episodes (offline.py): without a simulator.
+OFFLINE = Quantity("offline action error", "standard deviations of the actions", False,
+                   ("chunk_error", "first_error", "loss"))  # fmt: skip
+OFFLINE_WORDS = {"chunk_error": "mean absolute error of the whole chunk", "loss": "the policy's loss under fixed draws",
+                 "first_error": "mean absolute error of the first action"}  # fmt: skip
+QUANTITIES = {q.name: q for q in (SUCCESS, OFFLINE)}
+VALUES = {SUCCESS.name: "success", OFFLINE.name: "error"}  # key of a matrix that has the cells
+
+
 def eval_folder(run: Path, split: str = TEST) -> Path:
     """Where a split's episodes are in a run's folder: eval, or eval/validation, so that they never mix."""
     return run / "eval" if split == TEST else run / "eval" / split
@@ -40,6 +77,8 @@ def cell_name(k: int, j: int) -> str:
 def _is_record(row: Any) -> bool:
     if not isinstance(row, dict) or type(row.get("episode")) is not int:
         return False
+    if OFFLINE.criteria[0] in row:
+        return all(isinstance(row.get(c), int | float) and row[c] >= 0 for c in OFFLINE.criteria[:2])
     return all(row.get(c) in (0, 1) for c in ("success_once", "success_at_end") if c in row) and "success_once" in row
 
 
@@ -66,7 +105,7 @@ def check_cell(
                 f"{path}: episode {episode} has the seed {shown(row['seed'])}, but in this evaluation its seed is "
                 f"{seeds.of(episode)} ({seeds.split} episodes, eval.seed={seeds.seed}). {remedy}"
             )
-        outcome = tuple(row.get(key) for key in ("seed", "success_once", "success_at_end"))
+        outcome = tuple(row.get(key) for key in ("seed", *SUCCESS.criteria, *OFFLINE.criteria))
         if found.setdefault(episode, outcome) != outcome:
             raise UserError(f"{path}: episode {episode} is recorded twice, with different results. {remedy}")
 
@@ -202,19 +241,20 @@ def build_matrix(
     split: str = TEST,
     about: Mapping[str, Any] | None = None,
     seeds: EpisodeSeeds | None = None,
+    quantity: Quantity = SUCCESS,
 ) -> dict[str, Any]:
     """Write matrix.json from the cells of the checkpoints `rows`.
 
     A cell without episodes is null, and so is one in `failed`: its episodes may be the easy ones. "episodes" counts
     the episodes behind a rate, or those that a failed cell has. `about` is stored as "run": whose matrix it is. `seeds`
-    are those that the records must have; null = not known.
+    are those that the records must have; null = not known. `quantity`: what cells are of; `criterion` is one of its.
     """
 
     def rate(k: int, j: int) -> tuple[float | None, int]:
         found = CellFile(folder, k, j, None if seeds is None else seeds.for_task(tasks[j])).rows.values()
         if (k, j) in failed:
             return None, len(found)
-        values = [bool(r[criterion]) for r in counted(found)]
+        values = [r[criterion] if quantity is not SUCCESS else bool(r[criterion]) for r in counted(found)]
         return (sum(values) / len(values) if values else None), len(values)
 
     def row(k: int) -> list[tuple[float | None, int]]:
@@ -225,11 +265,15 @@ def build_matrix(
         return None if all(v is None for v in values) else values
 
     cells = [row(k) for k in rows]
+    about_cells: dict[str, Any] = {}
+    if quantity is not SUCCESS:
+        about_cells = {"quantity": quantity.name, "unit": quantity.unit, "direction": quantity.direction}
     matrix = {
         "tasks": tasks,
+        **about_cells,
         "criterion": criterion,
         "split": split,
-        "success": [[v for v, _ in r] for r in cells],
+        VALUES[quantity.name]: [[v for v, _ in r] for r in cells],
         "episodes": [[n for _, n in r] for r in cells],
         "base": optional(BASE),
         "random": optional(RANDOM),

@@ -14,8 +14,8 @@ from typing import Any
 from clbench.arguments import whole
 from clbench.errors import UserError
 from clbench.evaluation.packed import unpacked
-from clbench.evaluation.records import TEST
-from clbench.metrics.compute import compute_metrics, wilson
+from clbench.evaluation.records import OFFLINE, TEST
+from clbench.metrics.compute import compute_metrics, higher_is_better, in_words, wilson
 from clbench.metrics.definitions import all_metrics
 from clbench.metrics.paired import compare, lines
 from clbench.metrics.record import CRITERIA, Record, load_record
@@ -47,6 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--at-end", action="store_true", help="count success at the end of an episode, which goes on for "
         "eval.steps_after_success steps after the first success, instead of success at any time"
     )
+    parser.add_argument(
+        "--quantity", choices=OFFLINE.criteria, help="of a run without a simulator: error of the whole action chunk "
+        "(the default), of the first action, or the policy's loss"
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, paths: Sequence[Path]) -> int:
-    criterion = CRITERIA[1] if args.at_end else None
+    criterion = CRITERIA[1] if args.at_end else args.quantity
     if len(paths) > 1:
         return _compare(args, paths, criterion)
     record = load_record(paths[0], criterion=criterion)
@@ -134,7 +138,7 @@ def format_text(record: Record, metrics: dict[str, dict[str, Any]], title: str) 
     rows = [("metric", "value", "95 % interval", "better", "definition (source)")]
     known = all_metrics()
     for name, m in metrics.items():
-        better = "higher" if known[name].higher_is_better else "lower"
+        better = "higher" if higher_is_better(known[name], record) else "lower"
         about = f"{m['definition']} ({m['source']})"
         if m["value"] is None:
             rows.append((name, "-", "-", better, f"missing: {m['missing']} | {about}"))
@@ -158,16 +162,18 @@ def width_notes(record: Record, metrics: dict[str, dict[str, Any]]) -> list[str]
         lower, upper = wilson(low / 2, low)
         span = f"{low}" if low == high else f"{low} to {high}"
         notes.append(
-            f"{span} episodes a cell: a success rate near 0.5 is known to about "
+            f"{span} held-out episodes a cell; intervals use Student's distribution"
+            if not record.is_rate
+            else f"{span} episodes a cell: a success rate near 0.5 is known to about "
             f"±{100 * (upper - lower) / 2:.0f} points (95 % Wilson, {low} episodes)"
         )
     reasons = {m["no_interval"] for m in metrics.values() if m.get("no_interval")}
     notes += [f"some or all intervals are left out: {r}" for r in sorted(reasons)]
     if any(m.get("low") is not None for m in metrics.values()):
         notes.append(
-            "intervals are about the success rates of these very checkpoints: they weigh the episodes of this run "
-            "anew, the same ones in every row, and leave out the spread between training seeds"
-        )
+            in_words("intervals are about the success rates of these very checkpoints: they weigh the episodes of this "
+                     "run anew, the same ones in every row, and leave out the spread between training seeds", record)
+        )  # fmt: skip
     return notes
 
 
@@ -188,7 +194,11 @@ def _facts(record: Record) -> str:
         known.append(f"privileged observations ({m['privileged']})")
     if record.split not in (None, TEST):
         known.append(f"{record.split} episodes")
-    return ", ".join([*known, f"{len(record.rows)} x {len(record.tasks)}, success = {record.criterion}"])
+    size = f"{len(record.rows)} x {len(record.tasks)}"
+    if not record.is_rate:
+        unit = f" in {record.unit}" if record.unit else ""
+        return ", ".join([*known, size, f"{record.label}{unit}, {record.quantity.direction}"])
+    return ", ".join([*known, f"{size}, success = {record.criterion}"])
 
 
 def _matrix_lines(record: Record) -> list[str]:
@@ -197,10 +207,11 @@ def _matrix_lines(record: Record) -> list[str]:
     rows += [(label.format(k), r) for k, r in zip(record.rows, record.success, strict=True)]
     names = [f"{j}:{name if len(name) <= 12 else name[:11] + '…'}" for j, name in enumerate(record.tasks)]
     widths = [max(len(n), 5) for n in names]
-    lines = ["success".ljust(10) + "  ".join(n.rjust(w) for n, w in zip(names, widths, strict=True))]
+    head = "success" if record.is_rate else "error"
+    lines = [head.ljust(10) + "  ".join(n.rjust(w) for n, w in zip(names, widths, strict=True))]
     for name, rates in rows:
         if rates is not None:
-            cells = ["-" if math.isnan(v) else f"{v:.2f}" for v in rates]
+            cells = ["-" if math.isnan(v) else f"{v:.2f}" if record.is_rate else f"{v:.3f}" for v in rates]
             lines.append(name.ljust(10) + "  ".join(c.rjust(w) for c, w in zip(cells, widths, strict=True)))
     return lines
 

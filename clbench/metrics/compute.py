@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -67,21 +68,29 @@ def compute_metrics(
     Raises:
         UserError: `joint` or `single` does not have the record's tasks.
     """
+    asked = record
+    record, joint, single, prefixes = _as_rates(record, joint, single, prefixes, assume_zero_base)
     inputs = _gather(record, joint, single, prefixes, assume_zero_base)
     drawn = _resample(record, joint, single, prefixes, inputs, bootstrap, seed)
     result: dict[str, dict[str, Any]] = {}
     for name, metric in all_metrics().items():
         entry: dict[str, Any] = {"value": None}
         try:
-            entry["value"] = _evaluate(record, name, metric, inputs)
+            value = _evaluate(record, name, metric, inputs)
         except Missing as reason:
-            entry["missing"] = str(reason)
+            entry["missing"] = in_words(str(reason), asked)
         else:
-            low_high, no_interval = _interval(name, metric, drawn, entry["value"])
-            entry["low"], entry["high"] = low_high
-            if no_interval:
-                entry["no_interval"] = no_interval
-        entry["definition"] = metric.definition + _remark(record, name, assume_zero_base)
+            values = _centred(name, metric, drawn, value, _bounds(asked, metric))
+            sign = _sign(asked, metric)
+            entry["value"], entry["low"], entry["high"] = sign * value, None, None
+            if isinstance(values, str):
+                entry["no_interval"] = in_words(values, asked)
+            else:
+                entry["low"], entry["high"] = _percentiles(sign * values)
+        entry["definition"] = in_words(metric.definition, asked) + _remark(record, name, assume_zero_base)
+        if not asked.is_rate:
+            entry["definition"] += " [R: the error]" if metric.of_errors == "level" else " [R: minus the error]"
+            entry |= {"quantity": asked.label, "unit": asked.unit, "direction": direction(metric, asked)}
         entry["source"] = metric.source
         result[name] = entry
     return result
@@ -101,6 +110,8 @@ def bootstrap_draws(
 
     Draws of runs on the same tasks and episode seeds are paired: draw b of each uses the same episodes.
     """
+    asked = record
+    record, joint, single, prefixes = _as_rates(record, joint, single, prefixes, assume_zero_base)
     inputs = _gather(record, joint, single, prefixes, assume_zero_base)
     drawn = _resample(record, joint, single, prefixes, inputs, bootstrap, seed)
     draws: dict[str, FloatArray] = {}
@@ -109,10 +120,24 @@ def bootstrap_draws(
             value = _evaluate(record, name, metric, inputs)
         except Missing:
             continue
-        values = _centred(name, metric, drawn, value)
+        values = _centred(name, metric, drawn, value, _bounds(asked, metric))
         if not isinstance(values, str):
-            draws[name] = values
+            draws[name] = _sign(asked, metric) * values
     return draws
+
+
+def higher_is_better(metric: Metric, record: Record) -> bool:
+    """Which way a metric of this record is better: a level of errors is an error."""
+    return metric.higher_is_better if record.is_rate or metric.of_errors != "level" else not metric.higher_is_better
+
+
+def direction(metric: Metric, record: Record) -> str:
+    return "higher is better" if higher_is_better(metric, record) else "lower is better"
+
+
+def in_words(text: str, record: Record) -> str:
+    """A text about success rates, for a record of errors."""
+    return text if record.is_rate else text.replace("success rate", "error").replace("success", "error")
 
 
 def aggregate(
@@ -137,7 +162,9 @@ def aggregate(
     for name, metric in all_metrics().items():
         entries = [m[name] for m in metrics]
         have = [i for i, e in enumerate(entries) if e["value"] is not None]
-        about = {"definition": entries[have[0] if have else 0]["definition"], "source": metric.source}
+        shown = entries[have[0] if have else 0]
+        about = {"definition": shown["definition"], "source": metric.source}
+        about |= {key: shown[key] for key in ("quantity", "unit", "direction") if key in shown}
         if not have:
             result[name] = {"value": None, "missing": entries[0]["missing"], "n": 0, **about}
             continue
@@ -172,6 +199,58 @@ def over_runs(values: FloatArray, table: FloatArray, rng: np.random.Generator) -
     return float(values.mean()), drawn
 
 
+# ---------------------------------------------------------------------------------------------- errors
+
+
+def _as_rates(
+    record: Record, joint: Record | None, single: Record | None, prefixes: Sequence[Record], assume_zero_base: bool
+) -> tuple[Record, Record | None, Record | None, Sequence[Record]]:
+    """The records with −errors in the place of errors, so that more is better, as the formulas have it."""
+    for other in (joint, single, *prefixes):
+        if other is not None and (other.quantity, other.criterion) != (record.quantity, record.criterion):
+            raise UserError(f"{other.source} is of {other.label}, and {record.source} of {record.label}.")
+    if record.is_rate:
+        return record, joint, single, prefixes
+    if assume_zero_base:
+        raise UserError("--assume-zero-base is for rates: before any learning, an error is not 0.")
+    return (
+        _negated(record), None if joint is None else _negated(joint), None if single is None else _negated(single),
+        [_negated(p) for p in prefixes],
+    )  # fmt: skip
+
+
+def _negated(record: Record) -> Record:
+    outcomes = {cell: {s: -v for s, v in found.items()} for cell, found in record.outcomes.items()}
+    base, random = (None if row is None else -row for row in (record.base, record.random))
+    return replace(record, success=-record.success, base=base, random=random, outcomes=outcomes)
+
+
+def _sign(record: Record, metric: Metric) -> int:
+    """What turns a metric of −errors into one of errors."""
+    return -1 if not record.is_rate and metric.of_errors == "level" else 1
+
+
+def _bounds(record: Record, metric: Metric) -> tuple[float, float]:
+    """Of a metric's values as computed."""
+    if record.is_rate:
+        return metric.bounds
+    return (-np.inf, 0.0) if metric.of_errors == "level" else (-np.inf, np.inf)
+
+
+def _student(degrees: int) -> float:
+    """t/z: Student's 97.5 % quantile with so many degrees of freedom over the normal one.
+
+    T = √ν tan θ with a density of θ proportional to cos^{ν−1} θ, which is integrated numerically.
+    """
+    if degrees > 1000:
+        return 1.0
+    angle = np.linspace(0.0, math.pi / 2, 20_001)
+    density = np.cos(angle) ** (degrees - 1)
+    below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    at = np.interp(0.95, below / below[-1], angle)
+    return math.sqrt(degrees) * math.tan(at) / Z_95
+
+
 # ---------------------------------------------------------------------------------------------- inputs
 
 
@@ -189,6 +268,8 @@ def _gather(
         inputs["base"] = np.zeros(n)
     else:
         inputs["base"] = "the base was not evaluated before the stream (--assume-zero-base takes it as 0)"
+    if not record.is_rate and record.base is None:
+        inputs["base"] = "the base was not evaluated before the stream (clbench eval --base)"
     inputs["heldout"] = "no held-out tasks were evaluated"
     if record.heldout is not None:
         inputs["heldout"] = record.heldout.success[-1]
@@ -289,6 +370,8 @@ def _evaluate(record: Record, name: str, metric: Metric, inputs: Inputs) -> floa
         raise Missing("one policy was trained on all tasks at once: there is no sequence of checkpoints")
     if record.mode == "singletask" and metric.of != "diagonal":
         raise Missing("one independent policy per task: there is no sequence of checkpoints")
+    if not record.is_rate and metric.of_errors is None:
+        raise Missing("it makes sense for rates in [0, 1] alone, and these are errors")
     arguments = []
     for key in metric.inputs:
         value = inputs[key]
@@ -404,6 +487,7 @@ class _Draws:
 
     def __init__(self, bootstrap: int, seed: int) -> None:
         self.bootstrap, self.seed = bootstrap, seed
+        self._wider: dict[int, float] = {}
         self._weights: dict[int, FloatArray] = {}
 
     def _of(self, episode_seed: int) -> FloatArray:
@@ -427,6 +511,11 @@ class _Draws:
                 if len(outcomes) < 2:
                     return f"one episode at k={k} j={j}: nothing to resample"
                 seeds = sorted(outcomes)[slice(part, None, 1 if part is None else 2)]
+                if not record.is_rate:
+                    if len(seeds) < 2:
+                        return f"fewer than two episodes in each half at k={k} j={j}: nothing to resample"
+                    drawn[:, i, j] = self._mean({s: outcomes[s] for s in seeds}, _degrees(record))
+                    continue
                 first = record.tasks.index(record.tasks[j])  # a repeated task's columns have the same episodes
                 prior = [run, k + 1, first, 2 if part is None else part]
                 drawn[:, i, j] = self._rate({s: outcomes[s] for s in seeds}, prior)
@@ -455,6 +544,21 @@ class _Draws:
             drawn.append(np.stack([self._rate(o, [run, k, i]) for i, o in enumerate(points)], axis=1))
         return np.stack(drawn, axis=1)
 
+    def _mean(self, values: Mapping[int, float], degrees: int) -> FloatArray:
+        """(B,) draws of the mean of one cell's errors: a Bayesian bootstrap without a prior.
+
+        Its variance is that of the S values over (S + 1), with S in the denominator of both; that of a mean is theirs
+        with S − 1, over S. What S values say of their own spread is uncertain too, which the factor from the normal to
+        Student's distribution adds, with the degrees of freedom of all tasks' episodes together.
+        """
+        seeds = list(values)
+        weight = np.stack([self._of(s) for s in seeds], axis=1)  # (B, S)
+        mean = weight @ np.array([values[s] for s in seeds], dtype=float) / weight.sum(axis=1)
+        if degrees not in self._wider:
+            self._wider[degrees] = _student(degrees)
+        wider = math.sqrt((len(seeds) + 1) / (len(seeds) - 1)) * self._wider[degrees]
+        return np.asarray(mean.mean() + wider * (mean - mean.mean()))
+
     def _rate(self, outcomes: Mapping[int, float], prior: Sequence[int]) -> FloatArray:
         """(B,) drawn rates of one cell. `prior`: what its own half success and half failure are drawn from."""
         seeds = list(outcomes)
@@ -465,6 +569,14 @@ class _Draws:
         # The posterior's variance is p(1 − p)/(S + 2), and p(1 − p) of S episodes (S − 1)/S of the true one.
         wider = math.sqrt((len(seeds) + 2) / max(1, len(seeds) - 1))
         return np.asarray(rate.mean() + wider * (rate - rate.mean()))
+
+
+def _degrees(record: Record) -> int:
+    """Degrees of freedom of the errors of all tasks together: Σ over tasks of (episodes − 1), at least 1."""
+    counts: dict[str, int] = {}
+    for (_, j), found in record.outcomes.items():
+        counts[record.tasks[j]] = min(len(found), counts.get(record.tasks[j], len(found)))
+    return max(1, sum(n - 1 for n in counts.values()))
 
 
 def _draws_of(name: str, metric: Metric, drawn: Inputs) -> FloatArray | str:
@@ -486,15 +598,9 @@ def _percentiles(values: FloatArray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _interval(
-    name: str, metric: Metric, drawn: Inputs, value: float
-) -> tuple[tuple[float | None, float | None], str | None]:
-    """The bounds, or why there are none."""
-    values = _centred(name, metric, drawn, value)
-    return ((None, None), values) if isinstance(values, str) else (_percentiles(values), None)
-
-
-def _centred(name: str, metric: Metric, drawn: Inputs, value: float) -> FloatArray | str:
+def _centred(
+    name: str, metric: Metric, drawn: Inputs, value: float, bounds: tuple[float, float]
+) -> FloatArray | str:
     """(B,) draws of one metric, moved to have `value` as their mean, or why there are none.
 
     The prior pulls every cell towards ½; over many cells that would add up. So draws tell how far the value may be off,
@@ -503,4 +609,4 @@ def _centred(name: str, metric: Metric, drawn: Inputs, value: float) -> FloatArr
     if metric.no_interval is not None:
         return metric.no_interval
     values = _draws_of(name, metric, drawn)
-    return values if isinstance(values, str) else (values - values.mean() + value).clip(*metric.bounds)
+    return values if isinstance(values, str) else (values - values.mean() + value).clip(*bounds)

@@ -56,6 +56,15 @@ class Metric:
     def __post_init__(self) -> None:
         object.__setattr__(self, "__doc__", self.function.__doc__)
 
+    @property
+    def of_errors(self) -> str | None:
+        """What it is of a matrix of errors e, computed with R = −e: a "level" (its value is then negated: an error), or
+        a "difference" of levels, which keeps its sign and direction. None = it makes sense for rates alone.
+
+        A metric in [0, 1] is a level, one in [−1, 1] a difference.
+        """
+        return {RATE: "level", DIFFERENCE: "difference"}.get(self.bounds)
+
     def __call__(self, *inputs: Any) -> Any:
         return self.function(*inputs)
 

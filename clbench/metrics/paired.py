@@ -10,7 +10,7 @@ from itertools import combinations
 import numpy as np
 
 from clbench.errors import UserError
-from clbench.metrics.compute import bootstrap_draws, compute_metrics, over_runs
+from clbench.metrics.compute import bootstrap_draws, compute_metrics, higher_is_better, over_runs
 from clbench.metrics.definitions import FloatArray, all_metrics
 from clbench.metrics.record import Record
 
@@ -27,6 +27,7 @@ class Difference:
         p: two-sided, of the hypothesis that it is 0: a normal approximation with the draws' standard deviation.
         holm: p after Holm's correction over the pairs that are compared (Holm 1979).
         n: training seeds that both have.
+        higher_is_better: which way the metric is better, for what these runs were evaluated by; None: as for rates.
     """
 
     first: str
@@ -38,13 +39,15 @@ class Difference:
     p: float
     holm: float = 1.0
     n: int = 1
+    higher_is_better: bool | None = None
 
     @property
     def verdict(self) -> str:
         """What the test says, in words."""
         if self.holm >= LEVEL:
             return "no difference seen"
-        higher = all_metrics()[self.metric].higher_is_better
+        higher = self.higher_is_better
+        higher = all_metrics()[self.metric].higher_is_better if higher is None else higher
         return f"{self.first if (self.value > 0) == higher else self.second} is better"
 
 
@@ -73,7 +76,8 @@ def compare(
             if both:
                 value = [values[id(x)][name]["value"] - values[id(y)][name]["value"] for x, y in both]
                 drawn = np.stack([draws[id(x)][name] - draws[id(y)][name] for x, y in both])
-                pairs.append(_difference(a, b, name, np.array(value), drawn, seed))
+                higher = higher_is_better(all_metrics()[name], every[0])
+                pairs.append(_difference(a, b, name, np.array(value), drawn, seed, higher))
         found += _holm(pairs)
     return found
 
@@ -82,6 +86,8 @@ def check_paired(a: Record, b: Record) -> None:
     """Raise UserError where two runs cannot be compared episode by episode."""
     if a.tasks != b.tasks or a.rows != b.rows:
         raise UserError(f"{a.source} and {b.source} do not have the same tasks in the same order: nothing pairs them.")
+    if a.quantity != b.quantity:
+        raise UserError(f"{a.source} is of {a.label}, and {b.source} of {b.label}: they cannot be compared.")
     for what, one, other in (("split", a.split, b.split), ("criterion", a.criterion, b.criterion)):
         if one != other:
             raise UserError(f"{a.source} and {b.source} differ in their {what}: {one} and {other}.")
@@ -101,13 +107,14 @@ def _by_seed(first: Sequence[Record], second: Sequence[Record]) -> list[tuple[Re
     return [(r, of[r.manifest.get("seed")]) for r in first if r.manifest.get("seed") in of]
 
 
-def _difference(a: str, b: str, metric: str, values: FloatArray, drawn: FloatArray, seed: int) -> Difference:
+def _difference(a: str, b: str, metric: str, values: FloatArray, drawn: FloatArray, seed: int,
+                higher: bool) -> Difference:  # fmt: skip
     """`values` (n,) and `drawn` (n, B) of each training seed."""
     mean, draws = over_runs(values, drawn, np.random.default_rng(seed))
     low, high = np.percentile(draws, [2.5, 97.5])
     spread = float(draws.std())
     p = math.erfc(abs(mean) / (spread * math.sqrt(2))) if spread > 0 else float(mean == 0)
-    return Difference(a, b, metric, mean, float(low), float(high), p, n=len(values))
+    return Difference(a, b, metric, mean, float(low), float(high), p, n=len(values), higher_is_better=higher)
 
 
 def _holm(pairs: Sequence[Difference]) -> list[Difference]:
@@ -163,7 +170,7 @@ def lines(found: Sequence[Difference], runs: Mapping[str, Sequence[Record]] | No
             f"{d.verdict}{seeds}"
         )
     for (a, one), (b, other) in combinations((runs or {}).items(), 2):
-        if len(one) == len(other) == 1:
+        if len(one) == len(other) == 1 and one[0].is_rate:
             cells = differing_cells(one[0], other[0])
             text = ", ".join(f"k={k} j={j} (p {p_text(p)})" for k, j, p in cells) or "none"
             yield f"cells in which {a} and {b} differ (McNemar, Holm over all cells): {text}"

@@ -14,8 +14,13 @@ import numpy.typing as npt
 from clbench.errors import UserError
 from clbench.evaluation.records import (
     EARLIER,
+    OFFLINE_WORDS,
+    QUANTITIES,
+    SUCCESS,
     TEST,
     VALIDATION,
+    VALUES,
+    Quantity,
     cell_name,
     check_cell,
     counted,
@@ -30,7 +35,7 @@ from clbench.metrics.definitions import FloatArray
 from clbench.metrics.table import MAX_TASKS, NPY, ZIP, from_numpy, from_text
 
 BASE_ROW = -1
-CRITERIA = ("success_once", "success_at_end")
+CRITERIA = SUCCESS.criteria
 MODES = ("sequential", "multitask", "singletask")
 ABOUT = ("run_id", "policy", "algorithm", "dataset", "mode", "seed", "privileged")
 MAX_EPISODES = 100_000  # of one cell
@@ -68,6 +73,7 @@ class Record:
         manifest: the run's manifest, or as much of it as the matrix has; {} = unknown.
         simulators: environment type → {package: version} that played the episodes; {} = not recorded.
         notes: what a reader of the numbers should know.
+        quantity: what `success`, `base` and `outcomes` are: success rates, or errors, which are not bounded by 1.
     """
 
     tasks: list[str]
@@ -87,6 +93,22 @@ class Record:
     simulators: dict[str, dict[str, str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     source: Path | None = None
+    quantity: Quantity = SUCCESS
+
+    @property
+    def label(self) -> str:
+        """What the cells are, in words."""
+        words = OFFLINE_WORDS.get(self.criterion)
+        return self.quantity.name if words is None else f"{self.quantity.name} ({words})"
+
+    @property
+    def unit(self) -> str:
+        return "" if self.criterion == "loss" else self.quantity.unit
+
+    @property
+    def is_rate(self) -> bool:
+        """Whether the cells are rates in [0, 1] of which more is better; otherwise errors, of which less is."""
+        return self.quantity.higher_is_better
 
     @property
     def one_row(self) -> bool:
@@ -98,7 +120,10 @@ class Record:
         """What has to go with the numbers: the run and its label, as far as they are known, and the simulators."""
         known = {key: self.manifest[key] for key in ABOUT if key in self.manifest}
         known |= {} if self.split is None else {"split": self.split}
-        return known | {"criterion": self.criterion, "simulators": self.simulators}
+        known |= {"criterion": self.criterion, "simulators": self.simulators}
+        if not self.is_rate:
+            known |= {"quantity": self.label, "unit": self.unit, "direction": self.quantity.direction}
+        return known
 
     @property
     def played_with(self) -> str:
@@ -171,14 +196,21 @@ def _validation_of(path: Path) -> str:
 # ----------------------------------------------------------------------------------- cells of a matrix
 
 
-def _cell(value: Any, where: str, hint: str = "") -> float:
-    """A rate in [0, 1], or NaN for None; raises UserError, with `hint` for a rate outside, for anything else."""
+def _cell(value: Any, where: str, hint: str = "", rate: bool = True) -> float:
+    """A rate in [0, 1], or NaN for None; raises UserError, with `hint` for a rate outside, for anything else.
+
+    `rate`: otherwise an error, at least 0.
+    """
     if value is None:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UserError(f"{where} is {shown(value)}, not a number (null = not evaluated).")
     if isinstance(value, float) and not math.isfinite(value):  # from CSV; JSON has none
         raise UserError(f"{where} is {value}, not a rate; write null for a cell that was not evaluated.")
+    if not rate:
+        if value < 0:
+            raise UserError(f"{where} is {shown(value)}, and an error is not negative.")
+        return float(value)
     if not -ROUNDING <= value <= 1 + ROUNDING:
         raise UserError(f"{where} is {shown(value)}, outside [0, 1].{hint if value >= 2 else ''}")
     return min(1.0, max(0.0, float(value)))
@@ -202,16 +234,18 @@ def _fill_triangle(rows: list[Any], n: int | None) -> list[Any]:
     return [r + [None] * ((n or len(rows)) - len(r)) for r in rows]
 
 
-def _row(values: Any, where: str, n: int | None = None, hint: str | None = None) -> FloatArray:
+def _row(
+    values: Any, where: str, n: int | None = None, hint: str | None = None, rate: bool = True
+) -> FloatArray:
     if not isinstance(values, list):
         raise UserError(f"{where} is not a list of rates.")
     if n is not None and len(values) != n:
         raise UserError(f"{where} has {len(values)} cells where {n} were expected: the matrix is ragged.")
     hint = _scale_hint([values]) if hint is None else hint
-    return np.array([_cell(v, f"{where}, column {j}", hint) for j, v in enumerate(values)], dtype=float)
+    return np.array([_cell(v, f"{where}, column {j}", hint, rate) for j, v in enumerate(values)], dtype=float)
 
 
-def _matrix(rows: Any, where: str, n: int | None = None) -> FloatArray:
+def _matrix(rows: Any, where: str, n: int | None = None, rate: bool = True) -> FloatArray:
     """(K, N) rates from a list of lists; raises UserError naming the place that is wrong."""
     if not isinstance(rows, list):
         raise UserError(f"{where} is not a matrix: expected a list of rows.")
@@ -224,7 +258,7 @@ def _matrix(rows: Any, where: str, n: int | None = None) -> FloatArray:
     rows = _fill_triangle(rows, n)
     width = n if n is not None else len(rows[0]) if isinstance(rows[0], list) else None
     hint = _scale_hint(rows)
-    matrix = np.stack([_row(r, f"{where}, row {k}", width, hint) for k, r in enumerate(rows)])
+    matrix = np.stack([_row(r, f"{where}, row {k}", width, hint, rate) for k, r in enumerate(rows)])
     if len(matrix) > matrix.shape[1]:
         raise UserError(
             f"{where} has {len(matrix)} rows for {matrix.shape[1]} tasks; there is one row per visited task. "
@@ -245,21 +279,27 @@ def _from_json(data: Any, where: str, keys: bool = True) -> Record:
     if isinstance(data, list):
         success = _matrix(data, where)
         return Record(_default_names(success.shape[1]), success, list(range(len(success))), named=False)
-    if not isinstance(data, dict) or "success" not in data:
+    quantity = SUCCESS
+    if isinstance(data, dict) and "quantity" in data:
+        if data["quantity"] not in QUANTITIES:
+            raise UserError(f'{where}: "quantity" is {shown(data["quantity"])}; known: {", ".join(QUANTITIES)}.')
+        quantity = QUANTITIES[data["quantity"]]
+    values, rate = VALUES[quantity.name], quantity is SUCCESS
+    if not isinstance(data, dict) or values not in data:
         raise UserError(f'{where} is not a matrix: expected a list of rows, or an object with "success".')
     tasks = data.get("tasks")
     if tasks is not None and not (isinstance(tasks, list) and all(isinstance(t, str) for t in tasks)):
         raise UserError(f'{where}: "tasks" is not a list of names.')
-    inside = f'{where}: "success"' if keys else where
-    success = _matrix(data["success"], inside, len(tasks) if tasks is not None else None)
+    inside = f'{where}: "{values}"' if keys else where
+    success = _matrix(data[values], inside, len(tasks) if tasks is not None else None, rate)
     n = success.shape[1]
     extra = {
-        name: None if data.get(name) is None else _row(data[name], f'{where}: "{name}"', n)
+        name: None if data.get(name) is None else _row(data[name], f'{where}: "{name}"', n, rate=rate)
         for name in ("base", "random")
     }
-    criterion = data.get("criterion", CRITERIA[0])
-    if criterion not in CRITERIA:
-        raise UserError(f'{where}: "criterion" is {shown(criterion)}; known: {", ".join(CRITERIA)}.')
+    criterion = data.get("criterion", quantity.criteria[0])
+    if criterion not in quantity.criteria:
+        raise UserError(f'{where}: "criterion" is {shown(criterion)}; known: {", ".join(quantity.criteria)}.')
     split = data.get("split")
     if split is not None and split not in (TEST, VALIDATION):
         raise UserError(f'{where}: "split" is {shown(split)}; known: {TEST}, {VALIDATION}.')
@@ -277,6 +317,7 @@ def _from_json(data: Any, where: str, keys: bool = True) -> Record:
         mode=about.get("mode"),
         named=tasks is not None,
         manifest=about,
+        quantity=quantity,
     )
 
 
@@ -304,10 +345,13 @@ def _load_eval(folder: Path, criterion: str | None, final_k: int | None = None) 
 
     `final_k` is the visit behind the one row of held-out tasks, whose episode files may be named by it.
     """
-    if criterion is not None and criterion not in CRITERIA:
-        raise UserError(f"unknown criterion {criterion!r}; known: {', '.join(CRITERIA)}.")
     where = str(folder / "matrix.json")
     record = _from_json(read_json(folder / "matrix.json"), where)
+    if criterion is not None and criterion not in record.quantity.criteria:
+        raise UserError(
+            f"{folder} is of {record.quantity.name}: it has no criterion {criterion!r}, only "
+            f"{', '.join(record.quantity.criteria)}."
+        )
     record.source = folder
     record.split = record.split or TEST  # older ones do not say
     found, own = _manifest(folder), record.manifest
@@ -387,13 +431,15 @@ def read_cell(
     return []
 
 
-def _outcomes(episodes: list[dict[str, Any]], criterion: str, where: str) -> dict[int, float]:
+def _outcomes(
+    episodes: list[dict[str, Any]], criterion: str, where: str, most: float = 1.0
+) -> dict[int, float]:
     """{episode seed: success}; raises UserError for a record without either or a seed with two outcomes."""
     result: dict[int, float] = {}
     for e in episodes:
         seed, success = e.get("seed"), e.get(criterion)
-        if type(seed) is not int or not isinstance(success, bool | int | float) or not 0 <= success <= 1:
-            raise UserError(f'{where}: an episode record lacks a whole "seed" or a "{criterion}" in [0, 1].')
+        if type(seed) is not int or not isinstance(success, bool | int | float) or not 0 <= success <= most:
+            raise UserError(f'{where}: an episode record lacks a whole "seed" or a "{criterion}" in [0, {most:g}].')
         if result.setdefault(seed, float(success)) != float(success):
             raise UserError(f"{where}: episode seed {seed} is recorded twice with different outcomes.")
     return result
@@ -434,7 +480,8 @@ def _add_outcomes(record: Record, cells: Path, recompute: bool) -> None:
             if math.isnan(rates[j]):  # it may have records already, but the matrix says it is not done
                 continue
             played = read_cell(cells, record.tasks, k, j, seeds)
-            outcomes = _outcomes(played, record.criterion, f"{cells} (k={k}, j={j})")
+            most = 1.0 if record.is_rate else math.inf
+            outcomes = _outcomes(played, record.criterion, f"{cells} (k={k}, j={j})", most)
             if all(isinstance(e.get("episode"), int) for e in played):  # those that the matrix counts
                 outcomes = {e["seed"]: outcomes[e["seed"]] for e in counted(played)}
             if not outcomes:
@@ -442,7 +489,7 @@ def _add_outcomes(record: Record, cells: Path, recompute: bool) -> None:
                     rates[j] = math.nan
                 continue
             mean = float(np.mean(list(outcomes.values())))
-            stale += not recompute and abs(mean - rates[j]) > 1e-3
+            stale += not recompute and abs(mean - rates[j]) > 1e-3 * max(1.0, abs(mean))
             rates[j] = mean
             record.outcomes[k, j] = outcomes
             if k != BASE_ROW:

@@ -77,8 +77,8 @@ def build_report(
     beyond = beyond_the_method(groups)
     labels = [*_labels(loaded), *([beyond] if beyond else [])]
     notes += [beyond] if beyond else []
-    write_text(folder / "table.tex", tables.to_latex(head, body, labels))
-    write_text(folder / "table.md", tables.to_markdown(head, body, labels))
+    write_text(folder / "table.tex", tables.to_latex(head, body, labels, tables.caption(groups)))
+    write_text(folder / "table.md", tables.to_markdown(head, body, labels, tables.caption(groups)))
     if command is None:
         command = shlex.join(redact_command([Path(sys.argv[0]).name, *by_name(sys.argv[1:])], secrets_of()))
     paired, why = _paired(groups, bootstrap)
@@ -161,7 +161,8 @@ def folder_name(name: str) -> str:
 def _matrix_image(run: Run, file_name: str) -> Image:
     label = f"{run.algorithm}, seed {run.seed}" if run.manifest else run.name
     png = figures.to_png(figures.success_matrix(run.record, label), "; ".join(_labels([run])))
-    caption = f"{run.name}: success after each task. Hatched: not evaluated."
+    what = "success" if run.record.is_rate else run.record.quantity.label
+    caption = f"{run.name}: {what} after each task. Hatched: not evaluated."
     return f"matrix_{file_name}.png", caption, png
 
 
@@ -169,6 +170,9 @@ def _draw(runs: Sequence[Run], groups: Sequence[Group], own: Sequence[str]) -> t
     """The figures that the records allow, and what is left out."""
     drawn: list[Image] = []
     absent: list[str] = []
+    rates = runs[0].record.is_rate
+    what, file = ("success", "success.png") if rates else ("offline action error", "error.png")
+    bars = "95 % Wilson intervals" if rates else "one standard error over held-out episodes"
 
     def add(file_name: str, caption: str, fig: object, why_not: str) -> None:
         if fig is None:
@@ -178,20 +182,20 @@ def _draw(runs: Sequence[Run], groups: Sequence[Group], own: Sequence[str]) -> t
 
     if len(runs) > 1:
         caption = (
-            "Mean success on the tasks seen so far; band: range over seeds; dashed: joint training; "
+            f"Mean {what} on the tasks seen so far; band: range over seeds; dashed: joint training; "
             "dotted: one policy per task."
         )
-        add("success.png", caption, figures.comparison(groups), "")
+        add(file, caption, figures.comparison(groups), "")
     elif runs[0].record.mode == "singletask":
-        absent.append("success over tasks: one independent policy was trained per task")
+        absent.append(f"{what} over tasks: one independent policy was trained per task")
     elif runs[0].record.one_row:
-        absent.append("success over tasks: one policy was trained on all tasks at once")
+        absent.append(f"{what} over tasks: one policy was trained on all tasks at once")
     else:
         caption = (
-            "Each task's success after every visit (grey: not yet learned; bars: 95 % Wilson intervals), "
+            f"Each task's {what} after every visit (grey: not yet learned; bars: {bars}), "
             "and the mean over the tasks seen so far."
         )
-        add("success.png", caption, figures.success_over_tasks(runs[0].record, runs[0].name), "")
+        add(file, caption, figures.success_over_tasks(runs[0].record, runs[0].name), "")
     add(
         "parameters.png",
         "Parameters added to the base after each task.",

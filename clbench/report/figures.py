@@ -130,19 +130,23 @@ def _tasks_axis(axes: Axes, names: Sequence[str], vertical: bool = False) -> Non
         axes.set_xticks(ticks, names, rotation=40, ha="right", rotation_mode="anchor")
 
 
-def _matrix(axes: Axes, values: FloatArray, texts: Sequence[Sequence[str]], scale: float = 1.0) -> Any:
-    """Cells coloured 0…1 with their text; NaN hatched grey."""
+def _matrix(
+    axes: Axes, values: FloatArray, texts: Sequence[Sequence[str]], scale: float = 1.0, most: float = 1.0,
+    map_name: str = "cividis",
+) -> Any:  # fmt: skip
+    """Cells coloured 0…`most` with their text; NaN hatched grey."""
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 
-    cmap = colormaps["cividis"]
-    image = axes.imshow(np.ma.masked_invalid(values), cmap=cmap, vmin=0, vmax=1, aspect="auto")
+    cmap = colormaps[map_name]
+    image = axes.imshow(np.ma.masked_invalid(values), cmap=cmap, vmin=0, vmax=most, aspect="auto")
     for (i, j), value in np.ndenumerate(values):
         if math.isnan(value):
             box = Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor=GREY, edgecolor="#AAAAAA", hatch="////", linewidth=0)
             axes.add_patch(box)
         elif texts[i][j]:
-            colour = "black" if value > 0.55 else "white"
+            light = value / most if map_name == "cividis" else 1 - value / most
+            colour = "black" if light > 0.55 else "white"
             axes.text(j, i, texts[i][j], ha="center", va="center", color=colour, fontsize=9 * scale)
     axes.set_xticks(np.arange(values.shape[1] + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(values.shape[0] + 1) - 0.5, minor=True)
@@ -176,7 +180,7 @@ def success_matrix(record: Record, title: str) -> Figure:
     fig = figure(2.9 + 0.62 * max(n, 3), 2.0 + 0.42 * n_rows)
     axes = fig.add_subplot()
     texts = [["" if math.isnan(v) else f"{v:.2f}" for v in row] for row in values]
-    image = _matrix(axes, values, texts)
+    image = _matrix(axes, values, texts, most=_most(record), map_name="cividis" if record.is_rate else "cividis_r")
     for edge, there in ((n_above, n_above > 0), (n_rows - 1, expert is not None)):
         if there:
             axes.axhline(edge - 0.5, color="white", linewidth=6)
@@ -184,8 +188,24 @@ def success_matrix(record: Record, title: str) -> Figure:
     _tasks_axis(axes, [name for name, _ in rows], vertical=True)
     axes.set_xlabel("evaluated task")
     axes.set_title(short(title, 60), fontsize=11, loc="left")
-    fig.colorbar(image, ax=axes, label="success rate", shrink=min(1.0, 1.6 / (0.42 * n_rows) + 0.4))
+    label = _axis_label(record, "success rate")
+    fig.colorbar(image, ax=axes, label=label, shrink=min(1.0, 1.6 / (0.42 * n_rows) + 0.4))
     return fig
+
+
+def _most(record: Record) -> float:
+    """The upper end of the scale: 1 for rates."""
+    if record.is_rate:
+        return 1.0
+    rows = [record.success, *([] if record.base is None else [record.base[None]])]
+    known = np.concatenate([r[~np.isnan(r)] for r in rows])
+    return float(known.max()) if known.size and known.max() > 0 else 1.0
+
+
+def _axis_label(record: Record, of_rates: str) -> str:
+    if record.is_rate:
+        return of_rates
+    return f"{record.quantity.name}" + (f"\n[{record.unit}]" if record.unit else "") + ", lower is better"
 
 
 def _expert(record: Record) -> FloatArray | None:
@@ -207,7 +227,7 @@ def mean_seen(record: Record) -> FloatArray:
 
 def success_over_tasks(record: Record, title: str) -> Figure:
     """One panel per task: success after every visit with Wilson bars; below, the mean over tasks seen."""
-    n = len(record.tasks)
+    n, most = len(record.tasks), _most(record)
     columns = min(n, 5)
     panel_rows = math.ceil(n / columns)
     fig = figure(max(2.1 * columns + 0.6, 6.0), 1.75 * panel_rows + 3.0)
@@ -220,18 +240,19 @@ def success_over_tasks(record: Record, title: str) -> Figure:
         _clean(axes)
         axes.axvspan(-0.4, j - 0.5, color="#F3F3F3", zorder=0)  # not yet learned
         _with_bars(axes, record, j)
-        axes.set(ylim=(-0.05, 1.05), xlim=(-0.4, max(record.rows) + 0.4))
+        axes.set(ylim=(-0.05 * most, 1.05 * most), xlim=(-0.4, max(record.rows) + 0.4))
         axes.set_title(f"{j}: {short(record.tasks[j], 20)}", fontsize=8.5)
         axes.set_xticks(record.rows[:: math.ceil(len(record.rows) / 6)])
         axes.tick_params(labelsize=8, labelbottom=j + columns >= n)
-    top.supylabel("success", fontsize=9)
+    top.supylabel("success" if record.is_rate else "error", fontsize=9)
     axes = bottom.subplots()
     _clean(axes)
     mean = mean_seen(record)
     axes.plot(record.rows, mean, color="black", linewidth=2.8, marker="o", label="mean over tasks seen so far")
     if record.base is not None and not np.isnan(record.base).any():
         axes.axhline(record.base.mean(), color="#777777", linestyle=":", label="base, mean over all tasks")
-    axes.set(ylim=(-0.05, 1.05), xlim=(-0.4, max(record.rows) + 0.4), xlabel="after visit k", ylabel="success")
+    axes.set(ylim=(-0.05 * most, 1.05 * most), xlim=(-0.4, max(record.rows) + 0.4), xlabel="after visit k")
+    axes.set_ylabel(_axis_label(record, "success"), fontsize=None if record.is_rate else 8)
     axes.set_xticks(record.rows)
     axes.legend(frameon=False, fontsize=8, loc="best")
     fig.suptitle(short(title, 60), fontsize=11, x=0.02, ha="left")
@@ -246,6 +267,11 @@ def _with_bars(axes: Axes, record: Record, j: int) -> None:
         axes.text(0.5, 0.5, "not evaluated", ha="center", va="center", transform=axes.transAxes, fontsize=8)
         return
     axes.plot(x, y, color=COLOURS[0], marker="o", markersize=3.5)
+    if not record.is_rate:
+        values = [np.array(list(record.outcomes.get((k, j), {}).values())) for k in x]
+        errors = np.array([v.std(ddof=1) / math.sqrt(len(v)) if len(v) > 1 else 0.0 for v in values])
+        axes.vlines(x, y - errors, y + errors, color=COLOURS[0], alpha=0.35, linewidth=3)
+        return
     if record.episodes is None:
         return
     counts = [int(record.episodes[record.rows.index(k), j]) for k in x]
@@ -281,7 +307,11 @@ def comparison(groups: Sequence[Group]) -> Figure:
         if len(g.runs) > 1:
             low, high = np.nanmin(table[:, known], axis=0), np.nanmax(table[:, known], axis=0)
             axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
-    axes.set(xlabel="after visit k", ylabel="mean success on tasks seen so far", ylim=(-0.03, 1.03))
+    record = groups[0].runs[0].record
+    most = max(_most(r.record) for g in groups for r in g.runs)
+    axes.set(xlabel="after visit k", ylim=(-0.03 * most, 1.03 * most))
+    axes.set_ylabel("mean success on tasks seen so far" if record.is_rate else "mean over tasks seen so far: "
+                    + _axis_label(record, ""), fontsize=None if record.is_rate else 8)  # fmt: skip
     axes.set_xticks(range(last + 1))
     axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return fig

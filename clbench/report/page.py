@@ -9,8 +9,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from clbench.metrics import wilson
+import numpy as np
+
+from clbench.metrics import Record, wilson
 from clbench.metrics.cli import NOT_COMPARABLE, evaluated_counts, width_notes
+from clbench.metrics.compute import higher_is_better
 from clbench.metrics.definitions import all_metrics
 from clbench.metrics.paired import Difference, p_text
 from clbench.report import tables
@@ -47,13 +50,14 @@ def page(
     paired: Sequence[Difference] | None = None,
 ) -> str:
     """The full page: table and pictures, definitions with intervals, how wide they are, provenance."""
+    rates = runs[0].record.is_rate
     body = [
         f"<h1>{escape_html(title)}</h1>",
         f'<p class="sub">{escape_html(_subtitle(runs))}</p>',
         f'<div class="wide summary">{tables.to_html(tables.header(groups), tables.rows(groups))}</div>',
-        f'<p class="note">{escape_html(tables.CAPTION)}</p>',
+        f'<p class="note">{escape_html(tables.caption(groups))}</p>',
         *(_paragraph(n) for n in notes),
-        "<h2>Success</h2>" if matrices else "",
+        f"<h2>{'Success' if rates else escape_html(runs[0].record.quantity.label)}</h2>" if matrices else "",
         f'<div class="{"grid" if len(matrices) > 1 else ""}">{"".join(map(_image, matrices))}</div>',
         *map(_image, figures),
         *([] if paired is None else ["<h2>Differences, paired by episode</h2>", _differences(paired)]),
@@ -105,9 +109,15 @@ def _subtitle(runs: Sequence[Run]) -> str:
         f"{len(record.tasks)} tasks",
         f"seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}" if seeds else "",
         *sorted({label for run in runs for label in run.labels}),
-        f"an episode succeeds by {record.criterion}{episodes}",
+        f"an episode succeeds by {record.criterion}{episodes}" if record.is_rate else _error_of(record) + episodes,
     ]
     return " · ".join(p for p in parts if p)
+
+
+def _error_of(record: Record) -> str:
+    """What a page says of errors."""
+    unit = f" in {record.unit}" if record.unit else ""
+    return f"{record.label}{unit}, {record.quantity.direction}"
 
 
 def _span(counts: Sequence[int]) -> str:
@@ -141,7 +151,7 @@ def _metrics_table(groups: Sequence[Group]) -> str:
     for name, metric in all_metrics().items():
         entries = [g.metrics[name] for g in groups]
         definition = entries[0]["definition"]
-        better = "higher" if metric.higher_is_better else "lower"
+        better = "higher" if higher_is_better(metric, groups[0].runs[0].record) else "lower"
         body.append([name, *(_full(m, len(groups) == 1) for m in entries), better, definition, metric.source])
     return tables.to_html(head, body) + _reasons(groups)
 
@@ -178,6 +188,8 @@ def _width(run: Run) -> str:
     text = f"<p><b>{escape_html(run.name)}</b></p><ul>{items}</ul>"
     if record.episodes is None:
         return text
+    if not record.is_rate:
+        return text + _errors(record)
     body = []
     for k, rates, counts in zip(record.rows, record.success, record.episodes, strict=True):
         label = "joint" if record.one_row else f"after {k}"
@@ -185,6 +197,21 @@ def _width(run: Run) -> str:
     table = tables.to_html(["", *(f"{j}: {t}" for j, t in enumerate(record.tasks))], body)
     summary = "every cell with its 95 % Wilson interval and number of episodes"
     return f'{text}<details><summary>{summary}</summary><div class="wide">{table}</div></details>'
+
+
+def _errors(record: Record) -> str:
+    """Every cell's mean with its standard error over held-out episodes."""
+    body = []
+    for k, row in zip(record.rows, record.success, strict=True):
+        cells = []
+        for j, value in enumerate(row):
+            values = np.array(list(record.outcomes.get((k, j), {}).values()))
+            spread = f" ± {values.std(ddof=1) / math.sqrt(len(values)):.3f}" if len(values) > 1 else ""
+            cells.append(tables.NONE if math.isnan(value) else f"{value:.3f}{spread} ({len(values)})")
+        body.append(["joint" if record.one_row else f"after {k}", *cells])
+    table = tables.to_html(["", *(f"{j}: {t}" for j, t in enumerate(record.tasks))], body)
+    summary = "every cell with its standard error over held-out episodes and their number"
+    return f'<details><summary>{summary}</summary><div class="wide">{table}</div></details>'
 
 
 def _cell(rate: float, n: int) -> str:

@@ -285,7 +285,7 @@ def _check_same_tasks(runs: Sequence[Run]) -> None:
         ours, theirs = first.record.tasks, run.record.tasks
         same = set(ours) == set(theirs) if unordered else ours == theirs
         if not same or first.record.criterion != run.record.criterion:
-            what = "tasks, or tasks in another order" if not same else "success criteria"
+            what = "tasks, or tasks in another order" if not same else "criteria of evaluation"
             raise UserError(f"{first.name} and {run.name} have different {what}; report them separately.")
 
 

@@ -23,6 +23,22 @@ CAPTION = (
 )
 
 
+OF_ERRORS = (
+    "{quantity}{unit}, lower is better. AUC, FWT and ASR are errors; NBT is how far errors rise, so more than 0 is "
+    "forgetting, and BWT is its opposite. "
+)
+
+
+def caption(groups: Sequence[Group]) -> str:
+    """What stands under the table."""
+    record = groups[0].runs[0].record if groups else None
+    if record is None or record.is_rate:
+        return CAPTION
+    unit = f" in {record.unit}" if record.unit else ""
+    label = record.label[0].upper() + record.label[1:]
+    return OF_ERRORS.format(quantity=label, unit=unit) + CAPTION
+
+
 def header(groups: Sequence[Group]) -> list[str]:
     """Column titles; the base's pretraining tasks have a column if any run was evaluated on them."""
     return ["algorithm", "seeds", *METRIC_COLUMNS, *(["pretraining tasks"] if _heldout(groups) else []), *COST_COLUMNS]
@@ -121,12 +137,14 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def to_markdown(head: Sequence[str], body: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
+def to_markdown(
+    head: Sequence[str], body: Sequence[Sequence[str]], notes: Sequence[str] = (), caption: str = CAPTION
+) -> str:
     """A Markdown table, with its caption and `notes` below it."""
     rows = [[_escape_markdown(row[0]), *row[1:]] for row in body]  # the other cells are numbers
     lines = [head, ["---"] * len(head), *rows]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-    return table + "".join(f"\n{_escape_markdown(note)}\n" for note in (CAPTION, *notes))
+    return table + "".join(f"\n{_escape_markdown(note)}\n" for note in (caption, *notes))
 
 
 def paired_markdown(found: Sequence[Difference]) -> str:
@@ -155,13 +173,15 @@ def paired_markdown(found: Sequence[Difference]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{note}\n"
 
 
-def to_latex(head: Sequence[str], body: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
+def to_latex(
+    head: Sequence[str], body: Sequence[Sequence[str]], notes: Sequence[str] = (), caption: str = CAPTION
+) -> str:
     r"""A LaTeX tabular for \usepackage{booktabs}; `notes` become comments."""
     columns = "lr" + "c" * (len(head) - 2 - len(COST_COLUMNS)) + "r" * len(COST_COLUMNS)
     beyond = any(ord(c) > 0x17F and c not in _LATEX for row in body for c in row[0])  # pdflatex has Latin characters
     lines = [
         r"% \usepackage{booktabs}",
-        "% " + CAPTION,
+        "% " + plain(caption),
         *("% " + plain(note) for note in notes),
         *(["% compile with lualatex or xelatex and a font that has these names"] if beyond else []),
         rf"\begin{{tabular}}{{{columns}}}",

@@ -7,24 +7,29 @@ with the data of all tasks) and `independent` (every visit starts from the base 
 
 from __future__ import annotations
 
+import math
+import re
 import shlex
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from clbench.config.schema import DatasetConfig, PretrainDataConfig, RenderConfig
+from clbench.config.schema import DatasetConfig, PretrainDataConfig, RenderConfig, SetConfig
 from clbench.data.matching import Unmatched
-from clbench.data.source import DataSource, Depth, open_data
+from clbench.data.sets import Sets, open_sets, task_names
+from clbench.data.source import DataSource, Depth, PartData, TaskData, open_data
 from clbench.data.task import Task
 from clbench.envs.making import check_task, family
 from clbench.envs.rendering import DEFAULT_FIDELITY, DEFAULT_SIZE
 from clbench.errors import UserError, nearest
+from clbench.seeding import derive_seed
 
 
 @dataclass(frozen=True)
 class Visit:
-    """Training on the data of `tasks` (one, except under joint training). `task` names it."""
+    """Training on the data of `tasks`: the task's pieces (one, if it has no parts), or all tasks' under joint training.
+    `task` names it."""
 
     k: int
     task: str
@@ -48,8 +53,9 @@ class TaskStream:
 
     def joint(self) -> TaskStream:
         """One visit with the data of all distinct tasks; the columns stay."""
-        distinct = tuple({t.name: t for t in _union_episodes(self.columns)}.values())
-        return replace(self, visits=(Visit(0, "joint", distinct),), mode="multitask")
+        distinct = {t.name: t for t in _union_episodes(self.columns)}.values()
+        pieces = tuple(piece for t in distinct for piece in t.pieces)
+        return replace(self, visits=(Visit(0, "joint", pieces),), mode="multitask")
 
     def independent(self) -> TaskStream:
         """The same visits, each from the base."""
@@ -58,18 +64,49 @@ class TaskStream:
 
 def _union_episodes(tasks: Sequence[Task]) -> list[Task]:
     """Tasks with the episodes of all their visits combined."""
+    if any(t.parts for t in tasks):
+        return [_union(t, [other for other in tasks if other.name == t.name]) for t in tasks]
     episodes: dict[str, set[int]] = {}
     for t in tasks:
         episodes.setdefault(t.name, set()).update(t.episodes)
     return [replace(t, episodes=tuple(sorted(episodes[t.name]))) for t in tasks]
 
 
-def visit_order(config: DatasetConfig) -> list[str]:
-    """Return the task names in visiting order; raises UserError for an unknown, empty or impossible order.
+def _union(task: Task, same: Sequence[Task]) -> Task:
+    """A task with the parts, or episodes, that all its visits have."""
+    found: dict[tuple[Any, ...], Task] = {}
+    for piece in (p for t in same for p in t.pieces):
+        key = piece.root, piece.text
+        there = found.get(key)
+        found[key] = piece if there is None else replace(
+            there, episodes=tuple(sorted({*there.episodes, *piece.episodes}))
+        )  # fmt: skip
+    if not task.parts:
+        return next(iter(found.values()))
+    parts = tuple(found.values())
+    return replace(task, parts=parts, episodes=tuple(e for p in parts for e in p.episodes))
 
-    One of LIBERO's orders covers a full suite; it permutes those of its tasks that `task_order` names (null: all).
+
+_RANGE = re.compile(r"([0-9]{1,6})-([0-9]{1,6})")
+
+
+def known_tasks(config: DatasetConfig | PretrainDataConfig, env_type: str | None = None) -> list[str]:
+    """The names of the tasks that `task_order` has indices of. Without a simulator and a list of them, the data decide.
+
+    Raises:
+        UserError: there are none, one occurs twice, or the data cannot be read.
     """
     tasks = list(config.tasks)
+    if not tasks and env_type is None:
+        stream = isinstance(config, DatasetConfig)
+        tasks = task_names(_sets(config, "dataset" if stream else "dataset.pretrain"))
+        if not tasks:
+            by_episodes = isinstance(config, DatasetConfig) and config.partition == "by_episodes"
+            raise UserError(
+                "dataset.partition=by_episodes needs tasks, ranges of episodes such as [0-9, 10-19], or num_tasks."
+                if by_episodes
+                else "the data set has no episodes that are not left out: a stream needs tasks."
+            )
     if len(set(tasks)) != len(tasks):
         twice = [t for t, n in Counter(tasks).items() if n > 1]
         raise UserError(
@@ -77,11 +114,53 @@ def visit_order(config: DatasetConfig) -> list[str]:
         )
     if not tasks:
         raise UserError("dataset.tasks is empty: a stream needs tasks.")
+    return tasks
+
+
+def _sets(config: DatasetConfig | PretrainDataConfig, key: str) -> Sets:
+    """The sets of a stream or a base, as data/sets.py takes them."""
+    one = SetConfig(
+        data=config.data, repo_id=config.repo_id, revision=config.revision, exclude_episodes=config.exclude_episodes
+    )
+    partition, count = ("auto", None)
+    if isinstance(config, DatasetConfig):
+        partition, count = config.partition, config.num_tasks
+    return Sets(config.sets or [one], config.rename, config.instructions, partition, count, key)
+
+
+def _in_parts(config: DatasetConfig | PretrainDataConfig, env_type: str | None) -> bool:
+    """Whether tasks may be more than one instruction in one set."""
+    if env_type is not None:
+        return False
+    if config.sets or not isinstance(config, DatasetConfig):
+        return bool(config.sets)
+    if config.partition == "auto" and not config.tasks:
+        return len(task_names(replace(_sets(config, "dataset"), partition="by_task_index"))) < 2
+    return config.partition in ("by_dataset", "by_episodes")
+
+
+def _as_indices(item: Any, tasks: Sequence[str]) -> list[Any]:
+    """An entry of `task_order`, with a range of indices written out."""
+    found = _RANGE.fullmatch(item) if isinstance(item, str) and item not in tasks else None
+    if found is None:
+        return [item]
+    first, last = int(found[1]), int(found[2])
+    if first > last:
+        raise UserError(f"dataset.task_order has the range '{item}', which goes down: list the indices instead.")
+    return list(range(first, min(last, len(tasks)) + 1))  # one too many is reported as an index
+
+
+def visit_order(config: DatasetConfig) -> list[str]:
+    """Return the task names in visiting order; raises UserError for an unknown, empty or impossible order.
+
+    One of LIBERO's orders covers a full suite; it permutes those of its tasks that `task_order` names (null: all).
+    """
+    tasks = known_tasks(config, config.env_type)
     if config.task_order is None:
         order = tasks
     else:
         order = []
-        for item in config.task_order:
+        for item in (i for given in config.task_order for i in _as_indices(given, tasks)):
             if isinstance(item, int) and not isinstance(item, bool):
                 if not 0 <= item < len(tasks):
                     raise UserError(
@@ -95,6 +174,10 @@ def visit_order(config: DatasetConfig) -> list[str]:
                 raise UserError(f"dataset.task_order names '{item}'.{nearest(str(item), tasks)}")
     if not order:
         raise UserError("dataset.task_order is empty: a stream needs tasks.")
+    if config.num_tasks is not None and config.partition != "by_episodes":
+        if config.num_tasks > len(order):
+            raise UserError(f"dataset.num_tasks={config.num_tasks}: the stream has only {len(order)} tasks.")
+        order = order[: config.num_tasks]
     if config.libero_order is None:
         return order
     if len(set(order)) != len(order):
@@ -150,18 +233,20 @@ def build_stream(config: DatasetConfig, *, sequential: bool = True, render: Rend
     totals = Counter(order)
     tasks = []
     for name in order:
-        task = make_task(config, data, name, render)
+        task = with_held_out(make_task(config, data, name, render), config)
         if config.fresh_on_revisit and totals[name] > 1:
-            share = task.episodes[seen[name] :: totals[name]]
+            every = [(p.root, e) for p in task.pieces for e in p.episodes]
+            share = every[seen[name] :: totals[name]]
             if not share:
                 raise UserError(
                     f"dataset.fresh_on_revisit: {name} is visited {totals[name]} times but has only "
                     f"{len(task.episodes)} demonstrations."
                 )
-            task = replace(task, episodes=tuple(share))
+            chosen = set(share)
+            task = task.only(lambda root, e, chosen=chosen: (root, e) in chosen)  # type: ignore[misc]
         seen[name] += 1
         tasks.append(task)
-    visits = tuple(Visit(k, t.name, (t,)) for k, t in enumerate(tasks))
+    visits = tuple(Visit(k, t.name, t.pieces) for k, t in enumerate(tasks))
     return TaskStream(config.name, visits, tuple(tasks), fingerprint=data.fingerprint, data=data.description)
 
 
@@ -222,7 +307,8 @@ def without(stream: DatasetConfig, part: DatasetConfig | PretrainDataConfig, tas
     """Return the override with which a training run omits some tasks of the stream, or of its base (`part`)."""
     if part is not stream:
         return f"dataset.pretrain.tasks=[{','.join(t for t in part.tasks if t not in tasks)}]"
-    visits = [str(stream.tasks.index(t)) for t in visit_order(stream) if t not in tasks]
+    known = known_tasks(stream, stream.env_type)
+    visits = [str(known.index(t)) for t in visit_order(stream) if t not in tasks]
     return f"dataset.task_order=[{','.join(visits)}]"
 
 
@@ -231,6 +317,8 @@ def _open(
 ) -> DataSource:
     """`open_data`, with advice on how to go without the tasks that the data lacks."""
     try:
+        if _in_parts(part, stream.env_type):
+            return open_sets(_sets(part, key), names, depth)
         return open_data(part, stream.env_type, names, stream=make, key=key, depth=depth)
     except Unmatched as e:
         if set(names) <= e.tasks:
@@ -252,7 +340,7 @@ def pretraining_data(config: DatasetConfig, render: RenderConfig | None = None, 
         raise UserError(
             f"stream '{config.name}' names no pretraining tasks (dataset.pretrain): give a base with policy.path=DIR."
         )
-    names = list(config.pretrain.tasks)
+    names = known_tasks(config.pretrain, config.env_type)
     make = shlex.quote(config.name)
     if config.repo_id:  # makes only this set, and draws its images like the hub's
         make = _base_of(config) + (" render.fidelity=full" if family(config.env_type).cameras else "")
@@ -266,6 +354,12 @@ def pretraining_data(config: DatasetConfig, render: RenderConfig | None = None, 
 def make_task(config: DatasetConfig, data: DataSource, name: str, render: RenderConfig | None = None) -> Task:
     """Build one Task from its data set's description."""
     entry = data.tasks[name]
+    if entry.parts:
+        parts = tuple(_part(entry, p) for p in entry.parts)
+        return Task(
+            name=name, instruction=entry.instruction, root=parts[0].root, episodes=entry.episodes, env=None,
+            max_steps=0, features=parts[0].features, frames=entry.frames, parts=parts,
+        )  # fmt: skip
     drawn = drawing(config.env_type, render, data.render)
     return Task(
         name=name,
@@ -282,6 +376,38 @@ def make_task(config: DatasetConfig, data: DataSource, name: str, render: Render
     )
 
 
+def with_held_out(task: Task, config: DatasetConfig) -> Task:
+    """The task without the share of its episodes that `dataset.holdout` keeps from training; they are its `held_out`.
+
+    Of n episodes, min(max(2, ⌈share n⌉), ⌊n/2⌋): those with the least hashes of (holdout_seed, the task's name, the
+    set's place among the task's sets, the episode's index).
+
+    Raises:
+        UserError: there is only one episode.
+    """
+    if not config.holdout:
+        return task
+    roots = list(dict.fromkeys(p.root for p in task.pieces))
+    every = [(p.root, e) for p in task.pieces for e in p.episodes]
+    if len(every) < 2:
+        raise UserError(
+            f"task '{task.name}' has one episode, so none can be held out. Record more, leave the task out, or train "
+            "on all episodes with dataset.holdout=0 (without a simulator nothing is then evaluated)."
+        )
+    count = min(max(2, math.ceil(config.holdout * len(every))), len(every) // 2)
+    order = sorted(every, key=lambda x: derive_seed("holdout", config.holdout_seed, task.name, roots.index(x[0]), x[1]))
+    held = set(order[:count])
+    rest = task.only(lambda root, e: (root, e) not in held)
+    return replace(rest, held_out=task.only(lambda root, e: (root, e) in held).pieces)
+
+
+def _part(entry: TaskData, part: PartData) -> Task:
+    return Task(
+        name=entry.name, instruction=part.text, root=part.root, episodes=part.episodes, env=None, max_steps=0,
+        features=part.features, task_index=part.task_index, text=part.text, frames=part.frames, weight=part.weight,
+    )  # fmt: skip
+
+
 def _render(drawn: dict[str, Any] | None) -> dict[str, Any]:
     return {"render": drawn} if drawn else {}
 
@@ -292,13 +418,15 @@ def pretraining_tasks(
     """Return the base's tasks and their data. Their episodes are as long as when demonstrations are made."""
     data = pretraining_data(config, render, depth)
     assert config.pretrain is not None
-    tasks = [make_task(config, data, n, render) for n in data.tasks]
+    tasks = [piece for n in data.tasks for piece in make_task(config, data, n, render).pieces]
     return [replace(t, max_steps=config.pretrain.make.max_steps) for t in tasks], data
 
 
 def stream_tasks(
     config: DatasetConfig, render: RenderConfig | None = None, depth: Depth = "all"
 ) -> tuple[list[Task], DataSource]:
-    """Return the stream's own tasks, each once with all its demonstrations, and their data."""
+    """Return the stream's own tasks (their pieces), each once with all its demonstrations, and their data."""
     data = stream_data(config, render, depth)
-    return [make_task(config, data, name, render) for name in dict.fromkeys(checked_order(config))], data
+    names = dict.fromkeys(checked_order(config))
+    tasks = [with_held_out(make_task(config, data, name, render), config) for name in names]
+    return [piece for task in tasks for piece in task.pieces], data

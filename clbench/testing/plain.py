@@ -13,7 +13,7 @@ from clbench.checkpoints.policy_io import LoadedPolicy, load_policy
 from clbench.checkpoints.run_folder import checkpoint_folder, read_manifest
 from clbench.config.compose import read_config
 from clbench.config.schema import Config
-from clbench.data.frames import Batch, SampleOrder, StreamFrames
+from clbench.data.frames import Batch, StreamFrames
 from clbench.policies.augment import Augmentation, set_training
 from clbench.policies.view import PolicyView
 from clbench.seeding import generator
@@ -55,7 +55,7 @@ class PlainRun:
     def steps(self, k: int, phase: str = "train") -> Iterator[tuple[Batch, dict[str, Tensor]]]:
         """Each step's raw samples of visit k's demonstrations, (B, …), and their noise and timesteps, (B, …)."""
         view, size = self._view(self._loaded.policy), self.config.train.batch_size
-        order = SampleOrder(self.frames.length(k), self.config.seed, k, phase)
+        order = self.frames.order(k, self.config.seed, k, phase)
         for step in range(self.config.train.steps):
             index = order.take(step * size, size)
             batch = self.frames.fetch(torch.stack([torch.full_like(index, k), index], 1))

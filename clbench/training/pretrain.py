@@ -101,6 +101,9 @@ def base_key(config: Config, data: DataSource) -> dict[str, Any]:
         **({"encoders": encoders} if (encoders := _encoders(config.policy)) else {}),
         **{k: v for k in ("instructions", "exclude_episodes") if (v := getattr(section, k))},
         **({} if data.features is None else {"data": {k: data.description[k] for k in (*origin, "features")}}),
+        **({"holdout": [config.dataset.holdout, config.dataset.holdout_seed]}
+           if config.dataset.holdout and section is config.dataset else {}),
+        **({"sets": [_which(d) for d in data.description["sets"]]} if "sets" in data.description else {}),
     }
 
 
@@ -115,13 +118,19 @@ def _encoders(policy: dict[str, Any]) -> dict[str, dict[str, str]]:
     return found
 
 
+def _which(described: dict[str, Any]) -> dict[str, Any]:
+    """What tells one of several sets apart, and how it is used."""
+    origin = ("repo_id", "commit") if described.get("repo_id") else ("root",)
+    return {k: described[k] for k in (*origin, "features", "weight", "episodes_excluded") if k in described}
+
+
 def base_folder(config: Config, data: DataSource) -> Path:
     key = json.dumps(base_key(config, data), sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:12]
     random = base_origin(config) == "random"
     section = config.dataset if random else config.dataset.pretrain
     assert section is not None
-    name = ("random-" if random else "") + Path(section.repo_id or section.data).name
+    name = ("random-" if random else "") + (Path(section.repo_id or section.data).name or config.dataset.name)
     return bases_root() / f"{config.policy.get('type')}-{name}-{digest}"
 
 
@@ -316,7 +325,8 @@ def _unfit(kind: str, features: dict[str, Any], e: Exception) -> UserError:
 def _described_features(task: Task) -> dict[str, Any]:
     """LeRobot's description of the features that are used from a task's data, by their names here."""
     described = read_json(task.root / "meta" / "info.json")["features"]
-    return {here: described_feature(described[there]) for there, here in all_names(task.features, described).items()}
+    names = all_names(task.features, described)
+    return {here: described_feature(described[there], here) for there, here in names.items()}
 
 
 def _check_targets(config: Config, modules: Iterable[str]) -> None:
