@@ -286,7 +286,9 @@ _clb_install_with() {
     if [[ $tool == pip ]]; then
         install=("$venv/bin/python" -m pip --disable-pip-version-check --no-input install --progress-bar off)
     else
-        install=("$tool" pip install --python "$venv/bin/python")
+        # As pip does by itself. Otherwise every process would compile what it imports where PYTHONDONTWRITEBYTECODE is
+        # set, as it is in many container images: 12 s more for each.
+        install=("$tool" pip install --compile-bytecode --python "$venv/bin/python")
     fi
     # The lock is complete; some requirements of its packages are left out on purpose (tool.uv in pyproject.toml).
     _clb_step "installing requirements.lock with ${tool##*/}" "$log" "${install[@]}" --no-deps -r requirements.lock || return
