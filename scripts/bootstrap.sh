@@ -288,7 +288,7 @@ _clb_install_with() {
     else
         # As pip does by itself. Otherwise every process would compile what it imports where PYTHONDONTWRITEBYTECODE is
         # set, as it is in many container images: 12 s more for each.
-        install=("$tool" pip install --compile-bytecode --python "$venv/bin/python")
+        install=("$tool" pip install --python "$venv/bin/python" --compile-bytecode)
     fi
     # The lock is complete; some requirements of its packages are left out on purpose (tool.uv in pyproject.toml).
     _clb_step "installing requirements.lock with ${tool##*/}" "$log" "${install[@]}" --no-deps -r requirements.lock || return

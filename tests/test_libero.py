@@ -332,8 +332,7 @@ def fail(error: BaseException) -> None:
 class TestSimulator:
     pytestmark = with_simulator
 
-    @pytest.mark.parametrize("task", [SOUP, DRAWER, STOVE])
-    @pytest.mark.parametrize("seed", [5, EVAL_SEED_BASE + 3])
+    @pytest.mark.parametrize(("task", "seed"), [(SOUP, 5), (DRAWER, EVAL_SEED_BASE + 3), (STOVE, 5)])
     def test_the_seed_alone_decides_an_episode(self, simulators: Callable[[str], Any], task: str, seed: int) -> None:
         used = simulators(task)
         before = np.random.get_state()[1].copy()  # type: ignore[index]
