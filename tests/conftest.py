@@ -30,10 +30,11 @@ from clbench.errors import UserError  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 # Files of tests that train, play in simulators or try many inputs: what `scripts/test.sh --quick` leaves out.
 LONG = set(
-    "add_a_policy add_a_simulator add_a_stream agem algorithms augment clare curves data_make draws encoders "
-    "eval_faults ewc example_plugin faults frames fuzz hooks hub_data interval_coverage kills learner libero "
-    "libero_expert libero_images lora lora_heads metaworld_pixels mir moving_runs packaged_encoders packnet "
-    "paired policies policy_types ranks remote_simulator replay report rollout scripts statistics trainer wheel".split()
+    "add_a_policy add_a_simulator add_a_stream agem algorithms augment clare curves data_make draws encoders envs "
+    "eval_faults ewc example_plugin faults feature_cache frames fuzz hooks hub_data interval_coverage kills "
+    "learner libero libero_expert libero_images lora lora_heads metaworld_pixels mir moving_runs odd_sets offline "
+    "packaged_encoders packnet paired policies policy_table policy_types precision ranks remote_simulator replay "
+    "report rollout scripts several_sets statistics sweep trainer untrusted wheel".split()
 )
 LIBERO_ARCHIVE = ROOT.parent / "shared" / "libero" / "libero-assets.tar.xz"  # where there is one, e.g. under CI
 
