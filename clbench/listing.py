@@ -12,11 +12,13 @@ import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 from clbench import registry
 from clbench.config import folders, policy_types
 from clbench.config.compose import load_yaml
+from clbench.envs.lerobot_gym import lerobot_environments
 from clbench.errors import UserError, nearest
 from clbench.io import read_text
 
@@ -79,6 +81,8 @@ def items(axis: str) -> list[Item]:
         found = {name: _code_item(entry) for name, entry in in_code.items()} | found  # the user's file takes precedence
         return [found[name] for name in sorted(found)]
     found = {name: _code_item(entry) for name, entry in registry.entries(axis).items()}
+    if axis == "simulators":
+        found |= {name: _lerobot_simulator(name) for name in lerobot_environments() if name not in found}
     if axis == "policies":
         found |= {kind: _policy_item(kind) for kind in policy_types.types() if kind not in found}
         found = {kind: replace(item, needs=_needs_of_policy(kind), more=_facts(kind)) for kind, item in found.items()}
@@ -171,6 +175,12 @@ def comment(path: Path) -> str:
 def _code_item(entry: registry.Entry) -> Item:
     described = registry.describe(entry)
     return Item(entry.name, entry.origin, described.text, _needs(described.needs, described.missing))
+
+
+def _lerobot_simulator(name: str) -> Item:
+    need = f"gym-{name}"
+    missing = (need,) if find_spec(need.replace("-", "_")) is None else ()
+    return Item(name, "lerobot", f"LeRobot's environment: pip install 'lerobot[{name}]'.", _needs((need,), missing))
 
 
 def _needs(names: tuple[str, ...], missing: tuple[str, ...]) -> str:

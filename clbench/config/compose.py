@@ -363,6 +363,11 @@ def check_values(c: Config) -> None:
         f"dataset.partition={d.partition} is for streams without a simulator (dataset.env: null): a simulator's tasks "
         "are known by their instructions",
     )
+    need(d.env is not None or all(8 <= n <= 4096 for n in d.resize.values()), "dataset.resize takes 8 to 4096 pixels")
+    need(set(d.pad) <= {"observation.state", "action"}, "dataset.pad is for observation.state and action")
+    need(all(1 <= n <= 10_000 for n in d.pad.values()), "dataset.pad takes widths from 1 to 10000")
+    need(d.env is None or not (d.resize or d.pad),
+         "dataset.resize and dataset.pad are for streams without a simulator (dataset.env: null)")  # fmt: skip
     need(0 <= d.holdout <= 0.5, f"dataset.holdout must be from 0 (nothing) to 0.5 but is {d.holdout}")
     need(0 <= d.holdout_seed < 2**31, f"dataset.holdout_seed must be in [0, 2^31) but is {d.holdout_seed}")
     need(e.stride >= 1, f"eval.stride must be at least 1 but is {e.stride}")

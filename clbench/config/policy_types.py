@@ -295,6 +295,11 @@ def check_fits(config: Config) -> None:
             "here. Policies that learn from demonstrations: clbench list policies."
         )
     _check_dtype(config)
+    if "action" in config.dataset.pad and kind not in registry.OWN["policies"]:
+        raise UserError(
+            f"dataset.pad lengthens actions, and the loss of policy type '{kind}' would count what is added: use "
+            f"{' or '.join(registry.OWN['policies'])}, whose loss leaves it out."
+        )
     from clbench.envs.making import family
 
     env = config.dataset.env  # without one only the data show it

@@ -235,6 +235,10 @@ class DatasetConfig:
         instructions: instructions of a data set that clbench did not make → the simulator's tasks that they describe,
             where the wording differs from the simulator's; without a simulator, short names of the tasks.
         exclude_episodes: indices of episodes of the data set that are left out; of several sets, a list for each.
+        resize: camera (its name here) → pixels: its images, of any size, are stretched to so many by so many. Without
+            a simulator; of the base's data as well.
+        pad: observation.state or action → numbers: shorter vectors get zeros at their end, which neither the loss nor
+            action errors count. Without a simulator; of the base's data as well.
         holdout: share of every task's episodes that is never trained on, for evaluation without a simulator: rounded
             up, at least two, at most half. Where a stream without a simulator does not say, it is 0.1 (see HOLDOUT).
         holdout_seed: which episodes these are, together with the task's name; the same for all training seeds.
@@ -262,6 +266,8 @@ class DatasetConfig:
     sets: list[SetConfig] = field(default_factory=list)
     mixtures: dict[str, list[SetConfig]] = field(default_factory=dict)
     partition: str = "auto"
+    resize: dict[str, int] = field(default_factory=dict)
+    pad: dict[str, int] = field(default_factory=dict)
     holdout: float = 0.0
     holdout_seed: int = 0
     env: Optional[EnvConfig] = field(default_factory=EnvConfig)  # noqa: UP045

@@ -17,7 +17,7 @@ import signal
 import threading
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -48,6 +48,7 @@ Deltas = dict[str, list[int]]  # feature → frame offsets, e.g. {"action": [0, 
 NO_HUB = "on this machine"
 NOT_NUMBERS = ("string", "language", "image", "video")
 ENCODED_AT_ONCE = 32  # images
+ACTION_PADDED = "action_dim_is_pad"  # key of a batch: (n, A), which numbers of the actions were added (dataset.pad)
 CACHE_GB = 20.0  # of decoded images of a stream, unless train.frame_cache_gb says otherwise
 
 
@@ -96,11 +97,12 @@ class FrameTable:
     episode_start: dict[int, tuple[int, int]]
 
     @staticmethod
-    def load(root: Path, names: dict[str, str] | None = None) -> FrameTable:
+    def load(root: Path, names: dict[str, str] | None = None, pad: Mapping[str, int] | None = None) -> FrameTable:
         """Read the table from the parquet files; no image is read.
 
         Args:
             names: features to read → their names here; None = all, under their own names.
+            pad: name here → numbers that each of its vectors is lengthened to, with zeros.
         """
         features = read_json(root / "meta" / "info.json")["features"]
         names = all_names(names, features)
@@ -113,6 +115,8 @@ class FrameTable:
         for key, array in arrays.items():
             real = array.dtype in (np.float64, np.float16) or names[key] in (STATE_KEY, "action")
             columns[names[key]] = torch.tensor(array, dtype=torch.float32 if real else None)
+        for name, width in (pad or {}).items():
+            columns[name] = lengthened(columns[name].reshape(len(columns[name]), -1), width)
         episode = columns["episode_index"]
         edges = [0, *((episode[1:] != episode[:-1]).nonzero()[:, 0] + 1).tolist(), len(episode)]
         start = {int(episode[a]): (a, b) for a, b in itertools.pairwise(edges)}
@@ -132,6 +136,29 @@ class FrameTable:
         want = frames[:, None] + torch.tensor(offsets)
         low, high = self.episode_from[frames][:, None], self.episode_to[frames][:, None] - 1
         return want.clamp(low, high), (want < low) | (want > high)
+
+
+def lengthened(values: Tensor, width: int) -> Tensor:
+    """Vectors (..., D) with zeros at their end, (..., width)."""
+    return torch.nn.functional.pad(values, (0, width - values.shape[-1]))
+
+
+def used_features(task: Task, described: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """LeRobot's description of each feature that is used of a task's data, by its name here, as batches have it."""
+    names = all_names(task.features, described)
+    found = {here: described_feature(described[there], here) for there, here in names.items()}
+    for camera, size in (task.resize or {}).items():
+        found[camera] = {**found[camera], "shape": (size, size, 3)}
+    for name, width in (task.pad or {}).items():
+        found[name] = {**found[name], "shape": (width,), "names": None}
+    return found
+
+
+def _stretched(image: np.ndarray, size: int) -> np.ndarray:
+    """An image, uint8 (height, width, 3), stretched to (size, size, 3): bilinear, averaging where it shrinks."""
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
 
 
 def all_names(names: dict[str, str] | None, features: Iterable[str]) -> dict[str, str]:
@@ -163,9 +190,9 @@ class TaskFrames:
             metas[task.root] = opened(task.root)
         self.meta = metas[task.root]
         self._names = all_names(task.features, self.meta.features)
-        self.features = {
-            here: described_feature(self.meta.features[there], here) for there, here in self._names.items()
-        }
+        self.features = used_features(task, self.meta.features)
+        width = int(self.meta.features[self._there("action")]["shape"][0]) if (task.pad or {}).get("action") else None
+        self._padded = None if width is None else torch.arange(int(self.features["action"]["shape"][0])) >= width
         images = ("image", "video")
         self.cameras = {here: n for n, here in self._names.items() if self.features[here]["dtype"] in images}
         self.decoded = bool(self.cameras)
@@ -173,10 +200,19 @@ class TaskFrames:
         self._features: dict[str, tuple[str, Tensor]] = {}  # camera → key in a batch, features of all frames
         self.deltas = frame_deltas(policy, self.features)
 
+    def _there(self, here: str) -> str:
+        """A feature's name in the data set."""
+        return next(there for there, name in self._names.items() if name == here)
+
+    @property
+    def padded(self) -> Tensor | None:
+        """(A,) which numbers of an action were added (dataset.pad); None where none can be."""
+        return self._padded
+
     @property
     def table(self) -> FrameTable:
         if self.task.root not in self._tables:
-            self._tables[self.task.root] = FrameTable.load(self.task.root, self.task.features)
+            self._tables[self.task.root] = FrameTable.load(self.task.root, self.task.features, self.task.pad)
         return self._tables[self.task.root]
 
     @cached_property
@@ -243,10 +279,9 @@ class TaskFrames:
         folder = cache_folder(self.task.root)
         for here, there in self.cameras.items():
             height, width, channels = self.features[here]["shape"]
-            video = self.features[here]["dtype"] == "video"
-            decode = partial(self._video_frames if video else self._image_frames, there)
             what = f"{self.task.name}, {here}"
             shape = (len(self), height, width, channels)
+            decode = partial(self._images, here)
             self._kept[here] = _read_only(cached_images(folder, there, self.task.episodes, shape, decode, what))
         self.decoded = False
 
@@ -255,8 +290,10 @@ class TaskFrames:
         made now where they are not there yet."""
         folder = cache_folder(self.task.root)
         for here, there in self.cameras.items():
+            size = (self.task.resize or {}).get(here)
+            identity = encoder.identity(here) + ("" if size is None else f", of images of {size} x {size}")
             kept = cached_features(
-                folder, there, encoder.identity(here), self.task.episodes, (len(self), *encoder.shape),
+                folder, there, identity, self.task.episodes, (len(self), *encoder.shape),
                 partial(self._encoded, here, encoder), f"{self.task.name}, {here}",
             )  # fmt: skip
             self._features[here] = encoder.cameras[here], _read_only(kept)
@@ -264,15 +301,16 @@ class TaskFrames:
 
     def _encoded(self, camera: str, encoder: FrameEncoder) -> Iterator[np.ndarray]:
         """The features of a camera's images, in the order of `frames`."""
-        there = self.cameras[camera]
-        images: Iterator[np.ndarray]
-        if camera in self._kept:
-            images = iter(self._kept[camera].numpy())
-        else:
-            video = self.features[camera]["dtype"] == "video"
-            images = (self._video_frames if video else self._image_frames)(there)
+        images = iter(self._kept[camera].numpy()) if camera in self._kept else self._images(camera)
         while some := list(itertools.islice(images, ENCODED_AT_ONCE)):
             yield from encoder.encode(camera, torch.from_numpy(np.stack(some)).movedim(-1, -3)).numpy()
+
+    def _images(self, camera: str) -> Iterator[np.ndarray]:
+        """A camera's images as the task has them, in the order of `frames`."""
+        there, size = self.cameras[camera], (self.task.resize or {}).get(camera)
+        video = self.features[camera]["dtype"] == "video"
+        images = (self._video_frames if video else self._image_frames)(there)
+        return images if size is None else (_stretched(image, size) for image in images)
 
     def _image_frames(self, column: str) -> Iterator[np.ndarray]:
         """A column's images, in the order of `frames`; read file by file."""
@@ -338,6 +376,8 @@ class TaskFrames:
                 batch[key] = images[self._place[rows]].movedim(-1, -3)
             else:
                 batch[key] = images[indices].movedim(-1, -3)
+        if self._padded is not None:
+            batch[ACTION_PADDED] = self._padded.expand(len(frames), -1)
         batch["task"] = [self.task.instruction] * len(frames)
         return batch
 
@@ -349,8 +389,15 @@ class TaskFrames:
             value = item[there]
             real = here in (STATE_KEY, "action") or (torch.is_tensor(value) and value.dtype == torch.float64)
             named[here] = value.float() if real else value
+            if here in (self.task.resize or {}):
+                named[here] = _resized(named[here], self.task.resize[here])  # type: ignore[index]
+            if here in (self.task.pad or {}):
+                steps = [len(self.deltas[here])] if here in self.deltas else []  # LeRobot drops a dimension of 1
+                named[here] = lengthened(named[here].reshape(*steps, -1), self.task.pad[here])  # type: ignore[index]
             if here in self.deltas:
                 named[f"{here}_is_pad"] = item[f"{there}_is_pad"]
+        if self._padded is not None:
+            named[ACTION_PADDED] = self._padded
         named["task"] = self.task.instruction
         return named
 
@@ -374,6 +421,14 @@ def _read_only(array: np.ndarray) -> Tensor:
     with warnings.catch_warnings():  # torch warns of arrays that cannot be written
         warnings.simplefilter("ignore", UserWarning)
         return torch.from_numpy(array)
+
+
+def _resized(images: Tensor, size: int) -> Tensor:
+    """Images in [0, 1], (..., 3, height, width), that came from bytes, as `_stretched` makes them."""
+    as_bytes = (images * 255).round().to(torch.uint8).movedim(-3, -1)
+    flat = as_bytes.reshape(-1, *as_bytes.shape[-3:]).numpy()
+    stretched = torch.from_numpy(np.stack([_stretched(image, size) for image in flat]))
+    return stretched.reshape(*as_bytes.shape[:-3], size, size, 3).movedim(-1, -3).float() / 255
 
 
 def _unreadable(root: Path, e: Exception) -> UserError:

@@ -40,7 +40,7 @@ def named_tasks(env_type: str | None, given: Mapping[str, str], texts: Mapping[i
     found: dict[str, int] = {}
     known = family(env_type).tasks()
     for text, task in given.items():
-        if env_type is not None and task not in known:
+        if env_type is not None and not family(env_type).knows(task):
             raise UserError(f"{key}: {env_type} has no task '{task}'.{nearest(task, known)}")
         indices = [i for i, t in texts.items() if plain(t) == plain(text)]
         if len(indices) != 1:

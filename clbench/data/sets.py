@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -72,6 +72,7 @@ class Sets:
         partition: as in the configuration.
         count: `num_tasks`, into how many ranges by_episodes divides the episodes.
         key: where this is in the configuration, for messages.
+        shaped: features that are brought to one shape (`resize`, `pad`), so that the sets may differ in it.
     """
 
     sets: Sequence[SetSettings]
@@ -80,6 +81,7 @@ class Sets:
     partition: str = "auto"
     count: int | None = None
     key: str = "dataset"
+    shaped: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ def _open(sets: Sets, depth: Depth) -> list[_Member]:
         known = {f for m in members for f in m.opened.found.features}
         raise UserError(f"{sets.key}.rename: none of the data sets has a feature '{unknown[0]}'."
                         f"{nearest(unknown[0], known)}")  # fmt: skip
-    check_alike([(m.opened.found.root, m.opened) for m in members], sets.key)
+    check_alike([(m.opened.found.root, m.opened) for m in members], sets.key, sets.shaped)
     return members
 
 
@@ -201,8 +203,11 @@ def _those_there(settings: _OneOfSeveral, rename: Mapping[str, str], key: str, d
     return {old: new for old, new in rename.items() if old in found.features}
 
 
-def check_alike(sets: Sequence[tuple[Path, OpenSet]], key: str) -> None:
-    """Raise UserError where two sets differ in what a policy would see or do: one message, both sets, both shapes."""
+def check_alike(sets: Sequence[tuple[Path, OpenSet]], key: str, shaped: Collection[str] = ()) -> None:
+    """Raise UserError where two sets differ in what a policy would see or do: one message, both sets, both shapes.
+
+    `shaped`: features whose shapes may differ.
+    """
     first_root, first = sets[0]
     for root, other in sets[1:]:
         problems = []
@@ -210,13 +215,15 @@ def check_alike(sets: Sequence[tuple[Path, OpenSet]], key: str) -> None:
             problems.append(f"frames a second: {first.found.fps:g} and {other.found.fps:g}")
         ours, theirs = _shapes(first), _shapes(other)
         for name in sorted(ours.keys() | theirs.keys()):
-            if ours.get(name) != theirs.get(name):
+            both = name in ours and name in theirs
+            if ours.get(name) != theirs.get(name) and not (both and name in shaped):
                 problems.append(f"{name}: {ours.get(name, 'none')} and {theirs.get(name, 'none')}")
         if problems:
             raise UserError(
                 f"the data sets in {first_root} and {root} cannot be one stream, they differ in {'; '.join(problems)}. "
-                f"If only names differ, give them with rename, for all sets ({key}.rename) or for one ({key}.sets); "
-                "otherwise use sets that are alike."
+                f"If only names differ, give them with rename, for all sets ({key}.rename) or for one ({key}.sets); if "
+                "sizes of images do, with dataset.resize={CAMERA: PIXELS}; lengths of the state or the action, with "
+                "dataset.pad={action: NUMBERS}. Otherwise use sets that are alike."
             )
 
 

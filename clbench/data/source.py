@@ -238,9 +238,7 @@ def _remedy(root: Path) -> str:
     return f"Copy the full set into {root} again, or use another one."
 
 
-def _made(
-    root: Path, names: Sequence[str], settings: DataSettings, key: str, stream: str, depth: Depth
-) -> DataSource:
+def _made(root: Path, names: Sequence[str], settings: DataSettings, key: str, stream: str, depth: Depth) -> DataSource:
     info = load_info(root)
     if depth != "meta":
         check_made(info, stream)
@@ -345,7 +343,8 @@ def _foreign(
     for name, index in matched.items():
         text = found.texts[index]
         check_one_text(found, of_task[text], key)
-        said = text if env_type is None else instruction({"type": env_type, "task": name})
+        own = env_type is not None and family(env_type).own_tasks
+        said = instruction({"type": env_type, "task": name}) if own else text
         episodes = of_task[text]
         tasks[name] = TaskData(
             name, said, index, text, tuple(e.index for e in episodes), sum(e.frames for e in episodes)
@@ -386,7 +385,7 @@ def check_one_text(found: LeRobotSet, episodes: Sequence[Episode], key: str) -> 
 
 def _size_of_images(found: LeRobotSet, features: dict[str, str], env_type: str | None) -> dict[str, Any] | None:
     """How the images of a set that clbench did not make were drawn: with full fidelity, at their size."""
-    seen = [there for there, here in features.items() if here in family(env_type).cameras]
+    seen = [there for there, here in features.items() if here in family(env_type).cameras and family(env_type).draws]
     return {"fidelity": "full", "size": int(image_shape(found.features[seen[0]])[0])} if seen else None
 
 
@@ -401,7 +400,7 @@ def fps_note(data: dict[str, Any]) -> str | None:
 
 def _check_actions(root: Path, env_type: str | None, names: Sequence[str], low: np.ndarray, high: np.ndarray) -> None:
     """Raise UserError if the simulator could not execute the actions (A,), from `low` to `high`, as they are."""
-    if env_type is None:
+    if env_type is None or not family(env_type).normalised_actions:
         return
     if low.min() < -1 - ROUNDING or high.max() > 1 + ROUNDING:
         raise UserError(
@@ -452,8 +451,8 @@ def _features(found: LeRobotSet, rename: dict[str, str], env_type: str | None, k
         else:
             shape = image_shape(feature)
             right = feature["dtype"] in ("image", "video") and len(shape) == 3 and shape[2] == 3
-            right = right and shape[0] == shape[1]
-            should = "square images with 3 channels"
+            right = right and (shape[0] == shape[1] or not simulators.draws)
+            should = "square images with 3 channels" if simulators.draws else "images with 3 channels"
         if not right:
             problems.append(f"{name} is {feature['dtype']} {shape}, not {should}")
     if problems:

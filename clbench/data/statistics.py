@@ -192,7 +192,7 @@ def chunks(tasks: Sequence[Task]) -> Chunks:
         if task.root not in sets:
             found = read_set(task.root, "Get it anew.")
             names = task.features or {k: k for k in found.features}
-            sets[task.root] = _Part(found, _numbers(found, names))
+            sets[task.root] = _Part(found, _numbers(found, names), task.pad or {})
         sets[task.root].episodes.update(task.episodes)
     parts = list(sets.values())
     _check_alike(parts)
@@ -205,13 +205,16 @@ def chunks(tasks: Sequence[Task]) -> Chunks:
 
 
 class _Part:
-    """Some episodes of one data set. `names`: columns of numbers that are used → their names in clbench."""
+    """Some episodes of one data set. `names`: columns of numbers that are used → their names in clbench. `pad`: name in
+    clbench → numbers that its vectors are lengthened to, with zeros."""
 
-    def __init__(self, found: LeRobotSet, names: dict[str, str]) -> None:
-        self.found, self.names = found, names
+    def __init__(self, found: LeRobotSet, names: dict[str, str], pad: Mapping[str, int]) -> None:
+        self.found, self.names, self.pad = found, names, pad
         self.episodes: set[int] = set()
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if name in self.pad:
+            return (self.pad[name],)
         there = next(t for t, here in self.names.items() if here == name)
         return tuple(self.found.features[there]["shape"])
 
@@ -226,7 +229,7 @@ class _Part:
                 for arrays in iter_columns(self.found.root / file, columns):
                     rows = np.isin(arrays["episode_index"], wanted)
                     seen += int(rows.sum())
-                    yield {here: arrays[there][rows] for there, here in self.names.items()}
+                    yield {here: self._lengthened(here, arrays[there][rows]) for there, here in self.names.items()}
             except (ValueError, KeyError, OSError) as e:
                 if isinstance(e, UserError):
                     raise
@@ -239,6 +242,12 @@ class _Part:
                 f"the data set in {self.found.root} is damaged or not whole: its files have {seen} frames of these "
                 f"episodes, its description lists {listed}. Get it anew."
             )
+
+    def _lengthened(self, name: str, values: np.ndarray) -> np.ndarray:
+        if name not in self.pad:
+            return values
+        values = values[:, None] if values.ndim == 1 else values
+        return np.pad(values, ((0, 0), (0, self.pad[name] - values.shape[1])))
 
 
 def _numbers(found: LeRobotSet, names: Mapping[str, str]) -> dict[str, str]:

@@ -26,6 +26,8 @@ class Task:
         weight: how often a frame is drawn, relative to other tasks' that the same visit learns from.
         parts: what a task consists of that is not all episodes of one instruction in one set: each with an instruction,
             a set and episodes of its own. Empty = the task itself.
+        resize: camera → pixels, height and width, that its images are stretched to; None = as they are.
+        pad: state or action → numbers that it is lengthened to, with zeros; None = as they are.
         held_out: pieces with the task's episodes that are not trained on, and are not among `episodes`.
     """
 
@@ -41,6 +43,8 @@ class Task:
     text: str | None = None
     frames: int | None = None
     weight: float = 1.0
+    resize: dict[str, int] | None = None
+    pad: dict[str, int] | None = None
     parts: tuple[Task, ...] = ()
     held_out: tuple[Task, ...] = ()
 

@@ -96,6 +96,10 @@ class SimulatorFamily:
             other seeds draw other states. None: each seed has its own.
         privileged: what the observations hold that no robot would see, in words: data sets, manifests and reports carry
             it as a label. None: nothing.
+        normalised_actions: whether actions are in [-1, 1]; otherwise in the simulator's own units.
+        own_tasks: whether it has a list of tasks with their wording; otherwise a task may have any name, and its
+            wording is the data's.
+        draws: whether cameras draw at any size (`render`); otherwise at their own.
         hub_data: a data set on the Hugging Face hub, in LeRobot's format, with these observations. None: none known.
     """
 
@@ -114,6 +118,9 @@ class SimulatorFamily:
     gripper_idle: frozenset[str] = frozenset()
     test_states: int | None = None
     privileged: str | None = None
+    normalised_actions: bool = True
+    own_tasks: bool = True
+    draws: bool = True
     hub_data: str | None = None
 
     def __init__(self, name: str) -> None:
@@ -136,6 +143,10 @@ class SimulatorFamily:
     def tasks(self) -> list[str]:
         """Return the names of all tasks, sorted."""
         return sorted(self.instructions)
+
+    def knows(self, task: str) -> bool:
+        """Return whether there may be a task of that name."""
+        return not self.own_tasks or task in self.tasks()
 
     def instruction(self, task: str) -> str:
         """Return the instruction that a policy is given for `task`, one of `tasks()`."""

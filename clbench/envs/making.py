@@ -9,6 +9,7 @@ from typing import Any
 from clbench import registry
 from clbench.envs import remote
 from clbench.envs.base import INTERPRETER, Simulator, SimulatorFamily
+from clbench.envs.lerobot_gym import LeRobotEnvironments, lerobot_environments
 from clbench.errors import UserError, nearest
 
 _families: dict[str, SimulatorFamily] = {}
@@ -33,15 +34,19 @@ NO_SIMULATOR = NoSimulator("none")
 
 
 def family(env_type: str | None) -> SimulatorFamily:
-    """Return the simulators behind an environment type; `NO_SIMULATOR` for None.
+    """Return the simulators behind an environment type, clbench's, a plugin's or LeRobot's; `NO_SIMULATOR` for None.
 
     Raises:
         UserError: no such type, or what is registered under its name cannot be imported or is not a family.
     """
     if env_type is None:
         return NO_SIMULATOR
-    registered = registry.load("simulators", env_type)
     made = _families.get(env_type)
+    if env_type not in registry.names("simulators") and env_type in lerobot_environments():
+        if made is None:
+            made = _families[env_type] = LeRobotEnvironments(env_type)
+        return made
+    registered = registry.load("simulators", env_type)
     if made is None or type(made) is not registered:
         if not (isinstance(registered, type) and issubclass(registered, SimulatorFamily)):
             raise UserError(f"the environment type '{env_type}' is {registered!r}, not a subclass of SimulatorFamily.")
@@ -54,7 +59,7 @@ def check_task(env_type: str | None, task: str) -> None:
     if env_type is None:
         return
     known = family(env_type).tasks()
-    if task not in known:
+    if not family(env_type).knows(task):
         raise UserError(f"{env_type} has no task '{task}'.{nearest(task, known)}")
 
 

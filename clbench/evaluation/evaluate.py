@@ -174,6 +174,8 @@ def has_no_simulator(manifest: dict[str, Any]) -> bool:
 def _evaluate(folder: Path, config: Config, output: Path | None, progress: bool, stop: Stop) -> dict[str, Any]:
     manifest = playable(folder)
     e = config.eval
+    if e.random_row and not family(manifest["visits"][0]["env"]["type"]).normalised_actions:
+        raise UserError("eval.random_row draws actions from [-1, 1], and this simulator's have units of their own.")
     with patience("looking at the run"):
         views = _view_overrides(config)
     heldout = heldout_columns(manifest, config) if e.heldout_episodes else []
@@ -468,9 +470,7 @@ def _episodes(files: dict[Cell, CellFile]) -> int:
     return sum(len(f.rows) for f in files.values())
 
 
-def check_settings(
-    out: Path, folder: Path, digests: Sequence[str | None], settings: dict[str, Any]
-) -> dict[str, Any]:
+def check_settings(out: Path, folder: Path, digests: Sequence[str | None], settings: dict[str, Any]) -> dict[str, Any]:
     """What settings.json is to hold. Records of other settings or other weights must not mix with new ones.
 
     `digests`: of the rows' weights; None = not known, or not there (yet, or any more).

@@ -8,7 +8,8 @@ frames (1 where it is constant), and over those of the H steps of a chunk that l
     first_error = mean over t, d of |â_{t,0,d} − a_{t,d}| / σ_d
     loss        = mean over t of ℓ(θ; x_t), the policy's own training loss
 
-Both errors are also kept per dimension, in these units and in the data's. All that is random (a policy's noise, the
+Both errors are also kept per dimension, in these units and in the data's; dimensions that were added (dataset.pad) do
+not count, and are null. All that is random (a policy's noise, the
 loss's draw) is a function of the episode and the frame, so that checkpoints and methods are compared under the same.
 
 The files are those of an evaluation in simulators: eval/cells/k00_j03.jsonl has one record per held-out episode,
@@ -223,10 +224,12 @@ def _more(out: Path, names: list[str], rows: int) -> dict[str, Any]:
             for key in keys:
                 value = value[key]
             values.append(value)
-        if not values or any(v is None for v in values):
+        if not values:
             return None
-        average = np.mean(values, axis=0)
-        return float(average) if np.ndim(average) == 0 else [float(v) for v in average]
+        if not isinstance(values[0], list):
+            return float(np.mean(values))
+        known = [[v for v in dimension if v is not None] for dimension in zip(*values, strict=True)]
+        return [float(np.mean(of)) if of else None for of in known]
 
     others = {c: [[mean(cell, c) for cell in row] for row in table] for c in OFFLINE.criteria[1:]}
     dimensions = {
@@ -296,12 +299,14 @@ def measure(
             losses.append(view.per_sample(batch, draw).double().cpu())
     chunk = (torch.stack([c for c, _ in chunks]).sum(0) / sum(n for _, n in chunks)).numpy()
     first = torch.cat(firsts).mean(0).numpy()
+    there = np.ones(len(scale), dtype=bool) if part.padded is None else ~part.padded.numpy()
     dimensions = {
-        name: {"normalised": (values / scale).tolist(), "data": values.tolist()}
+        name: {units: [float(v) if real else None for v, real in zip(values / by, there, strict=True)]
+               for units, by in (("normalised", scale), ("data", 1.0))}
         for name, values in (("chunk_error", chunk), ("first_error", first))
-    }
-    found = {"frames": len(index), "chunk_error": float((chunk / scale).mean())}
-    found |= {"first_error": float((first / scale).mean()), "loss": float(torch.cat(losses).mean())}
+    }  # fmt: skip
+    found = {"frames": len(index), "chunk_error": float((chunk / scale)[there].mean())}
+    found |= {"first_error": float((first / scale)[there].mean()), "loss": float(torch.cat(losses).mean())}
     for name in OFFLINE.criteria:
         if not np.isfinite(found[name]):
             raise UserError(f"the policy's {name} on held-out episodes is not finite: its weights are damaged.")

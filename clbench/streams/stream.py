@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from clbench.config.schema import DatasetConfig, PretrainDataConfig, RenderConfig, SetConfig
+from clbench.data.lerobot_set import INFO
 from clbench.data.matching import Unmatched
 from clbench.data.sets import Sets, open_sets, task_names
 from clbench.data.source import DataSource, Depth, PartData, TaskData, open_data
@@ -23,6 +24,7 @@ from clbench.data.task import Task
 from clbench.envs.making import check_task, family
 from clbench.envs.rendering import DEFAULT_FIDELITY, DEFAULT_SIZE
 from clbench.errors import UserError, nearest
+from clbench.io import read_json
 from clbench.seeding import derive_seed
 
 
@@ -90,8 +92,12 @@ def _union(task: Task, same: Sequence[Task]) -> Task:
 _RANGE = re.compile(r"([0-9]{1,6})-([0-9]{1,6})")
 
 
-def known_tasks(config: DatasetConfig | PretrainDataConfig, env_type: str | None = None) -> list[str]:
+def known_tasks(
+    config: DatasetConfig | PretrainDataConfig, env_type: str | None = None, shaped: Collection[str] = ()
+) -> list[str]:
     """The names of the tasks that `task_order` has indices of. Without a simulator and a list of them, the data decide.
+
+    `shaped`: features that the stream brings to one shape, of a base's data as well.
 
     Raises:
         UserError: there are none, one occurs twice, or the data cannot be read.
@@ -99,7 +105,8 @@ def known_tasks(config: DatasetConfig | PretrainDataConfig, env_type: str | None
     tasks = list(config.tasks)
     if not tasks and env_type is None:
         stream = isinstance(config, DatasetConfig)
-        tasks = task_names(_sets(config, "dataset" if stream else "dataset.pretrain"))
+        sets = _sets(config, "dataset" if stream else "dataset.pretrain")
+        tasks = task_names(replace(sets, shaped=sets.shaped | frozenset(shaped)))
         if not tasks:
             by_episodes = isinstance(config, DatasetConfig) and config.partition == "by_episodes"
             raise UserError(
@@ -125,7 +132,8 @@ def _sets(config: DatasetConfig | PretrainDataConfig, key: str) -> Sets:
     partition, count = ("auto", None)
     if isinstance(config, DatasetConfig):
         partition, count = config.partition, config.num_tasks
-    return Sets(config.sets or [one], config.rename, config.instructions, partition, count, key)
+    shaped = frozenset({*config.resize, *config.pad}) if isinstance(config, DatasetConfig) else frozenset()
+    return Sets(config.sets or [one], config.rename, config.instructions, partition, count, key, shaped)
 
 
 def _in_parts(config: DatasetConfig | PretrainDataConfig, env_type: str | None) -> bool:
@@ -195,7 +203,7 @@ def drawing(
 
     What `render` leaves open is taken from `data`, which is what is known about the training data.
     """
-    if not family(env_type).cameras:
+    if not family(env_type).cameras or not family(env_type).draws:
         return None
     render, data = render or RenderConfig(), data or {}
     fidelity = render.fidelity or data.get("fidelity") or DEFAULT_FIDELITY
@@ -270,7 +278,7 @@ def check_images(config: DatasetConfig, render: RenderConfig, base: bool = True)
         UserError: a policy would learn from images unlike those it is tested on or was pretrained on; a data set is
             missing or lacks the tasks.
     """
-    if not family(config.env_type).cameras:
+    if not family(config.env_type).cameras or not family(config.env_type).draws:
         return
     sets = {stream_data: config.repo_id is not None}
     if base and config.pretrain is not None:
@@ -318,7 +326,8 @@ def _open(
     """`open_data`, with advice on how to go without the tasks that the data lacks."""
     try:
         if _in_parts(part, stream.env_type):
-            return open_sets(_sets(part, key), names, depth)
+            shaped = frozenset({*stream.resize, *stream.pad})
+            return open_sets(replace(_sets(part, key), shaped=shaped), names, depth)
         return open_data(part, stream.env_type, names, stream=make, key=key, depth=depth)
     except Unmatched as e:
         if set(names) <= e.tasks:
@@ -330,8 +339,29 @@ def stream_data(config: DatasetConfig, render: RenderConfig | None = None, depth
     """The stream's data set, with the tasks that it visits. `depth`: see `open_data`."""
     names = list(dict.fromkeys(checked_order(config)))
     data = _open(config, config, names, shlex.quote(config.name), "dataset", depth)
+    _check_shaped(config, data)
     _check_drawing(config.env_type, data, render)
     return data
+
+
+def _check_shaped(config: DatasetConfig, data: DataSource) -> None:
+    """Raise UserError where what is to be resized or padded is not there, or is longer."""
+    if not (config.resize or config.pad):
+        return
+    roots = list(dict.fromkeys([data.root, *(p.root for t in data.tasks.values() for p in t.parts)]))
+    for root in roots:
+        features = read_json(root / INFO)["features"]
+        names = next((p.features for t in data.tasks.values() for p in t.parts if p.root == root), data.features)
+        named = {here: features[there] for there, here in (names or {k: k for k in features}).items()}
+        for key, wanted in (("resize", config.resize), ("pad", config.pad)):
+            for name, size in wanted.items():
+                if name not in named or (named[name]["dtype"] in ("image", "video")) != (key == "resize"):
+                    raise UserError(f"dataset.{key}: the data set in {root} has no such feature '{name}'."
+                                    f"{nearest(name, named)}")  # fmt: skip
+                there = int(named[name]["shape"][0])
+                if key == "pad" and there > size:
+                    raise UserError(f"dataset.pad: '{name}' of the data set in {root} has {there} numbers, more than "
+                                    f"{size}.")  # fmt: skip
 
 
 def pretraining_data(config: DatasetConfig, render: RenderConfig | None = None, depth: Depth = "all") -> DataSource:
@@ -340,13 +370,14 @@ def pretraining_data(config: DatasetConfig, render: RenderConfig | None = None, 
         raise UserError(
             f"stream '{config.name}' names no pretraining tasks (dataset.pretrain): give a base with policy.path=DIR."
         )
-    names = known_tasks(config.pretrain, config.env_type)
+    names = known_tasks(config.pretrain, config.env_type, (*config.resize, *config.pad))
     make = shlex.quote(config.name)
     if config.repo_id:  # makes only this set, and draws its images like the hub's
         make = _base_of(config) + (" render.fidelity=full" if family(config.env_type).cameras else "")
     for name in names:
         check_task(config.env_type, name)
     data = _open(config, config.pretrain, names, make, "dataset.pretrain", depth)
+    _check_shaped(config, data)
     _check_drawing(config.env_type, data, render)
     return data
 
@@ -354,11 +385,12 @@ def pretraining_data(config: DatasetConfig, render: RenderConfig | None = None, 
 def make_task(config: DatasetConfig, data: DataSource, name: str, render: RenderConfig | None = None) -> Task:
     """Build one Task from its data set's description."""
     entry = data.tasks[name]
+    shaped: dict[str, Any] = {"resize": dict(config.resize) or None, "pad": dict(config.pad) or None}
     if entry.parts:
-        parts = tuple(_part(entry, p) for p in entry.parts)
+        parts = tuple(replace(_part(entry, p), **shaped) for p in entry.parts)
         return Task(
             name=name, instruction=entry.instruction, root=parts[0].root, episodes=entry.episodes, env=None,
-            max_steps=0, features=parts[0].features, frames=entry.frames, parts=parts,
+            max_steps=0, features=parts[0].features, frames=entry.frames, parts=parts, **shaped,
         )  # fmt: skip
     drawn = drawing(config.env_type, render, data.render)
     return Task(
@@ -373,6 +405,7 @@ def make_task(config: DatasetConfig, data: DataSource, name: str, render: Render
         task_index=entry.task_index,
         text=entry.text,
         frames=entry.frames,
+        **shaped,
     )
 
 

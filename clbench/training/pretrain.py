@@ -49,7 +49,7 @@ from clbench.config.schema import (
     TrainConfig,
     base_origin,
 )
-from clbench.data.frames import StreamFrames, all_names, described_feature
+from clbench.data.frames import StreamFrames, used_features
 from clbench.data.lerobot_set import BOOKKEEPING
 from clbench.data.source import DataSource, check_every_byte, fps_note
 from clbench.data.statistics import QUANTILES, compute
@@ -101,8 +101,12 @@ def base_key(config: Config, data: DataSource) -> dict[str, Any]:
         **({"encoders": encoders} if (encoders := _encoders(config.policy)) else {}),
         **{k: v for k in ("instructions", "exclude_episodes") if (v := getattr(section, k))},
         **({} if data.features is None else {"data": {k: data.description[k] for k in (*origin, "features")}}),
-        **({"holdout": [config.dataset.holdout, config.dataset.holdout_seed]}
-           if config.dataset.holdout and section is config.dataset else {}),
+        **{k: v for k in ("resize", "pad") if (v := getattr(config.dataset, k))},
+        **(
+            {"holdout": [config.dataset.holdout, config.dataset.holdout_seed]}
+            if config.dataset.holdout and section is config.dataset
+            else {}
+        ),
         **({"sets": [_which(d) for d in data.description["sets"]]} if "sets" in data.description else {}),
     }
 
@@ -285,8 +289,7 @@ def check_inputs(base: Path, task: Task) -> None:
     Images are compared only by name: a policy may accept any size.
     """
     described = read_json(task.root / "meta" / "info.json")["features"]
-    names = all_names(task.features, described)
-    have = {here: tuple(described[there]["shape"]) for there, here in names.items()}
+    have = {here: tuple(feature["shape"]) for here, feature in used_features(task, described).items()}
     wants = read_json(base / "config.json")
     problems = []
     for kind in ("input_features", "output_features"):
@@ -325,8 +328,7 @@ def _unfit(kind: str, features: dict[str, Any], e: Exception) -> UserError:
 def _described_features(task: Task) -> dict[str, Any]:
     """LeRobot's description of the features that are used from a task's data, by their names here."""
     described = read_json(task.root / "meta" / "info.json")["features"]
-    names = all_names(task.features, described)
-    return {here: described_feature(described[there], here) for there, here in names.items()}
+    return used_features(task, described)
 
 
 def _check_targets(config: Config, modules: Iterable[str]) -> None:

@@ -5,6 +5,9 @@ With actions a (normalised), noise ε ~ N(0, I) and time t ~ U(0, 1):
     x_t = (1 - t) ε + t a          target velocity  u = a - ε
     ℓ(θ; x) = mean over unpadded chunk steps and action dimensions of (v_θ(x_t, t | o) - u)²
 
+Padded steps are those outside the episode (action_is_pad), padded dimensions those that a data set with shorter actions
+than others' does not have (action_dim_is_pad).
+
 Acting integrates dx/dt = v_θ from noise at t = 0 to an action chunk at t = 1 with Euler steps; with `clip_sample` c > 0
 x is clipped to ± c after each.
 
@@ -146,15 +149,23 @@ class FlowMatchingPolicy(PreTrainedPolicy):
         pad_BH = batch.get(f"{ACTION}_is_pad")
         if "target" in want:
             found["target"] = u_BHA
+        pad_BA = batch.get(f"{ACTION}_dim_is_pad")
         if "mask" in want:
             found["mask"] = torch.ones_like(u_BHA[..., 0], dtype=torch.bool) if pad_BH is None else ~pad_BH
+            if pad_BA is not None:
+                found["mask"] = found["mask"][..., None] & ~pad_BA.to(device)[:, None]
         if not {"loss", "prediction"} & set(want):
             return found
         v_BHA = self.model.velocity(x_BHA, t_B, context)
         if "prediction" in want:
             found["prediction"] = v_BHA.float()
         if "loss" in want:
-            error_BH = (v_BHA.float() - u_BHA).square().mean(-1)
+            squared_BHA = (v_BHA.float() - u_BHA).square()
+            if pad_BA is None:
+                error_BH = squared_BHA.mean(-1)
+            else:
+                keep_B1A = (~pad_BA).to(device, squared_BHA.dtype)[:, None]
+                error_BH = (squared_BHA * keep_B1A).sum(-1) / keep_B1A.sum(-1).clamp(min=1)
             if pad_BH is None:
                 found["loss"] = error_BH.mean(-1)
             else:
