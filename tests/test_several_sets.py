@@ -143,6 +143,7 @@ def test_auto_takes_sets_as_tasks_where_there_is_one_instruction(tmp_path: Path)
         ({"num_tasks": 4}, "only 3 tasks"),
         ({"partition": "by_episodes"}, "needs tasks, ranges of episodes"),
         ({"partition": "by_episodes", "tasks": ["0-1", "0-8"]}, "from 0 to 7"),
+        ({"partition": "by_episodes", "tasks": ["0-3", "3-6"]}, "'0-3' and '3-6' have episodes in common"),
         ({"partition": "by_episodes", "num_tasks": 9}, "only 8 episodes"),
         ({"partition": "by_dataset", "instructions": {"open": "o"}}, "the partition is by_dataset"),
         ({"exclude_episodes": [[0], [3]]}, r"dataset\.sets\[1\]\.exclude_episodes has 3"),

@@ -261,7 +261,11 @@ def _tasks(sets: Sets, members: Sequence[_Member], names: Sequence[str] = ()) ->
             raise UserError(f"two of the data sets are called '{twice[0]}': give them names ({sets.key}.sets, name).")
         return {m.name: _grouped([(i, e) for e in m.episodes]) for i, m in enumerate(members) if m.episodes}
     every = [(i, e) for i, m in enumerate(members) for e in m.opened.found.episodes]
-    return {name: _grouped(_in_range(sets, members, name, every)) for name in names or _ranges(sets, len(every))}
+    chosen = {name: _in_range(sets, members, name, every) for name in names or _ranges(sets, len(every))}
+    for a, b in itertools.combinations(chosen, 2):  # one of them would be trained on what the other holds out
+        if {(i, e.index) for i, e in chosen[a]} & {(i, e.index) for i, e in chosen[b]}:
+            raise UserError(f"{sets.key}.tasks: the ranges '{a}' and '{b}' have episodes in common: separate them.")
+    return {name: _grouped(found) for name, found in chosen.items()}
 
 
 def _ranges(sets: Sets, total: int) -> list[str]:
