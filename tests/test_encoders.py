@@ -33,6 +33,10 @@ CLIP = {
     "model_type": "clip_text_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 2, "vocab_size": 300, "bos_token_id": 298, "eos_token_id": 299, "projection_dim": 16,
 }  # fmt: skip
+VIT = {
+    "model_type": "vit", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
+    "image_size": 56, "patch_size": 14,
+}  # fmt: skip
 BERT = {
     "model_type": "bert", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
     "vocab_size": 300,
@@ -249,6 +253,23 @@ def test_a_folder_that_is_not_what_it_should_be_is_one_message(spoil: Any, messa
     spoil(tmp_path / "m")
     with pytest.raises(UserError, match=message):
         build(image_encoder_path=str(tmp_path / "m"), image_encoder_config=None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "described", "others"), [(IMAGE, VIT, "grid"), (TEXT, BERT, "mean or tokens")], ids=str
+)
+def test_what_pools_is_not_made_up(kind: str, described: dict[str, Any], others: str, tmp_path: Path) -> None:
+    """A model that was stored without that layer has one of random weights: only its other outputs are used."""
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.for_model(**described)
+    AutoModel.from_config(config, add_pooling_layer=False).save_pretrained(tmp_path / "m")
+    if kind == TEXT:
+        (tmp_path / "m" / "tokenizer.json").write_text(byte_tokenizer(described), encoding="utf-8")
+    own = {f"{kind}_encoder_path": str(tmp_path / "m"), f"{kind}_encoder_config": None}
+    with pytest.raises(UserError, match=rf"without the layer that pools .*{kind}_encoder_output must be {others}"):
+        build(**own, **{f"{kind}_encoder_output": "pooled"})
+    build(**own, **{f"{kind}_encoder_output": others.split()[0]})
 
 
 def _describe(folder: Path, **changes: Any) -> None:

@@ -279,7 +279,7 @@ def test_padding_is_the_same_from_lerobots_items(tmp_path: Path) -> None:
 def test_the_bases_sets_are_shaped_alike(tmp_path: Path) -> None:
     make_lab_set(tmp_path / "a", TWO, action=3)
     make_lab_set(tmp_path / "b", TWO, action=4)
-    sets = [{"data": str(tmp_path / name)} for name in ("a", "b")]
+    sets = [{"data": str(shutil.copytree(tmp_path / name, tmp_path / f"base_{name}"))} for name in ("a", "b")]
     config = both(tmp_path, "a", "b", pad={"action": 4}, pretrain={"sets": sets})
     assert all(t.pad == {"action": 4} for t in pretraining_tasks(config.dataset)[0])
     config.dataset.pad = {"action": 3}

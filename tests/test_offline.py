@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ from clbench.streams.stream import build_stream, stream_tasks
 from clbench.sweep import load_experiment, units
 from clbench.testing import toy_config
 from clbench.training.trainer import train
+from tests import tiny_policies
 from tests.algorithm_cases import SMALL_CLARE
 from tests.lab_sets import lab_config, make_lab_set
 
@@ -132,8 +134,6 @@ def test_errors_by_hand(counted: Path) -> None:
     made = compose(model="dit_dec_tiny", algorithms=["seqfft"], dataset=str(counted.parent / "c.yaml"), registered=[])
     task = build_stream(made[0].dataset).columns[0]
     episode = next(p for p in [*task.pieces, *task.held_out] if 0 in p.episodes)
-    from dataclasses import replace
-
     frames = StreamFrames([(replace(episode, episodes=(0,)),)], Zero.config)  # type: ignore[arg-type]
     scale = np.array([2.0, 1.0, 1.0])
     found = measure(zero(), frames, 0, 1, scale, 1)
@@ -406,3 +406,98 @@ def test_held_out_episodes_are_named_alike_wherever_the_data_are(lab: Path, tmp_
     here, there = (build_stream(lab_run(root, tmp_path / "x").dataset).columns for root in (lab, moved))
     found = [[(h.j, h.number, h.seed, h.piece.episodes) for h in held_out_episodes(c, 99)] for c in (here, there)]
     assert found[0] == found[1] and len({seed for _, _, seed, _ in found[0]}) == len(found[0]) == 7
+
+
+def test_a_held_out_episode_is_the_same_at_every_visit(lab: Path, tmp_path: Path) -> None:
+    """Whichever sets are left to train on at a visit: its seed is a hash of the set's place."""
+    (tmp_path / "both.yaml").write_text(json.dumps(lab_config(lab / "one", lab / "copy", holdout=0.5)))
+    make_lab_set(lab / "copy", LEFT)
+    config = compose(
+        model="dit_dec_tiny", algorithms=["seqfft"], dataset=str(tmp_path / "both.yaml"), registered=["seqfft"]
+    )[0]
+    task = build_stream(config.dataset).columns[0]
+    assert len({p.root for p in task.held_out}) == 2
+    again = replace(task, parts=task.parts[::-1])
+    first, second = ([(h.number, h.seed) for h in held_out_episodes([c], 99)] for c in (task, again))
+    assert first == second
+
+
+@pytest.mark.parametrize("kind", tiny_policies.BUILT)
+def test_lerobots_policies_predict_from_what_was_seen(kind: str, tmp_path: Path) -> None:
+    """Also those that keep the last observations in queues: what was seen before the present frame counts."""
+    loaded = tiny_policies.load(kind, tmp_path)
+    actor = SimpleNamespace(
+        policy=loaded.policy.eval(), pre=loaded.preprocessor, post=loaded.postprocessor, takes_noise=False,
+        reset=loaded.policy.reset,
+    )  # fmt: skip
+    config = loaded.policy.config
+    batch = tiny_policies.batch(config, 3)
+    frames = torch.arange(3)
+    with torch.no_grad():
+        for p in loaded.policy.parameters():  # away from zero: some layers start there and ignore what is seen
+            p.add_(0.05 * torch.randn_like(p))
+    with torch.inference_mode():
+        chunk = offline._chunks(actor, batch, 1, frames, 0)
+        assert chunk.shape[0] == 3 and chunk.shape[2] == 4 and chunk.isfinite().all()
+        assert torch.equal(offline._chunks(actor, batch, 1, frames, 0), chunk)
+        if config.n_obs_steps == 1:
+            return
+        before = {**batch, "observation.state": batch["observation.state"].clone()}
+        before["observation.state"][:, 0] += 5
+        assert not torch.equal(offline._chunks(actor, before, 1, frames, 0), chunk)
+
+
+def test_a_loss_that_would_change_the_policy_is_left_out(counted: Path) -> None:
+    policy = Zero()
+    policy.config = SimpleNamespace(**{**vars(policy.config), "type": "vqbet"})
+    policy.vqbet = SimpleNamespace(  # type: ignore[assignment]
+        action_head=SimpleNamespace(vqvae_model=SimpleNamespace(discretized=False)), n_vqvae_training_steps=9
+    )
+    policy.config.n_vqvae_training_steps = 9
+    (counted.parent / "v.yaml").write_text(json.dumps(lab_config(counted, holdout=0.25)))
+    made = compose(model="dit_dec_tiny", algorithms=["seqfft"], dataset=str(counted.parent / "v.yaml"), registered=[])
+    piece = build_stream(made[0].dataset).columns[0].held_out[0]
+    frames = StreamFrames([(piece,)], policy.config, 0)
+    actor = SimpleNamespace(policy=policy, pre=lambda x: x, post=lambda x: x, takes_noise=False, reset=policy.reset)
+    found = measure(actor, frames, 0, 1, np.ones(3), 1)  # type: ignore[arg-type]
+    assert found["loss"] is None and found["horizon"] == 2 and found["chunk_error"] > 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "quantity", "words"),
+    [
+        ({"stride": 3}, None, r"another stride \(1 and 3\)"),
+        ({"scale": [1.0, 1.0, 1.0]}, None, "another scale: their data differ"),
+        ({"horizon": 99}, None, r"another horizon \(\d+ and 99\): action chunks of different lengths"),
+        ({"horizon": 99}, "first_error", None),
+        ({"policy": "other"}, "loss", "different policies, whose losses are not the same function"),
+        ({"episode": 1}, None, "same data, dataset.holdout, dataset.holdout_seed and eval.episodes"),
+    ],
+)
+def test_errors_that_do_not_measure_the_same_are_not_compared(
+    runs: Path, tmp_path: Path, changed: dict[str, Any], quantity: str | None, words: str | None
+) -> None:
+    other = shutil.copytree(runs / "er", tmp_path / "er")
+    for path, keys in (("eval/settings.json", ("stride", "scale")), ("eval/matrix.json", ("horizon",)),
+                       ("manifest.json", ("policy",))):  # fmt: skip
+        values = read_json(other / path)
+        assert set(keys) <= values.keys()
+        (other / path).write_text(json.dumps(values | {k: v for k, v in changed.items() if k in keys}))
+    if "episode" in changed:
+        cell = other / "eval" / "cells" / "k00_j00.jsonl"
+        cell.write_text("".join(cell.read_text().splitlines(keepends=True)[:-1]))
+    pair = {"a": [load_record(runs / "seqfft", criterion=quantity)], "b": [load_record(other, criterion=quantity)]}
+    if words is None:
+        assert compare(pair, bootstrap=50)
+    else:
+        with pytest.raises(UserError, match=words):
+            compare(pair, bootstrap=50)
+
+
+def test_a_loss_may_be_negative(runs: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(runs / "er", tmp_path / "er")
+    for cell in (other / "eval" / "cells").glob("*.jsonl"):
+        rows = [{**r, "loss": r["loss"] - 10} for r in read_jsonl(cell)]
+        cell.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    found = compute_metrics(load_record(other, criterion="loss"), bootstrap=200)["asr"]
+    assert found["low"] <= found["value"] <= found["high"] < 0

@@ -161,6 +161,30 @@ def test_a_base_from_a_hub_is_fetched_once_and_is_that_model(
     assert manifest["base"]["kind"] == "given" and COMMIT in manifest["base"]["path"]
 
 
+def test_what_the_cache_lacks_of_a_policy_is_fetched(
+    model: Path,
+    toy_data: Path,
+    tmp_path: Path,
+    online: Callable[[str], None],  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """LeRobot itself, or a fetch that was interrupted, may have left a part of it."""
+    config = toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path / 'runs'}")
+    config.policy = {"path": MODEL}
+    with served({MODEL: model}, tags=("main",)) as (url, _):
+        online(url)
+        folder = Path(hub.with_local_base(config).policy["path"])
+        names = {p.name for p in folder.iterdir()}
+        lost = sorted(n for n in names if "processor" in n)
+        assert any(n.endswith(".safetensors") for n in lost)
+        for name in lost:
+            (folder / name).unlink()
+            capsys.readouterr()
+            hub.with_local_base(config)
+            assert "fetching the policy" in capsys.readouterr().err
+            assert {p.name for p in folder.iterdir()} == names
+
+
 def test_a_hub_that_cannot_be_reached_is_one_message(
     toy_data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

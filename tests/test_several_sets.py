@@ -16,7 +16,7 @@ from clbench.config.compose import compose, override, read_config, to_yaml
 from clbench.data.frames import StreamFrames, WeightedOrder
 from clbench.errors import UserError
 from clbench.io import read_json
-from clbench.streams.stream import build_stream, stream_tasks, visit_order
+from clbench.streams.stream import build_stream, pretraining_tasks, stream_tasks, visit_order
 from clbench.testing import files, toy_config
 from clbench.training.trainer import train
 from tests.lab_sets import lab_config, make_lab_set
@@ -258,3 +258,22 @@ def test_data_check_lists_the_sets(lab: Path, tmp_path: Path, capsys: pytest.Cap
     said = capsys.readouterr().out
     assert "stream lab: 2 data sets, by_task_index" in said and "observation.robot as observation.state" in said
     assert "4 episodes      24 frames  move left" in said
+
+
+@pytest.mark.parametrize(
+    ("base", "words"),
+    [
+        ({"data": "one"}, "5 episodes are in the stream and in its base's data"),
+        ({"sets": [{"data": "one"}], "tasks": ["move left"]}, "are in the stream and in its base's data"),
+    ],
+)
+def test_a_base_does_not_learn_the_streams_episodes(
+    lab: Path, tmp_path: Path, base: dict[str, Any], words: str
+) -> None:
+    """Those that are held out among them, and also where neither names its tasks."""
+    placed = {k: str(lab / v) if k == "data" else v for k, v in base.items()}
+    placed["sets"] = [{"data": str(lab / "one")}] if "sets" in base else []
+    settings = {"rename": RENAME, "holdout": 0.25, "pretrain": placed}
+    config = composed(tmp_path, lab_config(lab / "one", lab / "two", partition="by_dataset", **settings))
+    with pytest.raises(UserError, match=words):
+        pretraining_tasks(config.dataset)

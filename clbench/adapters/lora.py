@@ -161,7 +161,7 @@ def merge(policy: nn.Module) -> None:
 
 @contextmanager
 def taken_out(policy: nn.Module) -> Iterator[None]:
-    """Inside the block, the policy as it was before LoRA layers were added."""
+    """Inside the block, the policy without its LoRA layers. Modules that train along stay as they are now."""
     layers = lora_layers(policy)
 
     def put(modules: Mapping[str, nn.Module]) -> None:

@@ -6,18 +6,22 @@ without contacting the hub.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from clbench.checkpoints import trusted
 from clbench.checkpoints.base import WEIGHTS
+from clbench.checkpoints.statistics import PIPELINES
 from clbench.config.schema import Config
 from clbench.data.hub import asked
 from clbench.errors import UserError
+from clbench.io import read_text
 from clbench.paths import model_root, named_folder
 from clbench.terminal import tell
 
+STATE_FILE = re.compile(r'"state_file":\s*"([^"]+)"')
 FILES: dict[str, Any] = {"allow_patterns": ["*.json", "*.safetensors"], "ignore_patterns": ["*/*"]}
 
 
@@ -48,6 +52,14 @@ def with_local_base(config: Config) -> Config:
     return replace(config, policy={**config.policy, "path": str(folder)})
 
 
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder has a policy with its processors and their states, not only what others fetched of it."""
+    if not all((folder / name).is_file() for name in ("config.json", WEIGHTS, *PIPELINES)):
+        return False
+    states = [s for name in PIPELINES for s in STATE_FILE.findall(read_text(folder / name))]
+    return all((folder / name).is_file() for name in states)
+
+
 def _fetched(repo_id: str, revision: str) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
@@ -56,7 +68,7 @@ def _fetched(repo_id: str, revision: str) -> Path:
         local = str(huggingface_hub.snapshot_download(repo_id, revision=revision, local_files_only=True, **FILES))
     except errors.LocalEntryNotFoundError:
         local = ""
-    if local and (Path(local) / WEIGHTS).is_file():
+    if local and _is_whole(Path(local)):
         return Path(local)
     tell(f"fetching the policy {repo_id}, revision {revision}, from the hub")
 

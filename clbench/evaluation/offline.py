@@ -71,7 +71,8 @@ class HeldOut:
     Attributes:
         j: its task's column.
         number: its place among the task's held-out episodes.
-        seed: names it in records, and seeds what is random: a hash of the task's name, the set's place and its index.
+        seed: names it in records, and seeds what is random: a hash of the task's name, the set's place among those
+            that it holds out of, and the episode's index.
         piece: the instruction and set, with this episode alone.
     """
 
@@ -85,7 +86,7 @@ def held_out_episodes(columns: Sequence[Task], at_most: int) -> list[HeldOut]:
     """The held-out episodes of every column, in order; at most so many of each."""
     found = []
     for j, task in enumerate(columns):
-        roots = list(dict.fromkeys(p.root for p in (*task.pieces, *task.held_out)))
+        roots = list(dict.fromkeys(p.root for p in task.held_out))  # the same at every visit of the task
         every = [p.only(lambda _, x, e=e: x == e) for p in task.held_out for e in p.episodes]  # type: ignore[misc]
         for number, piece in enumerate(every[:at_most]):
             seed = derive_seed("held-out episode", task.name, roots.index(piece.root), piece.episodes[0]) % 2**53
@@ -133,6 +134,9 @@ def evaluate_offline(
     columns = list(stream.columns)
     names = [c.name for c in columns]
     episodes = held_out_episodes(columns, e.episodes)
+    few = list(dict.fromkeys(c.name for c in columns if sum(len(p.episodes) for p in c.held_out) == 1))
+    if few:
+        tell(f"note: one episode is held out of {', '.join(few)}: metrics of the matrix will have no intervals.")
     whole = eval_folder(output or folder)
     with ExitStack() as stack:
         stack.enter_context(held(whole, "evaluation"))
@@ -224,7 +228,7 @@ def _more(out: Path, names: list[str], rows: int) -> dict[str, Any]:
             for key in keys:
                 value = value[key]
             values.append(value)
-        if not values:
+        if not values or any(v is None for v in values):
             return None
         if not isinstance(values[0], list):
             return float(np.mean(values))
@@ -237,7 +241,8 @@ def _more(out: Path, names: list[str], rows: int) -> dict[str, Any]:
                for units in ("normalised", "data")}
         for name in DIMENSIONS
     }  # fmt: skip
-    return {"others": others, "dimensions": dimensions}
+    horizons = sorted({r["horizon"] for row in table for cell in row for r in cell if "horizon" in r})
+    return {"horizon": horizons[0] if len(horizons) == 1 else None, "others": others, "dimensions": dimensions}
 
 
 # ------------------------------------------------------------------------------------------------ one row
@@ -271,13 +276,15 @@ def _evaluate_row(
 def measure(
     actor: PolicyActor, frames: StreamFrames, place: int, seed: int, scale: np.ndarray, stride: int
 ) -> dict[str, Any]:
-    """A policy's errors and loss on visit `place` of `frames`, one episode: the equations are above.
+    """A policy's errors and loss on visit `place` of `frames`, one episode: the equations are above. The loss is None
+    where computing it would change the policy (draws.refusal).
 
     Raises:
         UserError: one of them is not finite.
     """
     import torch
 
+    from clbench.policies.draws import refusal
     from clbench.policies.view import PolicyView, without_dropout
     from clbench.seeding import generator
 
@@ -296,7 +303,8 @@ def measure(
         firsts.append(error[:, 0])
         with torch.no_grad(), without_dropout(actor.policy):
             draw = view.draw(len(some), generator("held-out loss", seed, at))
-            losses.append(view.per_sample(batch, draw).double().cpu())
+            if refusal(actor.policy) is None:
+                losses.append(view.per_sample(batch, draw).double().cpu())
     chunk = (torch.stack([c for c, _ in chunks]).sum(0) / sum(n for _, n in chunks)).numpy()
     first = torch.cat(firsts).mean(0).numpy()
     there = np.ones(len(scale), dtype=bool) if part.padded is None else ~part.padded.numpy()
@@ -305,12 +313,12 @@ def measure(
                for units, by in (("normalised", scale), ("data", 1.0))}
         for name, values in (("chunk_error", chunk), ("first_error", first))
     }  # fmt: skip
-    found = {"frames": len(index), "chunk_error": float((chunk / scale)[there].mean())}
-    found |= {"first_error": float((first / scale)[there].mean()), "loss": float(torch.cat(losses).mean())}
-    for name in OFFLINE.criteria:
-        if not np.isfinite(found[name]):
+    found = {"chunk_error": float((chunk / scale)[there].mean()), "first_error": float((first / scale)[there].mean())}
+    found |= {"loss": float(torch.cat(losses).mean())} if losses else {}
+    for name, value in found.items():
+        if not np.isfinite(value):
             raise UserError(f"the policy's {name} on held-out episodes is not finite: its weights are damaged.")
-    return {**found, "dimensions": dimensions}
+    return {"frames": len(index), "horizon": predicted.shape[1], "loss": None, **found, "dimensions": dimensions}
 
 
 def _chunks(actor: PolicyActor, batch: Batch, seed: int, frames: torch.Tensor, at: int) -> torch.Tensor:
@@ -322,8 +330,9 @@ def _chunks(actor: PolicyActor, batch: Batch, seed: int, frames: torch.Tensor, a
 
     policy = actor.policy
     seen = {k: v for k, v in unpacked(batch).items() if k == "task" or _is_observation(k)}
-    inputs = actor.pre(seen)
+    inputs = {k: v for k, v in actor.pre(seen).items() if k != "action"}  # processors add one that is None
     actor.reset()  # nothing is left of other frames
+    inputs = _queued(policy, inputs)
     if actor.takes_noise:
         noise = [policy.sample_draw(1, generator("action-noise", seed, int(f)))["noise"] for f in frames]
         chunk = policy.predict_action_chunk(inputs, noise=torch.cat(noise))
@@ -331,6 +340,25 @@ def _chunks(actor: PolicyActor, batch: Batch, seed: int, frames: torch.Tensor, a
         with seeded("action-noise", seed, at):  # such a policy draws from the global generator
             chunk = policy.predict_action_chunk(inputs)
     return actor.post(chunk).float().cpu()
+
+
+def _queued(policy: Any, inputs: Batch) -> Batch:
+    """Fill a policy's queues of the last observations, from which some of LeRobot's policies predict a chunk; returns
+    what they are then given.
+
+    A value has shape (n, steps, …), or (n, …) where only the present observation is seen.
+    """
+    import torch
+
+    queues = getattr(policy, "_queues", {})
+    steps = policy.config.n_obs_steps
+    if "observation.images" in queues and policy.config.image_features:
+        stacked = torch.stack([inputs[key] for key in policy.config.image_features], dim=-4)
+        inputs = {**inputs, "observation.images": stacked}
+    for key, queue in queues.items():
+        if key in inputs:
+            queue.extend([inputs[key]] if steps == 1 else inputs[key].unbind(1))
+    return inputs
 
 
 def _is_observation(key: str) -> bool:

@@ -234,7 +234,8 @@ def _bounds(record: Record, metric: Metric) -> tuple[float, float]:
     """Of a metric's values as computed."""
     if record.is_rate:
         return metric.bounds
-    return (-np.inf, 0.0) if metric.of_errors == "level" else (-np.inf, np.inf)
+    known = metric.of_errors == "level" and record.criterion != "loss"  # a likelihood's may be negative
+    return (-np.inf, 0.0) if known else (-np.inf, np.inf)
 
 
 def _student(degrees: int) -> float:

@@ -91,12 +91,36 @@ def check_paired(a: Record, b: Record) -> None:
     for what, one, other in (("split", a.split, b.split), ("criterion", a.criterion, b.criterion)):
         if one != other:
             raise UserError(f"{a.source} and {b.source} differ in their {what}: {one} and {other}.")
+    _check_errors(a, b)
     for (k, j), outcomes in a.outcomes.items():
         if k >= 0 and (k, j) in b.outcomes and set(outcomes) != set(b.outcomes[k, j]):
+            if not a.is_rate:
+                raise UserError(
+                    f"{a.source} and {b.source} were not evaluated on the same held-out episodes at k={k} j={j}: they "
+                    "need the same data, dataset.holdout, dataset.holdout_seed and eval.episodes."
+                )
             raise UserError(
                 f"{a.source} and {b.source} did not play the same episodes at k={k} j={j}: evaluate both with the same "
                 "eval.episodes and eval.seed (and the same version's rule for episode seeds)."
             )
+
+
+def _check_errors(a: Record, b: Record) -> None:
+    """Raise UserError where the errors of two runs do not measure the same."""
+    if a.is_rate:
+        return
+    which = f"{a.source} and {b.source}"
+    if a.criterion == "loss" and a.manifest.get("policy") != b.manifest.get("policy"):
+        raise UserError(f"{which} are of different policies, whose losses are not the same function.")
+    for key, advice in (
+        ("stride", "evaluate both with the same eval.stride"),
+        ("scale", "their data differ"),
+        ("horizon", "action chunks of different lengths: compare --quantity first_error"),
+    ):
+        one, other = a.asked.get(key), b.asked.get(key)
+        if one != other and not (key == "horizon" and a.criterion != "chunk_error"):
+            shown = "" if key == "scale" else f" ({one} and {other})"
+            raise UserError(f"{which} were computed with another {key}{shown}: {advice}.")
 
 
 def _by_seed(first: Sequence[Record], second: Sequence[Record]) -> list[tuple[Record, Record]]:

@@ -74,6 +74,7 @@ class Record:
         simulators: environment type → {package: version} that played the episodes; {} = not recorded.
         notes: what a reader of the numbers should know.
         quantity: what `success`, `base` and `outcomes` are: success rates, or errors, which are not bounded by 1.
+        asked: of errors, what they were computed with: stride, scale and horizon; {} = not recorded.
     """
 
     tasks: list[str]
@@ -94,6 +95,7 @@ class Record:
     notes: list[str] = field(default_factory=list)
     source: Path | None = None
     quantity: Quantity = SUCCESS
+    asked: dict[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -364,6 +366,7 @@ def _load_eval(folder: Path, criterion: str | None, final_k: int | None = None) 
     if final_k is not None and len(record.rows) == 1 and any((folder / "cells").glob(f"k{final_k:02d}_*")):
         record.rows = [final_k]
     _add_simulators(record, folder)
+    _add_asked(record, folder)
     _add_failures(record, folder)
     _add_outcomes(record, folder / "cells", recompute)
     validation = record.split == VALIDATION and folder.name == VALIDATION  # RUN/eval/validation: curves are in RUN/eval
@@ -432,14 +435,17 @@ def read_cell(
 
 
 def _outcomes(
-    episodes: list[dict[str, Any]], criterion: str, where: str, most: float = 1.0
+    episodes: list[dict[str, Any]], criterion: str, where: str, bounds: tuple[float, float] = (0.0, 1.0)
 ) -> dict[int, float]:
     """{episode seed: success}; raises UserError for a record without either or a seed with two outcomes."""
+    low, high = bounds
     result: dict[int, float] = {}
     for e in episodes:
         seed, success = e.get("seed"), e.get(criterion)
-        if type(seed) is not int or not isinstance(success, bool | int | float) or not 0 <= success <= most:
-            raise UserError(f'{where}: an episode record lacks a whole "seed" or a "{criterion}" in [0, {most:g}].')
+        if type(seed) is not int or not isinstance(success, bool | int | float) or not low <= success <= high:
+            raise UserError(
+                f'{where}: an episode record lacks a whole "seed" or a "{criterion}" in [{low:g}, {high:g}].'
+            )
         if result.setdefault(seed, float(success)) != float(success):
             raise UserError(f"{where}: episode seed {seed} is recorded twice with different outcomes.")
     return result
@@ -452,6 +458,19 @@ def _add_simulators(record: Record, folder: Path) -> None:
         record.notes.append(
             "some episodes were played before the simulator's versions were recorded: theirs are unknown"
         )
+
+
+def _add_asked(record: Record, folder: Path) -> None:
+    """Attach what errors were computed with, where it was recorded."""
+    if record.is_rate:
+        return
+    path = folder / "settings.json"
+    settings, matrix = read_json(path) if path.is_file() else {}, read_json(folder / "matrix.json")
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} is damaged: it is not a JSON object.")
+    record.asked = {key: settings[key] for key in ("stride", "scale") if key in settings}
+    if matrix.get("horizon") is not None:
+        record.asked["horizon"] = matrix["horizon"]
 
 
 def _add_failures(record: Record, folder: Path) -> None:
@@ -480,8 +499,9 @@ def _add_outcomes(record: Record, cells: Path, recompute: bool) -> None:
             if math.isnan(rates[j]):  # it may have records already, but the matrix says it is not done
                 continue
             played = read_cell(cells, record.tasks, k, j, seeds)
-            most = 1.0 if record.is_rate else math.inf
-            outcomes = _outcomes(played, record.criterion, f"{cells} (k={k}, j={j})", most)
+            low = -math.inf if record.criterion == "loss" else 0.0  # a likelihood's may be negative
+            bounds = (0.0, 1.0) if record.is_rate else (low, math.inf)
+            outcomes = _outcomes(played, record.criterion, f"{cells} (k={k}, j={j})", bounds)
             if all(isinstance(e.get("episode"), int) for e in played):  # those that the matrix counts
                 outcomes = {e["seed"]: outcomes[e["seed"]] for e in counted(played)}
             if not outcomes:

@@ -13,6 +13,7 @@ import shlex
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from clbench.config.schema import DatasetConfig, PretrainDataConfig, RenderConfig, SetConfig
@@ -379,7 +380,28 @@ def pretraining_data(config: DatasetConfig, render: RenderConfig | None = None, 
     data = _open(config, config.pretrain, names, make, "dataset.pretrain", depth)
     _check_shaped(config, data)
     _check_drawing(config.env_type, data, render)
+    if config.env is None:  # a simulator's tasks are known by name: config/compose.py
+        _check_apart(_episodes(stream_data(config, render, "meta")), _episodes(data))
     return data
+
+
+def _episodes(data: DataSource) -> dict[tuple[Path, int], str]:
+    """Set and index of every episode of the tasks, and its task."""
+    parts = [(t.name, p.root, p.episodes) for t in data.tasks.values() for p in t.parts]
+    parts += [(t.name, data.root, t.episodes) for t in data.tasks.values() if not t.parts]
+    return {(root.resolve(), e): name for name, root, episodes in parts for e in episodes}
+
+
+def _check_apart(stream: dict[tuple[Path, int], str], base: dict[tuple[Path, int], str]) -> None:
+    """Raise UserError where the base would learn from episodes of the stream, those that it holds out among them."""
+    both = sorted(stream.keys() & base.keys())
+    if both:
+        root, index = both[0]
+        raise UserError(
+            f"{len(both)} episodes are in the stream and in its base's data, such as episode {index} of {root} (task "
+            f"'{stream[both[0]]}'): a base must not know the stream. Name other tasks in dataset.tasks or "
+            "dataset.pretrain.tasks, or other data."
+        )
 
 
 def make_task(config: DatasetConfig, data: DataSource, name: str, render: RenderConfig | None = None) -> Task:

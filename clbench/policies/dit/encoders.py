@@ -26,6 +26,7 @@ from clbench.config.dit import (
     IMAGE,
     IMAGENET,
     LITE,
+    OUTPUTS,
     OWN,
     PACKAGED,
     TEXT,
@@ -127,8 +128,10 @@ def _class_of(kind: str, model_type: str) -> Any:
     )
 
 
-def build_model(kind: str, described: Mapping[str, Any], path: str | None = None) -> nn.Module:
+def build_model(kind: str, described: Mapping[str, Any], path: str | None = None, pooled: bool = False) -> nn.Module:
     """A model by its configuration, with random weights (from torch's generator) or, with `path`, those stored there.
+
+    `pooled`: its pooled output is read, so a layer for that must be stored, too.
 
     Raises:
         UserError: the weights cannot be read, or there are none for a part of the model.
@@ -145,8 +148,14 @@ def build_model(kind: str, described: Mapping[str, Any], path: str | None = None
             folder or path, config=config, trust_remote_code=False, use_safetensors=True, dtype=torch.float32,
             local_files_only=folder is not None, output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
-    lacking = sorted(n for n in told["missing_keys"] if not n.startswith("pooler."))
+    lacking = sorted(n for n in told["missing_keys"] if pooled or not n.startswith("pooler."))
     wrong = sorted(n if isinstance(n, str) else n[0] for n in told["mismatched_keys"])
+    if lacking and all(n.startswith("pooler.") for n in lacking) and not wrong:
+        others = " or ".join(n for n in OUTPUTS[kind] if n != "pooled")
+        raise UserError(
+            f"the encoder {path} was stored without the layer that pools ({lacking[0]}): policy.{kind}_encoder_output "
+            f"must be {others}."
+        )
     if lacking or wrong:
         raise UserError(
             f"the encoder {path} has no fitting weights for {(lacking or wrong)[0]}: it is another model's."
@@ -158,7 +167,8 @@ def _model_of(config: DitSettings, kind: str) -> tuple[nn.Module, dict[str, Any]
     """A policy's model and its configuration, which is filled in if it is pretrained and the policy is a fresh one."""
     name, described = getattr(config, f"{kind}_encoder"), getattr(config, f"{kind}_encoder_config")
     if name not in PACKAGED:
-        return build_model(kind, described, getattr(config, f"{kind}_encoder_path")), described
+        pooled = getattr(config, f"{kind}_encoder_output") == "pooled"
+        return build_model(kind, described, getattr(config, f"{kind}_encoder_path"), pooled), described
     model = _packaged_model(name)
     if described is None:
         packaged.load_weights(name, model)
