@@ -249,6 +249,17 @@ def _depth(described: Mapping[str, Any]) -> int:
 
 
 # ---- encoders -----------------------------------------------------------------------------------
+@contextmanager
+def _tried(what: str, remedy: str = "") -> Iterator[None]:
+    """A model is tried with sizes that it may refuse, in many ways: then UserError, `what` with its words."""
+    try:
+        with torch.no_grad():
+            yield
+    except Exception as e:
+        text = " ".join(str(e).split()) or type(e).__name__
+        raise UserError(f"{what}: {text[:300]} {remedy}".rstrip()) from e
+
+
 class Encoder(nn.Module):
     """A model with the parameters frozen unless `trained`; always in evaluation mode."""
 
@@ -283,15 +294,9 @@ class ImageEncoder(Encoder):
         self.register_buffer("mean", mean, persistent=False)  # part of the policy's configuration
         self.register_buffer("std", std, persistent=False)
         for shape in sorted(set(shapes)):
-            try:
-                with torch.no_grad():
-                    found = self.features(torch.zeros(1, *shape))
-            except Exception as e:  # (models refuse sizes in many ways)
-                text = " ".join(str(e).split()) or type(e).__name__
-                raise UserError(
-                    f"image_encoder: the model ({described['model_type']}) does not take images of shape {shape}: "
-                    f"{text[:300]} policy.image_encoder_size=N resizes them for it."
-                ) from e
+            what = f"image_encoder: the model ({described['model_type']}) does not take images of shape {shape}"
+            with _tried(what, "policy.image_encoder_size=N resizes them for it."):
+                found = self.features(torch.zeros(1, *shape))
             self.n_features, self.width = found.shape[1:]
 
     def settings(self) -> dict[str, Any]:
@@ -352,15 +357,9 @@ class TextEncoder(Encoder):
         self._known: dict[tuple[tuple[int, ...], int], Tensor] = {}
         length = config.text_max_words
         ids = torch.ones(1, length, dtype=torch.int64)
-        try:
-            with torch.no_grad():
-                found = self.features(ids, torch.ones_like(ids, dtype=torch.bool))
-        except Exception as e:  # (models refuse lengths in many ways)
-            text = " ".join(str(e).split()) or type(e).__name__
-            raise UserError(
-                f"text_encoder: the model ({described['model_type']}) does not take text_max_words={length} tokens, or "
-                f"has no output '{self.output}': {text[:300]}"
-            ) from e
+        what = f"text_encoder: the model ({described['model_type']}) does not take text_max_words={length} tokens"
+        with _tried(f"{what}, or has no output '{self.output}'"):
+            found = self.features(ids, torch.ones_like(ids, dtype=torch.bool))
         self.n_features, self.width = found.shape[1:]
 
     def forward(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
