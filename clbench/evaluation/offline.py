@@ -18,6 +18,7 @@ eval/matrix.json the mean over them. Episodes that are recorded are not evaluate
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
@@ -172,6 +173,8 @@ def evaluate_offline(
         count = sum(len(found) for found in missing.values())
         if count:
             tell(f"evaluating {count} held-out episodes → {whole}")
+            with patience("loading LeRobot and the libraries it uses", at_once=True):
+                importlib.import_module("clbench.data.frames")
             began, done = time.monotonic(), 0
             bar = tqdm(total=count, desc="held-out episodes", unit="ep", disable=not progress, mininterval=1)
             try:
