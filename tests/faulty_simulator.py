@@ -97,7 +97,7 @@ class Noise:
     """Two actions at a time, drawn from the episode's own seed."""
 
     def __init__(self, stateful: bool = False) -> None:
-        self.stateful = stateful
+        self.stateful, self.history = stateful, 1
 
     def reset(self) -> None:
         """Nothing to forget."""

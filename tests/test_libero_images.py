@@ -320,7 +320,7 @@ class Watched:
 
 
 class Chunks:
-    stateful = False
+    stateful, history = False, 1
 
     def reset(self) -> None:
         pass

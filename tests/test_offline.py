@@ -26,6 +26,7 @@ from clbench.evaluation.records import OFFLINE
 from clbench.io import read_json, read_jsonl
 from clbench.metrics import Record, compare, compute_metrics, load_record
 from clbench.metrics.compute import _student
+from clbench.rollout.actors import PolicyActor
 from clbench.streams.stream import build_stream, stream_tasks
 from clbench.sweep import load_experiment, units
 from clbench.testing import toy_config
@@ -115,7 +116,7 @@ class Zero(torch.nn.Module):
 def zero() -> Any:
     policy = Zero()
     same = lambda x: x  # noqa: E731
-    return SimpleNamespace(policy=policy, pre=same, post=same, takes_noise=False, reset=policy.reset)
+    return PolicyActor(SimpleNamespace(policy=policy, preprocessor=same, postprocessor=same), 8)
 
 
 @pytest.fixture(scope="module")
@@ -426,10 +427,7 @@ def test_a_held_out_episode_is_the_same_at_every_visit(lab: Path, tmp_path: Path
 def test_lerobots_policies_predict_from_what_was_seen(kind: str, tmp_path: Path) -> None:
     """Also those that keep the last observations in queues: what was seen before the present frame counts."""
     loaded = tiny_policies.load(kind, tmp_path)
-    actor = SimpleNamespace(
-        policy=loaded.policy.eval(), pre=loaded.preprocessor, post=loaded.postprocessor, takes_noise=False,
-        reset=loaded.policy.reset,
-    )  # fmt: skip
+    actor = PolicyActor(loaded, 3)
     config = loaded.policy.config
     batch = tiny_policies.batch(config, 3)
     frames = torch.arange(3)
@@ -437,14 +435,14 @@ def test_lerobots_policies_predict_from_what_was_seen(kind: str, tmp_path: Path)
         for p in loaded.policy.parameters():  # away from zero: some layers start there and ignore what is seen
             p.add_(0.05 * torch.randn_like(p))
     with torch.inference_mode():
-        chunk = offline._chunks(actor, batch, 1, frames, 0)
+        chunk = offline._chunks(actor, batch, 1, frames)
         assert chunk.shape[0] == 3 and chunk.shape[2] == 4 and chunk.isfinite().all()
-        assert torch.equal(offline._chunks(actor, batch, 1, frames, 0), chunk)
+        assert torch.equal(offline._chunks(actor, batch, 1, frames), chunk)
         if config.n_obs_steps == 1:
             return
         before = {**batch, "observation.state": batch["observation.state"].clone()}
         before["observation.state"][:, 0] += 5
-        assert not torch.equal(offline._chunks(actor, before, 1, frames, 0), chunk)
+        assert not torch.equal(offline._chunks(actor, before, 1, frames), chunk)
 
 
 def test_a_loss_that_would_change_the_policy_is_left_out(counted: Path) -> None:
@@ -458,8 +456,8 @@ def test_a_loss_that_would_change_the_policy_is_left_out(counted: Path) -> None:
     made = compose(model="dit_dec_tiny", algorithms=["seqfft"], dataset=str(counted.parent / "v.yaml"), registered=[])
     piece = build_stream(made[0].dataset).columns[0].held_out[0]
     frames = StreamFrames([(piece,)], policy.config, 0)
-    actor = SimpleNamespace(policy=policy, pre=lambda x: x, post=lambda x: x, takes_noise=False, reset=policy.reset)
-    found = measure(actor, frames, 0, 1, np.ones(3), 1)  # type: ignore[arg-type]
+    loaded = SimpleNamespace(policy=policy, preprocessor=lambda x: x, postprocessor=lambda x: x)
+    found = measure(PolicyActor(loaded, 3), frames, 0, 1, np.ones(3), 1)
     assert found["loss"] is None and found["horizon"] == 2 and found["chunk_error"] > 0
 
 

@@ -209,6 +209,55 @@ def test_images_enter_through_the_same_tokens(kind: str, toy_data: Path) -> None
     assert stem and all(p.grad is not None and p.grad.abs().sum() > 0 for p in stem)
 
 
+@pytest.mark.parametrize("images", [False, True])
+@pytest.mark.parametrize("kind", TYPES)
+def test_several_observation_steps_are_seen(kind: str, images: bool, toy_data: Path) -> None:
+    """Each of them counts, in its order; `select_action` remembers them; losses stay per sample and differentiable."""
+    built = build(kind, toy_data, images=images, n_obs_steps=3)
+    policy = built.policy.eval()
+    g = torch.Generator().manual_seed(3)
+    states = torch.randn(2, 5, 39, generator=g)
+    pictures = torch.rand(2, 5, 3, 32, 32, generator=g)
+
+    def at(steps: list[int], squeeze: bool = False) -> dict[str, Any]:
+        batch = {**raw_batch(2), "observation.state": states[:, steps]}
+        if images:
+            batch["observation.images.top"] = pictures[:, steps]
+        if squeeze:
+            batch |= {k: v[:, 0] for k, v in batch.items() if k.startswith("observation")}
+        return built.preprocessor(batch)
+
+    noise = torch.randn(2, 4, 4, generator=g)
+    chunks = [policy.predict_action_chunk(at(s), noise=noise)
+              for s in ([0, 1, 2], [3, 1, 2], [0, 3, 2], [0, 1, 3], [2, 1, 0])]  # fmt: skip
+    for other in chunks[1:]:
+        assert not torch.allclose(chunks[0], other, atol=1e-4)
+    with pytest.raises(ValueError, match=r"1 observation steps, and the policy takes 3|takes 3"):
+        policy.predict_action_chunk(at([0], squeeze=True), noise=noise)
+
+    policy.reset()
+    played = [policy.select_action(at([i], squeeze=True), noise=noise) for i in range(3)]
+    first = policy.predict_action_chunk(at([0, 0, 0]), noise=noise)
+    second = policy.predict_action_chunk(at([0, 1, 2]), noise=noise)
+    for action, expected in zip(played, (first[:, 0], first[:, 1], second[:, 0]), strict=True):
+        assert torch.allclose(action, expected, atol=1e-6)
+
+    processed, draw = at([0, 1, 2]), policy.sample_draw(2, g)
+    losses = policy.per_sample_loss(processed, draw)
+    one = {k: v[1:] for k, v in processed.items() if torch.is_tensor(v)}
+    alone = policy.per_sample_loss(one, {k: v[1:] for k, v in draw.items()})
+    assert torch.allclose(losses[1:], alone, rtol=1e-4)
+    view = PolicyView(policy, policy, lambda b: b, nullcontext)
+    raw = {k: v for k, v in processed.items() if torch.is_tensor(v)}
+    parameters = dict(policy.named_parameters())
+    assert "model.obs_encoder.step" in parameters
+    fast = view.squared_gradients(raw, draw, parameters, vectorized=True)
+    slow = view.squared_gradients(raw, draw, parameters, vectorized=False)
+    assert fast["model.obs_encoder.step"].abs().sum() > 0
+    for name, g2 in fast.items():
+        assert torch.allclose(g2, slow[name], rtol=1e-3, atol=1e-8), name
+
+
 def test_normalisation_is_stable_on_unseen_data(toy_data: Path) -> None:
     """Constant dimensions pass through raw, small deviations are floored, and the model clips the rest."""
     config = policy_config({"type": "dit_dec", **SMALL}, "cpu")
@@ -245,6 +294,7 @@ def test_words_are_hashed_the_same_everywhere() -> None:
         ({"n_action_steps": 9}, "chunk_size"),
         ({"d_model": 30, "n_heads": 4}, "multiple"),
         ({"action_patch": 3}, "divide"),
+        ({"n_obs_steps": 0}, "n_obs_steps must be a positive integer"),
         ({"objective": "ddpm"}, "objective must be one of flow, ddim"),
         ({"objective": "ddim", "num_inference_steps": 8}, "must divide diffusion_steps"),
         ({"d_modle": 32}, "Did you mean 'd_model'"),

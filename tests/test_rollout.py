@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -20,8 +20,10 @@ from clbench.evaluation.seeds import RULE, EpisodeSeeds
 from clbench.io import read_json, read_jsonl
 from clbench.rollout.actors import PolicyActor, RandomActor
 from clbench.rollout.rollout import Episode, SimulatorPool, run_episodes
+from clbench.seeding import generator, seeded
 from clbench.testing.toy import toy_config
 from clbench.training.trainer import train
+from tests import tiny_policies
 
 
 class Drift:
@@ -58,10 +60,12 @@ def outcomes(actor: Any, todo: list[Episode], slots: int, after: int = 0) -> dic
     return {o.episode.key: (o.success_once, o.success_at_end, o.length, round(o.total_reward, 5)) for o in found}
 
 
-@pytest.fixture(scope="module")
-def run(toy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=[1, 3])
+def run(toy_data: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A run of a policy with one observation step, and of one with three."""
     out = tmp_path_factory.mktemp("run")
-    return train(toy_config(toy_data, {"name": "seqfft"}, f"output_dir={out}"), "r")
+    steps = f"policy.n_obs_steps={request.param}"
+    return train(toy_config(toy_data, {"name": "seqfft"}, f"output_dir={out}", steps), "r")
 
 
 def test_an_episode_does_not_depend_on_its_companions_or_order(run: Path) -> None:
@@ -109,7 +113,7 @@ def test_no_more_simulators_are_kept_than_asked_for() -> None:
 
 def test_steps_after_success_decide_success_at_the_end() -> None:
     class Push:
-        stateful = False
+        stateful, history = False, 1
 
         def reset(self) -> None:
             """Stateless."""
@@ -129,14 +133,103 @@ def test_steps_after_success_decide_success_at_the_end() -> None:
     assert all(sum(o.diagnostics["choice"].values()) == -(-o.length // 2) for o in found)
 
 
+def test_an_actor_with_a_history_sees_the_last_steps_and_only_these_are_drawn() -> None:
+    class Seen(Drift):
+        """Counts its steps, and says which of them nobody looked at."""
+
+        unseen: ClassVar[list[int]] = []
+
+        def reset(self, seed: int) -> dict[str, np.ndarray]:
+            self.at = 0
+            return {"at": np.array([0])}
+
+        def step(self, action: np.ndarray) -> Step:
+            self.at += 1
+            return Step({"at": np.array([self.at])}, 0.0, False)
+
+        def step_unseen(self, action: np.ndarray) -> Step:
+            self.unseen.append(self.at + 1)
+            return Step({}, self.step(action).reward, False)
+
+    class Watching:
+        stateful, history = False, 3
+
+        def __init__(self, chunk: int) -> None:
+            self.chunk, self.seen = chunk, []  # type: ignore[var-annotated]
+
+        def reset(self) -> None:
+            """Stateless."""
+
+        def act(self, observations: Any, *rest: Any) -> Any:
+            self.seen += [o["at"][:, 0].tolist() for o in observations]
+            return np.zeros((len(observations), self.chunk, 4)), {}
+
+    def played(chunk: int) -> list[list[int]]:
+        Seen.unseen.clear()
+        actor = Watching(chunk)
+        list(run_episodes(actor, episodes(1, ("a",), 8), SimulatorPool(Seen), 1))  # type: ignore[arg-type]
+        return actor.seen
+
+    assert played(4) == [[0, 0, 0], [2, 3, 4]]
+    assert Seen.unseen == [1, 5]
+    assert played(2) == [[0, 0, 0], [0, 1, 2], [2, 3, 4], [4, 5, 6]]
+    assert Seen.unseen == []
+
+
+def test_act_with_a_mean_over_time_acts_step_by_step(tmp_path: Path) -> None:
+    """Its action depends on the chunks of earlier steps, which no observation has."""
+    actor = PolicyActor(tiny_policies.load("act", tmp_path, temporal_ensemble_coeff=0.01, n_action_steps=1), 3)
+    assert actor.stateful and actor.steps == 1
+    assert not PolicyActor(tiny_policies.load("act", tmp_path), 3).stateful
+
+
+@pytest.mark.filterwarnings("ignore:To evaluate in the environment")  # VQ-BeT's codes are random here
+@pytest.mark.parametrize("kind", ["diffusion", "multi_task_dit", "vqbet"])
+def test_lerobots_policies_with_a_history_act_as_they_do_step_by_step(kind: str, tmp_path: Path) -> None:
+    """Chunks from the last observations of every episode are what `select_action` plays, without its queues."""
+    loaded = tiny_policies.load(kind, tmp_path)
+    policy, config = loaded.policy.eval(), loaded.policy.config
+    with torch.no_grad():
+        for p in policy.parameters():  # some layers start at zero and ignore what is seen
+            p.add_(0.05 * torch.randn_like(p))
+    actor = PolicyActor(loaded, 3)
+    assert not actor.stateful and actor.history == config.n_obs_steps == 2
+    steps = [tiny_policies.batch(config, 3, seed) for seed in range(actor.steps + 1)]
+    now = [actor.pre({k: v if k == "task" else v[:, -1] for k, v in b.items() if k == "task" or (k.startswith("observ")
+                      and not k.endswith("_is_pad"))}) for b in steps]  # fmt: skip
+
+    def at(i: int) -> dict[str, Any]:
+        pairs = (now[max(i - 1, 0)], now[i])
+        return {k: torch.stack([p[k] for p in pairs], 1) if k in config.input_features else v
+                for k, v in now[i].items()}  # fmt: skip
+
+    with torch.inference_mode():
+        chunks = [actor.chunk(at(i), [1, 2, 3], [i] * 3)[:, : actor.steps] for i in (0, actor.steps)]
+        policy.reset()
+        for i, seen in enumerate(now):
+            first = i - i % actor.steps
+            inputs = dict(seen)
+            with seeded("action-noise", 1, 2, 3, *[first] * 3):
+                if actor._draw is None:
+                    action = policy.select_action(inputs)
+                else:
+                    noise = torch.cat([actor._draw(1, generator("action-noise", s, first))["noise"] for s in (1, 2, 3)])
+                    action = policy.select_action(inputs, noise=noise)
+            assert torch.allclose(action, chunks[i // actor.steps][:, i % actor.steps], atol=1e-6), i
+    assert (actor._draw is not None) == (kind == "diffusion")
+
+
 class History:
-    """A policy with two observation steps: its action depends on how often it acted since reset."""
+    """A policy that remembers more than its observations: its action depends on how often it acted since reset."""
 
     class config:
         n_obs_steps = 2
 
     def __init__(self) -> None:
         self.calls, self.resets = 0, 0
+
+    def predict_action_chunk(self, batch: dict[str, Any]) -> torch.Tensor:
+        raise NotImplementedError
 
     def eval(self) -> None:
         """Nothing to switch."""
@@ -159,6 +252,7 @@ def test_a_policy_with_history_acts_in_lockstep() -> None:
 
     actor = PolicyActor(Loaded(), 3)
     assert actor.stateful
+    Loaded.policy.resets = 0
     todo = episodes(4, max_steps=6)
     found = list(run_episodes(actor, todo, SimulatorPool(Drift), 3))  # type: ignore[arg-type]
     assert Loaded.policy.resets == 3  # eight episodes, three at a time

@@ -23,9 +23,9 @@ OF_LEROBOT = (
 )  # fmt: skip
 
 POSITIVE = (
-    "chunk_size", "n_action_steps", "action_patch", "d_model", "n_heads", "encoder_layers", "decoder_layers",
-    "ffn_mult", "num_inference_steps", "text_vocab_size", "text_dim", "text_max_words", "image_tokens_side",
-    "image_layers", "diffusion_steps",
+    "n_obs_steps", "chunk_size", "n_action_steps", "action_patch", "d_model", "n_heads", "encoder_layers",
+    "decoder_layers", "ffn_mult", "num_inference_steps", "text_vocab_size", "text_dim", "text_max_words",
+    "image_tokens_side", "image_layers", "diffusion_steps",
 )  # fmt: skip
 
 IMAGE, TEXT = "image", "text"  # what an encoder encodes; the beginning of its keys
@@ -72,6 +72,8 @@ class DitSettings:
     """Sizes and options of a flow-matching diffusion transformer (presets live in configs/models/).
 
     Attributes:
+        n_obs_steps: observations that are seen, the present one and those of the steps before it; at an episode's start
+            the first one stands for what is not there.
         chunk_size: predicted actions per call, in environment steps.
         n_action_steps: actions executed before the policy is asked again; at most `chunk_size`.
         action_patch: consecutive actions that share one decoder token; divides `chunk_size`.
@@ -178,8 +180,6 @@ class DitSettings:
             )
         if self.chunk_size % self.action_patch:
             raise ValueError(f"action_patch ({self.action_patch}) must divide chunk_size ({self.chunk_size}).")
-        if self.n_obs_steps != 1:
-            raise ValueError("the DiT policies take one observation step (n_obs_steps: 1).")
         for kind in (IMAGE, TEXT):
             self._check_encoder(kind)
         size = self.image_encoder_size

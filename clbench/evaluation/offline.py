@@ -298,7 +298,7 @@ def measure(
     for at, some in enumerate(index.split(BATCH)):
         batch = frames.fetch(torch.stack([torch.full_like(some, place), some], 1))
         with torch.inference_mode():
-            predicted = _chunks(actor, batch, seed, some, at)
+            predicted = _chunks(actor, batch, seed, some)
         steps = list(range(predicted.shape[1]))
         true, pad = part.table.window("action", part.frames[some], steps)
         error = (predicted - true).double().abs()
@@ -324,44 +324,13 @@ def measure(
     return {"frames": len(index), "horizon": predicted.shape[1], "loss": None, **found, "dimensions": dimensions}
 
 
-def _chunks(actor: PolicyActor, batch: Batch, seed: int, frames: torch.Tensor, at: int) -> torch.Tensor:
+def _chunks(actor: PolicyActor, batch: Batch, seed: int, frames: torch.Tensor) -> torch.Tensor:
     """Predicted action chunks (n, H, A) in the data's units, on the CPU."""
-    import torch
-
     from clbench.data.frames import unpacked
-    from clbench.seeding import generator, seeded
 
-    policy = actor.policy
     seen = {k: v for k, v in unpacked(batch).items() if k == "task" or _is_observation(k)}
-    inputs = {k: v for k, v in actor.pre(seen).items() if k != "action"}  # processors add one that is None
-    actor.reset()  # nothing is left of other frames
-    inputs = _queued(policy, inputs)
-    if actor.takes_noise:
-        noise = [policy.sample_draw(1, generator("action-noise", seed, int(f)))["noise"] for f in frames]
-        chunk = policy.predict_action_chunk(inputs, noise=torch.cat(noise))
-    else:
-        with seeded("action-noise", seed, at):  # such a policy draws from the global generator
-            chunk = policy.predict_action_chunk(inputs)
-    return actor.post(chunk).float().cpu()
-
-
-def _queued(policy: Any, inputs: Batch) -> Batch:
-    """Fill a policy's queues of the last observations, from which some of LeRobot's policies predict a chunk; returns
-    what they are then given.
-
-    A value has shape (n, steps, …), or (n, …) where only the present observation is seen.
-    """
-    import torch
-
-    queues = getattr(policy, "_queues", {})
-    steps = policy.config.n_obs_steps
-    if "observation.images" in queues and policy.config.image_features:
-        stacked = torch.stack([inputs[key] for key in policy.config.image_features], dim=-4)
-        inputs = {**inputs, "observation.images": stacked}
-    for key, queue in queues.items():
-        if key in inputs:
-            queue.extend([inputs[key]] if steps == 1 else inputs[key].unbind(1))
-    return inputs
+    inputs = actor.pre(seen)
+    return actor.post(actor.chunk(inputs, [seed] * len(frames), frames.tolist())).float().cpu()
 
 
 def _is_observation(key: str) -> bool:

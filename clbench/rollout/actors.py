@@ -15,13 +15,22 @@ import torch
 from torch import Tensor
 
 from clbench.envs.base import Observation
+from clbench.policies.draws import ACTION, adapter_of
+from clbench.policies.draws import IMAGES as OBS_IMAGES
 from clbench.seeding import generator, seeded
 
 
 class Actor(Protocol):
-    """`stateful`: remembers observations between calls, so all slots must start their episodes together."""
+    """Chooses actions for many episodes at once.
+
+    Attributes:
+        stateful: it remembers earlier calls, so all slots must start their episodes together.
+        history: how many steps it observes; with more than 1 each observation has a leading axis of these, oldest
+            first, and the first of an episode stands for what was not there yet.
+    """
 
     stateful: bool
+    history: int
 
     def reset(self) -> None: ...
 
@@ -42,7 +51,7 @@ class Actor(Protocol):
 class RandomActor:
     """Uniform actions in [-1, 1]."""
 
-    stateful = False
+    stateful, history = False, 1
 
     def __init__(self, action_dim: int) -> None:
         self.action_dim = action_dim
@@ -68,8 +77,38 @@ def _no_diagnostics(policy: Any) -> dict[str, Tensor]:
     return {}
 
 
+def queued(policy: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Replace what a policy's queues hold by these observations; returns what it is then given.
+
+    Some of LeRobot's policies predict a chunk from their queues of the last observations. A value has shape
+    (n, steps, …), or (n, …) with one step. Other policies have no such queues, and get their input as it is.
+    """
+    queues = getattr(policy, "_queues", None) or {}
+    steps = policy.config.n_obs_steps
+    if OBS_IMAGES in queues and policy.config.image_features:
+        stacked = torch.stack([inputs[key] for key in policy.config.image_features], dim=-4)
+        inputs = {**inputs, OBS_IMAGES: stacked}
+    for key, queue in queues.items():
+        queue.clear()
+        if key in inputs and key != ACTION:
+            queue.extend([inputs[key]] if steps == 1 else inputs[key].unbind(1))
+    return inputs
+
+
+def remembers(policy: Any) -> bool:
+    """Whether a policy's actions depend on its earlier calls in a way that observations do not restore."""
+    config = policy.config
+    if getattr(config, "temporal_ensemble_coeff", None) is not None:  # ACT's mean over the chunks of earlier steps
+        return True
+    seen = getattr(policy, "_queues", None) or {}
+    return config.n_obs_steps != 1 and not hasattr(policy, "sample_draw") and not any(k != ACTION for k in seen)
+
+
 class PolicyActor:
-    """A LeRobot policy. Policies with one observation step give action chunks; others act through `select_action`."""
+    """A LeRobot policy. It gives an action chunk for the last `n_obs_steps` observations.
+
+    Policies that remember more than these (`remembers`) act through `select_action`, step by step.
+    """
 
     def __init__(
         self,
@@ -83,12 +122,15 @@ class PolicyActor:
         self.slots, self.diagnostics, self.shown = slots, diagnostics, shown or {}
         self.policy.eval()
         config = self.policy.config
-        self.stateful = config.n_obs_steps != 1
-        self.takes_noise = (
-            hasattr(self.policy, "sample_draw")
-            and "noise" in inspect.signature(self.policy.predict_action_chunk).parameters
-        )
-        self.steps = 1 if self.stateful else int(getattr(config, "n_action_steps", 1))
+        self.policy.reset()
+        self.stateful = remembers(self.policy)
+        self.history = 1 if self.stateful else int(config.n_obs_steps)
+        takes_noise = "noise" in inspect.signature(self.policy.predict_action_chunk).parameters
+        adapter = adapter_of(self.policy)
+        draw = getattr(self.policy, "sample_draw", None if adapter is None else adapter.sample)
+        self._draw = draw if takes_noise else None
+        named = [n for n in ("n_action_steps", "action_chunk_size") if hasattr(config, n)]  # the second is VQ-BeT's
+        self.steps = 1 if self.stateful or not named else int(getattr(config, named[0]))
 
     def reset(self) -> None:
         self.policy.reset()
@@ -103,27 +145,34 @@ class PolicyActor:
         n = len(observations)
         rows = [*range(n), *([0] * (self.slots - n))]
         batch: dict[str, Any] = {
-            key: torch.from_numpy(np.stack([self.shown.get(key, observations[i][key]) for i in rows]))
+            key: torch.from_numpy(np.stack([self._seen(key, observations[i][key]) for i in rows]))
             for key in observations[0]
         }
         for key, value in batch.items():
-            if value.dtype == torch.uint8:  # images: (B, height, width, C) in 0…255 → (B, C, height, width) in [0, 1]
-                batch[key] = value.permute(0, 3, 1, 2).float() / 255
+            if value.dtype == torch.uint8:  # images: (…, height, width, C) in 0…255 → (…, C, height, width) in [0, 1]
+                batch[key] = value.movedim(-1, -3).float() / 255
         batch["task"] = [instructions[i] for i in rows]
         with torch.inference_mode():
-            chunk = self._chunk(self.pre(batch), [seeds[i] for i in rows], [calls[i] for i in rows])
+            chunk = self.chunk(self.pre(batch), [seeds[i] for i in rows], [calls[i] for i in rows])
             found = {k: v[:n].cpu().numpy() for k, v in self.diagnostics(self.policy).items()}
         actions = self.post(chunk)[:n, : self.steps]
         return actions.float().cpu().numpy(), found
 
-    def _chunk(self, batch: dict[str, Any], seeds: list[int], calls: list[int]) -> Tensor:
-        if self.takes_noise:
-            noise = [
-                self.policy.sample_draw(1, generator("action-noise", s, c))["noise"]
-                for s, c in zip(seeds, calls, strict=True)
-            ]
-            return self.policy.predict_action_chunk(batch, noise=torch.cat(noise))
-        with seeded("action-noise", *seeds, *calls):  # such a policy draws from the global generator
+    def _seen(self, key: str, value: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(self.shown[key], value.shape) if key in self.shown else value
+
+    def chunk(self, inputs: dict[str, Any], seeds: Sequence[int], calls: Sequence[int]) -> Tensor:
+        """Actions (n, H, A) for processed observations; the noise of row i is a function of (seeds[i], calls[i]).
+
+        What a policy draws besides, or if it takes no noise, comes from the global generator, seeded by those of all
+        rows.
+        """
+        with seeded("action-noise", *seeds, *calls):
             if self.stateful:
-                return self.policy.select_action(batch)[:, None]
-            return self.policy.predict_action_chunk(batch)
+                return self.policy.select_action(inputs)[:, None]
+            inputs = queued(self.policy, {k: v for k, v in inputs.items() if k != ACTION})  # processors add one: None
+            if self._draw is None:
+                return self.policy.predict_action_chunk(inputs)
+            noise = [self._draw(1, generator("action-noise", s, c))["noise"] for s, c in zip(seeds, calls, strict=True)]
+            device = next((p.device for p in self.policy.parameters()), None)
+            return self.policy.predict_action_chunk(inputs, noise=torch.cat(noise).to(device))

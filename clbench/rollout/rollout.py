@@ -112,17 +112,25 @@ class _SimulatorError(Exception):
 class _Slot:
     """A running episode."""
 
-    def __init__(self, episode: Episode, pool: SimulatorPool, watch: Watch) -> None:
+    def __init__(self, episode: Episode, pool: SimulatorPool, watch: Watch, history: int) -> None:
         self.episode, self.watch = episode, watch
         self.simulator = self._call("make", pool.take, episode.env)
         self.start = time.monotonic()
-        self.observation: Observation = self._call("reset", self.simulator.reset, episode.seed)
+        first: Observation = self._call("reset", self.simulator.reset, episode.seed)
+        self._seen = deque([first] * history, maxlen=history)
         self.calls = self.steps = 0
         self.first_success: int | None = None
         self.success = self.done = False
         self.error: Exception | None = None
         self.total_reward = 0.0
         self.counts: dict[str, Counter[str]] = {}
+
+    @property
+    def observation(self) -> Observation:
+        """The last one; of an actor with a history, those of the last steps, oldest first, along a first axis."""
+        if self._seen.maxlen == 1:
+            return self._seen[-1]
+        return {key: np.stack([o[key] for o in self._seen]) for key in self._seen[-1]}
 
     def _call[T](self, name: str, function: Callable[..., T], *arguments: Any) -> T:
         """Call the simulator. If the process ends in it (SystemExit included), the watch stays at this call; likewise
@@ -141,22 +149,23 @@ class _Slot:
     def play(self, actions: np.ndarray, steps_after_success: int) -> None:
         """Play actions (steps, A) until they, the episode or its simulator end."""
         self.calls += 1
-        last = len(actions) - 1  # after it, the policy observes again
+        unseen = len(actions) - len(self._seen)  # after the others, the policy observes
         for i, action in enumerate(actions):
             if self.done:
                 return
             try:
-                if i == last:
-                    step = self._call("step", self.simulator.step, action)
-                else:
+                if i < unseen:
                     step = self._call("step", step_unseen, self.simulator, action)
+                else:
+                    step = self._call("step", self.simulator.step, action)
             except _SimulatorError as e:
                 self.error, self.done = e.error, True
                 return
             if not math.isfinite(step.reward):
                 self.error, self.done = ValueError(f"a step's reward is {step.reward}"), True
                 return
-            self.observation = step.observation
+            if i >= unseen:
+                self._seen.append(step.observation)
             self.steps += 1
             self.total_reward += float(step.reward)
             self.success = bool(step.success)
@@ -210,7 +219,7 @@ def run_episodes(
                 if not queues[task]:
                     del queues[task]
                 try:
-                    running.append(_Slot(episode, pool, watch))
+                    running.append(_Slot(episode, pool, watch, actor.history))
                 except _SimulatorError as e:
                     if watch.failed(episode, e.error):
                         queues.pop(task, None)

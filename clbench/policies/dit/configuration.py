@@ -50,9 +50,10 @@ class DitConfig(DitSettings, PreTrainedConfig):
         fits = self.d_model * self.ffn_mult <= widest and self.text_vocab_size * self.text_dim <= 2**26
         fits &= self.encoder_layers + self.decoder_layers <= len(shapes) and self.image_tokens_side <= 256
         fits &= encoders.fits(self, shapes, "model.obs_encoder.encoders.")
-        return (
-            fits and max(self.chunk_size, self.text_max_words, self.num_inference_steps, self.diffusion_steps) <= 65_536
-        )
+        counted = (
+            self.chunk_size, self.text_max_words, self.num_inference_steps, self.diffusion_steps, self.n_obs_steps,
+        )  # fmt: skip
+        return fits and max(counted) <= 65_536
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """As LeRobot's, without the paths of encoders: their weights are in the checkpoint."""
@@ -75,12 +76,17 @@ class DitConfig(DitSettings, PreTrainedConfig):
             raise ValueError(f"image_encoder is {self.image_encoder}, but there are no camera images.")
 
     @property
-    def observation_delta_indices(self) -> None:
-        return None
+    def observation_delta_indices(self) -> list[int] | None:
+        return None if self.n_obs_steps == 1 else list(range(1 - self.n_obs_steps, 1))
+
+    @property
+    def chunk_start(self) -> int:
+        """The step of a chunk's first action, from the present one."""
+        return 0
 
     @property
     def action_delta_indices(self) -> list[int]:
-        return list(range(self.chunk_size))
+        return list(range(self.chunk_start, self.chunk_start + self.chunk_size))
 
     @property
     def reward_delta_indices(self) -> None:

@@ -195,17 +195,23 @@ class FlowMatchingPolicy(PreTrainedPolicy):
     # ---- acting ---------------------------------------------------------------------------------
     def reset(self) -> None:
         self._queue: deque[Tensor] = deque(maxlen=self.config.n_action_steps)
+        self._seen: dict[str, deque[Tensor]] = {}
 
     @torch.no_grad()
     def predict_action_chunk(self, batch: dict[str, Tensor], noise: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Return a normalised action chunk (B, H, A). `noise` (B, H, A) makes it a pure function of its input."""
+        """Return a normalised action chunk from the present step on, (B, at most H, A).
+
+        `noise` (B, H, A) makes it a pure function of its input. Observations have shape (B, n_obs_steps, …), or (B, …)
+        with one step.
+        """
         self.eval()
         context = self.model.encode(batch)
         reference = next(v for k, v in batch.items() if k.startswith("observation.") and torch.is_tensor(v))
         if noise is None:
             noise = self.sample_draw(reference.shape[0])["noise"]
         x_BHA = noise.to(reference.device)
-        return (self._denoised if self.config.objective == DDIM else self._integrated)(x_BHA, context)
+        acting = self._denoised if self.config.objective == DDIM else self._integrated
+        return acting(x_BHA, context)[:, -self.config.chunk_start :]
 
     def _integrated(self, x_BHA: Tensor, context: Any) -> Tensor:
         n = self.config.num_inference_steps
@@ -231,11 +237,26 @@ class FlowMatchingPolicy(PreTrainedPolicy):
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Tensor], noise: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Return one normalised action (B, A); predicts a new chunk every `n_action_steps` calls."""
+        """Return one normalised action (B, A); predicts a new chunk every `n_action_steps` calls.
+
+        The batch has the present observation, (B, …); those of the last steps are remembered until `reset`.
+        """
+        if self.config.n_obs_steps > 1:
+            batch = self._remembered(batch)
         if not self._queue:
             chunk = self.predict_action_chunk(batch, noise=noise)
             self._queue.extend(chunk[:, : self.config.n_action_steps].transpose(0, 1))
         return self._queue.popleft()
+
+    def _remembered(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch with the observations of the last steps, (B, n_obs_steps, …)."""
+        steps, found = self.config.n_obs_steps, dict(batch)
+        for key in self.config.input_features or {}:
+            if key in batch:
+                seen = self._seen.setdefault(key, deque([batch[key]] * steps, maxlen=steps))
+                seen.append(batch[key])
+                found[key] = torch.stack(list(seen), 1)
+        return found
 
     # ---- LeRobot --------------------------------------------------------------------------------
     def get_optim_params(self) -> Any:

@@ -1,6 +1,8 @@
 """Transformer pieces. Shape suffixes: B batch, L tokens, D model width, H action chunk, A action dimension,
 P action tokens (H / action_patch).
 
+T observation steps, oldest first (`n_obs_steps`; with T = 1 an observation may lack this dimension).
+
 Every layer keeps rows of the batch independent (no batch statistics), so an episode's actions do not depend
 on what else is evaluated with it.
 """
@@ -142,25 +144,39 @@ class ActionTokens(nn.Module):
         return self.proj_out(self.norm(x_BPD)).reshape(x_BPD.shape[0], -1, self.action_dim)
 
 
-class StateTokens(nn.Module):
-    """A low-dimensional observation → one token."""
+def in_steps(values: Tensor, ndim: int, steps: int, key: str) -> Tensor:
+    """Observations (B, T, …), of which each has `ndim` dimensions, from (B, T, …) or, where T is 1, (B, …).
 
-    def __init__(self, key: str, dim_in: int, dim: int, clip: float) -> None:
+    Raises:
+        ValueError: there are not `steps` of them.
+    """
+    values = values[:, None] if values.ndim == ndim + 1 else values
+    if values.shape[1] != steps:
+        raise ValueError(f"{key} has {values.shape[1]} observation steps, and the policy takes {steps} (n_obs_steps).")
+    return values
+
+
+class StateTokens(nn.Module):
+    """A low-dimensional observation → one token per step."""
+
+    of_steps = True
+
+    def __init__(self, key: str, dim_in: int, dim: int, clip: float, steps: int) -> None:
         super().__init__()
         self.key, self.clip = key, clip
         self.proj = nn.Linear(dim_in, dim)
-        self.n_tokens = 1
+        self.n_tokens = steps
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        state = batch[self.key]
-        if state.ndim == 3:  # (B, 1, S): one observation step
-            state = state[:, -1]
-        token = self.proj(state.clamp(-self.clip, self.clip))[:, None]
-        return token, torch.ones(token.shape[:2], dtype=torch.bool, device=token.device)
+        state = in_steps(batch[self.key], 1, self.n_tokens, self.key)
+        tokens = self.proj(state.clamp(-self.clip, self.clip).flatten(0, 1)).unflatten(0, state.shape[:2])
+        return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
 
 class LanguageTokens(nn.Module):
     """Hashed words → frozen random embedding → linear: one token per word, or their mean as one token (`pooled`)."""
+
+    of_steps = False
 
     def __init__(self, config: DitConfig, pooled: bool) -> None:
         super().__init__()
@@ -182,14 +198,16 @@ class LanguageTokens(nn.Module):
 
 
 class ImageTokens(nn.Module):
-    """One camera image (B, C, height, width) in [0, 1] → `side`² tokens by 3 × 3 convolutions and pooling.
+    """One camera image (B, C, height, width) in [0, 1] → `side`² tokens per step by 3 × 3 convolutions and pooling.
 
     The first three of `layers` halve the image; each is followed by group normalisation, so rows stay independent.
     """
 
-    def __init__(self, key: str, channels: int, dim: int, side: int, layers: int) -> None:
+    of_steps = True
+
+    def __init__(self, key: str, channels: int, dim: int, side: int, layers: int, steps: int) -> None:
         super().__init__()
-        self.key, self.n_tokens = key, side * side
+        self.key, self.steps, self.n_tokens = key, steps, steps * side * side
         widths = [channels, *(dim // 4, dim // 2)[: max(0, layers - 1)], *[dim] * max(1, layers - 2)]
         stem: list[nn.Module] = []
         for i, (a, b) in enumerate(itertools.pairwise(widths)):
@@ -198,28 +216,33 @@ class ImageTokens(nn.Module):
         self.position = nn.Parameter(torch.randn(side * side, dim) * 0.02)
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        image = batch[self.key]
-        if image.ndim == 5:  # (B, 1, C, h, w): one observation step
-            image = image[:, -1]
-        tokens = self.stem(image - 0.5).flatten(2).transpose(1, 2) + self.position
+        images = in_steps(batch[self.key], 3, self.steps, self.key)
+        tokens = self.stem(images.flatten(0, 1) - 0.5).flatten(2).transpose(1, 2) + self.position
+        tokens = tokens.unflatten(0, images.shape[:2]).flatten(1, 2)
         return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
 
 class FeatureTokens(nn.Module):
-    """An encoder's features of an input (B, n, E), which the batch has, → n tokens; of a text, masked as its words."""
+    """An encoder's features of an input, which the batch has, → as many tokens.
 
-    def __init__(self, key: str, encoder: ImageEncoder | TextEncoder, dim: int, text: bool) -> None:
+    Those of a text have shape (B, n, E), and their tokens are masked as its words; those of images (B, T n, E).
+    """
+
+    def __init__(self, key: str, encoder: ImageEncoder | TextEncoder, dim: int, text: bool, steps: int = 1) -> None:
         super().__init__()
-        self.key, self.n_tokens, self.masked = feature_key(key), encoder.n_features, text and encoder.n_features > 1
+        n = encoder.n_features
+        self.key, self.of_steps, self.steps = feature_key(key), not text, steps
+        self.n_tokens, self.masked = steps * n, text and n > 1
         self.proj = nn.Linear(encoder.width, dim)
-        self.position = (
-            None if text or encoder.n_features == 1 else nn.Parameter(torch.randn(self.n_tokens, dim) * 0.02)
-        )
+        self.position = None if text or n == 1 else nn.Parameter(torch.randn(n, dim) * 0.02)
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        tokens = self.proj(batch[self.key])
+        features = batch[self.key]
+        if features.shape[1] != self.n_tokens:
+            raise ValueError(f"{self.key} has {features.shape[1]} vectors, and the policy takes {self.n_tokens}.")
+        tokens = self.proj(features)
         if self.position is not None:
-            tokens = tokens + self.position
+            tokens = tokens + self.position.repeat(self.steps, 1)
         if self.masked:
             return tokens, batch[OBS_LANGUAGE_ATTENTION_MASK]
         return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
@@ -228,20 +251,22 @@ class FeatureTokens(nn.Module):
 class ObservationEncoder(nn.Module):
     """Every input becomes tokens (B, n, D) with a mask; a transformer encoder mixes them.
 
-    A new kind of input is one more tokeniser with this interface: `forward(batch) -> (tokens, mask)`, `n_tokens`.
+    A new kind of input is one more tokeniser with this interface: `forward(batch) -> (tokens, mask)`, `n_tokens`, and
+    `of_steps`: whether it has tokens of each observation step, step by step. To these, with several steps, a learned
+    embedding of the step is added.
     `encoders` has the image and the text model whose features the tokenisers of cameras and language take, if any.
     """
 
     def __init__(self, config: DitConfig, pooled_text: bool) -> None:
         super().__init__()
-        d = config.d_model
+        d, steps = config.d_model, config.n_obs_steps
         self.tokenizers = nn.ModuleDict()
         if config.robot_state_feature is not None:
             n = config.robot_state_feature.shape[0]
-            self.tokenizers["state"] = StateTokens(OBS_STATE, n, d, config.state_clip)
+            self.tokenizers["state"] = StateTokens(OBS_STATE, n, d, config.state_clip, steps)
         if config.env_state_feature is not None:
             n = config.env_state_feature.shape[0]
-            self.tokenizers["env_state"] = StateTokens(OBS_ENV_STATE, n, d, config.state_clip)
+            self.tokenizers["env_state"] = StateTokens(OBS_ENV_STATE, n, d, config.state_clip, steps)
         self.cameras = list(config.image_features)
         self.encoders = nn.ModuleDict()
         self.frozen = [kind for kind in (IMAGE, TEXT) if frozen(config, kind)]
@@ -251,9 +276,11 @@ class ObservationEncoder(nn.Module):
         for key, feature in config.image_features.items():
             name = key.replace(".", "_")
             if IMAGE in self.encoders:
-                self.tokenizers[name] = FeatureTokens(key, image_encoder, d, text=False)
+                self.tokenizers[name] = FeatureTokens(key, image_encoder, d, text=False, steps=steps)
                 continue
-            self.tokenizers[name] = ImageTokens(key, feature.shape[0], d, config.image_tokens_side, config.image_layers)
+            self.tokenizers[name] = ImageTokens(
+                key, feature.shape[0], d, config.image_tokens_side, config.image_layers, steps
+            )
         if config.text_encoder != OWN[TEXT]:
             text_encoder = TextEncoder(config)
             if pooled_text and text_encoder.n_features > 1:
@@ -263,6 +290,7 @@ class ObservationEncoder(nn.Module):
         else:
             self.tokenizers["language"] = LanguageTokens(config, pooled_text)
         self.kind = nn.Parameter(torch.randn(len(self.tokenizers), d) * 0.02)
+        self.step = None if steps == 1 else nn.Parameter(torch.randn(steps, d) * 0.02)
         self.layers = nn.ModuleList(
             EncoderLayer(d, config.n_heads, config.ffn_mult) for _ in range(config.encoder_layers)
         )
@@ -295,7 +323,10 @@ class ObservationEncoder(nn.Module):
         parts, masks = [], []
         for i, tokenizer in enumerate(self.tokenizers.values()):
             tokens, mask = tokenizer(batch)
-            parts.append(tokens + self.kind[i])
+            tokens = tokens + self.kind[i]
+            if self.step is not None and tokenizer.of_steps:
+                tokens = tokens + self.step.repeat_interleave(tokens.shape[1] // len(self.step), 0)
+            parts.append(tokens)
             masks.append(mask)
         x_BLD, mask_BL = torch.cat(parts, 1), torch.cat(masks, 1)
         attention_mask = None if self.n_tokens == len(self.tokenizers) else mask_BL
