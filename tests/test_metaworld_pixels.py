@@ -202,3 +202,27 @@ def test_a_deaf_policy_needs_two_instructions_and_a_blind_one_cameras_and_images
     (tmp_path / FILE).write_bytes(b"\x08" + bytes(20))
     with pytest.raises(UserError, match="The file is damaged"):
         read_mean_images(tmp_path)
+
+
+def test_lerobots_tools_are_given_the_same_images() -> None:
+    from lerobot.configs.parser import load_plugin
+    from lerobot.envs import make_env, make_env_config
+    from lerobot.envs.utils import preprocess_observation
+
+    load_plugin("clbench.envs.lerobot_env")
+    config = make_env_config("clbench_metaworld_pixels", task=TASK, episode_length=3, render_size=16)
+    env = make_env(config, n_envs=1)["clbench_metaworld_pixels"][0]
+    observation, _ = env.reset(seed=[1_000_000])
+    simulator = make_simulator({"type": "metaworld_pixels", "task": TASK, "render": {"size": 16, "fidelity": "fast"}})
+    reference = simulator.reset(1_000_000)
+    for _ in range(2):
+        assert set(preprocess_observation(observation)) == {IMAGE_KEY, STATE_KEY}
+        assert np.array_equal(observation["pixels"][0], reference[IMAGE_KEY])
+        assert np.array_equal(observation["agent_pos"][0], reference[STATE_KEY])
+        observation, *_ = env.step(np.ones((1, 4), np.float32))
+        reference = simulator.step(np.ones(4, np.float32)).observation
+    assert config.features_map["pixels"] == IMAGE_KEY and config.features["pixels"].shape == (16, 16, 3)
+    env.close()
+    simulator.close()
+    with pytest.raises(UserError, match=r"render\.size must be a whole number"):
+        make_env_config("clbench_metaworld_pixels", task=TASK, render_size=4)

@@ -1,11 +1,12 @@
-"""Our simulators as a LeRobot environment, `clbench_metaworld`, for LeRobot's own command lines:
+"""Our simulators as LeRobot environments, `clbench_metaworld` and `clbench_metaworld_pixels`, for its command lines:
 
     lerobot-eval --env.discover_packages_path=clbench.envs.lerobot_env --env.type=clbench_metaworld \\
         --env.task=push-v3 --policy.path=... --seed=1000000
 
-LeRobot's own `metaworld` environment gives only pixels; this one gives the 39-d state as `observation.state`,
-and the same episode for the same seed as clbench's evaluation. It is a package because LeRobot's plugin discovery
-lists the submodules of what it is given, and a plain module has none to list.
+LeRobot's own `metaworld` environment gives only pixels, of its own size; the first gives the 39-d state as
+`observation.state`, the second what a camera policy of clbench sees. Both give the same episode for the same seed as
+clbench's evaluation. This is a package because LeRobot's plugin discovery lists the submodules of what it is given, and
+a plain module has none to list.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from lerobot.envs.utils import freeze_after_episode_end
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from clbench.envs.base import STATE_KEY, Observation, Simulator
-from clbench.envs.making import check_task, instruction, make_simulator
-from clbench.envs.metaworld import Metaworld
+from clbench.envs.making import check_task, family, instruction, make_simulator
+from clbench.envs.metaworld import IMAGE_KEY, Metaworld, MetaworldPixels
+from clbench.envs.rendering import DEFAULT_FIDELITY, check_render
 from clbench.errors import UserError
 
 
@@ -37,19 +39,23 @@ class SimulatorEnv(gym.Env):
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": Metaworld.fps}  # noqa: RUF012 (as in Gymnasium)
 
-    def __init__(self, env_type: str, task: str, episode_length: int, width: int, height: int) -> None:
-        self.task = task
-        self.task_description = instruction({"type": env_type, "task": task})
+    def __init__(self, spec: dict[str, Any], episode_length: int, width: int, height: int) -> None:
+        """`spec`: the environment type, its task and, of one with a camera, how it draws (`render`)."""
+        self.task = spec["task"]
+        self.task_description = instruction(spec)
         self.render_mode = "rgb_array"
         self._max_episode_steps = episode_length
-        self._spec = {"type": env_type, "task": task}
+        self._spec = spec
         self._size = (width, height)
         self._simulator: Simulator | None = None
         self._steps = 0
-        self.observation_space = spaces.Dict(
-            {"agent_pos": spaces.Box(-np.inf, np.inf, (Metaworld.state_dim,), np.float32)}
-        )
-        self.action_space = spaces.Box(-1.0, 1.0, (Metaworld.action_dim,), np.float32)
+        kind = family(spec["type"])
+        seen: dict[str, spaces.Space[Any]] = {"agent_pos": spaces.Box(-np.inf, np.inf, (kind.state_dim,), np.float32)}
+        if kind.cameras:
+            size = spec["render"]["size"]
+            seen["pixels"] = spaces.Box(0, 255, (size, size, 3), np.uint8)
+        self.observation_space = spaces.Dict(seen)
+        self.action_space = spaces.Box(-1.0, 1.0, (kind.action_dim,), np.float32)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -89,13 +95,13 @@ class SimulatorEnv(gym.Env):
 
     @staticmethod
     def _shown(observation: Observation) -> dict[str, np.ndarray]:
-        return {"agent_pos": observation[STATE_KEY]}
+        names = {STATE_KEY: "agent_pos", IMAGE_KEY: "pixels"}
+        return {names[key]: value for key, value in observation.items()}
 
 
-@EnvConfig.register_subclass("clbench_metaworld")
 @dataclass
-class ClbenchMetaworldEnv(EnvConfig):
-    """Meta-World on states. `task` is one task, or several separated by commas, numbered in that order."""
+class _MetaworldEnv(EnvConfig):
+    """`task` is one task, or several separated by commas, numbered in that order."""
 
     task: str | None = "push-v3"
     fps: int = Metaworld.fps
@@ -103,12 +109,15 @@ class ClbenchMetaworldEnv(EnvConfig):
     visualization_width: int = 256
     visualization_height: int = 256
     features: dict[str, PolicyFeature] = field(
-        default_factory=lambda: {
-            ACTION: PolicyFeature(type=FeatureType.ACTION, shape=(Metaworld.action_dim,)),
-            "agent_pos": PolicyFeature(type=FeatureType.STATE, shape=(Metaworld.state_dim,)),
-        }
+        default_factory=lambda: {ACTION: PolicyFeature(FeatureType.ACTION, (Metaworld.action_dim,))}
     )
-    features_map: dict[str, str] = field(default_factory=lambda: {ACTION: ACTION, "agent_pos": OBS_STATE})
+    features_map: dict[str, str] = field(
+        default_factory=lambda: {ACTION: ACTION, "agent_pos": OBS_STATE, "pixels": IMAGE_KEY}
+    )
+
+    def spec(self, task: str) -> dict[str, Any]:
+        """What makes the simulator of a task."""
+        raise NotImplementedError
 
     def __post_init__(self) -> None:
         if not 1 <= self.episode_length <= Metaworld.max_steps:
@@ -116,7 +125,7 @@ class ClbenchMetaworldEnv(EnvConfig):
         if not self.task_names:
             raise UserError("env.task names no task. Example: --env.task=push-v3")
         for task in self.task_names:
-            check_task("metaworld", task)
+            check_task(self.spec(task)["type"], task)
 
     @property
     def task_names(self) -> list[str]:
@@ -127,7 +136,6 @@ class ClbenchMetaworldEnv(EnvConfig):
     def gym_kwargs(self) -> dict[str, Any]:
         """The arguments of `SimulatorEnv` besides the task."""
         return {
-            "env_type": "metaworld",
             "episode_length": self.episode_length,
             "width": self.visualization_width,
             "height": self.visualization_height,
@@ -140,9 +148,47 @@ class ClbenchMetaworldEnv(EnvConfig):
         """
         vectors: dict[int, gym.vector.VectorEnv] = {}
         for number, task in enumerate(self.task_names):
-            one = freeze_after_episode_end(partial(SimulatorEnv, task=task, **self.gym_kwargs))
+            one = freeze_after_episode_end(partial(SimulatorEnv, self.spec(task), **self.gym_kwargs))
             if use_async_envs and n_envs > 1:
                 vectors[number] = gym.vector.AsyncVectorEnv([one] * n_envs, context="forkserver")
             else:
                 vectors[number] = gym.vector.SyncVectorEnv([one] * n_envs)
         return {self.type: vectors}
+
+
+@EnvConfig.register_subclass("clbench_metaworld")
+@dataclass
+class ClbenchMetaworldEnv(_MetaworldEnv):
+    """Meta-World on states."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.features["agent_pos"] = PolicyFeature(FeatureType.STATE, (Metaworld.state_dim,))
+
+    def spec(self, task: str) -> dict[str, Any]:
+        """What makes the simulator of a task."""
+        return {"type": "metaworld", "task": task}
+
+
+@EnvConfig.register_subclass("clbench_metaworld_pixels")
+@dataclass
+class ClbenchMetaworldPixelsEnv(_MetaworldEnv):
+    """Meta-World on camera images, drawn as `render_size` and `render_fidelity` say (clbench/envs/rendering.py)."""
+
+    render_size: int = 64
+    render_fidelity: str = DEFAULT_FIDELITY
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_render(self.spec("")["render"])
+        shape = (self.render_size, self.render_size, 3)
+        self.features["agent_pos"] = PolicyFeature(FeatureType.STATE, (MetaworldPixels.state_dim,))
+        self.features["pixels"] = PolicyFeature(FeatureType.VISUAL, shape)
+
+    def spec(self, task: str) -> dict[str, Any]:
+        """What makes the simulator of a task."""
+        return {
+            "type": "metaworld_pixels",
+            "task": task,
+            "render": {"size": self.render_size, "fidelity": self.render_fidelity},
+        }
