@@ -67,6 +67,7 @@ def every_file() -> Iterator[dict[str, Any]]:
     yield from ({**same, "model": model} for model in available("models"))
     yield from ({**same, "dataset": dataset} for dataset in available("datasets"))
     yield {**same, "model": "dit_dec_small", "dataset": "metaworld_pixels"}
+    yield from ({**same, "model": f"dit_{kind}_base", "dataset": "libero_10"} for kind in ("dec", "encdec"))
     for dataset in ("metaworld_quick", "metaworld_val", "libero_object_state"):
         yield from ({**same, "dataset": dataset, "algorithms": [algo]} for algo in algorithm_names())
 

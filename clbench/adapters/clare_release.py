@@ -2,9 +2,11 @@
 
 Their `adapter_model.safetensors` names weights `LAYER.clare_func_adapters.i.…` and `LAYER.clare_discriminators.j.…`,
 with PEFT's prefix and, in some files, `.default` after either; LAYER starts with `policy.` or `_policy.`, the wrapper
-around their policies. `structure` in `adapter_config.json` has one entry for every layer, "NAME.NUMBER" → [adapters,
-discriminators]: with groups `layer_name` and `layer_id` in `target_modules` what they match, else the matched text and
-0. The adapter that a discriminator belongs to is stored among the weights, as `connected_adapter_indices`.
+around their policies, and goes on as their modules are named (`converted_name` has ours).
+
+`structure` in `adapter_config.json` has one entry for every layer, "NAME.NUMBER" → [adapters, discriminators]: with
+groups `layer_name` and `layer_id` in `target_modules` what they match, else the matched text and 0. The adapter that a
+discriminator belongs to is stored among the weights, as `connected_adapter_indices`.
 """
 
 from __future__ import annotations
@@ -30,6 +32,43 @@ CHAINS = {
 }
 LOW_RANK = ("encoder_down", "encoder_up", "decoder_down", "decoder_up")
 OTHERS = {"enc_logvar": "logvar", "fusion_layer": "fusion"}
+# Modules of their policies (`ditflow_mt`, `dit_mt`) → those of ours of layout paper, one rule after the other.
+RENAMED = (
+    (r"^dit_flow\.", "model."),
+    (r"^model\.noise_net\.encoder\.", "model.obs_encoder."),
+    (r"^model\.noise_net\.", "model.velocity_net."),
+    (r"^model\.language_encoder\.clip_model\b", "model.obs_encoder.encoders.text.model"),
+    (r"^model\.pretrained_rgb_encoder\._model\b", "model.obs_encoder.encoders.image.model"),
+    (r"^model\.language_embedding_projection\b", "model.obs_encoder.text_proj"),
+    (r"^model\.rgb_embedding_projection\b", "model.obs_encoder.image_proj"),
+    (r"^model\.robot_state_encoder\.1\b", "model.obs_encoder.state_proj"),
+    (r"^model\.env_state_encoder\.1\b", "model.obs_encoder.env_state_proj"),
+    (r"^(model\.velocity_net)\.time_net\.out_net\b", r"\1.time.mlp"),
+    (r"^(model\.velocity_net)\.ac_proj\b", r"\1.proj_in"),
+    (r"^(model\.velocity_net)\.dec_pos\b", r"\1.position"),
+    (r"^(model\.velocity_net)\.eps_out\.adaLN_modulation\.1\b", r"\1.modulation"),
+    (r"^(model\.velocity_net)\.eps_out\.linear\b", r"\1.proj_out"),
+    (r"^(model\.velocity_net)\.decoder\.layers\b", r"\1.blocks"),
+    *(
+        (rf"^(model\.(?:obs_encoder\.layers|velocity_net\.blocks)\.\d+)\.{theirs}\b", rf"\1.{ours}")
+        for theirs, ours in (
+            (r"self_attn\.out_proj", "attention.out"),
+            ("self_attn", "attention"),
+            ("mlp", "ffn"),
+            ("attn_mod(ulate|1)", "modulate1"),
+            ("mlp_mod(ulate|1)", "modulate2"),
+            (r"attn_(gate|mod2)\.scale", "gate1"),
+            (r"mlp_(gate|mod2)\.scale", "gate2"),
+        )
+    ),
+)
+
+
+def converted_name(module: str) -> str:
+    """Our name of a module of their policies (or of its weights); of other policies' modules the name itself."""
+    for theirs, ours in RENAMED:
+        module = re.sub(theirs, ours, module)
+    return module
 
 
 def wrote(state: dict[str, Tensor]) -> bool:
@@ -105,11 +144,11 @@ def _names(policy: nn.Module, layers: list[str], folder: Path) -> dict[str, str]
     modules = {name: i for i, (name, _) in enumerate(policy.named_modules())}
     found = {}
     for layer in layers:
-        fits = [layer, re.sub(r"^_?policy\.", "", layer)]
-        name = next((n for n in fits if n in modules), None)
+        own = re.sub(r"^_?policy\.", "", layer)
+        name = next((n for n in (layer, own, converted_name(own)) if n in modules), None)
         if name is None:
             raise UserError(
-                f"{folder} has adapters for a layer '{fits[-1]}', which the base policy does not have: it was trained "
+                f"{folder} has adapters for a layer '{own}', which the base policy does not have: it was trained "
                 "on another policy."
             )
         found[layer] = name

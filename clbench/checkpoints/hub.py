@@ -1,4 +1,4 @@
-"""Policies on a hub as bases: `policy.path=OWNER/NAME`, or OWNER/NAME@REVISION.
+"""Policies on a hub as bases: `policy.path=OWNER/NAME`, or OWNER/NAME@REVISION. And those of CLARE's released code.
 
 Only JSON and safetensors files are fetched, into the hub client's own cache. What is complete there is used as it is,
 without contacting the hub.
@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clbench.checkpoints import trusted
+from clbench.checkpoints import released, trusted
 from clbench.checkpoints.base import WEIGHTS
 from clbench.checkpoints.statistics import PIPELINES
 from clbench.config.schema import Config
@@ -36,24 +36,32 @@ def named(path: str) -> tuple[str, str] | None:
 def with_local_base(config: Config) -> Config:
     """The configuration with a hub's model in `policy.path` replaced by its folder on this machine, fetched if needed.
 
+    A policy of CLARE's released code is replaced by what is made of it (released.py).
+
     Raises:
         UserError: the hub cannot be reached, has no such model or revision, or the model is not a LeRobot policy.
     """
     path = str(config.policy.get("path") or "")
     wanted = named(path)
     if wanted is None:
-        return config
+        ours = released.in_our_form(path) if path else path
+        return config if ours == path else replace(config, policy={**config.policy, "path": ours})
     folder = _fetched(*wanted)
     for name in ("config.json", WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"the hub's {path} is not a LeRobot policy: it has no {name}.")
     if {path, wanted[0]} & set(trusted.given().models):
         trusted.trust_also(folder)
-    return replace(config, policy={**config.policy, "path": str(folder)})
+    return replace(config, policy={**config.policy, "path": released.in_our_form(str(folder))})
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a folder has a policy with its processors and their states, not only what others fetched of it."""
+    """Whether a folder has a policy with its processors and their states, not only what others fetched of it.
+
+    A policy of CLARE's released code has no processors.
+    """
+    if (folder / WEIGHTS).is_file() and released.is_released(folder):
+        return True
     if not all((folder / name).is_file() for name in ("config.json", WEIGHTS, *PIPELINES)):
         return False
     states = [s for name in PIPELINES for s in STATE_FILE.findall(read_text(folder / name))]

@@ -156,7 +156,9 @@ def _merge(
     if smoke:
         section = layer.get("algorithm")
         named = section.get("name") if isinstance(section, dict) else None
-        for name in ["base", *([named] if isinstance(named, str) else named or [])]:
+        model = layer.get("model")
+        models = [model] if isinstance(model, str) else []
+        for name in dict.fromkeys(["base", *models, *([named] if isinstance(named, str) else named or [])]):
             short = folders.find("smoke", name)
             if short is not None:
                 layer = _overlaid(layer, load_yaml(short))

@@ -25,7 +25,7 @@ OF_LEROBOT = (
 POSITIVE = (
     "n_obs_steps", "chunk_size", "n_action_steps", "action_patch", "d_model", "n_heads", "encoder_layers",
     "decoder_layers", "ffn_mult", "num_inference_steps", "text_vocab_size", "text_dim", "text_max_words",
-    "image_tokens_side", "image_layers", "diffusion_steps",
+    "image_tokens_side", "image_layers", "diffusion_steps", "time_dim",
 )  # fmt: skip
 
 IMAGE, TEXT = "image", "text"  # what an encoder encodes; the beginning of its keys
@@ -63,6 +63,9 @@ REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCI
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and std of colours, in [0, 1]
 
 FLOW, DDIM = "flow", "ddim"
+CLBENCH, PAPER = "clbench", "paper"
+TIME_DIM = 256
+PAPERS_OBJECTIVE = {"dit_dec": FLOW, "dit_encdec": DDIM}
 MEAN_STD = "mean_std"
 RANGES = {"quantiles": ("q01", "q99"), "min_max": ("min", "max")}  # normalisation to [−1, 1] → what becomes ±1
 
@@ -72,13 +75,17 @@ class DitSettings:
     """Sizes and options of a flow-matching diffusion transformer (presets live in configs/models/).
 
     Attributes:
+        layout: clbench | paper, the networks: small ones of ours, or those of CLARE's released code at any size
+            (policies/dit/paper.py). The latter takes each image and the instruction as one vector of an encoder
+            (`image_encoder`, `text_encoder`), has no action patches, and its objective is flow in dit_dec and ddim in
+            dit_encdec. Its chunk starts `n_obs_steps` − 1 steps ago.
         n_obs_steps: observations that are seen, the present one and those of the steps before it; at an episode's start
             the first one stands for what is not there.
         chunk_size: predicted actions per call, in environment steps.
-        n_action_steps: actions executed before the policy is asked again; at most `chunk_size`.
+        n_action_steps: actions executed before the policy is asked again; at most a chunk's from the present step on.
         action_patch: consecutive actions that share one decoder token; divides `chunk_size`.
         d_model: token width; a multiple of `n_heads`.
-        encoder_layers, decoder_layers: transformer blocks.
+        encoder_layers, decoder_layers: transformer blocks. (dit_dec of layout paper has no encoder.)
         ffn_mult: hidden width of a feed-forward block, in multiples of `d_model`.
         num_inference_steps: Euler steps from noise (t = 0) to action (t = 1), or DDIM's; a divisor of diffusion_steps.
         objective: flow | ddim, what the network predicts of a noisy action chunk: the velocity to the action (flow
@@ -86,6 +93,10 @@ class DitSettings:
         diffusion_steps: levels of noise in training, of ddim.
         clip_sample: in acting, actions (under ddim the predicted ones) are clipped to ± this in every step; 0 = not.
             For actions that normalization brings into [−1, 1].
+        dropout: of layout paper: share of activations that training drops in transformer blocks.
+        state_dropout: of layout paper, dit_encdec: share of the state's entries that training drops.
+        time_dim: of layout paper: numbers that encode the time before the network reads it; even.
+        mask_padding: steps of a chunk outside of the episode do not count in the loss; false: they count as others.
         text_vocab_size, text_dim: hashed-word language input (see text.py).
         text_max_words: words, or tokens of `text_encoder`, that are read of an instruction.
         image_tokens_side: each camera becomes `image_tokens_side`² tokens (with `image_encoder_output: pooled`, one).
@@ -111,6 +122,7 @@ class DitSettings:
         gradient_checkpointing: transformer blocks keep no activations and recompute them in the backward pass.
     """
 
+    layout: str = CLBENCH
     n_obs_steps: int = 1
     chunk_size: int = 8
     n_action_steps: int = 4
@@ -125,6 +137,10 @@ class DitSettings:
     objective: str = FLOW
     diffusion_steps: int = 100
     clip_sample: float = 0.0
+    dropout: float = 0.0
+    state_dropout: float = 0.0
+    time_dim: int = TIME_DIM
+    mask_padding: bool = True
 
     text_vocab_size: int = 4096
     text_dim: int = 64
@@ -152,8 +168,8 @@ class DitSettings:
     raw_below: float = 1e-3
     gradient_checkpointing: bool = False
 
-    def check(self) -> None:
-        """Raise ValueError for values that are invalid or do not fit together."""
+    def check(self, kind: str) -> None:
+        """Raise ValueError for values that are invalid or do not fit together, in a policy of type `kind`."""
         for name in POSITIVE:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -180,8 +196,9 @@ class DitSettings:
             )
         if self.chunk_size % self.action_patch:
             raise ValueError(f"action_patch ({self.action_patch}) must divide chunk_size ({self.chunk_size}).")
-        for kind in (IMAGE, TEXT):
-            self._check_encoder(kind)
+        for what in (IMAGE, TEXT):
+            self._check_encoder(what)
+        self._check_layout(kind)
         size = self.image_encoder_size
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= 4096):
             raise ValueError(f"image_encoder_size must be null or a number of pixels up to 4096 but is {size!r}.")
@@ -192,6 +209,42 @@ class DitSettings:
                 raise ValueError(
                     f"image_encoder_{name} must be null or a list of three numbers{above} but is {found!r}."
                 )
+
+    def _check_layout(self, kind: str) -> None:
+        if self.layout not in (CLBENCH, PAPER):
+            raise ValueError(f"layout must be one of {CLBENCH}, {PAPER} but is {self.layout!r}.")
+        for name in ("dropout", "state_dropout"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
+                raise ValueError(f"{name} must be in [0, 1) but is {value!r}.")
+        if self.layout == CLBENCH:
+            unused = {"dropout": 0, "state_dropout": 0, "time_dim": TIME_DIM}
+            for name in (n for n, value in unused.items() if getattr(self, n) != value):
+                raise ValueError(f"{name} is of layout: {PAPER}, but layout is {CLBENCH}.")
+            return
+        wrong = [
+            f"{name}: {' or '.join(map(str, fits))} (it is {getattr(self, name)})"
+            for name, fits in (
+                ("action_patch", (1,)),
+                ("objective", (PAPERS_OBJECTIVE.get(kind, self.objective),)),
+                ("text_encoder", ENCODERS[TEXT][1:]),
+                ("text_encoder_output", ("pooled", "mean")),
+                ("image_encoder_output", ("pooled",) if self.image_tokens_side > 1 else OUTPUTS[IMAGE]),
+            )
+            if getattr(self, name) not in fits
+        ]
+        if self.time_dim % 2:
+            wrong.append(f"an even time_dim (it is {self.time_dim})")
+        if kind == "dit_dec" and self.state_dropout:
+            wrong.append(f"state_dropout: 0 in dit_dec (it is {self.state_dropout})")
+        left = self.chunk_size - self.n_obs_steps + 1
+        if self.n_action_steps > left:
+            wrong.append(
+                f"n_action_steps of at most {left}, as its chunk starts {self.n_obs_steps - 1} steps ago (it is "
+                f"{self.n_action_steps})"
+            )
+        if wrong:
+            raise ValueError(f"layout: {PAPER} of {kind} needs {'; '.join(wrong)}.")
 
     def _check_encoder(self, kind: str) -> None:
         key = f"{kind}_encoder"
@@ -286,7 +339,7 @@ def check_policy(section: dict[str, Any]) -> None:
             values[key] = fit(value, hints[key], f"policy.{key}")
     try:
         settings = DitSettings(**values)
-        settings.check()
+        settings.check(kind)
         for what in (IMAGE, TEXT):
             path = getattr(settings, f"{what}_encoder_path")
             if path is not None:

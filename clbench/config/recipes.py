@@ -28,6 +28,11 @@ from clbench.io import read_json
 from clbench.paths import model_root, named_folder
 
 RESERVED: dict[str, Any] = {"like": str, "tuned_for": list[str]}
+NOT_STORED = ("init", "image_encoder_path", "text_encoder_path")  # keys of a preset that its checkpoints do not have
+RELEASED = {
+    "ditflow_mt": "dit_dec_base",
+    "dit_mt": "dit_encdec_base",
+}  # types of CLARE's released code → ours like them
 
 
 @dataclass
@@ -166,6 +171,8 @@ def _refuse_old(policy: str | None, algorithms: Sequence[str], streams: Sequence
 def preset_of(path: str) -> str | None:
     """The preset whose settings a checkpoint has; if several match, the one with the most settings; else None.
 
+    Of a policy that CLARE's released code wrote: the preset of that size.
+
     Args:
         path: `policy.path`, a folder or a name under the model root.
     """
@@ -175,9 +182,11 @@ def preset_of(path: str) -> str | None:
         return None
     if not isinstance(described, dict):
         return None
+    if described.get("type") in RELEASED:
+        return RELEASED[described["type"]]
     found: dict[str, int] = {}
     for name, (_, file) in folders.files("models").items():
-        policy = {k: v for k, v in load_yaml(file).get("policy", {}).items() if k != "init"}
+        policy = {k: v for k, v in load_yaml(file).get("policy", {}).items() if k not in NOT_STORED}
         if "type" in policy and all(described.get(k) == v for k, v in policy.items()):
             found[name] = len(policy)
     return max(found, key=lambda name: found[name]) if found else None

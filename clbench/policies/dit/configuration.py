@@ -8,7 +8,7 @@ from pathlib import Path
 from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig, CosineDecayWithWarmupSchedulerConfig
 
-from clbench.config.dit import IMAGE, MEAN_STD, OWN, TEXT, DitSettings
+from clbench.config.dit import IMAGE, MEAN_STD, OWN, PAPER, TEXT, DitSettings
 from clbench.policies.dit import encoders
 
 
@@ -33,7 +33,7 @@ class DitConfig(DitSettings, PreTrainedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check()
+        self.check(self.type)
         if self.normalization != MEAN_STD:  # LeRobot's own step is left with the images
             for kind in ("STATE", "ENV", "ACTION"):
                 mode = self.normalization_mapping.get(kind)
@@ -49,11 +49,19 @@ class DitConfig(DitSettings, PreTrainedConfig):
         widest = max((n for shape in shapes.values() for n in shape), default=0)
         fits = self.d_model * self.ffn_mult <= widest and self.text_vocab_size * self.text_dim <= 2**26
         fits &= self.encoder_layers + self.decoder_layers <= len(shapes) and self.image_tokens_side <= 256
+        if self.layout == PAPER:
+            fits &= max(self.time_dim, self.condition_dim if self.type == "dit_dec" else 0) <= widest
         fits &= encoders.fits(self, shapes, "model.obs_encoder.encoders.")
         counted = (
             self.chunk_size, self.text_max_words, self.num_inference_steps, self.diffusion_steps, self.n_obs_steps,
         )  # fmt: skip
         return fits and max(counted) <= 65_536
+
+    @property
+    def condition_dim(self) -> int:
+        """Width of what conditions layout paper's dit_dec: the instruction, and of each step states and cameras."""
+        states = [f.shape[0] for f in (self.robot_state_feature, self.env_state_feature) if f is not None]
+        return self.d_model + self.n_obs_steps * (sum(states) + len(self.image_features) * self.d_model)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """As LeRobot's, without the paths of encoders: their weights are in the checkpoint."""
@@ -74,6 +82,10 @@ class DitConfig(DitSettings, PreTrainedConfig):
             raise ValueError("the policy needs a state or an image input feature.")
         if self.image_encoder != OWN[IMAGE] and not self.image_features:
             raise ValueError(f"image_encoder is {self.image_encoder}, but there are no camera images.")
+        if self.layout == PAPER and self.image_features and self.image_encoder == OWN[IMAGE]:
+            raise ValueError(
+                f"layout: {PAPER} takes images as vectors of an encoder: image_encoder cannot be {OWN[IMAGE]}."
+            )
 
     @property
     def observation_delta_indices(self) -> list[int] | None:
@@ -82,7 +94,7 @@ class DitConfig(DitSettings, PreTrainedConfig):
     @property
     def chunk_start(self) -> int:
         """The step of a chunk's first action, from the present one."""
-        return 0
+        return 1 - self.n_obs_steps if self.layout == PAPER else 0
 
     @property
     def action_delta_indices(self) -> list[int]:

@@ -6,7 +6,7 @@ With actions a (normalised), noise ε ~ N(0, I) and time t ~ U(0, 1):
     ℓ(θ; x) = mean over unpadded chunk steps and action dimensions of (v_θ(x_t, t | o) - u)²
 
 Padded steps are those outside the episode (action_is_pad), padded dimensions those that a data set with shorter actions
-than others' does not have (action_dim_is_pad).
+than others' does not have (action_dim_is_pad). With `mask_padding: false` padded steps count as others do.
 
 Acting integrates dx/dt = v_θ from noise at t = 0 to an action chunk at t = 1 with Euler steps; with `clip_sample` c > 0
 x is clipped to ± c after each.
@@ -38,10 +38,10 @@ from lerobot.policies import PreTrainedPolicy
 from lerobot.utils.constants import ACTION
 from torch import Tensor, nn
 
-from clbench.config.dit import DDIM, IMAGE, TEXT
+from clbench.config.dit import DDIM, IMAGE, PAPER, TEXT
 from clbench.policies.dit.configuration import DitConfig
 from clbench.policies.dit.encoders import ImageEncoder, feature_key, frozen, settle
-from clbench.policies.dit.layers import ObservationEncoder
+from clbench.policies.dit.layers import InputEncoders
 
 
 @lru_cache
@@ -54,7 +54,7 @@ def noise_levels(n: int) -> Tensor:
 class FlowMatchingModel(nn.Module):
     """What a flow policy needs of its network: observation → context once, then velocities from it."""
 
-    obs_encoder: ObservationEncoder
+    obs_encoder: InputEncoders
 
     def encode(self, batch: dict[str, Tensor]) -> Any:
         raise NotImplementedError
@@ -146,7 +146,7 @@ class FlowMatchingPolicy(PreTrainedPolicy):
             t_B11 = t_B[:, None, None]
             x_BHA = (1 - t_B11) * noise_BHA + t_B11 * action_BHA
             u_BHA = action_BHA - noise_BHA
-        pad_BH = batch.get(f"{ACTION}_is_pad")
+        pad_BH = batch.get(f"{ACTION}_is_pad") if self.config.mask_padding else None
         if "target" in want:
             found["target"] = u_BHA
         pad_BA = batch.get(f"{ACTION}_dim_is_pad")
@@ -264,6 +264,8 @@ class FlowMatchingPolicy(PreTrainedPolicy):
 
     def _get_default_peft_targets(self) -> dict[str, Any]:
         layers = r"\.(q|kv|out|up|down|cond_proj)"
+        if self.config.layout == PAPER:
+            layers = r"\.(qk|v|out|linear1|linear2|cond_proj)"
         encoders = bool(self.model.obs_encoder.encoders)  # theirs may have such names, too
         return {"target_modules": (r"(?!.*\.encoders\.).*" if encoders else ".*") + layers}
 

@@ -248,7 +248,36 @@ class FeatureTokens(nn.Module):
         return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
 
-class ObservationEncoder(nn.Module):
+class InputEncoders(nn.Module):
+    """What every network of ours has of its inputs: the encoders of images and text, if any.
+
+    Attributes:
+        cameras: the keys of the images.
+        encoders: the image and the text model, by IMAGE and TEXT.
+        frozen: which of them are not trained.
+    """
+
+    cameras: list[str]
+    encoders: nn.ModuleDict
+    frozen: list[str]
+
+    def with_features(self, batch: dict[str, Tensor], frozen_only: bool = False) -> dict[str, Tensor]:
+        """The batch with the encoders' features that it lacks, without the images that were encoded."""
+        kinds = [kind for kind in self.encoders if kind in self.frozen or not frozen_only]
+        if not kinds:
+            return batch
+        found = dict(batch)
+        for camera in self.cameras if IMAGE in kinds else ():
+            image = found.pop(camera, None)
+            if image is not None and feature_key(camera) not in found:
+                found[feature_key(camera)] = self.encoders[IMAGE](image)
+        if TEXT in kinds and feature_key(LANGUAGE) not in found:
+            tokens, mask = found[OBS_LANGUAGE_TOKENS], found[OBS_LANGUAGE_ATTENTION_MASK]
+            found[feature_key(LANGUAGE)] = self.encoders[TEXT](tokens, mask)
+        return found
+
+
+class ObservationEncoder(InputEncoders):
     """Every input becomes tokens (B, n, D) with a mask; a transformer encoder mixes them.
 
     A new kind of input is one more tokeniser with this interface: `forward(batch) -> (tokens, mask)`, `n_tokens`, and
@@ -301,21 +330,6 @@ class ObservationEncoder(nn.Module):
     def n_tokens(self) -> int:
         counts: list[Any] = [t.n_tokens for t in self.tokenizers.values()]
         return sum(counts)
-
-    def with_features(self, batch: dict[str, Tensor], frozen_only: bool = False) -> dict[str, Tensor]:
-        """The batch with the encoders' features that it lacks, without the images that were encoded."""
-        kinds = [kind for kind in self.encoders if kind in self.frozen or not frozen_only]
-        if not kinds:
-            return batch
-        found = dict(batch)
-        for camera in self.cameras if IMAGE in kinds else ():
-            image = found.pop(camera, None)
-            if image is not None and feature_key(camera) not in found:
-                found[feature_key(camera)] = self.encoders[IMAGE](image)
-        if TEXT in kinds and feature_key(LANGUAGE) not in found:
-            tokens, mask = found[OBS_LANGUAGE_TOKENS], found[OBS_LANGUAGE_ATTENTION_MASK]
-            found[feature_key(LANGUAGE)] = self.encoders[TEXT](tokens, mask)
-        return found
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return tokens (B, L, D) and their mask (B, L), True for actual tokens."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from clbench.config.dit import PAPER
 from clbench.policies.dit.configuration import DitConfig
 from clbench.policies.dit.flow_policy import FlowMatchingModel, FlowMatchingPolicy
 from clbench.policies.dit.layers import ActionTokens, AdaLNBlock, ObservationEncoder, TimeEmbedding, run_block
 from clbench.policies.dit_dec.configuration_dit_dec import DitDecConfig
+from clbench.policies.dit_dec.modeling_paper import DitDecPaperModel
 
 
 class VelocityNet(nn.Module):
@@ -58,5 +60,6 @@ class DitDecPolicy(FlowMatchingPolicy):
     config_class = DitDecConfig
     name = "dit_dec"
 
-    def build_model(self) -> DitDecModel:
-        return DitDecModel(self.config, self.action_dim)
+    def build_model(self) -> FlowMatchingModel:
+        model = DitDecPaperModel if self.config.layout == PAPER else DitDecModel
+        return model(self.config, self.action_dim)

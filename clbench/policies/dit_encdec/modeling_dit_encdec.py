@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from clbench.config.dit import PAPER
 from clbench.policies.dit.configuration import DitConfig
 from clbench.policies.dit.flow_policy import FlowMatchingModel, FlowMatchingPolicy
 from clbench.policies.dit.layers import ActionTokens, AdaLNBlock, ObservationEncoder, TimeEmbedding, run_block
 from clbench.policies.dit_encdec.configuration_dit_encdec import DitEncDecConfig
+from clbench.policies.dit_encdec.modeling_paper import DitEncDecPaperModel
 
 
 class CrossVelocityNet(nn.Module):
@@ -58,5 +60,6 @@ class DitEncDecPolicy(FlowMatchingPolicy):
     config_class = DitEncDecConfig
     name = "dit_encdec"
 
-    def build_model(self) -> DitEncDecModel:
-        return DitEncDecModel(self.config, self.action_dim)
+    def build_model(self) -> FlowMatchingModel:
+        model = DitEncDecPaperModel if self.config.layout == PAPER else DitEncDecModel
+        return model(self.config, self.action_dim)
