@@ -1,18 +1,24 @@
-"""Evaluation speed: clbench's evaluator against the loop that one would write first.
+"""Evaluation speed: clbench's evaluator against the loop that one would write first, or against LeRobot's.
 
 - evaluator: clbench.evaluation with `--workers` processes of one torch thread each; in each, up to `slots` episodes
   advance together and one batched policy call serves them all. Records are written to disk as always.
 - loop: one process with torch's default threads; for every episode, one simulator and `policy.select_action` at every
   step (the policy itself keeps its chunk), with LeRobot's pre- and postprocessor around it.
+- `--peer lerobot`: what `lerobot-eval` calls, LeRobot's `eval_policy`, unmodified and without its videos: a vector
+  environment of `eval.slots` of our simulators per task (in this process, or with `--async-envs` a process each), which
+  draw an image after every step, and one policy call per step for all of them. It waits for the longest of `slots`
+  episodes, and draws action noise from the global generator: only rates of success can be compared.
 
 Same checkpoint, tasks, episode seeds, step limit and stop rule. In turn (A B A B …), each in fresh processes. Speed =
 episodes per second from the start of the first episode to the end of the last; "with start-up" counts from the start
 of the first process to the end of the last, imports and loading included.
 
-Both take an episode's action noise from the same generator (clbench.seeding), so outcomes should agree, episode by
-episode. Arithmetic differs in the last bits between batch sizes, and contacts amplify that: agreement is counted.
+The evaluator and the loop take an episode's action noise from the same generator (clbench.seeding), so outcomes should
+agree, episode by episode. Arithmetic differs in the last bits between batch sizes, and contacts amplify that: agreement
+is counted.
 
-Without --policy, the stream's cached base acts on the tasks it was trained on.
+Without --policy, the stream's cached base acts on the tasks it was trained on. `--policy random` takes random weights:
+no episode succeeds, so all are as long as they may be.
 """
 
 from __future__ import annotations
@@ -27,8 +33,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import machine, print_table, print_verdict, run, spread, stream_config
+from common import machine, print_table, print_verdict, run, spread
 
+from clbench.checkpoints.policy_io import policy_config
+from clbench.config.compose import compose
 from clbench.config.schema import Config
 from clbench.envs.base import EVAL_SEED_BASE
 from clbench.errors import UserError
@@ -39,7 +47,7 @@ from clbench.evaluation.worker import Settings
 from clbench.stopping import Stop
 from clbench.streams.stream import Task, build_stream, pretraining_tasks
 
-AIM = 1.8
+AIMS = {"loop": 1.8, "lerobot": 5.0}
 
 Key = tuple[int, int]  # task's column, episode
 
@@ -65,7 +73,11 @@ class Played:
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--dataset", default="metaworld_quick", help="stream (default metaworld_quick)")
-    p.add_argument("--policy", type=Path, help="checkpoint folder (default: the stream's cached base)")
+    p.add_argument("--model", default="dit_dec_tiny", help="preset of the base or of the random weights")
+    p.add_argument("--policy", type=Path, help="checkpoint folder, or random (default: the stream's cached base)")
+    p.add_argument("--peer", choices=tuple(AIMS), default="loop", help="what the evaluator is compared with")
+    p.add_argument("--async-envs", action="store_true", help="LeRobot's simulators in processes of their own")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of the configuration")
     p.add_argument("--tasks", choices=("pretrain", "stream"), default="pretrain", help="which of its tasks are played")
     p.add_argument("--episodes", type=int, default=20, help="episodes per task (default 20)")
     p.add_argument("--repeats", type=int, default=3, help="pairs (default 3)")
@@ -81,7 +93,7 @@ def base_policy(config: Config, dataset: str) -> Path:
     folder = base_folder(config, pretraining_tasks(config.dataset, config.render)[1])
     if not (folder / "base.json").is_file():
         raise UserError(
-            f"there is no base in {folder}: run `clbench pretrain --model dit_dec_tiny --dataset {dataset}`, or give "
+            f"there is no base in {folder}: run `clbench pretrain --model {config.model} --dataset {dataset}`, or give "
             "a checkpoint with --policy."
         )
     return folder
@@ -176,17 +188,61 @@ def loop(policy_folder: str, episodes: list[dict[str, Any]], steps_after_success
     out.put((played, torch.get_num_threads()))
 
 
-def run_loop(config: Config, policy: Path, episodes: list[dict[str, Any]], threads: int) -> tuple[Played, int]:
-    """Run `loop` in a fresh process; returns what it played and its torch threads."""
+# ---- LeRobot's evaluation ---------------------------------------------------------------------------
+def lerobot(
+    policy_folder: str, episodes: list[dict[str, Any]], slots: int, threads: int, apart: bool, out: Any
+) -> None:
+    """Play the episodes as lerobot-eval does, task by task; runs in a process of its own."""
+    import torch
+    from lerobot.configs.parser import load_plugin
+    from lerobot.envs import make_env, make_env_config, make_env_pre_post_processors
+    from lerobot.scripts.lerobot_eval import eval_policy
+
+    from clbench.checkpoints.policy_io import load_policy
+
+    if threads:
+        torch.set_num_threads(threads)
+    load_plugin("clbench.envs.lerobot_env")
+    loaded = load_policy(policy_folder, "cpu")
+    loaded.policy.eval()
+    tasks = {e["j"]: e["env"] for e in episodes}
+    first = episodes[0]
+    drawn = {f"render_{key}": value for key, value in first["env"].get("render", {}).items()}
+    names = ",".join(env["task"] for env in tasks.values())
+    config = make_env_config(f"clbench_{first['env']['type']}", task=names, episode_length=first["max_steps"], **drawn)
+    envs = make_env(config, n_envs=slots, use_async_envs=apart)[config.type]
+    before, after = make_env_pre_post_processors(env_cfg=config, policy_cfg=loaded.policy.config)
+    played = Played(first_start=time.monotonic())
+    for number, j in enumerate(tasks):
+        count = sum(e["j"] == j for e in episodes)
+        with torch.no_grad():
+            found = eval_policy(
+                envs[number], loaded.policy, before, after, loaded.preprocessor, loaded.postprocessor, count,
+                start_seed=first["seed"],
+            )  # fmt: skip
+        for n, episode in enumerate(found["per_episode"]):
+            played.outcomes[j, n] = (bool(episode["success"]), 0)
+        envs[number].close()
+    played.last_end = time.monotonic()
+    out.put((played, torch.get_num_threads()))
+
+
+def run_peer(
+    args: argparse.Namespace, config: Config, policy: Path, episodes: list[dict[str, Any]]
+) -> tuple[Played, int]:
+    """Run the peer in a fresh process; returns what it played and its torch threads."""
     context = mp.get_context("spawn")
     out = context.Queue()
     began = time.monotonic()
-    process = context.Process(target=loop, args=(str(policy), episodes, config.eval.steps_after_success, threads, out))
+    given: tuple[Any, ...] = (str(policy), episodes, config.eval.steps_after_success, args.loop_threads, out)
+    if args.peer == "lerobot":
+        given = (str(policy), episodes, config.eval.slots, args.loop_threads, args.async_envs, out)
+    process = context.Process(target=lerobot if args.peer == "lerobot" else loop, args=given)
     process.start()
     while process.is_alive() and out.empty():
         time.sleep(0.05)
     if out.empty():
-        raise RuntimeError(f"the loop ended with status {process.exitcode}")
+        raise RuntimeError(f"the peer ended with status {process.exitcode}")
     played, used = out.get()
     process.join()
     played.whole = time.monotonic() - began
@@ -195,36 +251,60 @@ def run_loop(config: Config, policy: Path, episodes: list[dict[str, Any]], threa
 
 def main() -> None:
     args = arguments()
-    config = stream_config(args.dataset)
-    policy = args.policy.resolve() if args.policy else base_policy(config, args.dataset)
+    config, _ = compose(model=args.model, algorithms=["seqfft"], dataset=args.dataset, registered=["seqfft"],
+                        overrides=args.set)  # fmt: skip
     if args.tasks == "pretrain":
         tasks = pretraining_tasks(config.dataset, config.render)[0]
     else:
         tasks = list({t.name: t for t in build_stream(config.dataset, render=config.render).columns}.values())
+    if args.policy == Path("random"):
+        with tempfile.TemporaryDirectory(prefix="clbench-benchmark-") as name:
+            compared(args, config, tasks, random_policy(config, tasks, Path(name) / "random"))
+    else:
+        compared(args, config, tasks, args.policy.resolve() if args.policy else base_policy(config, args.dataset))
+
+
+def random_policy(config: Config, tasks: Sequence[Task], folder: Path) -> Path:
+    """A policy of the preset with random weights and the statistics of the tasks' data, saved in `folder`."""
+    from clbench.checkpoints.policy_io import save_policy
+    from clbench.data.frames import StreamFrames
+    from clbench.training.pretrain import new_policy
+
+    frames = StreamFrames([tuple(tasks)], policy_config(dict(config.policy), "cpu"), 0)
+    save_policy(new_policy(dict(config.policy), frames, "cpu", config.pretrain.seed), folder)
+    return folder
+
+
+def compared(args: argparse.Namespace, config: Config, tasks: Sequence[Task], policy: Path) -> None:
+    """Play both sides in turn, and print the figures."""
     episodes = episode_list(tasks, args.episodes)
-    print(machine(f"1 per evaluator process, {args.loop_threads or 'default'} in the loop"))
+    print(machine(f"1 per evaluator process, {args.loop_threads or 'default'} in the {args.peer}"))
     print(f"{len(tasks)} tasks × {args.episodes} episodes, policy {policy.name}", flush=True)
     ours: list[Played] = []
     theirs: list[Played] = []
     rows: list[list[str]] = []
     for i in range(args.repeats):
-        played, used = run_loop(config, policy, episodes, args.loop_threads)
+        played, used = run_peer(args, config, policy, episodes)
         theirs.append(played)
         ours.append(evaluator(config, policy, episodes, args.workers))
         a, b = ours[-1], theirs[-1]
         cells = [a.speed, b.speed, a.speed_with_startup, b.speed_with_startup]
         rows.append([str(i + 1), *(f"{v:.2f}" for v in cells)])
-    print(f"\nepisodes/s ({args.workers} evaluator processes of one torch thread; loop: {used})")
-    print_table(["pair", "evaluator", "loop", "evaluator with start-up", "loop with start-up"], rows)
+    print(f"\nepisodes/s ({args.workers} evaluator processes of one torch thread; {args.peer}: {used})")
+    print_table(["pair", "evaluator", args.peer, "evaluator with start-up", f"{args.peer} with start-up"], rows)
     ratios = [a.speed / b.speed for a, b in zip(ours, theirs, strict=True)]
     whole = [a.speed_with_startup / b.speed_with_startup for a, b in zip(ours, theirs, strict=True)]
     print()
     print_table(
-        ["ratio evaluator / loop", "min", "median", "max"],
+        [f"ratio evaluator / {args.peer}", "min", "median", "max"],
         [["episodes/s", *spread(ratios)], ["episodes/s with start-up", *spread(whole)]],
     )
-    print_verdict(statistics.median(ratios), AIM, at_least=True)
-    print_agreement(ours, theirs)
+    print_verdict(statistics.median(ratios), AIMS[args.peer], at_least=True)
+    if args.peer == "loop":
+        print_agreement(ours, theirs)
+    else:
+        rates = [statistics.mean(o[0] for p in side for o in p.outcomes.values()) for side in (ours, theirs)]
+        print(f"success: evaluator {rates[0]:.3f}, {args.peer} {rates[1]:.3f}")
     print(machine("as above"))
 
 
