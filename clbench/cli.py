@@ -780,7 +780,7 @@ def _make_data(args: argparse.Namespace, overrides: list[str]) -> int:
         root = data_folder(part.data)
         for task, why in cannot.items():
             tell(f"{root.name}: no demonstrations can be made of {task}, which is left out: {why}.")
-        if cannot:
+        if cannot and not (d.pretrain is part and d.pretrain.partial):
             tell(f"{root.name}: to train on the rest give -- {shlex.quote(without(d, part, cannot))}")
         make = part.make
         making = partial(

@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 
 from clbench.cli import _stream_on_states, main
-from clbench.config.compose import compose
+from clbench.config.compose import compose, override
 from clbench.config.schema import Config, DatasetConfig, RenderConfig
 from clbench.data.episode_images import EpisodeImages, read_images
 from clbench.data.info import fingerprint_with_images, load_info
 from clbench.data.make import TaskPlan
 from clbench.data.make import _check as check_plans
+from clbench.data.matching import match_tasks
 from clbench.envs import rendering
 from clbench.envs.base import EVAL_SEED_BASE, STATE_KEY, Step, step_unseen
 from clbench.envs.libero import assets as libero_assets
@@ -72,6 +73,38 @@ def test_libero_90_and_libero_long() -> None:
     assert _stream_on_states("libero_long") == "libero_10_state"
     with pytest.raises(UserError, match="'libero_90' is on camera images and has no variant on states"):
         _stream_on_states("libero_90")
+
+
+def test_a_base_of_another_streams_tasks() -> None:
+    """`dataset.pretrain: NAME` takes that stream's data and tasks in the place of the stream's own; later keys win."""
+    named = ("libero_10", "dataset.pretrain=libero_90")
+    given = composed(*named, "dataset.pretrain.make.demos_per_task=3").dataset.pretrain
+    assert given is not None and given.tasks == libero_tasks.suite_tasks("libero_90")
+    assert given.data == "libero_90" and given.partial and given.stream is None
+    assert given.make.demos_per_task == 3 and given.make.max_steps == 400
+    hub = composed(*named, "dataset.pretrain.repo_id=a/b").dataset.pretrain
+    assert hub is not None and hub.repo_id == "a/b"
+    own = composed("libero_10").dataset
+    assert own.pretrain is not None and own.pretrain.data == "libero_pre12" and not own.pretrain.partial
+    assert override(composed("libero_10"), list(named[1:])) == composed(*named)
+    with pytest.raises(UserError, match=r"unknown dataset 'libero_91'\. Did you mean 'libero_90'"):
+        composed("libero_10", "dataset.pretrain=libero_91")
+    with pytest.raises(UserError, match="must be disjoint from the stream"):
+        composed("libero_10", "dataset.pretrain=libero_10")
+
+
+def test_a_base_learns_all_that_a_set_of_libero_90_has() -> None:
+    """Where scenes share an instruction, the first task with it has all its episodes."""
+    tasks = libero_tasks.suite_tasks("libero_90")
+    texts = dict(enumerate(dict.fromkeys(libero_tasks.task_instruction(t) for t in tasks)))
+    found = match_tasks("libero", tasks, texts, dict.fromkeys(texts, 50), partial=True)
+    assert len(texts) == 74 and sorted(found.values()) == list(texts)
+    assert all(libero_tasks.task_instruction(name) == texts[index] for name, index in found.items())
+    without = {i: t for i, t in texts.items() if i != found["KITCHEN_SCENE6_close_the_microwave"]}
+    fewer = match_tasks("libero", tasks, without, dict.fromkeys(without, 50), partial=True)
+    assert found.keys() - fewer.keys() == {"KITCHEN_SCENE6_close_the_microwave"}
+    with pytest.raises(UserError, match="0 of 90 match"):
+        match_tasks("libero", tasks, {0: "dance"}, {0: 50}, partial=True)
 
 
 def test_scenes_that_share_an_instruction_fit_into_a_set_with_cameras() -> None:
@@ -190,14 +223,14 @@ def test_a_mismatch_is_said_before_training_starts(tmp_path: Path, capsys: pytes
 
 
 def test_how_images_are_drawn_is_checked(tmp_path: Path) -> None:
-    for override, message in (
+    for changed, message in (
         ("render.fidelity=fst", "render.fidelity is 'fst' but must be one of fast, full"),
         ("render.size=0", "render.size must be between 16 and 2048"),
         ("render.mismatch=maybe", "render.mismatch is 'maybe'"),
         ("render.sice=64", "unknown key 'render.sice'. Did you mean 'size'"),
     ):
         with pytest.raises(UserError, match=message):
-            composed("libero_object", override)
+            composed("libero_object", changed)
     for spec, message in (
         ({"type": "libero", "task": SOUP, "render": {"fidelity": "best"}}, "must be one of fast, full"),
         ({"type": "libero", "task": SOUP, "render": {"size": 64.0}}, "whole number of pixels"),

@@ -9,8 +9,10 @@ import pytest
 
 from clbench.config.compose import compose
 from clbench.config.schema import DatasetConfig
-from clbench.streams.stream import build_stream, pretraining_tasks, visit_order
+from clbench.errors import UserError
+from clbench.streams.stream import build_stream, pretraining_data, pretraining_tasks, visit_order
 from clbench.testing.toy import toy_config
+from clbench.training.pretrain import base_folder
 
 
 def dataset(toy_data: Path, **changes: Any) -> DatasetConfig:
@@ -101,3 +103,24 @@ def test_cw10_is_continual_worlds_order() -> None:
         "hammer", "push-wall", "faucet-close", "push-back", "stick-pull", "handle-press-side", "push", "shelf-place",
         "window-close", "peg-unplug-side",
     ]  # fmt: skip
+
+
+def test_a_base_may_do_without_tasks_that_its_data_lack(toy_data: Path) -> None:
+    config = dataset(toy_data)
+    assert config.pretrain is not None
+    whole = base_folder(toy_config(toy_data, {"name": "seqfft"}), pretraining_data(config))
+    config.pretrain.tasks = ["door-open-v3", "drawer-open-v3", "reach-v3"]
+    with pytest.raises(UserError, match="drawer-open-v3"):
+        pretraining_data(config)
+    config.pretrain.partial = True
+    found = pretraining_data(config)
+    assert list(found.tasks) == ["door-open-v3", "reach-v3"]
+    assert found.description["tasks_left_out"] == ["drawer-open-v3"]
+    run = toy_config(toy_data, {"name": "seqfft"})
+    run.dataset = config
+    other = base_folder(run, found)
+    config.pretrain.tasks = ["door-open-v3", "reach-v3"]
+    assert other == base_folder(run, pretraining_data(config)) != whole
+    config.pretrain.tasks = ["drawer-open-v3"]
+    with pytest.raises(UserError, match="drawer-open-v3"):
+        pretraining_data(config)

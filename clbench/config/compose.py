@@ -15,7 +15,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,7 @@ def _merge(
 ) -> Config:
     layer: dict[str, Any] = {}
     for part in [*(f.keys() if isinstance(f, Described) else load_yaml(f) for f in files), *above]:
-        layer = overlay(layer, part)
+        layer = overlay(*with_base(layer, part))
     if smoke:
         section = layer.get("algorithm")
         named = section.get("name") if isinstance(section, dict) else None
@@ -162,11 +162,36 @@ def _merge(
             short = folders.find("smoke", name)
             if short is not None:
                 layer = _overlaid(layer, load_yaml(short))
-    layer = with_sets(_overlaid(layer, read_overrides(overrides, Config, source)))
+    layer = with_sets(_overlaid(*with_base(layer, read_overrides(overrides, Config, source))))
     dataset = layer.get("dataset")
     if isinstance(dataset, dict) and dataset.get("env", {}) is None:
         dataset.setdefault("holdout", HOLDOUT)
     return to_config(_joined(Config, layer))
+
+
+def with_base(below: dict[str, Any], above: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two layers, the upper one with a stream that its `dataset.pretrain` names written out: that stream's data and
+    tasks, in the place of what the lower one has there.
+
+    Raises:
+        UserError: there is no such stream, or it names no tasks.
+    """
+    dataset = above.get("dataset")
+    section = dataset.get("pretrain") if isinstance(dataset, dict) else None
+    if not isinstance(dataset, dict) or not isinstance(section, dict) or section.get("stream") is None:
+        return below, above
+    given = dict(section)
+    name = DATASET_ALIASES.get(given["stream"], given.pop("stream"))
+    path = find("datasets", name, streams())
+    read = (load_yaml(path) if path is not None else streams_in_code.described(name)).get("dataset", {})
+    if not read.get("tasks"):
+        raise UserError(f"dataset.pretrain: the stream '{clip(name)}' names no tasks that a base could learn.")
+    keys = {f.name for f in fields(PretrainDataConfig)}
+    written = {"partial": True, **{k: v for k, v in read.items() if k in keys}}
+    lower = below.get("dataset")
+    if isinstance(lower, dict) and "pretrain" in lower:
+        below = {**below, "dataset": {k: v for k, v in lower.items() if k != "pretrain"}}
+    return below, {**above, "dataset": {**dataset, "pretrain": overlay(written, given)}}
 
 
 def _overlaid(layer: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -194,8 +219,10 @@ def read_config(path: Path) -> Config:
 
 def override(config: Config, overrides: Sequence[str]) -> Config:
     """Apply dotlist overrides to a composed configuration."""
-    layer = with_sets(read_overrides(overrides, Config))
+    layer = with_sets(with_base({}, read_overrides(overrides, Config))[1])
     section = layer.get("dataset", {})
+    if "pretrain" in section and config.dataset.pretrain is not None and "partial" in (section["pretrain"] or {}):
+        config = replace(config, dataset=replace(config.dataset, pretrain=None))
     if config.dataset.sets and "sets" not in section and (section.get("data") or section.get("repo_id")):
         section["sets"] = []  # another set in the place of several
     return to_config(_joined(config, layer))

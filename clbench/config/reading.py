@@ -19,7 +19,7 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from clbench.config.schema import WandbConfig
+from clbench.config.schema import PretrainDataConfig, WandbConfig
 from clbench.errors import UserError, nearest
 
 MAX_DEPTH = 20
@@ -396,6 +396,8 @@ def _scalar(text: str, kind: type, key: str, place: _Place) -> Any:
 def _section(node: Any, schema: type, key: str, place: _Place) -> dict[str, Any]:
     if schema is WandbConfig and isinstance(node, yaml.ScalarNode):
         return {"enabled": _scalar(node.value, bool, key, place)}
+    if schema is PretrainDataConfig and isinstance(node, yaml.ScalarNode):
+        return {"stream": node.value}
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"{place.source}: '{clip(key)}' must hold keys and values but is {clip(str(_said(node)))}.")
     known = _fields(schema)

@@ -176,7 +176,15 @@ class SetConfig:
 
 @dataclass
 class PretrainDataConfig:
-    """The tasks that a base is trained on: disjoint from the stream's. Data as in `DatasetConfig`."""
+    """The tasks that a base is trained on: disjoint from the stream's. Data as in `DatasetConfig`.
+
+    `dataset.pretrain: NAME` takes another stream's data and tasks, with `partial: true`.
+
+    Attributes:
+        stream: the name in that short form. It is written out when a configuration is composed, and is then null.
+        partial: leave out tasks that the data set does not have. Where it does not say which of several scenes an
+            instruction is for, the first task with this instruction has all its episodes.
+    """
 
     data: str = ""
     repo_id: Optional[str] = None  # noqa: UP045
@@ -187,6 +195,8 @@ class PretrainDataConfig:
     sets: list[SetConfig] = field(default_factory=list)
     tasks: list[str] = field(default_factory=list)
     make: MakeConfig = field(default_factory=MakeConfig)
+    stream: Optional[str] = None  # noqa: UP045
+    partial: bool = False
 
 
 @dataclass
@@ -251,7 +261,7 @@ class DatasetConfig:
             must be that suite's, in its order 0.
         fresh_on_revisit: a task's visits split its demonstrations among themselves instead of each seeing all of them.
         make: how `clbench data make` makes the data.
-        pretrain: the base's tasks and data; null = the stream has no base of its own.
+        pretrain: the base's tasks and data; null = the stream has no base of its own; NAME = those of another stream.
         recipes: the stream's family, by which recipes know it besides its own name (docs/configuration.md). It is read
             from the stream's file; in a recorded configuration it no longer has any effect.
     """

@@ -60,6 +60,7 @@ def match_tasks(
     counts: Mapping[int, int],
     named: Mapping[str, int] | None = None,
     key: str = "dataset.instructions",
+    partial: bool = False,
 ) -> dict[str, int]:
     """Return the data's task index for each of `tasks`.
 
@@ -75,6 +76,7 @@ def match_tasks(
         counts: task index → its number of episodes.
         named: task → task index, for tasks that need no matching (see `named_tasks`).
         key: where a configuration can name them, for messages.
+        partial: leave out tasks that do not match; of several with one instruction, all but the first.
 
     Raises:
         Unmatched: an instruction is not in the data, occurs twice, has no episodes, or belongs to several of the
@@ -108,7 +110,9 @@ def match_tasks(
             close = difflib.get_close_matches(text, there, n=3, cutoff=0.5)
             near = " or ".join(f'"{texts[there[c][0]]}"' for c in close)
             problems.append(f'{name}: "{said}" is missing' + (f" (nearest: {near})" if near else ""))
-        elif rivals:
+        elif partial and set(indices) & set(found.values()):
+            problems.append(f'{name}: "{said}" is that of another task')
+        elif rivals and not partial:
             problems.append(
                 f'{name}: "{said}" is also the instruction of {", ".join(rivals)}, and the data does not say '
                 "which of them its demonstrations show"
@@ -120,7 +124,7 @@ def match_tasks(
             problems.append(f'{name}: "{said}" has no episodes')
         else:
             found[name] = indices[0]
-    if problems:
+    if problems and (not partial or not found):
         more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         has = "; ".join(f'"{t}"' for t in list(texts.values())[:SHOWN]) + ("; …" if len(texts) > SHOWN else "")
         raise Unmatched(

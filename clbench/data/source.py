@@ -133,6 +133,7 @@ def open_data(
     stream: str,
     key: str = "dataset",
     depth: Depth = "all",
+    partial: bool = False,
 ) -> DataSource:
     """Open a data set for some of the simulator's tasks.
 
@@ -144,6 +145,7 @@ def open_data(
         depth: how far to go. all: fetch what is missing from a hub set. size: only print, on stderr, how much that is,
             and return without a fingerprint. meta: read and fetch only the set's description. Except with meta, a
             set that clbench made is compared with its checksums as far as that is cheap.
+        partial: leave out tasks that the set does not have; the description lists them as `tasks_left_out`.
 
     Raises:
         NoData: there is no data set.
@@ -152,15 +154,15 @@ def open_data(
     """
     if settings.repo_id:
         opened = open_hub_set(settings, env_type, key, depth)
-        return _foreign(opened, settings, env_type, names, key)
+        return _foreign(opened, settings, env_type, names, key, partial)
     root = data_folder(settings.data)
     if (root / INFO_FILE).exists():
         for name in ("rename", "instructions"):
             if getattr(settings, name):
                 raise UserError(f"{key}.{name} is for data sets that clbench did not make; it made {root}.")
-        return _made(root, names, settings, key, stream, depth)
+        return _made(root, names, settings, key, stream, depth, partial)
     opened = open_local_set(settings, env_type, key, depth, stream)
-    return _foreign(opened, settings, env_type, names, key)
+    return _foreign(opened, settings, env_type, names, key, partial)
 
 
 @dataclass(frozen=True)
@@ -238,8 +240,13 @@ def _remedy(root: Path) -> str:
     return f"Copy the full set into {root} again, or use another one."
 
 
-def _made(root: Path, names: Sequence[str], settings: DataSettings, key: str, stream: str, depth: Depth) -> DataSource:
+def _made(
+    root: Path, names: Sequence[str], settings: DataSettings, key: str, stream: str, depth: Depth, partial: bool
+) -> DataSource:
     info = load_info(root)
+    missing = [n for n in names if n not in {t.name for t in info.tasks}] if partial else []
+    if missing and len(missing) < len(names):
+        names = [n for n in names if n not in missing]
     if depth != "meta":
         check_made(info, stream)
     left_out: dict[int, int] = {}  # episode → frames
@@ -260,7 +267,7 @@ def _made(root: Path, names: Sequence[str], settings: DataSettings, key: str, st
     described = {
         "kind": "made", "root": str(root), "fingerprint": info.fingerprint,
         "tasks_unused": len(info.tasks) - len(tasks), "episodes_unused": info.episodes - _episodes(tasks),
-        **_left_out(left_out),
+        **_left_out(left_out), **_not_there(missing),
     }  # fmt: skip
     return DataSource(root, tasks, info.fingerprint, None, described, info.render)
 
@@ -278,6 +285,11 @@ def excluded_episodes(found: LeRobotSet, episodes: Sequence[int], key: str) -> f
 def _left_out(episodes: Collection[int]) -> dict[str, list[int]]:
     """For the manifest."""
     return {"episodes_excluded": sorted(episodes)} if episodes else {}
+
+
+def _not_there(tasks: Collection[str]) -> dict[str, list[str]]:
+    """For the manifest."""
+    return {"tasks_left_out": list(tasks)} if tasks else {}
 
 
 def check_every_byte(root: Path, description: Mapping[str, Any], stream: str) -> None:
@@ -327,7 +339,7 @@ def open_hub_set(settings: OneSet, env_type: str | None, key: str, depth: Depth)
 
 
 def _foreign(
-    opened: OpenSet, settings: DataSettings, env_type: str | None, names: Sequence[str], key: str
+    opened: OpenSet, settings: DataSettings, env_type: str | None, names: Sequence[str], key: str, partial: bool = False
 ) -> DataSource:
     """A set that clbench did not make."""
     found, features, origin, get, remedy = opened.found, opened.features, opened.origin, opened.get, opened.remedy
@@ -338,7 +350,7 @@ def _foreign(
             of_task.setdefault(text, []).append(e)
     counts = {i: len(of_task.get(text, [])) for i, text in found.texts.items()}
     named = named_tasks(env_type, settings.instructions, found.texts, f"{key}.instructions")
-    matched = match_tasks(env_type, names, found.texts, counts, named, f"{key}.instructions")
+    matched = match_tasks(env_type, names, found.texts, counts, named, f"{key}.instructions", partial)
     tasks: dict[str, TaskData] = {}
     for name, index in matched.items():
         text = found.texts[index]
@@ -362,6 +374,7 @@ def _foreign(
         "episodes_unused": len(found.episodes) - len(task_of),
         **({"instructions": dict(settings.instructions)} if settings.instructions else {}),
         **_left_out(left_out),
+        **_not_there([name for name in names if name not in matched]),
     }
     drawn = _size_of_images(found, features, env_type)
     if not fetched:

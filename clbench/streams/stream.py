@@ -329,7 +329,8 @@ def _open(
         if _in_parts(part, stream.env_type):
             shaped = frozenset({*stream.resize, *stream.pad})
             return open_sets(replace(_sets(part, key), shaped=shaped), names, depth)
-        return open_data(part, stream.env_type, names, stream=make, key=key, depth=depth)
+        partial = isinstance(part, PretrainDataConfig) and part.partial
+        return open_data(part, stream.env_type, names, stream=make, key=key, depth=depth, partial=partial)
     except Unmatched as e:
         if set(names) <= e.tasks:
             raise

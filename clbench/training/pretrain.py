@@ -89,7 +89,8 @@ def base_key(config: Config, data: DataSource) -> dict[str, Any]:
         made: dict[str, Any] = {"init": "random", "seed": config.pretrain.seed, "tasks": tasks}
     else:
         assert config.dataset.pretrain is not None
-        section, tasks = config.dataset.pretrain, list(config.dataset.pretrain.tasks)
+        section = config.dataset.pretrain
+        tasks = list(data.tasks if section.partial else section.tasks)
         settings = {k: v for k, v in asdict(config.pretrain).items() if k != "log_every"}
         made = {"pretrain": settings, "tasks": tasks, "mixed_precision": autocast_precision(config.train)}
     if config.augment.active and base_origin(config) == "pretrained":
@@ -441,6 +442,10 @@ def _pretrain(
             loaded = new_policy(dict(config.policy), frames, device, config.pretrain.seed)
         _check_targets(config, (name for name, _ in loaded.policy.named_modules()))
         say(backend, f"{what} → {folder}")
+        left_out = data.description.get("tasks_left_out", ())
+        if left_out:
+            say(backend, f"the base does without {len(left_out)} tasks, which {data.root} does not have, or not apart "
+                         f"from another: {', '.join(left_out)}")  # fmt: skip
         return loaded, frames
 
     trainer = Trainer(
