@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X", "*"]
 GREY = "#D9D9D9"
+REFERENCE = "#666666"  # of what is no method of the stream: joint training, one policy per task
 MAX_POINTS = 400  # of one loss curve
 MAX_PANELS = 12  # layers of the routing figure
 
@@ -295,7 +296,7 @@ def comparison(groups: Sequence[Group]) -> Figure:
             if level is not None:
                 dashes, what = ("--", "joint") if g.multitask else (":", "one policy per task")
                 label = f"{name} ({what})"
-                axes.axhline(level, color=style["color"], linestyle=dashes, label=label)
+                axes.axhline(level, color=REFERENCE, linestyle=dashes, label=label)
             continue
         table = np.full((len(g.runs), last + 1), np.nan)
         for line, r in zip(table, g.runs, strict=True):
