@@ -103,17 +103,14 @@ def test_images_are_the_same_from_lerobot_from_workers_and_kept_decoded(
 
 
 def test_a_history_of_images_repeats_the_first_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Looks(type(POLICY)):  # type: ignore[misc]
-        observation_delta_indices = (-2, 0)
-
     monkeypatch.setenv("CLBENCH_CACHE_ROOT", str(tmp_path / "cache"))
-    policy = Looks(chunk_size=4, action_patch=2)
+    policy = policy_config({"type": "dit_dec", "chunk_size": 4, "n_action_steps": 2, "n_obs_steps": 3}, "cpu")
     tasks = [(t,) for t in images_and_tasks(tmp_path)]
     anew, kept = StreamFrames(tasks, policy, cache_gb=0), StreamFrames(tasks, policy)
     for refs in REFS:
         a, b = anew.fetch(refs), kept.fetch(refs)
-        assert a[TOP].shape == (2, 2, 3, 32, 32) and same_batches(a, b)
-    assert a[f"{TOP}_is_pad"].tolist() == [[False, False], [True, False]]
+        assert a[TOP].shape == (2, 3, 3, 32, 32) and same_batches(a, b)
+    assert a[f"{TOP}_is_pad"].tolist() == [[False, False, False], [True, True, False]]
 
 
 def test_damaged_images_are_decoded_again(

@@ -332,7 +332,10 @@ def fail(error: BaseException) -> None:
 class TestSimulator:
     pytestmark = with_simulator
 
-    @pytest.mark.parametrize(("task", "seed"), [(SOUP, 5), (DRAWER, EVAL_SEED_BASE + 3), (STOVE, 5)])
+    @pytest.mark.parametrize(
+        ("task", "seed"),
+        [(STOVE, 5), *(pytest.param(*c, marks=pytest.mark.slow) for c in ((SOUP, 5), (DRAWER, EVAL_SEED_BASE + 3)))],
+    )
     def test_the_seed_alone_decides_an_episode(self, simulators: Callable[[str], Any], task: str, seed: int) -> None:
         used = simulators(task)
         before = np.random.get_state()[1].copy()  # type: ignore[index]
@@ -359,7 +362,7 @@ class TestSimulator:
         np.testing.assert_array_equal(trajectory(hard, seed), want)
         hard.close()
 
-    @pytest.mark.parametrize("task", [DRAWER, STOVE])
+    @pytest.mark.parametrize("task", [pytest.param(DRAWER, marks=pytest.mark.slow), STOVE])
     def test_computing_nothing_twice_changes_no_bit(
         self, simulators: Callable[[str], Any], task: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -436,6 +439,7 @@ class TestSimulator:
         np.testing.assert_allclose(state[85 : 85 + len(want)], want, atol=1e-6)
         assert np.abs(want).max() > 0.05, "the top drawer stands open"
 
+    @pytest.mark.slow
     def test_scenes_are_at_rest_when_an_episode_begins(self, simulators: Callable[[str], Any]) -> None:
         for task in (SOUP, libero_tasks.suite_tasks("libero_10")[0]):
             simulator = simulators(task)
@@ -480,6 +484,7 @@ class TestSimulator:
         assert set(found) == {"hf-libero", "robosuite", "mujoco", "bddl", "libero_assets"}
         assert len(found["libero_assets"]) == 12
 
+    @pytest.mark.slow
     def test_demonstrations_are_made_and_labelled(self, tmp_path: Path) -> None:
         from clbench.data.info import load_info
         from clbench.data.make import make_dataset

@@ -259,15 +259,16 @@ def test_grasping_closes_the_fingers_and_holds_still() -> None:
 @pytest.mark.parametrize(
     ("suite", "index"),
     [
-        ("libero_object", 0),
-        ("libero_spatial", 5),
         ("libero_goal", 0),
-        ("libero_goal", 3),
-        ("libero_goal", 5),
-        ("libero_10", 3),
-        ("libero_10", 9),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("libero_object", 0), ("libero_spatial", 5), ("libero_goal", 3), ("libero_goal", 5), ("libero_10", 3),
+                ("libero_10", 9),
+            )
+        ),
     ],
-)
+)  # fmt: skip
 def test_the_expert_reaches_the_goal_in_spite_of_noise(suite: str, index: int) -> None:
     from clbench.data.make import run_episode
     from clbench.envs.libero.tasks import MAX_STEPS, suite_tasks
@@ -284,6 +285,7 @@ def test_the_expert_reaches_the_goal_in_spite_of_noise(suite: str, index: int) -
 
 
 @pytest.mark.libero
+@pytest.mark.slow
 def test_only_what_is_under_a_roof_is_put_in_from_the_side() -> None:
     from clbench.envs.libero.tasks import suite_tasks
     from clbench.envs.making import make_simulator

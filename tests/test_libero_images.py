@@ -387,7 +387,7 @@ def soup() -> Iterator[Any]:
 class TestSimulator:
     pytestmark = with_simulator
 
-    @pytest.mark.parametrize("seed", [4, EVAL_SEED_BASE + 2])
+    @pytest.mark.parametrize("seed", [pytest.param(4, marks=pytest.mark.slow), EVAL_SEED_BASE + 2])
     def test_drawing_does_not_change_the_physics(self, soup: Any, seed: int) -> None:
         states = make_simulator({"type": "libero_state", "task": SOUP})
         full = make_simulator(spec(SOUP, "full", 32))
@@ -436,6 +436,7 @@ class TestSimulator:
         assert soup.render(48, 32).shape == (32, 48, 3)
         full.close()
 
+    @pytest.mark.slow
     def test_observations_are_lerobots(self, tmp_path: Path) -> None:
         ours = make_simulator(spec(SOUP, "full", 128))
         actions = np.random.default_rng(0).uniform(-1, 1, (12, libero.ACTION_DIM))
@@ -457,6 +458,7 @@ class TestSimulator:
                 assert (pixels != found[camera]).any(axis=-1).mean() < 0.02
                 assert np.abs(pixels.astype(int) - found[camera]).mean() < 0.02
 
+    @pytest.mark.slow
     def test_the_whole_way_on_images(self, tmp_path: Path) -> None:
         """Demonstrations of two tasks, a base, two visits, an evaluation: nothing is learned, everything is done."""
         from lerobot.datasets.lerobot_dataset import LeRobotDataset

@@ -31,6 +31,7 @@ from clbench.config.policy_types import clare_targets
 from clbench.config.schema import LoraConfig
 from clbench.errors import UserError
 from clbench.policies.dit.encoders import build_model, byte_tokenizer
+from clbench.policies.dit.paper import SelfAttention
 from clbench.policies.view import PolicyView, without_dropout
 from clbench.seeding import seeded
 
@@ -638,3 +639,14 @@ def test_settings_that_do_not_fit_together(kind: str, changes: dict[str, Any], m
         check_policy(section)
     with pytest.raises(UserError, match=message):
         policy_config(section, "cpu")
+
+
+def test_attentions_weights_are_dropped_in_training_alone() -> None:
+    torch.manual_seed(0)
+    layer, x = SelfAttention(16, 2, 0.5), torch.randn(3, 5, 16)
+    whole = layer.eval()(x)
+    assert torch.equal(layer(x), whole)
+    layer.train()
+    assert not torch.equal(layer(x), layer(x)) and not torch.allclose(layer(x), whole, atol=1e-3)
+    with without_dropout(layer):
+        assert torch.equal(layer(x), whole)

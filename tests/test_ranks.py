@@ -45,7 +45,7 @@ SHARED = pytest.mark.xdist_group("ranks")  # one process trains the runs once fo
 
 
 # Variants of what others train: among the slow tests.
-SLOW = {"er-append", "multitask", "singletask", "er-bf16", "rehearsal", "onpolicy", "weighted"}
+SLOW = {"seqlora", "agem", "er-append", "multitask", "singletask", "er-bf16", "rehearsal", "onpolicy", "weighted"}
 
 
 @pytest.fixture(scope="module")

@@ -447,6 +447,7 @@ def test_an_interpreter_whose_libero_lacks_assets_says_so(monkeypatch: pytest.Mo
 
 
 @pytest.mark.libero
+@pytest.mark.slow
 @pytest.mark.xdist_group("libero")
 @pytest.mark.parametrize("seed", [base.EVAL_SEED_BASE + 3])
 def test_an_episode_of_libero_is_the_same(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:

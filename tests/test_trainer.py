@@ -478,8 +478,8 @@ def test_the_number_of_threads_does_not_depend_on_the_machine(
         for threads, name, want in (("null", "a", {"pretraining": {2}, "toy": {1}}), ("3", "b", {"toy": {3}})):
             torch.set_num_threads(4)
             used.clear()
-            config = toy_config(toy_data, {"name": "seqfft"}, f"output_dir={tmp_path}", f"train.threads={threads}")
-            folder = train(config, name)
+            own = (f"output_dir={tmp_path}", f"train.threads={threads}", "pretrain.steps=3")
+            folder = train(toy_config(toy_data, {"name": "seqfft"}, *own), name)
             assert used == want
             assert read_json(folder / "manifest.json")["sessions"][0]["threads"] == max(want["toy"])
     finally:

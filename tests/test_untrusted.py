@@ -204,7 +204,7 @@ LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("train: {steps: " + "9" * 500 + "}", "train.steps"),
         ("algorithm: {strength: .nan}", "algorithm.strength"),
         ('output_dir: "a\\0b"\n', "not allowed in text"),
-        ('output_dir: "\\ud800"\n', "not allowed in text"),
+        ('output_dir: "\\ud800"\n', "not allowed in text|invalid Unicode character"),
         ("seed: 1\0\n", "not valid YAML"),
         ("dataset: {tasks: [[a], b]}\n", "dataset.tasks must be a list of names"),
         ("dataset: {pretrain: {tasks: [{a: 1}]}}\n", "list of names"),

@@ -22,6 +22,7 @@ import yaml
 from clbench.config.schema import PretrainDataConfig, WandbConfig
 from clbench.errors import UserError, nearest
 
+LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, by libyaml where PyYAML was built with it
 MAX_DEPTH = 20
 WHOLE = re.compile(r"[+-]?[0-9]+")
 NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -218,7 +219,7 @@ def check_yaml(text: str, references: bool) -> None:
     """Raise ValueError for YAML that could construct objects, grow when it is read, or read the environment."""
     depth = 0
     event: Any
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+    for event in yaml.parse(text, Loader=LOADER):
         line = f"line {event.start_mark.line + 1}: "
         if isinstance(event, yaml.AliasEvent):
             raise ValueError(f"{line}an alias (*{event.anchor}); write the value out")
@@ -242,7 +243,7 @@ def check_yaml(text: str, references: bool) -> None:
 def _parsed(text: str, references: bool) -> Any:
     """The one document in a YAML text as a tree of nodes, which hold scalars as they were typed."""
     check_yaml(text, references)
-    return yaml.compose(text, Loader=yaml.SafeLoader)
+    return yaml.compose(text, Loader=LOADER)
 
 
 @cache
@@ -326,7 +327,7 @@ def _read(node: Any, hint: Any, key: str, place: _Place) -> Any:
     scalar = isinstance(node, yaml.ScalarNode)
     if scalar and place.references and "${" in node.value:
         return node.value
-    if node is None or (scalar and node.style is None and node.value in NULLS):
+    if node is None or (scalar and not node.style and node.value in NULLS):
         if optional or kind is Any:
             return None
         must = _kind(kind) if not is_dataclass(kind) else "a section with keys and values"
@@ -366,7 +367,7 @@ def _either(node: Any, kinds: Sequence[Any], key: str, place: _Place) -> Any:
         if isinstance(node, yaml.SequenceNode) and get_origin(kind) is list:
             return _read(node, kind, key, place)
     if isinstance(node, yaml.ScalarNode):
-        if int in kinds and node.style is None and WHOLE.fullmatch(node.value):
+        if int in kinds and not node.style and WHOLE.fullmatch(node.value):
             return _scalar(node.value, int, key, place)
         if str in kinds:
             return node.value
@@ -421,7 +422,7 @@ def _map(node: Any, inner: Any, key: str, place: _Place) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, child in _items(node, key, place):
         texts = inner is str
-        if texts and isinstance(child, yaml.ScalarNode) and child.style is None and child.value in NULLS:
+        if texts and isinstance(child, yaml.ScalarNode) and not child.style and child.value in NULLS:
             old, colon, new = name.partition(":")
             hint = f", with a space after the colon: {{{old}: {new}}}" if colon and new else ""
             place.refuse(key, f"a map of strings to strings{hint}", name, _map_form(key))
@@ -433,7 +434,7 @@ def _map(node: Any, inner: Any, key: str, place: _Place) -> dict[str, Any]:
 
 def _any(node: Any, key: str, place: _Place) -> Any:
     if isinstance(node, yaml.ScalarNode):
-        return plain(node.value) if node.style is None else node.value
+        return plain(node.value) if not node.style else node.value
     if isinstance(node, yaml.SequenceNode):
         return [_read(n, Any, f"{key}[{i}]", place) for i, n in enumerate(node.value)]
     return {name: _read(child, Any, f"{key}.{name}", place) for name, child in _items(node, key, place)}

@@ -10,8 +10,8 @@ What both have in common, with c_B the condition of a sample (observation and ti
     output     shift, scale = W₅ SiLU(c);   W₆ (x ⊙ (offset + scale) + shift), without a norm before it
 
 where scale, shift and gate are linear layers of their own, and offset is 1 in DiT-Dec and 0 in DiT-EncDec. In training
-activations are dropped in a feed-forward block and after attention and feed-forward blocks (`dropout`), attention's
-weights never.
+`dropout` of the activations in a feed-forward block, after attention and feed-forward blocks, and of attention's weights
+are dropped.
 
 Images and the instruction are one vector each, of encoders; one linear layer serves all cameras. Shape suffixes: B
 batch, T observation steps, C cameras, L tokens, D model width, H action chunk, A action dimension.
@@ -49,9 +49,10 @@ class FeedForward(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head self-attention. Positions (L, D) are added to what queries and keys are made of, not to values."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.heads = heads
+        self.drop = nn.Dropout(dropout)  # of the weights; it says how much, and whether
         self.qk = nn.Linear(dim, 2 * dim)
         self.v = nn.Linear(dim, dim)
         self.out = nn.Linear(dim, dim)
@@ -61,7 +62,7 @@ class SelfAttention(nn.Module):
         placed = x_BLD if position_LD is None else x_BLD + position_LD
         q, k = self.qk(placed).view(B, L, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
         v = self.v(x_BLD).view(B, L, self.heads, -1).transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.drop.p if self.drop.training else 0.0)
         return self.out(out.transpose(1, 2).reshape(B, L, D))
 
     def draw_weights(self) -> None:
@@ -90,7 +91,7 @@ class EncoderLayer(nn.Module):
     def __init__(self, config: DitConfig) -> None:
         super().__init__()
         d = config.d_model
-        self.attention = SelfAttention(d, config.n_heads)
+        self.attention = SelfAttention(d, config.n_heads, config.dropout)
         self.ffn = FeedForward(d, config.ffn_mult * d, config.dropout)
         self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
         self.drop = nn.Dropout(config.dropout)
@@ -125,7 +126,7 @@ class Block(nn.Module):
     def __init__(self, config: DitConfig, offset: int, eps: float) -> None:
         super().__init__()
         d = config.d_model
-        self.attention = SelfAttention(d, config.n_heads)
+        self.attention = SelfAttention(d, config.n_heads, config.dropout)
         self.ffn = FeedForward(d, config.ffn_mult * d, config.dropout)
         self.norm1, self.norm2 = nn.LayerNorm(d, eps=eps), nn.LayerNorm(d, eps=eps)
         self.drop = nn.Dropout(config.dropout)
