@@ -10,8 +10,8 @@ What both have in common, with c_B the condition of a sample (observation and ti
     output     shift, scale = W₅ SiLU(c);   W₆ (x ⊙ (offset + scale) + shift), without a norm before it
 
 where scale, shift and gate are linear layers of their own, and offset is 1 in DiT-Dec and 0 in DiT-EncDec. In training
-`dropout` of the activations in a feed-forward block, after attention and feed-forward blocks, and of attention's weights
-are dropped.
+`dropout` of the activations in a feed-forward block, after attention and feed-forward blocks, and of attention's
+weights are dropped.
 
 Images and the instruction are one vector each, of encoders; one linear layer serves all cameras. Shape suffixes: B
 batch, T observation steps, C cameras, L tokens, D model width, H action chunk, A action dimension.
