@@ -32,7 +32,7 @@ from clbench.envs.libero import tasks as libero_tasks
 from clbench.envs.making import family, make_simulator
 from clbench.errors import UserError
 from clbench.rollout.rollout import Episode, SimulatorPool, run_episodes
-from clbench.streams.stream import build_stream, drawing, pretraining_tasks, visit_order
+from clbench.streams.stream import build_stream, drawing, pretraining_data, pretraining_tasks, visit_order
 from tests.test_libero import SOUP, STOVE, has_package, with_simulator
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,7 +80,7 @@ def test_a_base_of_another_streams_tasks() -> None:
     named = ("libero_10", "dataset.pretrain=libero_90")
     given = composed(*named, "dataset.pretrain.make.demos_per_task=3").dataset.pretrain
     assert given is not None and given.tasks == libero_tasks.suite_tasks("libero_90")
-    assert given.data == "libero_90" and given.partial and given.stream is None
+    assert given.data == "libero_90" and given.partial and given.stream == "libero_90"
     assert given.make.demos_per_task == 3 and given.make.max_steps == 400
     hub = composed(*named, "dataset.pretrain.repo_id=a/b").dataset.pretrain
     assert hub is not None and hub.repo_id == "a/b"
@@ -91,6 +91,14 @@ def test_a_base_of_another_streams_tasks() -> None:
         composed("libero_10", "dataset.pretrain=libero_91")
     with pytest.raises(UserError, match="must be disjoint from the stream"):
         composed("libero_10", "dataset.pretrain=libero_10")
+    with pytest.raises(UserError, match="is of the simulator libero, this one of libero_state"):
+        composed("libero_10_state", "dataset.pretrain=libero_90")
+    with pytest.raises(UserError, match="is of the simulator metaworld, this one of libero"):
+        override(composed("libero_10"), ["dataset.pretrain=metaworld_val"])
+    same = override(composed(*named), ["dataset.pretrain.partial=true", "eval.episodes=3"])
+    assert same.dataset == composed(*named).dataset
+    with pytest.raises(UserError, match=r"clbench data make libero_10 -- dataset\.pretrain=libero_90"):
+        pretraining_data(composed(*named).dataset)
 
 
 def test_a_base_learns_all_that_a_set_of_libero_90_has() -> None:

@@ -445,6 +445,20 @@ def test_lerobots_policies_predict_from_what_was_seen(kind: str, tmp_path: Path)
         assert not torch.equal(offline._chunks(actor, before, 1, frames), chunk)
 
 
+def test_a_mean_over_time_has_no_part_in_errors_on_frames(tmp_path: Path) -> None:
+    """ACT's mean over earlier chunks is of an episode that runs: frames are predicted each by itself."""
+    plain = tiny_policies.load("act", tmp_path)
+    averaging = tiny_policies.load("act", tmp_path, temporal_ensemble_coeff=0.01, n_action_steps=1)
+    averaging.policy.load_state_dict(plain.policy.state_dict())
+    batch, frames = tiny_policies.batch(plain.policy.config, 3), torch.arange(3)
+    with torch.inference_mode():
+        want = offline._chunks(PolicyActor(plain, 3), batch, 1, frames)
+        actor = PolicyActor(averaging, 3)
+        for some in (frames, frames[:2], frames):
+            part = {k: v[: len(some)] for k, v in batch.items()}
+            assert torch.allclose(offline._chunks(actor, part, 1, some), want[: len(some)], atol=1e-6)
+
+
 def test_a_loss_that_would_change_the_policy_is_left_out(counted: Path) -> None:
     policy = Zero()
     policy.config = SimpleNamespace(**{**vars(policy.config), "type": "vqbet"})

@@ -391,6 +391,14 @@ def test_commands_go_on_with_what_was_made(roots: Path) -> None:
         ("dit_mt", {"language_model_name": None}, "names no language model"),
         ("dit_mt", {"language_model_name": "someone/else"}, "tokenizer of someone/else, and there is no such folder"),
         ("dit_mt", {"clip_sample_range": "wide"}, "clip_sample"),
+        ("ditflow_mt", {"normalization_mapping": {"STATE": ["MIN_MAX"]}}, "describes no features"),
+        ("ditflow_mt", {"normalization_mapping": {"FOO": "MIN_MAX"}}, "normalization_mapping has 'FOO'"),
+        ("ditflow_mt", {"input_features": {"observation.state": {"type": "REWARD", "shape": [2]}}}, "feature of type REWARD"),
+        ("ditflow_mt", {"input_features": {"observation.state": {"type": "STATE", "shape": []}}}, "feature of type STATE"),
+        ("ditflow_mt", {"language_model_name": "a/.."}, "names no language model"),
+        ("ditflow_mt", {"language_model_name": "a" * 5000}, "names no language model"),
+        ("ditflow_mt", {"clip_sample": None}, "clip_sample is None"),
+        ("ditflow_mt", {"do_mask_loss_for_padding": "false"}, "do_mask_loss_for_padding is 'false'"),
     ],
 )  # fmt: skip
 def test_what_is_not_built_is_refused(kind: str, change: dict[str, Any], message: str, roots: Path) -> None:
@@ -421,6 +429,14 @@ def test_foreign_weights_are_refused(name: str, value: Tensor | None, message: s
     write(roots / "theirs", "ditflow_mt", state)
     with pytest.raises(UserError, match=message):
         in_our_form(str(roots / "theirs"))
+
+
+def test_a_configuration_that_names_no_language_model_means_clip(
+    roots: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(roots / "theirs", "dit_mt", language_model_name=..., pre_norm=True)
+    assert Path(in_our_form(str(roots / "theirs"))).is_dir()
+    assert "settings that are not known here, and have no effect: pre_norm." in capsys.readouterr().err
 
 
 def test_damaged_files_and_missing_tokenizers_are_one_line(roots: Path) -> None:
@@ -650,3 +666,14 @@ def test_attentions_weights_are_dropped_in_training_alone() -> None:
     assert not torch.equal(layer(x), layer(x)) and not torch.allclose(layer(x), whole, atol=1e-3)
     with without_dropout(layer):
         assert torch.equal(layer(x), whole)
+
+
+def test_states_are_dropped_before_they_become_tokens() -> None:
+    policy = build("dit_encdec", env=3).policy.eval()
+    encoder, batch = policy.model.obs_encoder, build("dit_encdec", env=3).preprocessor(raw(env=3))
+    other = {**batch, "observation.state": -batch["observation.state"],
+             "observation.environment_state": -batch["observation.environment_state"]}  # fmt: skip
+    assert not torch.allclose(encoder(batch), encoder(other), atol=1e-3)
+    encoder.drop.train()
+    encoder.drop.p = 1.0
+    assert torch.equal(encoder(batch), encoder(other))

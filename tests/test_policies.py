@@ -9,6 +9,7 @@ import tempfile
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from lerobot.policies import make_policy, make_pre_post_processors
 import clbench.policies  # noqa: F401
 from clbench.checkpoints.policy_io import LoadedPolicy, load_policy, policy_config, save_policy
 from clbench.config import dit
+from clbench.policies.dit.layers import FeatureTokens
 from clbench.policies.dit.text import frozen_word_table, word_ids
 from clbench.policies.view import PolicyView, without_dropout
 
@@ -241,6 +243,9 @@ def test_several_observation_steps_are_seen(kind: str, images: bool, toy_data: P
     second = policy.predict_action_chunk(at([0, 1, 2]), noise=noise)
     for action, expected in zip(played, (first[:, 0], first[:, 1], second[:, 0]), strict=True):
         assert torch.allclose(action, expected, atol=1e-6)
+    policy.reset()  # another episode, of which nothing was seen
+    anew = policy.predict_action_chunk(at([3, 3, 3]), noise=noise)[:, 0]
+    assert torch.allclose(policy.select_action(at([3], squeeze=True), noise=noise), anew, atol=1e-6)
 
     processed, draw = at([0, 1, 2]), policy.sample_draw(2, g)
     losses = policy.per_sample_loss(processed, draw)
@@ -256,6 +261,30 @@ def test_several_observation_steps_are_seen(kind: str, images: bool, toy_data: P
     assert fast["model.obs_encoder.step"].abs().sum() > 0
     for name, g2 in fast.items():
         assert torch.allclose(g2, slow[name], rtol=1e-3, atol=1e-8), name
+
+
+def test_tokens_of_a_step_are_together_and_know_their_step(toy_data: Path) -> None:
+    built = build("dit_dec", toy_data, images=True, n_obs_steps=2)
+    encoder = built.policy.model.obs_encoder
+    batch = built.preprocessor({**raw_batch(2), "observation.state": torch.randn(2, 2, 39),
+                                "observation.images.top": torch.rand(2, 2, 3, 32, 32)})  # fmt: skip
+    seen: list[torch.Tensor] = []
+    handle = encoder.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    encoder(batch)
+    handle.remove()
+    at = list(encoder.tokenizers).index("observation_images_top")
+    tokenizer = encoder.tokenizers["observation_images_top"]
+    first = sum(t.n_tokens for t in list(encoder.tokenizers.values())[:at])
+    per = tokenizer.n_tokens // 2
+    for step in range(2):  # each image by itself, in the place of both steps
+        image = batch["observation.images.top"][:, step : step + 1].expand(-1, 2, -1, -1, -1)
+        alone = tokenizer({"observation.images.top": image})[0][:, :per]
+        want = alone + encoder.kind[at] + encoder.step[step]
+        found = seen[0][:, first + step * per : first + (step + 1) * per]
+        assert torch.allclose(found, want, atol=1e-5)
+    features = FeatureTokens("observation.images.top", SimpleNamespace(n_features=3, width=5), 8, False, steps=2)
+    found = features({features.key: torch.zeros(1, 6, 5)})[0][0] - features.proj.bias
+    assert torch.allclose(found, torch.cat([features.position] * 2), atol=1e-6)
 
 
 def test_normalisation_is_stable_on_unseen_data(toy_data: Path) -> None:

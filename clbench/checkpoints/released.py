@@ -37,6 +37,7 @@ from clbench.terminal import tell
 
 TYPES = {"ditflow_mt": "dit_dec", "dit_mt": "dit_encdec"}
 FORMAT = 1  # of what is made: another number makes it anew
+NAMED = "openai/clip-vit-base-patch32"  # where config.json names none: `dit_mt` does not store it
 CLIP = re.compile(r"openai/clip-vit-[a-z0-9-]{1,40}")  # whose tokenizer is fetched
 TOKENIZER = "tokenizer.json"
 HEAD = 64  # width of a head of both encoders
@@ -47,12 +48,25 @@ VARIANTS: dict[str, dict[str, tuple[Any, ...]]] = {
     "ditflow_mt": {"training_noise_sampling": ("uniform",)},
     "dit_mt": {
         "prediction_type": ("epsilon",), "noise_scheduler_type": ("DDIM",), "beta_schedule": ("squaredcos_cap_v2",),
+        "use_pretrained_dino": (True,), "set_alpha_to_one": (True,), "steps_offset": (0,),
     },
 }  # fmt: skip
 FOR_BOTH: dict[str, tuple[Any, ...]] = {
     "activation": ("gelu",), "feedforward_activation": ("gelu",), "crop_shape": (None,), "resize_shape": (None,),
-    "use_separate_rgb_encoder_per_camera": (False,),
+    "use_separate_rgb_encoder_per_camera": (False,), "clip_sample": (True, False),
+    "do_mask_loss_for_padding": (True, False),
 }  # fmt: skip
+# Settings without an effect on what is read: of training, of LeRobot, and of encoders that use_pretrained_dino replaces.
+WITHOUT = frozenset((
+    "avg_pool", "beta_end", "beta_start", "device", "drop_n_last_frames", "freeze_language_pretrained", "license",
+    "pretrained_backbone_weights", "private", "push_to_hub", "repo_id", "scheduler_name", "scheduler_warmup_steps",
+    "tags", "tokenizer_max_length", "type", "use_amp", "use_film", "vision_backbone_norm_name",
+    "vision_backbone_norm_num_groups", "vision_backbone_size", "vit_name",
+))  # fmt: skip
+READ = frozenset((
+    "n_obs_steps", "n_action_steps", "num_heads", "n_heads", "num_inference_steps", "num_train_timesteps",
+    "clip_sample_range", "dropout", "input_features", "output_features", "normalization_mapping", "language_model_name",
+))  # fmt: skip
 # Our key → theirs, of which a file has at most one; what it must say if it is there is known from the weights.
 SIZES = {
     "d_model": ("hidden_dim", "dim_model"), "decoder_layers": ("num_blocks", "n_decoder_layers"),
@@ -65,7 +79,7 @@ def is_released(folder: Path) -> bool:
     """Whether a folder's configuration is of such a policy."""
     path = folder / "config.json"
     described = read_json(path) if path.is_file() else None
-    return isinstance(described, dict) and described.get("type") in TYPES
+    return isinstance(described, dict) and isinstance(described.get("type"), str) and described["type"] in TYPES
 
 
 def in_our_form(path: str) -> str:
@@ -109,11 +123,14 @@ def _write(described: dict[str, Any], folder: Path, tokenizer: str, final: Path)
 # ---- the tokenizer ------------------------------------------------------------------------------
 def _tokenizer(described: Mapping[str, Any], folder: Path) -> str:
     """Its JSON."""
-    name = described.get("language_model_name")
+    name = described.get("language_model_name", NAMED)
     if not isinstance(name, str) or not name or "\0" in name:
         raise UserError(f"{folder / 'config.json'} names no language model (language_model_name is {name!r:.100}).")
-    here = model_root() / Path(name).name
-    for place in (Path(name).expanduser(), here):
+    last = Path(name).name
+    if last in ("", "..") or len(last) > 255:
+        raise UserError(f"{folder / 'config.json'} names no language model (language_model_name is {name!r:.100}).")
+    here = model_root() / last
+    for place in (Path(name).expanduser(), here) if len(name) < 1000 else (here,):
         if (place / TOKENIZER).is_file():
             return read_text(place / TOKENIZER)
     why = "there is no such folder, and only OpenAI's CLIP models are asked for on the hub"
@@ -162,6 +179,9 @@ def _built(described: dict[str, Any], folder: Path, tokenizer: str) -> Any:
     missing = sorted(own.keys() - weights.keys())
     if missing:
         raise _foreign(folder, f"there are no weights for {missing[0]}")
+    damaged = next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
+    if damaged is not None:
+        raise _foreign(folder, f"{damaged} has numbers that are not finite")
     policy.load_state_dict(weights)
     pre, post = make_pre_post_processors(config, dataset_stats=_statistics(state, config, folder))
     step = next(s for s in pre.steps if isinstance(s, TokenizerStep))
@@ -192,7 +212,7 @@ def _weights(state: dict[str, Any], folder: Path) -> dict[str, Any]:
                 tensor.flatten(0, 1) if ours.endswith("velocity_net.position") and tensor.ndim == 3 else tensor
             )
             continue
-        if tensor.shape[0] % 3:
+        if not tensor.ndim or tensor.shape[0] % 3:
             raise _foreign(folder, f"{name} has shape {tuple(tensor.shape)}")
         cut = tensor.shape[0] // 3 * 2
         found[f"{joint[1]}.qk.{joint[2]}"] = tensor[:cut].clone()
@@ -210,7 +230,7 @@ def _leave_out_tables(weights: dict[str, Any], config: Any, folder: Path) -> Non
         raise _foreign(folder, "its frequencies of time are others (time_net.w)")
     position = weights.pop("model.velocity_net.enc_pos.pe", None)
     if position is not None:
-        table = position.reshape(-1, position.shape[-1])[:512]
+        table = position.reshape(-1, position.shape[-1] if position.ndim else 1)[:512]
         if not _close(table, sinusoids(len(table), config.d_model), 1e-3):  # angles up to 512, in fp32
             raise _foreign(folder, "its table of positions is another (enc_pos.pe)")
 
@@ -265,10 +285,16 @@ def _configuration(described: dict[str, Any], weights: Mapping[str, Any], folder
             for side in ("input", "output")
         }
         kinds = ("VISUAL", "STATE", "ENV", "ACTION")
+        for found in (f for side in features.values() for f in side.values()):
+            if found.type.value not in kinds or len(found.shape) != (3 if found.type.value == "VISUAL" else 1):
+                raise ValueError(f"a feature of type {found.type.value} has shape {found.shape}")
         modes = {**dict.fromkeys(kinds, "IDENTITY"), **described["normalization_mapping"]}
+        if not set(modes) <= set(kinds):
+            raise ValueError(f"normalization_mapping has {sorted(set(modes) - set(kinds))[0]!r:.50}")
+        known_modes = set(modes.values()) <= {"IDENTITY", "MEAN_STD", "MIN_MAX"}
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise _foreign(folder, f"config.json describes no features ({type(e).__name__} {e})") from e
-    if not set(modes.values()) <= {"IDENTITY", "MEAN_STD", "MIN_MAX"}:
+    if not known_modes:
         raise _foreign(folder, f"normalization_mapping is {modes}")
     try:
         config: Any = policy_config(section, "cpu")
@@ -287,6 +313,12 @@ def _check_variant(described: Mapping[str, Any], kind: str, folder: Path) -> Non
     ]
     if wrong:
         raise _foreign(folder, f"{', '.join(wrong)} in config.json, which is not built")
+    sizes = {key for keys in SIZES.values() for key in keys}
+    known = {*VARIANTS[kind], *FOR_BOTH, *WITHOUT, *READ, *sizes}
+    unknown = sorted(k for k in described if k not in known and not k.startswith("optimizer_"))
+    if unknown:
+        tell(f"note: {folder / 'config.json'} has settings that are not known here, and have no effect: "
+             f"{', '.join(unknown)[:500]}.")  # fmt: skip
 
 
 def _number(described: Mapping[str, Any], key: str | tuple[str, ...], default: int, folder: Path) -> int:

@@ -171,21 +171,32 @@ def _merge(
 
 def with_base(below: dict[str, Any], above: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Two layers, the upper one with a stream that its `dataset.pretrain` names written out: that stream's data and
-    tasks, in the place of what the lower one has there.
+    tasks, in the place of what the lower one has there. A section that has tasks of its own is written out already.
 
     Raises:
-        UserError: there is no such stream, or it names no tasks.
+        UserError: there is no such stream, it names no tasks, or it is played in another simulator.
     """
     dataset = above.get("dataset")
     section = dataset.get("pretrain") if isinstance(dataset, dict) else None
     if not isinstance(dataset, dict) or not isinstance(section, dict) or section.get("stream") is None:
         return below, above
+    if {"tasks", "make", "partial"} <= section.keys():
+        return below, above
     given = dict(section)
-    name = DATASET_ALIASES.get(given["stream"], given.pop("stream"))
-    path = find("datasets", name, streams())
+    name = DATASET_ALIASES.get(given["stream"], given["stream"])
+    try:
+        path = find("datasets", name, streams())
+    except UserError as e:
+        raise UserError(f"dataset.pretrain: {e}") from e
     read = (load_yaml(path) if path is not None else streams_in_code.described(name)).get("dataset", {})
     if not read.get("tasks"):
         raise UserError(f"dataset.pretrain: the stream '{clip(name)}' names no tasks that a base could learn.")
+    theirs, own = (part.get("env", {}) for part in (read, overlay(below.get("dataset") or {}, dataset)))
+    if own and theirs and own.get("type") != theirs.get("type"):
+        raise UserError(
+            f"dataset.pretrain: the stream '{clip(name)}' is of the simulator {theirs.get('type')}, this one of "
+            f"{own.get('type')}: a base must see what the stream's policy sees."
+        )
     keys = {f.name for f in fields(PretrainDataConfig)}
     written = {"partial": True, **{k: v for k, v in read.items() if k in keys}}
     lower = below.get("dataset")
@@ -219,9 +230,10 @@ def read_config(path: Path) -> Config:
 
 def override(config: Config, overrides: Sequence[str]) -> Config:
     """Apply dotlist overrides to a composed configuration."""
-    layer = with_sets(with_base({}, read_overrides(overrides, Config))[1])
+    below = {"dataset": {"env": None if config.dataset.env is None else asdict(config.dataset.env)}}
+    layer = with_sets(with_base(below, read_overrides(overrides, Config))[1])
     section = layer.get("dataset", {})
-    if "pretrain" in section and config.dataset.pretrain is not None and "partial" in (section["pretrain"] or {}):
+    if (section.get("pretrain") or {}).get("stream") is not None:  # another base in the place of its own
         config = replace(config, dataset=replace(config.dataset, pretrain=None))
     if config.dataset.sets and "sets" not in section and (section.get("data") or section.get("repo_id")):
         section["sets"] = []  # another set in the place of several

@@ -171,7 +171,7 @@ def _refuse_old(policy: str | None, algorithms: Sequence[str], streams: Sequence
 def preset_of(path: str) -> str | None:
     """The preset whose settings a checkpoint has; if several match, the one with the most settings; else None.
 
-    Of a policy that CLARE's released code wrote: the preset of that size.
+    Of a policy that CLARE's released code wrote: the preset of the paper's size, whatever its own.
 
     Args:
         path: `policy.path`, a folder or a name under the model root.
@@ -182,7 +182,7 @@ def preset_of(path: str) -> str | None:
         return None
     if not isinstance(described, dict):
         return None
-    if described.get("type") in RELEASED:
+    if isinstance(described.get("type"), str) and described["type"] in RELEASED:
         return RELEASED[described["type"]]
     found: dict[str, int] = {}
     for name, (_, file) in folders.files("models").items():

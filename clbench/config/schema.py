@@ -181,9 +181,9 @@ class PretrainDataConfig:
     `dataset.pretrain: NAME` takes another stream's data and tasks, with `partial: true`.
 
     Attributes:
-        stream: the name in that short form. It is written out when a configuration is composed, and is then null.
-        partial: leave out tasks that the data set does not have. Where it does not say which of several scenes an
-            instruction is for, the first task with this instruction has all its episodes.
+        stream: the name in that short form; the other keys are written out when a configuration is composed.
+        partial: leave out tasks that the data set (one, not several) does not have. Where it does not say which of
+            several scenes an instruction is for, the first task with this instruction has all its episodes.
     """
 
     data: str = ""

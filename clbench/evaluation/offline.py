@@ -330,7 +330,8 @@ def _chunks(actor: PolicyActor, batch: Batch, seed: int, frames: torch.Tensor) -
 
     seen = {k: v for k, v in unpacked(batch).items() if k == "task" or _is_observation(k)}
     inputs = actor.pre(seen)
-    return actor.post(actor.chunk(inputs, [seed] * len(frames), frames.tolist())).float().cpu()
+    actor.reset()  # nothing is left of other frames
+    return actor.post(actor.predicted(inputs, [seed] * len(frames), frames.tolist())).float().cpu()
 
 
 def _is_observation(key: str) -> bool:

@@ -162,14 +162,20 @@ class PolicyActor:
         return np.broadcast_to(self.shown[key], value.shape) if key in self.shown else value
 
     def chunk(self, inputs: dict[str, Any], seeds: Sequence[int], calls: Sequence[int]) -> Tensor:
-        """Actions (n, H, A) for processed observations; the noise of row i is a function of (seeds[i], calls[i]).
+        """The next actions (n, H, A) of running episodes, for processed observations: `predicted`, or one action of a
+        policy that remembers."""
+        if not self.stateful:
+            return self.predicted(inputs, seeds, calls)
+        with seeded("action-noise", *seeds, *calls):
+            return self.policy.select_action(inputs)[:, None]
+
+    def predicted(self, inputs: dict[str, Any], seeds: Sequence[int], calls: Sequence[int]) -> Tensor:
+        """Chunks (n, H, A) for processed observations alone; the noise of row i is a function of (seeds[i], calls[i]).
 
         What a policy draws besides, or if it takes no noise, comes from the global generator, seeded by those of all
         rows.
         """
         with seeded("action-noise", *seeds, *calls):
-            if self.stateful:
-                return self.policy.select_action(inputs)[:, None]
             inputs = queued(self.policy, {k: v for k, v in inputs.items() if k != ACTION})  # processors add one: None
             if self._draw is None:
                 return self.policy.predict_action_chunk(inputs)

@@ -374,6 +374,8 @@ def pretraining_data(config: DatasetConfig, render: RenderConfig | None = None, 
         )
     names = known_tasks(config.pretrain, config.env_type, (*config.resize, *config.pad))
     make = shlex.quote(config.name)
+    if config.pretrain.stream and not config.repo_id:
+        make += f" -- {shlex.quote(f'dataset.pretrain={config.pretrain.stream}')}"
     if config.repo_id:  # makes only this set, and draws its images like the hub's
         make = _base_of(config) + (" render.fidelity=full" if family(config.env_type).cameras else "")
     for name in names:
