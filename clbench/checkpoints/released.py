@@ -56,7 +56,7 @@ FOR_BOTH: dict[str, tuple[Any, ...]] = {
     "use_separate_rgb_encoder_per_camera": (False,), "clip_sample": (True, False),
     "do_mask_loss_for_padding": (True, False),
 }  # fmt: skip
-# Settings without an effect on what is read: of training, of LeRobot, and of encoders that use_pretrained_dino replaces.
+# Settings without an effect on what is read: of training, of LeRobot, and of encoders that are not built.
 WITHOUT = frozenset((
     "avg_pool", "beta_end", "beta_start", "device", "drop_n_last_frames", "freeze_language_pretrained", "license",
     "pretrained_backbone_weights", "private", "push_to_hub", "repo_id", "scheduler_name", "scheduler_warmup_steps",
