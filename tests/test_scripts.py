@@ -38,7 +38,8 @@ def test_the_whole_pipeline_through_the_scripts(tmp_path: Path) -> None:
     """Real demonstrations, base, a run, its matrix in the simulator, metrics, report."""
     from clbench.cli import main
 
-    few = ["dataset.make.demos_per_task=2", "dataset.pretrain.make.demos_per_task=2"]
+    few = [f"{part}.make.{key}" for part in ("dataset", "dataset.pretrain")
+           for key in ("demos_per_task=2", "ceiling_episodes=1")]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLBENCH_DATA_ROOT", str(tmp_path / "data"))
         patch.setenv("CLBENCH_RESULTS_ROOT", str(tmp_path / "results"))
