@@ -19,7 +19,7 @@ Row = tuple[str, dict[str, Any], tuple[str, ...]]  # label, algorithm section, o
 
 
 def killed(data: Path, out: Path, runs: list[Row], kills: int, ranks: int = 1) -> dict[str, dict[str, int]]:
-    """Run the harness; returns its tallies. Each run is killed first while it writes another of the harness's places."""
+    """Run the harness; returns its tallies. Each run is first killed while it writes another of its places."""
     plan = out / "plan.json"
     rows = [
         {"label": label, "section": section, "overrides": [*SHORT, *own], "ranks": ranks, "kills": kills,
