@@ -6,7 +6,8 @@ as it may be. All is made in a temporary folder with the command line. While `cl
 of its processes is noted every half second; rows are told apart by the records that appear.
 
 Printed: for every checkpoint the largest sum over the evaluation's processes (shared pages are counted in each) in GB,
-and the last row's against the second's. The first has fewer simulators than the others at its start.
+and the largest of the later rows' against the second's. The first has fewer simulators than the others at its start, and
+of the last, processes may have ended when its first record is seen.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def main() -> None:
         if process.returncode:
             raise UserError(f"the evaluation ended with status {process.returncode}.")
     print_table(["after task", "GB at most"], [[str(k + 1), f"{peaks[k] / 1e9:.2f}"] for k in sorted(peaks)])
-    print_verdict(peaks[max(peaks)] / peaks[1], AIM, at_least=False)
+    print_verdict(max(peaks[k] for k in peaks if k > 1) / peaks[1], AIM, at_least=False)
     print(machine("as above"))
 
 
