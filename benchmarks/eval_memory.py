@@ -6,8 +6,8 @@ as it may be. All is made in a temporary folder with the command line. While `cl
 of its processes is noted every half second; rows are told apart by the records that appear.
 
 Printed: for every checkpoint the largest sum over the evaluation's processes (shared pages are counted in each) in GB,
-and the largest of the later rows' against the second's. The first has fewer simulators than the others at its start, and
-of the last, processes may have ended when its first record is seen.
+and the largest of the later rows' against the second's. The first has fewer simulators than the others at its start,
+and of the last, processes may have ended when its first record is seen.
 """
 
 from __future__ import annotations
