@@ -1,9 +1,9 @@
 """Memory of an evaluation on camera images over a 10 × 10 matrix: flat, or growing with rows and tasks?
 
 Ten of Meta-World's tasks on camera images, one demonstration each, a policy with random weights and one training step
-per task: a run whose evaluation has a hundred cells, but whose policy succeeds at nothing, so every episode is as long
-as it may be. All is made in a temporary folder with the command line. While `clbench eval` plays, the resident memory
-of its processes is noted every half second; rows are told apart by the records that appear.
+per task: a run whose evaluation has a hundred cells, but whose policy hardly succeeds, so nearly every episode is as
+long as it may be. All is made in a temporary folder with the command line. While `clbench eval` plays, the resident
+memory of its processes is noted every half second; rows are told apart by the records that appear.
 
 Printed: for every checkpoint the largest sum over the evaluation's processes (shared pages are counted in each) in GB,
 and the largest of the later rows' against the second's. The first has fewer simulators than the others at its start,

@@ -18,7 +18,7 @@ agree, episode by episode. Arithmetic differs in the last bits between batch siz
 is counted.
 
 Without --policy, the stream's cached base acts on the tasks it was trained on. `--policy random` takes random weights:
-no episode succeeds, so all are as long as they may be.
+few episodes succeed, so most are as long as they may be.
 """
 
 from __future__ import annotations

@@ -201,8 +201,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ["CLBENCH_DEBUG"] = "1"
     try:
         from clbench.checkpoints.trusted import trusting
+        from clbench.stopping import interruptible
 
-        with trusting(getattr(args, "trust", [])):
+        with interruptible(), trusting(getattr(args, "trust", [])):
             return _run(args, overrides, argv)
     except UserError as e:
         if debug:

@@ -15,6 +15,7 @@ from clbench.errors import Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+AGAIN_S = 0.1  # after which a signal that came during an import is looked at again
 SAME_S = 0.5  # signals so close together are one request: terminals and launchers signal a process and its children
 
 
@@ -62,17 +63,69 @@ def stoppable() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
+class _Interrupt:
+    """Handles signals by raising KeyboardInterrupt, once no import is under way; a second signal ends the process.
+
+    Libraries swallow what is raised while they are imported, or make another error of it: they catch everything, or
+    Python is in a callback of its own, where it only prints "Exception ignored".
+    """
+
+    def __init__(self) -> None:
+        self._since = 0.0  # when a signal came in the middle of an import
+        self._again = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        again, self._again = self._again, False
+        if not _importing(frame):
+            self._since = 0.0
+            raise KeyboardInterrupt
+        if not again and self._since and now - self._since > SAME_S:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self._since = self._since or now
+        timer = threading.Timer(AGAIN_S, self._once_more, (number,))
+        timer.daemon = True
+        timer.start()
+
+    def _once_more(self, number: int) -> None:
+        self._again = True
+        main = threading.main_thread().ident
+        assert main is not None  # it runs
+        signal.pthread_kill(main, number)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
 @contextlib.contextmanager
-def clearing_away() -> Iterator[None]:
-    """Make SIGTERM raise KeyboardInterrupt, as SIGINT does: what the block has begun to write is removed."""
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    if ours:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+def interruptible(*also: signal.Signals) -> Iterator[None]:
+    """Make SIGINT, and the signals `also`, raise KeyboardInterrupt, but not in the middle of an import.
+
+    Signals that are handled otherwise already, or ignored, stay so.
+    """
+    handler = _Interrupt()
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, *also):
+            usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            if signal.getsignal(number) is usual:
+                before[number] = signal.signal(number, handler)
     try:
         yield
     finally:
-        if ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def clearing_away() -> contextlib.AbstractContextManager[None]:
+    """Make SIGTERM raise KeyboardInterrupt, as SIGINT does: what the block has begun to write is removed."""
+    return interruptible(signal.SIGTERM)
 
 
 def belong_to(parent: int) -> None:

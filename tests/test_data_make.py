@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib
 import json
 import os
 import shutil
@@ -452,7 +453,7 @@ def test_an_interrupted_make_leaves_nothing_taken_for_whole(how: signal.Signals,
         assert not semaphores, "nothing in /dev/shm outlives them"
     else:
         process.send_signal(how)
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     assert process.returncode != 0
     while any(running(pid) for pid in children):
         assert time.monotonic() < deadline, "workers end with their parent"
@@ -486,6 +487,41 @@ def test_sigterm_clears_away_as_ctrl_c_does() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         signal.pause()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_import_neither_swallows_a_signal_nor_fails_of_it(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As LeRobot's does, whose parts catch whatever is raised while they are imported."""
+    (tmp_path / "swallowing.py").write_text(
+        f"import os, time\ntry:\n    os.kill(os.getpid(), {int(number)})\n    time.sleep(0.3)\n    whole = True\n"
+        "except BaseException:\n    whole = False\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(KeyboardInterrupt), clearing_away():
+            importlib.import_module("swallowing")
+            time.sleep(10)
+        assert sys.modules["swallowing"].whole, "the import ended first"
+    finally:
+        sys.modules.pop("swallowing", None)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_second_signal_ends_an_import_that_hangs(tmp_path: Path) -> None:
+    (tmp_path / "hanging.py").write_text("import time\nprint('here', flush=True)\ntime.sleep(60)\n")
+    code = "from clbench.stopping import interruptible\nwith interruptible():\n    import hanging\n"
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.7)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT
 
 
 # Reading descriptions

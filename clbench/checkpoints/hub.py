@@ -42,17 +42,19 @@ def with_local_base(config: Config) -> Config:
         UserError: the hub cannot be reached, has no such model or revision, or the model is not a LeRobot policy.
     """
     path = str(config.policy.get("path") or "")
-    wanted = named(path)
-    if wanted is None:
-        ours = released.in_our_form(path) if path else path
-        return config if ours == path else replace(config, policy={**config.policy, "path": ours})
-    folder = _fetched(*wanted)
-    for name in ("config.json", WEIGHTS):
-        if not (folder / name).is_file():
-            raise UserError(f"the hub's {path} is not a LeRobot policy: it has no {name}.")
-    if {path, wanted[0]} & set(trusted.given().models):
-        trusted.trust_also(folder)
-    return replace(config, policy={**config.policy, "path": released.in_our_form(str(folder))})
+    if not path:
+        return config
+    here, wanted = path, named(path)
+    if wanted is not None:
+        folder = _fetched(*wanted)
+        for name in ("config.json", WEIGHTS):
+            if not (folder / name).is_file():
+                raise UserError(f"the hub's {path} is not a LeRobot policy: it has no {name}.")
+        if {path, wanted[0]} & set(trusted.given().models):
+            trusted.trust_also(folder)
+        here = str(folder)
+    ours = released.in_our_form(here)
+    return config if ours == path else replace(config, policy={**config.policy, "path": ours})
 
 
 def _is_whole(folder: Path) -> bool:

@@ -29,6 +29,7 @@ from typing import Any
 from clbench.checkpoints.base import WEIGHTS, file_digest
 from clbench.checkpoints.whole import DESCRIPTION, damage, write_whole
 from clbench.config.dit import DDIM, FLOW, PAPER, TRANSFORMERS
+from clbench.data.hub import asked
 from clbench.errors import UserError
 from clbench.io import read_json, read_text
 from clbench.lock import held
@@ -92,8 +93,9 @@ def in_our_form(path: str) -> str:
     if not is_released(folder):
         return path
     described = read_json(folder / "config.json")
+    weights = file_digest(folder / WEIGHTS)
     tokenizer = _tokenizer(described, folder)
-    made_of = [FORMAT, described, file_digest(folder / WEIGHTS), hashlib.sha256(tokenizer.encode()).hexdigest()]
+    made_of = [FORMAT, described, weights, hashlib.sha256(tokenizer.encode()).hexdigest()]
     digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     final = bases_root() / f"{TYPES[described['type']]}-released-{digest[:12]}"
     if not _is_whole(final):
@@ -138,9 +140,9 @@ def _tokenizer(described: Mapping[str, Any], folder: Path) -> str:
         import huggingface_hub
 
         try:
-            return read_text(huggingface_hub.hf_hub_download(name, TOKENIZER))
-        except Exception as e:  # noqa: BLE001 (the hub's client raises all kinds of errors)
-            why = f"the hub does not give it ({' '.join(str(e).split())[:200] or type(e).__name__})"
+            return read_text(asked(name, "main", lambda: huggingface_hub.hf_hub_download(name, TOKENIZER), "tokenizer"))
+        except UserError as e:
+            why = f"the hub does not give it ({e})"
     raise UserError(
         f"the policy in {folder} reads instructions with the tokenizer of {name}, and {why}. Fetch {TOKENIZER} of "
         f"{name} elsewhere, and put it into {here}."

@@ -116,10 +116,15 @@ def streams() -> list[str]:
 
 def _streams(dataset: str) -> list[str]:
     """What recipes know a stream by: its file's name, then the family that the file names (`dataset.recipes`)."""
-    path = find("datasets", dataset, streams())
-    section = (load_yaml(path) if path is not None else streams_in_code.described(dataset)).get("dataset")
-    family = section.get("recipes") if isinstance(section, dict) else None
+    family = _section(dataset).get("recipes")
     return [Path(dataset).stem, *([family] if family else [])]
+
+
+def _section(stream: str) -> dict[str, Any]:
+    """The `dataset` section of a stream, from its file or its code."""
+    path = find("datasets", stream, streams())
+    section = (load_yaml(path) if path is not None else streams_in_code.described(stream)).get("dataset")
+    return section if isinstance(section, dict) else {}
 
 
 def _preset(model: str, overrides: Sequence[str], source: str | None) -> str | None:
@@ -185,10 +190,9 @@ def with_base(below: dict[str, Any], above: dict[str, Any]) -> tuple[dict[str, A
     given = dict(section)
     name = DATASET_ALIASES.get(given["stream"], given["stream"])
     try:
-        path = find("datasets", name, streams())
+        read = _section(name)
     except UserError as e:
         raise UserError(f"dataset.pretrain: {e}") from e
-    read = (load_yaml(path) if path is not None else streams_in_code.described(name)).get("dataset", {})
     if not read.get("tasks"):
         raise UserError(f"dataset.pretrain: the stream '{clip(name)}' names no tasks that a base could learn.")
     theirs, own = (part.get("env", {}) for part in (read, overlay(below.get("dataset") or {}, dataset)))

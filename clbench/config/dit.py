@@ -238,7 +238,7 @@ class DitSettings:
         if kind == "dit_dec" and self.state_dropout:
             wrong.append(f"state_dropout: 0 in dit_dec (it is {self.state_dropout})")
         left = self.chunk_size - self.n_obs_steps + 1
-        if self.layout == PAPER and left < 1:
+        if left < 1:
             raise ValueError(f"n_obs_steps ({self.n_obs_steps}) must be at most chunk_size ({self.chunk_size}).")
         if self.n_action_steps > left:
             wrong.append(

@@ -7,8 +7,9 @@ What has been fetched is used as it is, without contacting the hub; only what is
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from clbench.data.lerobot_set import FORMAT, INFO, has_set, is_described
 from clbench.errors import UserError
 from clbench.io import read_json, write_json
+from clbench.patience import patience
 from clbench.terminal import tell
 
 RECORD = ".clbench_hub.json"  # in a user's folder: which set it is a copy of
@@ -149,17 +151,21 @@ def asked(repo_id: str, revision: str, call: Any, what: str = "data set") -> Any
     """`call()`, with any failure between here and the hub reported in one message.
 
     Args:
-        what: "data set" | "model", what `repo_id` names.
+        what: "data set" | "model" | "tokenizer", what `repo_id` names.
     """
     import httpx
     from huggingface_hub import errors
 
-    model = what == "model"
-    both = "Or make the demonstrations yourself (clbench data make), or name a local copy (dataset.data=FOLDER)."
-    if model:
-        both = "Or name a local copy (policy.path=FOLDER)."
+    model = what != "data set"
+    instead = {
+        "data set": " Or make the demonstrations yourself (clbench data make), or name a local copy "
+        "(dataset.data=FOLDER).",
+        "model": " Or name a local copy (policy.path=FOLDER).",
+        "tokenizer": "",
+    }[what]
     try:
-        return call()
+        with _quiet_client(), patience(f"asking the hub for {repo_id}"):
+            return call()
     except errors.GatedRepoError as e:
         raise UserError(
             f"{repo_id} is open only to users who accepted its terms on the hub: accept them there, then log in with "
@@ -184,12 +190,25 @@ def asked(repo_id: str, revision: str, call: Any, what: str = "data set") -> Any
         why = "HF_HUB_OFFLINE is set" if isinstance(cause, errors.OfflineModeIsEnabled) else _first_line(cause)
         raise UserError(
             f"{repo_id} (revision {revision}) is not complete on this machine and the hub cannot be reached ({why}). "
-            f"Run this again with a network; what was fetched is kept. {both}"
+            f"Run this again with a network; what was fetched is kept.{instead}"
         ) from e
     except OSError as e:
         place = "HF_HOME" if model else "dataset.data=FOLDER (a path) or HF_LEROBOT_HOME"
         why = f"cannot store {repo_id} on this machine: {_first_line(e)}"
         raise UserError(f"{why}. Choose a place with {place}.") from e
+
+
+@contextlib.contextmanager
+def _quiet_client() -> Iterator[None]:
+    """Without its warnings about each attempt: what remains wrong after the last is one message of ours."""
+    from huggingface_hub.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _raise(error: BaseException) -> None:

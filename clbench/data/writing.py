@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from clbench.errors import UserError
+from clbench.stopping import clearing_away
 
 
 @contextlib.contextmanager
 def working_folder(root: Path) -> Iterator[Path]:
-    """A working folder next to `root`, gone afterwards, whatever happens.
+    """A working folder next to `root`, gone afterwards, whatever happens; SIGTERM clears it away, too.
 
     It is locked while in use; folders of makes that were killed hold no lock, and are removed first.
     """
@@ -36,7 +37,7 @@ def working_folder(root: Path) -> Iterator[Path]:
     except OSError as e:
         raise UserError(f"cannot write next to {root}: {e.strerror}. Choose a writable folder.") from e
     try:
-        with _lock(folder) as free:
+        with clearing_away(), _lock(folder) as free:
             if not free:  # another make treated it as stale before it was locked
                 raise UserError(f"another process is making {root}. Wait for it to end.")
             yield folder

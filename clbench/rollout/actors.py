@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from clbench.envs.base import Observation
-from clbench.policies.draws import ACTION, adapter_of
-from clbench.policies.draws import IMAGES as OBS_IMAGES
+from clbench.policies.draws import ACTION, IMAGES, adapter_of
 from clbench.seeding import generator, seeded
 
 
@@ -85,12 +84,12 @@ def queued(policy: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """
     queues = getattr(policy, "_queues", None) or {}
     steps = policy.config.n_obs_steps
-    if OBS_IMAGES in queues and policy.config.image_features:
+    if IMAGES in queues and policy.config.image_features:
         stacked = torch.stack([inputs[key] for key in policy.config.image_features], dim=-4)
-        inputs = {**inputs, OBS_IMAGES: stacked}
+        inputs = {**inputs, IMAGES: stacked}
     for key, queue in queues.items():
         queue.clear()
-        if key in inputs and key != ACTION:
+        if key in inputs:
             queue.extend([inputs[key]] if steps == 1 else inputs[key].unbind(1))
     return inputs
 

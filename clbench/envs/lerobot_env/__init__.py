@@ -25,7 +25,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 
 from clbench.envs.base import STATE_KEY, Observation, Simulator
 from clbench.envs.making import check_task, family, instruction, make_simulator
-from clbench.envs.metaworld import IMAGE_KEY, Metaworld, MetaworldPixels
+from clbench.envs.metaworld import IMAGE_KEY, Metaworld
 from clbench.envs.rendering import DEFAULT_FIDELITY, check_render
 from clbench.errors import UserError
 
@@ -99,9 +99,10 @@ class SimulatorEnv(gym.Env):
         return {names[key]: value for key, value in observation.items()}
 
 
+@EnvConfig.register_subclass("clbench_metaworld")
 @dataclass
-class _MetaworldEnv(EnvConfig):
-    """`task` is one task, or several separated by commas, numbered in that order."""
+class ClbenchMetaworldEnv(EnvConfig):
+    """Meta-World on states. `task` is one task, or several separated by commas, numbered in that order."""
 
     task: str | None = "push-v3"
     fps: int = Metaworld.fps
@@ -117,7 +118,7 @@ class _MetaworldEnv(EnvConfig):
 
     def spec(self, task: str) -> dict[str, Any]:
         """What makes the simulator of a task."""
-        raise NotImplementedError
+        return {"type": "metaworld", "task": task}
 
     def __post_init__(self) -> None:
         if not 1 <= self.episode_length <= Metaworld.max_steps:
@@ -126,6 +127,8 @@ class _MetaworldEnv(EnvConfig):
             raise UserError("env.task names no task. Example: --env.task=push-v3")
         for task in self.task_names:
             check_task(self.spec(task)["type"], task)
+        state_dim = family(self.spec("")["type"]).state_dim
+        self.features["agent_pos"] = PolicyFeature(FeatureType.STATE, (state_dim,))
 
     @property
     def task_names(self) -> list[str]:
@@ -142,7 +145,7 @@ class _MetaworldEnv(EnvConfig):
         }
 
     def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict[str, dict[int, gym.vector.VectorEnv]]:
-        """Return {"clbench_metaworld": {number of the task: vector environment of n_envs}}.
+        """Return {the type: {number of the task: vector environment of n_envs}}.
 
         An environment whose episode has ended stays as it is until a reset with LeRobot's new-rollout option.
         """
@@ -156,23 +159,9 @@ class _MetaworldEnv(EnvConfig):
         return {self.type: vectors}
 
 
-@EnvConfig.register_subclass("clbench_metaworld")
-@dataclass
-class ClbenchMetaworldEnv(_MetaworldEnv):
-    """Meta-World on states."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.features["agent_pos"] = PolicyFeature(FeatureType.STATE, (Metaworld.state_dim,))
-
-    def spec(self, task: str) -> dict[str, Any]:
-        """What makes the simulator of a task."""
-        return {"type": "metaworld", "task": task}
-
-
 @EnvConfig.register_subclass("clbench_metaworld_pixels")
 @dataclass
-class ClbenchMetaworldPixelsEnv(_MetaworldEnv):
+class ClbenchMetaworldPixelsEnv(ClbenchMetaworldEnv):
     """Meta-World on camera images, drawn as `render_size` and `render_fidelity` say (clbench/envs/rendering.py)."""
 
     render_size: int = 64
@@ -182,7 +171,6 @@ class ClbenchMetaworldPixelsEnv(_MetaworldEnv):
         super().__post_init__()
         check_render(self.spec("")["render"])
         shape = (self.render_size, self.render_size, 3)
-        self.features["agent_pos"] = PolicyFeature(FeatureType.STATE, (MetaworldPixels.state_dim,))
         self.features["pixels"] = PolicyFeature(FeatureType.VISUAL, shape)
 
     def spec(self, task: str) -> dict[str, Any]:
