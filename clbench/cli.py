@@ -102,6 +102,8 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("--state-only", action="store_true",
                       help="states instead of camera images: libero_object means libero_object_state")  # fmt: skip
     make.add_argument("--workers", type=whole, default=2, help="simulator processes (default 2)")
+    make.add_argument("--leave-out-failing", action="store_true",
+                      help="leave out tasks that their expert proves unable to do, and list them, instead of ending")
     assets = _command(kinds, "assets", "install the assets that a simulator does not bring along")
     assets.add_argument("name", choices=("libero",), help="the simulator")
     assets.add_argument("--from", dest="source", required=True, metavar="FILE|FOLDER|hub",
@@ -753,6 +755,7 @@ def _stream_on_states(name: str) -> str:
 
 def _make_data(args: argparse.Namespace, overrides: list[str]) -> int:
     from clbench.config.compose import compose
+    from clbench.data.info import load_info
     from clbench.data.make import OtherSet, demonstrable, make_dataset
     from clbench.data.source import data_folder
     from clbench.streams.stream import drawing, without
@@ -771,7 +774,7 @@ def _make_data(args: argparse.Namespace, overrides: list[str]) -> int:
             "dataset.data names a data set that is there already, or dataset.repo_id one of the hub."
         )
     parts: list[DatasetConfig | PretrainDataConfig] = [d] if d.pretrain is None else [d, d.pretrain]
-    sets: list[partial[Path]] = []
+    sets: list[tuple[DatasetConfig | PretrainDataConfig, dict[str, str], partial[Path]]] = []
     for part in parts:  # what is left out, and refused, shows before anything is made
         if part.repo_id is not None:
             tell(f"{part.repo_id} is a data set of the hub, nothing is made for it: see `clbench data check "
@@ -781,7 +784,8 @@ def _make_data(args: argparse.Namespace, overrides: list[str]) -> int:
         root = data_folder(part.data)
         for task, why in cannot.items():
             tell(f"{root.name}: no demonstrations can be made of {task}, which is left out: {why}.")
-        if cannot and not (d.pretrain is part and d.pretrain.partial):
+        partly = d.pretrain is part and d.pretrain.partial
+        if cannot and not partly:
             tell(f"{root.name}: to train on the rest give -- {shlex.quote(without(d, part, cannot))}")
         make = part.make
         making = partial(
@@ -790,6 +794,7 @@ def _make_data(args: argparse.Namespace, overrides: list[str]) -> int:
             action_noise=make.action_noise, tail_steps=make.tail_steps, max_steps=make.max_steps,
             ceiling_episodes=make.ceiling_episodes, workers=args.workers, force=args.force,
             progress=config.log.progress != "quiet", render=drawing(d.env.type, config.render),
+            leave_out=args.leave_out_failing or partly,
         )  # fmt: skip
         try:
             making(only_check=True)
@@ -798,9 +803,11 @@ def _make_data(args: argparse.Namespace, overrides: list[str]) -> int:
                 raise
             raise UserError(f"{e} It is for the base, which streams may share: dataset.pretrain.data=NAME, given to "
                             "training as well, takes another set for this one.") from e  # fmt: skip
-        sets.append(making)
-    for making in sets:
-        making()
+        sets.append((part, cannot, making))
+    for part, cannot, making in sets:
+        left_out = load_info(making()).left_out
+        if left_out and not (d.pretrain is part and d.pretrain.partial):
+            tell(f"to train without what was left out give -- {shlex.quote(without(d, part, {*cannot, *left_out}))}")
     return 0
 
 

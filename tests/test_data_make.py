@@ -6,6 +6,7 @@ import fcntl
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -400,6 +401,50 @@ def test_a_task_that_its_expert_cannot_do_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'hammer-v3' succeeded in 0 of 10 attempts \(0%\).*max_steps \(now 5\)"):
         make(tmp_path / "tiny", tasks=["hammer-v3"], demos_per_task=1, max_steps=5)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tasks_that_fail_are_left_out_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In 60 steps the expert can reach, and hardly ever hammer."""
+    root = tmp_path / "tiny"
+    tasks = ["hammer-v3", "reach-v3"]
+    short: dict[str, Any] = {"tasks": tasks, "max_steps": 60, "demos_per_task": 2, "progress": True}
+    info = load_info(make(root, leave_out=True, **short))
+    assert [t.name for t in info.tasks] == ["reach-v3"] and info.tasks[0].task_index == 0 and info.episodes == 2
+    assert info.left_out.keys() == {"hammer-v3"}
+    assert re.search(r"succeeded in [01] of 20 attempts .*, too few for 2 dem", info.left_out["hammer-v3"])
+    said = capsys.readouterr().err
+    assert "hammer-v3 is left out: the expert of" in said and "tiny: 1 task, 2 episodes" in said
+    with pytest.raises(UserError, match=r"has no task 'hammer-v3'\. It was left out: the expert of"):
+        info.task("hammer-v3")
+    make(root, leave_out=True, **short)
+    assert "already holds 'tiny' with these parameters" in capsys.readouterr().err
+    with pytest.raises(UserError, match="holds a data set with other parameters: tasks is"):
+        make(root, **short)
+    with pytest.raises(UserError, match="can do none of the tasks of 'tiny' under these settings: the expert of"):
+        make(tmp_path / "none", leave_out=True, **(short | {"tasks": tasks[:1]}))
+    assert not (tmp_path / "none").exists()
+
+
+def test_an_expert_without_a_single_success_is_given_up_early(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"0 of 50 attempts \(0%\), too few for 20 .*--leave-out-failing"):
+        make(tmp_path / "tiny", tasks=["hammer-v3"], demos_per_task=20, max_steps=5)
+
+
+def test_the_command_names_the_tasks_that_are_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CLBENCH_DATA_ROOT", str(tmp_path))
+    options = ["--demos", "1", "--leave-out-failing", "--", "dataset.make.max_steps=60", "dataset.pretrain=null",
+               "dataset.make.ceiling_episodes=0", "dataset.tasks=[reach-v3, hammer-v3, push-v3]"]  # fmt: skip
+    assert main(["data", "make", "metaworld_quick", *options]) == 0
+    said = capsys.readouterr().err
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("to train without what was left out give -- ") and "hammer-v3 is left out" in said
+    left = last.rpartition("give -- ")[2].strip("'")
+    made = [t.name for t in load_info(tmp_path / "metaworld_quick").tasks]
+    config, _ = compose(model="dit_dec_tiny", algorithms=["seqfft"], dataset="metaworld_quick", registered=["seqfft"],
+                        overrides=[*options[4:], left])  # fmt: skip
+    assert [config.dataset.tasks[k] for k in config.dataset.task_order] == made and "reach-v3" in made
 
 
 SCRIPT = """

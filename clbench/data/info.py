@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
@@ -49,6 +49,7 @@ class DataInfo:
 
     `files`: path → bytes and sha256 of every other file in the set (verify.py); None in a set of an earlier version.
     `render`: how its camera images were drawn, {"fidelity", "size"}; None without images, or if not known.
+    `left_out`: tasks that were to be in it, and why they are not.
     """
 
     root: Path
@@ -66,6 +67,7 @@ class DataInfo:
     versions: dict[str, str]
     render: dict[str, Any] | None = None
     files: dict[str, tuple[int, str]] | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
 
     @property
     def episodes(self) -> int:
@@ -83,7 +85,8 @@ class DataInfo:
             if t.name == name:
                 return t
         names = [t.name for t in self.tasks]
-        raise UserError(f"data set '{self.name}' has no task '{name}'.{nearest(name, names)}")
+        why = f" It was left out: {self.left_out[name]}." if name in self.left_out else nearest(name, names)
+        raise UserError(f"data set '{self.name}' has no task '{name}'.{why}")
 
 
 def load_info(root: Path | str) -> DataInfo:
@@ -166,6 +169,7 @@ def _parse(root: Path, raw: dict[str, Any]) -> DataInfo:
         versions={str(k): str(v) for k, v in raw["versions"].items()},
         render=_render(raw.get("render")),
         files=sums_of_files(raw.get("files")),
+        left_out={_text(task): _text(why) for task, why in raw.get("left_out", {}).items()},
     )
 
 

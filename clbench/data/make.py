@@ -7,7 +7,7 @@ For each task, attempt i runs the episode of seed `episode_seed(seed, env_type, 
 
 The noise shows the policy states slightly off the expert's path together with the way back. An attempt that
 succeeds within `max_steps` is kept, up to `tail_steps` steps after its first success; others are dropped.
-Attempts continue until there are `demos_per_task`.
+Attempts continue until there are `demos_per_task`. A task of which too few succeed ends the command, or is left out.
 
 The contents are a pure function of the parameters: worker processes collect whole tasks, and this process writes them
 in the given order, each as soon as it arrives. Camera images pass through files, one per episode. Everything is written
@@ -59,6 +59,7 @@ from clbench.terminal import tell
 
 ACTION_KEY = "action"
 ATTEMPTS_PER_DEMO = 10  # give up on a task after this many attempts for each demonstration wanted
+ATTEMPTS_IN_VAIN = 50  # or after this many without a single success
 ROLES = ("demo", "ceiling")
 SIMULATOR_ONLY = ()  # imports that its processes share: none, as LeRobot takes longer to import than a task to collect
 END_S = 5.0  # for a process to be gone once its pipe has ended
@@ -70,7 +71,8 @@ _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 class TaskPlan:
     """What one worker needs to collect one task.
 
-    `render`: how cameras draw, `images`: how the paths of their files begin; None without cameras.
+    `render`: how cameras draw, `images`: how the paths of their files begin; None without cameras. `leave_out`: too few
+    successes are no error.
     """
 
     env_type: str
@@ -83,6 +85,7 @@ class TaskPlan:
     ceiling_episodes: int
     render: dict[str, Any] | None = None
     images: str | None = None
+    leave_out: bool = False
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -103,11 +106,12 @@ class Recorded:
 
 @dataclass
 class Collected:
-    """One task's demonstrations."""
+    """One task's demonstrations, or why there are none: `left_out`."""
 
     episodes: list[Recorded]
     attempts: int
     ceiling_successes: int
+    left_out: str = ""
 
 
 class OtherSet(UserError):
@@ -186,7 +190,7 @@ def run_episode(
 def collect_task(plan: TaskPlan) -> Collected:
     """Collect one task's demonstrations and measure its expert; a pure function of `plan`.
 
-    Raises UserError when too few attempts succeed.
+    Raises UserError when too few attempts succeed, unless the plan says to leave the task out.
     """
     simulator = make_simulator(plan.spec)
 
@@ -214,12 +218,19 @@ def collect_task(plan: TaskPlan) -> Collected:
         episodes: list[Recorded] = []
         attempts = 0
         while len(episodes) < plan.demos:
-            if attempts == ATTEMPTS_PER_DEMO * plan.demos:
-                raise UserError(
+            if attempts == ATTEMPTS_PER_DEMO * plan.demos or (attempts == ATTEMPTS_IN_VAIN and not episodes):
+                few = (
                     f"the expert of '{plan.task}' succeeded in {len(episodes)} of {attempts} attempts "
-                    f"({len(episodes) / attempts:.0%}), too few for {plan.demos} demonstrations. "
-                    f"Raise max_steps (now {plan.max_steps}), lower action_noise (now {plan.action_noise}), "
-                    "or leave the task out."
+                    f"({len(episodes) / attempts:.0%}), too few for {plan.demos} demonstrations"
+                )
+                if plan.leave_out:
+                    for kept in episodes:
+                        if kept.images is not None:
+                            kept.images.unlink()
+                    return Collected([], attempts, 0, few)
+                raise UserError(
+                    f"{few}. Raise max_steps (now {plan.max_steps}), lower action_noise (now {plan.action_noise}), "
+                    "or leave the task out (--leave-out-failing leaves out every such task)."
                 )
             recorded = demonstrate(attempts, len(episodes))
             attempts += 1
@@ -247,6 +258,7 @@ def make_dataset(
     progress: bool = True,
     force: bool = False,
     render: Mapping[str, Any] | None = None,
+    leave_out: bool = False,
     only_check: bool = False,
 ) -> Path:
     """Make the data set `name` in folder `root`, as one LeRobotDataset v3, and return `root`.
@@ -265,6 +277,7 @@ def make_dataset(
         progress: report on stderr: a bar on a terminal, otherwise a line per task.
         force: replace an existing set that differs, or is damaged.
         render: for a simulator with cameras, how they draw: {"fidelity": fast | full, "size": pixels}.
+        leave_out: leave out, and list in the description, tasks that their expert cannot do, unless it can do none.
         only_check: raise what forbids making it, and make nothing.
 
     An existing set with the same parameters is left as it is. Raises UserError for a bad parameter, an
@@ -280,7 +293,16 @@ def make_dataset(
         raise UserError(f"environment type '{env_type}' has no cameras to render.")
     plans = [
         TaskPlan(
-            env_type, task, seed, demos_per_task, float(action_noise), tail_steps, max_steps, ceiling_episodes, drawn
+            env_type,
+            task,
+            seed,
+            demos_per_task,
+            float(action_noise),
+            tail_steps,
+            max_steps,
+            ceiling_episodes,
+            drawn,
+            leave_out=leave_out,
         )
         for task in tasks
     ]
@@ -298,10 +320,10 @@ def make_dataset(
         **({"render": drawn} if drawn else {}),
     }
     if only_check:
-        _is_made(root, wanted, force)
+        _is_made(root, wanted, force, leave_out)
         return root
     with working_folder(root) as folder:
-        if _is_made(root, wanted, force):
+        if _is_made(root, wanted, force, leave_out):
             _tell(progress, f"{root} already holds '{name}' with these parameters; nothing to do.")
             return root
         check_other_python(env_type)
@@ -317,7 +339,10 @@ def make_dataset(
         if root.exists():
             os.replace(root, folder / "replaced")
         os.replace(new, root)
-    _tell(progress, f"{root}: {len(plans)} tasks, {info.episodes} episodes, {info.frames} frames.")
+    _tell(
+        progress,
+        f"{root}: {len(info.tasks)} task{'s' * (len(info.tasks) > 1)}, {info.episodes} episodes, {info.frames} frames.",
+    )
     return root
 
 
@@ -354,8 +379,11 @@ def _check(plans: list[TaskPlan], workers: int, longest: int) -> None:
         raise UserError(f"action_noise must be 0 or more, not {plan.action_noise!r}.")
 
 
-def _is_made(root: Path, wanted: dict[str, Any], force: bool) -> bool:
-    """Whether `root` holds the wanted set; False: it has to be made there; UserError: it must not be."""
+def _is_made(root: Path, wanted: dict[str, Any], force: bool, leave_out: bool) -> bool:
+    """Whether `root` holds the wanted set; False: it has to be made there; UserError: it must not be.
+
+    With `leave_out`, one that was made with it lacks the tasks that it left out.
+    """
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     if not (root / INFO_FILE).is_file():
@@ -366,6 +394,8 @@ def _is_made(root: Path, wanted: dict[str, Any], force: bool) -> bool:
         if force:
             return False
         raise
+    if leave_out:
+        wanted = wanted | {"tasks": [name for name in wanted["tasks"] if name not in info.left_out]}
     found = {key: getattr(info, key) for key in wanted} | {"tasks": [t.name for t in info.tasks]}
     differing = [f"{key} is {found[key]}, wanted {wanted[key]}" for key in wanted if found[key] != wanted[key]]
     if differing and not force:
@@ -503,7 +533,9 @@ def _reporting(plans: list[TaskPlan], futures: list[Future[Collected]], progress
             result = future.result()
             done += 1
             bar.update()
-            if not on_terminal:
+            if result.left_out:
+                _tell(progress, f"[{done}/{len(plans)}] {plan.task} is left out: {result.left_out}")
+            elif not on_terminal:
                 frames = sum(len(e.states) for e in result.episodes)
                 _tell(
                     progress,
@@ -555,10 +587,14 @@ def _write(
         use_videos=False,
     )
     described = []
+    left_out: dict[str, str] = {}
     marks = _Fingerprint()
     numbers: dict[str, int] = {}  # of instructions: LeRobot's task_index
     episode = 0
     for plan, result in zip(plans, collected, strict=True):
+        if result.left_out:
+            left_out[plan.task] = result.left_out
+            continue
         sentence = instruction(plan.spec)
         task_index = numbers.setdefault(sentence, len(numbers))
         for recorded in result.episodes:
@@ -590,6 +626,10 @@ def _write(
             }
         )
         episode += len(result.episodes)
+    if not described:
+        raise UserError(
+            f"its expert can do none of the tasks of '{name}' under these settings: {'; '.join(left_out.values())}."
+        )
     dataset.finalize()
     if seen:
         shutil.rmtree(folder / "images", ignore_errors=True)  # LeRobot's, now empty
@@ -599,6 +639,7 @@ def _write(
         **wanted,
         **({"privileged": label} if label else {}),
         "tasks": described,
+        **({"left_out": left_out} if left_out else {}),
         "fingerprint": marks.value(),
         "versions": simulator_versions(plans[0].env_type) | {"numpy": version("numpy"), "lerobot": version("lerobot")},
     }
