@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from clbench.policies.dit.encoders import build_model, byte_tokenizer
 from clbench.policies.dit.paper import SelfAttention
 from clbench.policies.view import PolicyView, without_dropout
 from clbench.seeding import seeded
+from tests.hub_sets import served
+from tests.test_hub_data import online  # noqa: F401 (a fixture)
 
 D, H, A, S, HEADS, FFN, TIME, BLOCKS = 64, 8, 3, 5, 4, 128, 16, 2
 STEPS = {"ditflow_mt": 2, "dit_mt": 3}
@@ -370,6 +373,31 @@ def test_commands_go_on_with_what_was_made(roots: Path) -> None:
     config, _ = compose(model="checkpoint", algorithms=["seqfft"], dataset="metaworld_pixels",
                         overrides=[f"policy.path={roots / 'theirs'}"])  # fmt: skip
     assert with_local_base(config).policy["path"] == in_our_form(str(roots / "theirs"))
+
+
+def test_a_hub_gives_the_policy_and_its_tokenizer_once(
+    roots: Path,
+    online: Callable[[str], None],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from huggingface_hub import constants
+
+    from clbench.checkpoints.hub import with_local_base
+    from clbench.config.compose import compose
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(roots / "hub"))
+    write(roots / "theirs", "dit_mt")
+    here = in_our_form(str(roots / "theirs"))
+    clip = (roots / "model" / "clip-vit-base-patch32").rename(roots / "clip")
+    config, _ = compose(model="checkpoint", algorithms=["seqfft"], dataset="metaworld_pixels",
+                        overrides=["policy.path=someone/dit"])  # fmt: skip
+    with served({"someone/dit": roots / "theirs", NAME: clip}, tags=("main",)) as (url, asked):
+        online(url)
+        assert with_local_base(config).policy["path"] == here
+        assert any(NAME in path and "tokenizer.json" in path for path in asked)
+        asked.clear()
+        assert with_local_base(config).policy["path"] == here
+        assert asked == []
 
 
 @pytest.mark.parametrize(

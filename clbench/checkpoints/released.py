@@ -139,6 +139,9 @@ def _tokenizer(described: Mapping[str, Any], folder: Path) -> str:
     if CLIP.fullmatch(name):
         import huggingface_hub
 
+        cached = huggingface_hub.try_to_load_from_cache(name, TOKENIZER)
+        if isinstance(cached, str):
+            return read_text(Path(cached))
         try:
             return read_text(asked(name, "main", lambda: huggingface_hub.hf_hub_download(name, TOKENIZER), "tokenizer"))
         except UserError as e:
