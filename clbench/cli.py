@@ -102,8 +102,11 @@ def parser() -> argparse.ArgumentParser:
     make.add_argument("--state-only", action="store_true",
                       help="states instead of camera images: libero_object means libero_object_state")  # fmt: skip
     make.add_argument("--workers", type=whole, default=2, help="simulator processes (default 2)")
-    make.add_argument("--leave-out-failing", action="store_true",
-                      help="leave out tasks that their expert proves unable to do, and list them, instead of ending")
+    make.add_argument(
+        "--leave-out-failing",
+        action="store_true",
+        help="leave out tasks that their expert proves unable to do, and list them, instead of ending",
+    )
     assets = _command(kinds, "assets", "install the assets that a simulator does not bring along")
     assets.add_argument("name", choices=("libero",), help="the simulator")
     assets.add_argument("--from", dest="source", required=True, metavar="FILE|FOLDER|hub",
@@ -665,9 +668,7 @@ def _print_data(title: str, data: DataSource, stream: str) -> None:
          + (f" (with exclude_episodes: {len(left_out)})" if left_out else ""))  # fmt: skip
 
 
-def _print_set(
-    title: str, root: Path, d: dict[str, Any], fingerprint: str, features: dict[str, str] | None
-) -> None:
+def _print_set(title: str, root: Path, d: dict[str, Any], fingerprint: str, features: dict[str, str] | None) -> None:
     """What is known about one data set."""
     origin = {"made": "made by clbench", "lerobot": "not made by clbench", "hub": "from the hub"}[d["kind"]]
     if "imported" in d:
@@ -774,7 +775,7 @@ def _make_data(args: argparse.Namespace, overrides: list[str]) -> int:
             "dataset.data names a data set that is there already, or dataset.repo_id one of the hub."
         )
     parts: list[DatasetConfig | PretrainDataConfig] = [d] if d.pretrain is None else [d, d.pretrain]
-    sets: list[tuple[DatasetConfig | PretrainDataConfig, dict[str, str], partial[Path]]] = []
+    sets: list[tuple[partial[Path], dict[str, str], partial[str] | None]] = []
     for part in parts:  # what is left out, and refused, shows before anything is made
         if part.repo_id is not None:
             tell(f"{part.repo_id} is a data set of the hub, nothing is made for it: see `clbench data check "
@@ -784,9 +785,9 @@ def _make_data(args: argparse.Namespace, overrides: list[str]) -> int:
         root = data_folder(part.data)
         for task, why in cannot.items():
             tell(f"{root.name}: no demonstrations can be made of {task}, which is left out: {why}.")
-        partly = d.pretrain is part and d.pretrain.partial
-        if cannot and not partly:
-            tell(f"{root.name}: to train on the rest give -- {shlex.quote(without(d, part, cannot))}")
+        rest = None if d.pretrain is part and d.pretrain.partial else partial(without, d, part)
+        if cannot and rest:
+            tell(f"{root.name}: to train on the rest give -- {shlex.quote(rest(cannot))}")
         make = part.make
         making = partial(
             make_dataset, root, name=root.name, env_type=d.env.type, tasks=tasks, seed=make.seed,
@@ -794,7 +795,7 @@ def _make_data(args: argparse.Namespace, overrides: list[str]) -> int:
             action_noise=make.action_noise, tail_steps=make.tail_steps, max_steps=make.max_steps,
             ceiling_episodes=make.ceiling_episodes, workers=args.workers, force=args.force,
             progress=config.log.progress != "quiet", render=drawing(d.env.type, config.render),
-            leave_out=args.leave_out_failing or partly,
+            leave_out=args.leave_out_failing or rest is None,
         )  # fmt: skip
         try:
             making(only_check=True)
@@ -803,11 +804,11 @@ def _make_data(args: argparse.Namespace, overrides: list[str]) -> int:
                 raise
             raise UserError(f"{e} It is for the base, which streams may share: dataset.pretrain.data=NAME, given to "
                             "training as well, takes another set for this one.") from e  # fmt: skip
-        sets.append((part, cannot, making))
-    for part, cannot, making in sets:
-        left_out = load_info(making()).left_out
-        if left_out and not (d.pretrain is part and d.pretrain.partial):
-            tell(f"to train without what was left out give -- {shlex.quote(without(d, part, {*cannot, *left_out}))}")
+        sets.append((making, cannot, rest))
+    for making, cannot, rest in sets:
+        info = load_info(making())
+        if info.left_out and rest:
+            tell(f"{info.name}: to train on the rest give -- {shlex.quote(rest({*cannot, *info.left_out}))}")
     return 0
 
 

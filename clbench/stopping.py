@@ -19,6 +19,12 @@ AGAIN_S = 0.1  # after which a signal that came during an import is looked at ag
 SAME_S = 0.5  # signals so close together are one request: terminals and launchers signal a process and its children
 
 
+def say(line: str) -> None:
+    """Print a line from a signal's handler. No print(): the signal may have come in the middle of one."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"{line}\n".encode())
+
+
 class Stop:
     """Whether a signal asked to stop. The kernel also sends one when the parent has ended (processes.py)."""
 
@@ -36,8 +42,7 @@ class Stop:
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._since = signal.Signals(number), now
-            if os.environ.get("RANK", "0") == "0":  # no print(): this may have come in the middle of one
-                os.write(2, f"{self.signal.name}: stopping cleanly; again to stop at once.\n".encode())
+            say(f"{self.signal.name}: stopping cleanly; again to stop at once.")
         elif now - self._since > SAME_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
@@ -71,19 +76,25 @@ class _Interrupt:
     """
 
     def __init__(self) -> None:
-        self._since = 0.0  # when a signal came in the middle of an import
-        self._again = False
+        self._since = 0.0  # when a signal came in the middle of an import; 0: none waits to be acted on
+        self._again = False  # the next signal is our own
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
         again, self._again = self._again, False
+        if again and not self._since:
+            return  # it has been acted on
         if not _importing(frame):
             self._since = 0.0
             raise KeyboardInterrupt
-        if not again and self._since and now - self._since > SAME_S:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self._since = self._since or now
+        now = time.monotonic()
+        if not self._since:
+            self._since = now
+            say(f"{signal.Signals(number).name}: stopping once the libraries are loaded; again to stop at once.")
+        elif not again:
+            if now - self._since > SAME_S:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            return  # one that waits already
         timer = threading.Timer(AGAIN_S, self._once_more, (number,))
         timer.daemon = True
         timer.start()

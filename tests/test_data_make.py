@@ -439,7 +439,7 @@ def test_the_command_names_the_tasks_that_are_left(
     assert main(["data", "make", "metaworld_quick", *options]) == 0
     said = capsys.readouterr().err
     last = said.strip().splitlines()[-1]
-    assert last.startswith("to train without what was left out give -- ") and "hammer-v3 is left out" in said
+    assert last.startswith("metaworld_quick: to train on the rest give -- ") and "hammer-v3 is left out" in said
     left = last.rpartition("give -- ")[2].strip("'")
     made = [t.name for t in load_info(tmp_path / "metaworld_quick").tasks]
     config, _ = compose(model="dit_dec_tiny", algorithms=["seqfft"], dataset="metaworld_quick", registered=["seqfft"],
@@ -537,20 +537,26 @@ def test_sigterm_clears_away_as_ctrl_c_does() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_import_neither_swallows_a_signal_nor_fails_of_it(
-    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """As LeRobot's does, whose parts catch whatever is raised while they are imported."""
     (tmp_path / "swallowing.py").write_text(
-        f"import os, time\ntry:\n    os.kill(os.getpid(), {int(number)})\n    time.sleep(0.3)\n    whole = True\n"
+        f"import os, time\ntry:\n    os.kill(os.getpid(), {int(number)})\n    time.sleep(0.3)\n"
+        f"    os.kill(os.getpid(), {int(number)})\n    time.sleep(0.1)\n    whole = True\n"
         "except BaseException:\n    whole = False\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     try:
-        with pytest.raises(KeyboardInterrupt), clearing_away():
-            importlib.import_module("swallowing")
-            time.sleep(10)
+        with clearing_away():
+            with pytest.raises(KeyboardInterrupt):
+                importlib.import_module("swallowing")
+                time.sleep(10)
+            time.sleep(0.5)  # the second, close to the first, is one request with it: clearing away is not disturbed
         assert sys.modules["swallowing"].whole, "the import ended first"
+        assert (
+            capfd.readouterr().err == f"{number.name}: stopping once the libraries are loaded; again to stop at once.\n"
+        )
     finally:
         sys.modules.pop("swallowing", None)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before

@@ -224,9 +224,6 @@ def collect_task(plan: TaskPlan) -> Collected:
                     f"({len(episodes) / attempts:.0%}), too few for {plan.demos} demonstrations"
                 )
                 if plan.leave_out:
-                    for kept in episodes:
-                        if kept.images is not None:
-                            kept.images.unlink()
                     return Collected([], attempts, 0, few)
                 raise UserError(
                     f"{few}. Raise max_steps (now {plan.max_steps}), lower action_noise (now {plan.action_noise}), "
