@@ -221,7 +221,7 @@ def collect_task(plan: TaskPlan) -> Collected:
             if attempts == ATTEMPTS_PER_DEMO * plan.demos or (attempts == ATTEMPTS_IN_VAIN and not episodes):
                 few = (
                     f"the expert of '{plan.task}' succeeded in {len(episodes)} of {attempts} attempts "
-                    f"({len(episodes) / attempts:.0%}), too few for {plan.demos} demonstrations"
+                    f"({len(episodes) / attempts:.0%}), too few for {plan.demos} demonstration{'s' * (plan.demos > 1)}"
                 )
                 if plan.leave_out:
                     return Collected([], attempts, 0, few)
@@ -625,7 +625,8 @@ def _write(
         episode += len(result.episodes)
     if not described:
         raise UserError(
-            f"its expert can do none of the tasks of '{name}' under these settings: {'; '.join(left_out.values())}."
+            f"no demonstrations can be made for '{name}' under these settings: the expert can do none of its tasks. Raise "
+            f"max_steps (now {plans[0].max_steps}) or lower action_noise (now {plans[0].action_noise})."
         )
     dataset.finalize()
     if seen:
