@@ -625,8 +625,8 @@ def _write(
         episode += len(result.episodes)
     if not described:
         raise UserError(
-            f"no demonstrations can be made for '{name}' under these settings: the expert can do none of its tasks. Raise "
-            f"max_steps (now {plans[0].max_steps}) or lower action_noise (now {plans[0].action_noise})."
+            f"no demonstrations can be made for '{name}' under these settings: the expert can do none of its tasks. "
+            f"Raise max_steps (now {plans[0].max_steps}) or lower action_noise (now {plans[0].action_noise})."
         )
     dataset.finalize()
     if seen:
