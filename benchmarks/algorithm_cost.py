@@ -1,12 +1,12 @@
 """Cost of a training step and peak memory of every algorithm, as ratios to seqfft, at the second and the last task.
 
-Every algorithm trains dit_dec_tiny on the same stream in a process of its own. All tasks but two are cut to a few
-steps; in those two the processes take turns of a few steps (A B C … A B C …), so that whatever else the machine does
-hits all of them alike; on the CPU they share one core meanwhile, and with `--device cuda` one GPU, which is waited for
-before a clock is read. A turn's ratio is its time over seqfft's in the same
-round. `cost` is the ratio of the sums over rounds, which also holds what happens rarely (mir's choices); rounds in
-which any algorithm took more than 1.5 times its own median were disturbed from outside and are left out. `growth` is
-cost at the last task over cost at the second.
+Every algorithm trains dit_dec_tiny (`--model`: another preset) on the same stream in a process of its own. All tasks
+but two are cut to a few steps; in those two the processes take turns of a few steps (A B C … A B C …), so that whatever
+else the machine does hits all of them alike; on the CPU they share one core meanwhile, and with `--device cuda` one
+GPU, which is waited for before a clock is read. A turn's ratio is its time over seqfft's in the same round. `cost` is
+the ratio of the sums over rounds, which also holds what happens rarely (mir's choices); rounds in which any algorithm
+took more than 1.5 times its own median were disturbed from outside and are left out. `growth` is cost at the last task
+over cost at the second.
 
 Peak memory is the process's, between tasks included: resident, or what torch allocated on the GPU.
 
@@ -29,10 +29,12 @@ from typing import Any
 
 from common import (
     add_device_arguments,
+    add_model_argument,
     check_device,
     machine,
     policy_size,
     print_table,
+    random_encoders,
     run,
     spread,
     stream_config,
@@ -51,7 +53,9 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--rounds", type=int, default=12, help="turns of every algorithm at each measured task (default 12)")
     p.add_argument("--steps", type=int, default=20, help="optimizer steps of a turn (default 20)")
     p.add_argument("--warm-up", type=int, default=10, help="steps before the first turn (default 10)")
+    p.add_argument("--batch-size", type=int, help="samples per step (default: the preset's)")
     add_device_arguments(p)
+    add_model_argument(p)
     return p.parse_args()
 
 
@@ -104,9 +108,10 @@ def work(name: str, args: argparse.Namespace, folder: str, pipe: Any) -> None:
             return counters
 
     config, _ = compose(
-        model="dit_dec_tiny", algorithms=[name], dataset=args.dataset, registered=[name],
+        model=args.model, algorithms=[name], dataset=args.dataset, registered=[name],
         overrides=["pretrain.steps=1", f"train.device={args.device}", "train.threads=1", "log.progress=quiet",
-                   *(f"policy.{key}={value}" for key, value in policy_size(args.width).items()),
+                   *([f"train.batch_size={args.batch_size}"] if args.batch_size else []),
+                   *(f"policy.{k}={v}" for k, v in {**random_encoders(args.model), **policy_size(args.width)}.items()),
                    *(["algorithm.fisher_batches=1"] if name == "ewc" else [])],
     )  # fmt: skip
     algorithm = build_algorithm(config)
@@ -130,7 +135,7 @@ def main() -> None:
     args = arguments()
     names = ["seqfft", *(a for a in args.algorithms if a != "seqfft")]
     check_device(args.device)
-    stream_config(args.dataset)  # is the data there?
+    stream_config(args.dataset, args.model)  # is the data there?
     print(machine("1", args.device), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["CLBENCH_CACHE_ROOT"] = f"{folder}/cache"  # a base of one step, not to be kept

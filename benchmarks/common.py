@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import bisect
 import contextlib
+import json
 import os
 import platform
 import statistics
@@ -16,21 +17,38 @@ from collections.abc import Callable, Sequence
 import psutil
 
 from clbench.config.compose import compose
+from clbench.config.files import load_yaml
+from clbench.config.folders import find
 from clbench.config.schema import Config
 from clbench.data.info import INFO_FILE
 from clbench.data.source import data_folder
 from clbench.errors import UserError
 
+TINY = "dit_dec_tiny"
 
-def tiny_config(dataset: str, algorithm: str = "seqfft") -> Config:
-    """Return the configuration of the tiny DiT-Dec on a stream."""
-    config, _ = compose(model="dit_dec_tiny", algorithms=[algorithm], dataset=dataset, registered=[algorithm])
+
+def tiny_config(dataset: str, algorithm: str = "seqfft", model: str = TINY) -> Config:
+    """Return the configuration of the tiny DiT-Dec, or another preset, on a stream."""
+    given = [f"policy.{key}={value}" for key, value in random_encoders(model).items()]
+    config, _ = compose(model=model, algorithms=[algorithm], dataset=dataset, registered=[algorithm], overrides=given)
     return config
 
 
-def stream_config(dataset: str) -> Config:
-    """Return the configuration of the tiny DiT-Dec on a stream; UserError when the stream's data is not there."""
-    config = tiny_config(dataset)
+def random_encoders(model: str) -> dict[str, str]:
+    """Keys of `policy` that give a preset the encoders it has under --smoke: full size, random weights, no hub."""
+    file = find("smoke", model)
+    section = {} if file is None else load_yaml(file).get("policy", {})
+    shown = {True: "true", False: "false", None: "null"}
+    return {
+        key: json.dumps(value) if isinstance(value, dict) else shown.get(value, str(value))
+        for key, value in section.items()
+        if "_encoder" in key
+    }
+
+
+def stream_config(dataset: str, model: str = TINY) -> Config:
+    """Return the configuration of a preset on a stream; UserError when the stream's data is not there."""
+    config = tiny_config(dataset, model=model)
     for data in (config.dataset.data, config.dataset.pretrain.data if config.dataset.pretrain else None):
         if data is not None and not (data_folder(data) / INFO_FILE).is_file():
             raise UserError(f"there are no demonstrations in {data_folder(data)}: run `clbench data make {dataset}`.")
@@ -42,6 +60,11 @@ def add_device_arguments(p: argparse.ArgumentParser, width: int | None = None) -
     p.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to train (default cpu)")
     shown = f"default {width}" if width else "default: the preset's 128"
     p.add_argument("--width", type=int, default=width, help=f"d_model of the policy, a multiple of 4 ({shown})")
+
+
+def add_model_argument(p: argparse.ArgumentParser) -> None:
+    """Add --model: a preset."""
+    p.add_argument("--model", default=TINY, help=f"preset (default {TINY}); encoders from a hub get random weights")
 
 
 def check_device(device: str, count: int = 1) -> None:

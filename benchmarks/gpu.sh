@@ -10,17 +10,20 @@
 #   --width N          d_model of the large policy of parts 2 and 5        (default 2048)
 #   --layers E,D       its encoder and decoder blocks                      (default 8,16: 1.2 G parameters)
 #   --batch N          its samples per step and GPU                        (default 64)
+#   --paper            instead: dit_dec_base (CLARE's network, encoders with random weights) on camera images, training
+#                      and CLARE's cost, against lerobot-train; makes metaworld_pixels with 4 demonstrations a task
 #   -h, --help         this text
 #
 # Makes the demonstrations of metaworld_quick where they are missing. A part that fails does not stop the others.
 set -euo pipefail
 
-out="" device=cuda tiny=0 width=2048 layers=8,16 batch=64
+out="" device=cuda tiny=0 width=2048 layers=8,16 batch=64 paper=0
 while (($#)); do
     case $1 in
         --out) out=$2 && shift ;;
         --device) device=$2 && shift ;;
         --tiny) tiny=1 ;;
+        --paper) paper=1 ;;
         --width) width=$2 && shift ;;
         --layers) layers=$2 && shift ;;
         --batch) batch=$2 && shift ;;
@@ -50,12 +53,13 @@ fi
 
 small=(--width 1024) # of parts 3 and 4
 one=(--steps 60 --skip 20 --repeats 1) two=(--steps 60 --skip 20 --repeats 3)
-pair=(--steps 300 --skip 50 --window 25 --repeats 3 --batch-size 128) cost=(--rounds 12 --steps 20)
+model=dit_dec_base pair=(--steps 300 --skip 50 --window 25 --repeats 3 --batch-size 128) cost=(--rounds 12 --steps 20)
 if ((tiny)); then
-    width=64 layers=1,1 batch=4 small=(--width 64)
+    width=64 layers=1,1 batch=4 small=(--width 64) model=dit_dec_small
     one=(--steps 4 --skip 1 --repeats 1) two=("${one[@]}")
     pair=(--steps 8 --skip 4 --window 4 --repeats 1 --batch-size 8) cost=(--rounds 1 --steps 2 --warm-up 1)
 fi
+images=("${pair[@]::6}" --repeats 1 --batch-size "$batch")
 large=(--width "$width" --encoder-layers "${layers%,*}" --decoder-layers "${layers#*,}" --batch-size "$batch")
 
 failed=()
@@ -68,10 +72,34 @@ part() { # part TITLE COMMAND...
 }
 
 everything() {
-    local python=$CLBENCH_PYTHON
     echo "log: $out/log.txt"
     echo "commit: $(git rev-parse HEAD 2>/dev/null || echo unknown), device: $device"
     [[ $device == cpu ]] || nvidia-smi || true
+    if ((paper)); then
+        the_papers_network
+    else
+        all_parts
+    fi
+    printf '\n==== %s\n' "done in $((SECONDS / 60)) min; log: $out/log.txt"
+    ((${#failed[@]} == 0)) || {
+        printf 'FAILED: %s\n' "${failed[@]}"
+        return 1
+    }
+}
+
+the_papers_network() {
+    local python=$CLBENCH_PYTHON base=(--model "$model" --dataset metaworld_pixels --device "$device")
+    part "demonstrations" "$python" -m clbench.cli data make metaworld_pixels --demos 4
+    part "1/3 clbench against lerobot-train, encoders in every step" \
+        "$python" benchmarks/train_vs_lerobot.py "${base[@]}" "${images[@]}" --no-feature-cache
+    part "2/3 clbench with kept features against lerobot-train" \
+        "$python" benchmarks/train_vs_lerobot.py "${base[@]}" "${images[@]}"
+    part "3/3 a step of CLARE against one of full training" \
+        "$python" benchmarks/algorithm_cost.py "${base[@]}" --algorithms clare --batch-size "$batch" "${cost[@]}"
+}
+
+all_parts() {
+    local python=$CLBENCH_PYTHON
     part "demonstrations" "$python" -m clbench.cli data make metaworld_quick
     part "1/5 tests on the GPU (under a minute with one GPU)" "$python" -m pytest -m gpu -rs -s tests/test_gpu.py
     part "2/5 a large policy in bf16: samples/s and peak memory (1 minute on an H200)" \
@@ -86,11 +114,6 @@ everything() {
     else
         printf '\n==== 5/5 two ranks: left out, there is one GPU\n'
     fi
-    printf '\n==== %s\n' "done in $((SECONDS / 60)) min; log: $out/log.txt"
-    ((${#failed[@]} == 0)) || {
-        printf 'FAILED: %s\n' "${failed[@]}"
-        return 1
-    }
 }
 
 mkdir -p "$out"

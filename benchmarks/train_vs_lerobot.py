@@ -1,10 +1,11 @@
 """Training speed: `clbench pretrain` against the unmodified `lerobot-train`, on the same data with the same settings.
 
-Both commands train a fresh dit_dec (tiny preset) on all frames of the stream's pretraining data, as subprocesses, in
-turn (A B A B …), and only one at a time. What is the same: policy, data, batch size, loader processes, AdamW with its
-learning rate, weight decay, clipping and cosine schedule without warm-up (where the two schedules are one formula),
-torch threads. On a GPU (`--device cuda`) lerobot-train switches TF32 matrix products on; clbench leaves that to the
-user, so the environment switches it on for both.
+Both commands train a fresh dit_dec (tiny preset, or another: `--model`) on all frames of the stream's pretraining data,
+as subprocesses, in turn (A B A B …), and only one at a time. What is the same: policy, data, batch size, loader
+processes, AdamW with its learning rate, weight decay, clipping and cosine schedule without warm-up (where the two
+schedules are one formula), torch threads. On a GPU (`--device cuda`) lerobot-train switches TF32 matrix products on;
+clbench leaves that to the user, so the environment switches it on for both. Features of frozen encoders are kept by
+clbench, as is its default; `--no-feature-cache` has it make them in every step, as lerobot-train does.
 
 Steady-state speed = steps per second from step `--skip` to the last, so imports, opening the data set, starting loader
 processes and the first steps are left out on both sides. The clock:
@@ -42,11 +43,13 @@ from pathlib import Path
 from common import (
     CpuSampler,
     add_device_arguments,
+    add_model_argument,
     check_device,
     machine,
     policy_size,
     print_table,
     print_verdict,
+    random_encoders,
     run,
     spread,
     stream_config,
@@ -81,6 +84,8 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--window", type=int, default=25, help="steps per log line and loss window (default 25)")
     p.add_argument("--batch-size", type=int, default=128)
     add_device_arguments(p)
+    add_model_argument(p)
+    p.add_argument("--no-feature-cache", action="store_true", help="frozen encoders run in every step of clbench, too")
     p.add_argument("--workers", type=int, default=2, help="loader processes (clbench: used for camera data only)")
     p.add_argument("--threads", type=int, default=0, help="torch threads of both; 0 = one a core (default 0)")
     args = p.parse_args()
@@ -104,7 +109,7 @@ def train_lerobot(config: Config, args: argparse.Namespace, folder: Path, seed: 
     assert config.dataset.pretrain is not None
     data, o = data_folder(config.dataset.pretrain.data), config.pretrain.optimizer
     policy = {
-        **config.policy,
+        **{k: json.dumps(v) if isinstance(v, dict) else "null" if v is None else v for k, v in config.policy.items()},
         **policy_size(args.width),
         "discover_packages_path": "clbench.policies",
         "device": args.device,
@@ -172,9 +177,10 @@ def train_clbench(config: Config, args: argparse.Namespace, folder: Path, seed: 
         "train.device": args.device,
         "train.threads": args.threads or os.cpu_count() or 1,  # as LeRobot has them: a base's own default is 2
         "train.tf32": "true",  # as lerobot-train
-        **{f"policy.{key}": value for key, value in policy_size(args.width).items()},
+        **({"train.feature_cache_gb": 0} if args.no_feature_cache else {}),
+        **{f"policy.{k}": v for k, v in {**random_encoders(args.model), **policy_size(args.width)}.items()},
     }
-    command = [sys.executable, "-m", "clbench.cli", "pretrain", "--model", "dit_dec_tiny", "--dataset", args.dataset]
+    command = [sys.executable, "-m", "clbench.cli", "pretrain", "--model", args.model, "--dataset", args.dataset]
     command += ["--", *(f"{k}={v}" for k, v in settings.items())]
     began, offset = time.time(), time.monotonic() - time.time()
     with (
@@ -252,7 +258,7 @@ def compare_statistics(config: Config) -> None:
 def main() -> None:
     args = arguments()
     check_device(args.device)
-    config = stream_config(args.dataset)
+    config = stream_config(args.dataset, args.model)
     print(machine(str(args.threads or "default"), args.device), flush=True)
     compare_statistics(config)
     ours: list[Curve] = []
